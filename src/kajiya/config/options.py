@@ -1,0 +1,171 @@
+"""Options of every row of every table: one small dataclass for each name a config can choose."""
+
+from dataclasses import dataclass
+
+from kajiya.config.setting import setting
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A choice without settings of its own."""
+
+
+# ---------------------------------------------------------------- sources of rows (data.source)
+
+
+@dataclass(frozen=True)
+class StdlibSource:
+    """The Python standard library of the running interpreter, one row per `.py` file."""
+
+    root: str | None = None
+    """Folder to read in its place; `None` is the interpreter's own standard library."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Plain text files, one row per file."""
+
+    files: str = setting("")
+    """Glob of the files, relative to the working directory, for example `corpus/**/*.txt`."""
+    encoding: str = "utf-8"
+    """Text encoding of the files."""
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Rows of jsonl, csv or parquet files."""
+
+    files: str = setting("")
+    """Glob of the files, relative to the working directory."""
+    column: str = "text"
+    """Column (key) that holds the text."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set of the Hugging Face hub, or a folder saved by `datasets.save_to_disk`."""
+
+    path: str = setting("")
+    """Hub name, or a local folder."""
+    subset: str | None = None
+    """Configuration of the data set, where it has several."""
+    split: str = "train"
+    """Split to read."""
+    column: str = "text"
+    """Column that holds the text."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; resolved to a commit and recorded."""
+    streaming: bool = False
+    """Read rows over the network as they are needed, without a local copy."""
+
+
+# ---------------------------------------------------------------- losses (train.loss)
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """Cross-entropy of the next token."""
+
+    z_loss: float = setting(0.0, ge=0)
+    """Weight of the squared log-partition term (PaLM, arXiv:2204.02311, section 5)."""
+    chunk_tokens: int = setting(2048, ge=1)
+    """Tokens whose logits are held at once."""
+
+
+# ---------------------------------------------------------------- optimizers (optim)
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101)."""
+
+    beta1: float = setting(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = setting(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = setting(1e-8, gt=0)
+    """Term added to the denominator."""
+
+
+@dataclass(frozen=True)
+class MuonOptions:
+    """Muon for the hidden matrices (Jordan et al., 2024), AdamW for embeddings, head, norms and biases."""
+
+    momentum: float = setting(0.95, ge=0, lt=1)
+    """Momentum of the matrices' gradient."""
+    nesterov: bool = True
+    """Look ahead by one step of momentum."""
+    ns_steps: int = setting(5, ge=1, le=20)
+    """Newton–Schulz iterations of the orthogonalization."""
+    adamw_lr: float | None = setting(None, gt=0)
+    """Learning rate of the parameters that AdamW trains; `None` is that of the matrices."""
+    beta1: float = setting(0.9, ge=0, lt=1)
+    """AdamW: decay of the first moment."""
+    beta2: float = setting(0.95, ge=0, lt=1)
+    """AdamW: decay of the second moment."""
+    eps: float = setting(1e-8, gt=0)
+    """AdamW: term added to the denominator."""
+
+
+# ---------------------------------------------------------------- schedules (schedule)
+
+
+@dataclass(frozen=True)
+class CosineOptions:
+    """Half a cosine from the peak to the floor (Loshchilov & Hutter, arXiv:1608.03983)."""
+
+    min_ratio: float = setting(0.0, ge=0, le=1)
+    """Final learning rate as a fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """A straight line from the peak to the floor."""
+
+    min_ratio: float = setting(0.0, ge=0, le=1)
+    """Final learning rate as a fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class WSDOptions:
+    """Warm-up, stable, decay (Hu et al., MiniCPM, arXiv:2404.06395)."""
+
+    decay_fraction: float = setting(0.4, gt=0, le=1)
+    """Share of the steps in which the rate falls linearly to the floor."""
+    min_ratio: float = setting(0.0, ge=0, le=1)
+    """Final learning rate as a fraction of the peak."""
+
+
+# ---------------------------------------------------------------- trackers (track)
+
+
+@dataclass(frozen=True)
+class MLflowOptions:
+    """MLflow, on the SQLite database in the store unless an address is given."""
+
+    uri: str | None = None
+    """Tracking server or database; `None` is `sqlite:///<store>/mlflow.db`."""
+    experiment: str = "kajiya"
+    """Experiment that the run is filed under."""
+    register: bool = True
+    """Register the finished model with the alias `latest`."""
+
+
+@dataclass(frozen=True)
+class TensorBoardOptions:
+    """TensorBoard event files."""
+
+    folder: str | None = None
+    """Folder of the event files; `None` is `tensorboard/` in the run folder."""
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """Weights & Biases, offline unless said."""
+
+    project: str = "kajiya"
+    """Project that the run is filed under."""
+    entity: str | None = None
+    """Account or team."""
+    online: bool = False
+    """Send while training; otherwise kept in the run folder for `wandb sync`."""

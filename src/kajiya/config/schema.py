@@ -1,0 +1,262 @@
+"""The config: one frozen dataclass a section, each field documented beneath it, no default anywhere else."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kajiya.config.setting import setting
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where the rows come from."""
+
+    name: str = "stdlib"
+    """Kind of source: stdlib, text, jsonl, csv, parquet, hub, or `my_pkg.mod:fn`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that source; `kajiya config schema` lists them."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text: where it comes from, what is held out, how it is cut into rows."""
+
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """Where the rows come from."""
+    heldout_every: int = setting(20, ge=2)
+    """One document in this many, chosen by a hash of its name, is held out for evaluation."""
+    near_duplicate: float | None = setting(0.5, gt=0, le=1)
+    """A training document that shares this fraction of its lines, or more, with a held-out one is removed; `None`: off."""
+    on_unreadable: str = setting("error", choices=("error", "drop"))
+    """What an unreadable or undecodable document does: stop the work, or be dropped and counted."""
+    row_tokens: int = setting(512, ge=8)
+    """Tokens in a training row, T."""
+    isolate: bool = True
+    """Documents that share a row do not see each other."""
+    shard_tokens: int = setting(16_777_216, ge=1024)
+    """Tokens in one shard file."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer: trained on the training text, or loaded."""
+
+    path: str | None = None
+    """Folder or hub name of a tokenizer to load; `None` trains a byte-level BPE."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    vocab_size: int = setting(8192, ge=260)
+    """Vocabulary of a tokenizer that is trained, special tokens included."""
+    min_frequency: int = setting(2, ge=1)
+    """A pair seen less often is not merged."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: built from a few numbers, loaded from a folder or the hub, or the user's own module."""
+
+    name: str = "llama"
+    """Architecture that Transformers knows (its `model_type`: llama, qwen3, gpt2 …), or `my_pkg.mod:fn` that returns an `nn.Module`."""
+    path: str | None = None
+    """Folder or hub name of weights to start from; `None` builds from scratch."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    n_params: str | None = "6M"
+    """The one dial: parameters, embeddings counted once (`6M`, `1.3B`). Width, depth, heads and ffn are derived from it where `None`."""
+    hidden_size: int | None = setting(None, ge=8)
+    """Width of the residual stream; `None`: derived."""
+    n_layers: int | None = setting(None, ge=1)
+    """Decoder blocks; `None`: derived."""
+    n_heads: int | None = setting(None, ge=1)
+    """Query heads; `None`: derived."""
+    n_kv_heads: int | None = setting(None, ge=1)
+    """Key and value heads; `None`: derived."""
+    ffn_size: int | None = setting(None, ge=8)
+    """Width inside the feed-forward block; `None`: derived."""
+    max_positions: int = setting(2048, ge=8)
+    """Longest sequence that the model is declared for, tokens."""
+    rope_theta: float = setting(10_000.0, gt=0)
+    """Base of the rotary position angles."""
+    tied: bool = True
+    """Embedding and output head share their weights."""
+    init_std: float = setting(0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    attention: str = setting("sdpa", choices=("sdpa", "eager", "flex_attention", "flash_attention_2"))
+    """Attention implementation of Transformers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the architecture's Transformers config, or the arguments of the user's own function."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer."""
+
+    name: str = "adamw"
+    """adamw, muon, or `my_pkg.mod:fn`."""
+    lr: float = setting(3e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = setting(0.1, ge=0)
+    """Decoupled decay of matrices; norms, biases and embeddings have none."""
+    clip_norm: float | None = setting(1.0, gt=0)
+    """Largest global norm of the gradient; `None`: not clipped."""
+    max_skipped: int = setting(10, ge=0)
+    """Steps whose gradient is not finite are skipped and counted; past this many the run stops."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that optimizer."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run; its one clock is the optimizer step."""
+
+    name: str = "cosine"
+    """constant, cosine, linear, wsd, or `my_pkg.mod:fn`."""
+    warmup_fraction: float = setting(0.02, ge=0, lt=1)
+    """Share of the steps in which the rate rises linearly from zero."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that schedule."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimized."""
+
+    name: str = "next_token"
+    """next_token, or `my_pkg.mod:fn` with the signature of the loss contract."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that loss."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, in which portions, in which precision, what is kept."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimized."""
+    steps: int | None = setting(None, ge=1)
+    """Optimizer steps. Exactly one of `steps`, `epochs`, `minutes` is set."""
+    epochs: float | None = setting(None, gt=0)
+    """Passes over the training rows."""
+    minutes: float | None = setting(3.0, gt=0)
+    """Time for training, minutes; the number of steps is derived from the measured speed and recorded."""
+    micro_batch: int = setting(8, ge=1)
+    """Rows that pass through the model at once."""
+    accumulate: int = setting(1, ge=1)
+    """Micro-batches in one optimizer step."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "bf16-mixed"))
+    """fp32; bf16 (weights in bf16, the optimizer holds fp32 masters); bf16-mixed (autocast); auto picks from the hardware and says why."""
+    compile: str = setting("auto", choices=("auto", "on", "off"))
+    """torch.compile; auto: where a compiler is found and the run is long enough to repay it."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, mps."""
+    deterministic: bool = False
+    """Only deterministic kernels (a GPU needs it for bit-exact resume; a CPU is exact without it)."""
+    log_every: int = setting(10, ge=1)
+    """Steps between two lines of metrics."""
+    eval_every: int | None = setting(None, ge=1)
+    """Steps between two evaluations on held-out rows; `None`: ten over the run."""
+    eval_rows: int = setting(32, ge=1)
+    """Held-out rows in each evaluation during training."""
+    save_every: int | None = setting(None, ge=1)
+    """Steps between two checkpoints; `None`: ten over the run."""
+    keep_last: int = setting(2, ge=1)
+    """Most recent checkpoints that are kept, beside the best."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of the finished model."""
+
+    context_tokens: int | None = setting(None, ge=8)
+    """Length of a window, tokens; `None`: the training row."""
+    stride_fraction: float = setting(0.5, gt=0, le=1)
+    """Share of a window whose tokens are scored; the rest is context already scored before."""
+    batch: int = setting(16, ge=1)
+    """Windows that pass through the model at once."""
+    baselines: tuple[str, ...] = ("xz", "xz-primed")
+    """Compressors measured on the same held-out bytes: xz, xz-primed."""
+    samples: int = setting(4, ge=0)
+    """Completions of unseen functions to sample."""
+    sample_tokens: int = setting(96, ge=1)
+    """Tokens in each sample."""
+    temperature: float = setting(0.7, ge=0)
+    """Sampling temperature of the samples; 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The OpenAI-compatible server."""
+
+    engine: str = "torch"
+    """Engine behind the API."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = setting(8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    api_key: str | None = None
+    """Key that requests must carry as a bearer token; `None`: none."""
+    model_name: str | None = None
+    """Name of the model in the API; `None`: that of its recipe or folder."""
+    max_batch: int = setting(16, ge=1)
+    """Sequences that are decoded together."""
+    max_waiting: int = setting(256, ge=1)
+    """Requests that may wait; past it the server answers 429."""
+    default_max_tokens: int = setting(256, ge=1)
+    """Tokens generated when a request does not say."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
+    """Precision of the weights."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, mps."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Trackers that follow the event log."""
+
+    trackers: tuple[str, ...] = ("mlflow",)
+    """Any of mlflow, tensorboard, wandb, or `my_pkg.mod:Class`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings by tracker name, for example `{mlflow: {experiment: mine}}`."""
+    timeout_s: float = setting(20.0, gt=0)
+    """Longest wait for a tracker at the end of a run before it is left behind with a warning."""
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """Checks before the first step."""
+
+    skip: tuple[str, ...] = ()
+    """Names of checks to skip; the report says so in red."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    name: str = "unnamed"
+    """Name of the recipe, used for the run and the model."""
+    seed: int = setting(0, ge=0)
+    """Seed of every random generator."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Tokenizer."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning-rate schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training loop."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    """Server."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """Trackers."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    """Checks before the first step."""

@@ -1,0 +1,47 @@
+"""A documented, range-checked field of a config section."""
+
+from dataclasses import MISSING, field, fields, is_dataclass
+from typing import Any
+
+from kajiya.errors import ConfigError
+
+_BOUNDS = {
+    "ge": ("at least", lambda value, bound: value >= bound),
+    "gt": ("more than", lambda value, bound: value > bound),
+    "le": ("at most", lambda value, bound: value <= bound),
+    "lt": ("less than", lambda value, bound: value < bound),
+}
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    factory: Any = MISSING,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with the bounds or the choices that `check_bounds` holds it to."""
+    bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
+    return field(default=default, default_factory=factory, metadata={"bounds": bounds, "choices": choices})
+
+
+def check_bounds(section: Any, path: str = "") -> None:
+    """Raise `ConfigError` for the first field of `section`, or of a section within it, past its bounds or choices."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        where = f"{path}.{item.name}" if path else item.name
+        if is_dataclass(value):
+            check_bounds(value, where)
+            continue
+        if value is None:
+            continue
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(where, f"{value!r} is not one of {', '.join(choices)}")
+        for name, bound in item.metadata.get("bounds", {}).items():
+            words, holds = _BOUNDS[name]
+            if not holds(value, bound):
+                raise ConfigError(where, f"{value!r} is out of range: it must be {words} {bound}")

@@ -1,0 +1,172 @@
+"""The tables that a config chooses from: `name -> ("module:function", Options)`; strings, so that nothing heavy loads."""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
+
+from kajiya.config import options as o
+from kajiya.config.setting import check_bounds
+from kajiya.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One choice: where its function lives and the dataclass of its options."""
+
+    target: str
+    options: type
+
+
+TABLES: Mapping[str, Mapping[str, Row]] = {
+    "source": {
+        "stdlib": Row("kajiya.data.sources:stdlib", o.StdlibSource),
+        "text": Row("kajiya.data.sources:text", o.TextSource),
+        "jsonl": Row("kajiya.data.sources:jsonl", o.TableSource),
+        "csv": Row("kajiya.data.sources:csv_rows", o.TableSource),
+        "parquet": Row("kajiya.data.sources:parquet", o.TableSource),
+        "hub": Row("kajiya.data.sources:hub", o.HubSource),
+    },
+    "loss": {
+        "next_token": Row("kajiya.training.losses:next_token", o.NextTokenLoss),
+    },
+    "optimizer": {
+        "adamw": Row("kajiya.training.optimizers:adamw", o.AdamWOptions),
+        "muon": Row("kajiya.training.optimizers:muon", o.MuonOptions),
+    },
+    "schedule": {
+        "constant": Row("kajiya.training.schedules:constant", o.NoOptions),
+        "cosine": Row("kajiya.training.schedules:cosine", o.CosineOptions),
+        "linear": Row("kajiya.training.schedules:linear", o.LinearOptions),
+        "wsd": Row("kajiya.training.schedules:wsd", o.WSDOptions),
+    },
+    "tracker": {
+        "mlflow": Row("kajiya.run.trackers.mlflow:MLflowTracker", o.MLflowOptions),
+        "tensorboard": Row("kajiya.run.trackers.tensorboard:TensorBoardTracker", o.TensorBoardOptions),
+        "wandb": Row("kajiya.run.trackers.wandb:WandbTracker", o.WandbOptions),
+    },
+    "engine": {
+        "torch": Row("kajiya.serving.engine:load_engine", o.NoOptions),
+    },
+}
+"""Every table of names. A name with a colon, `my_pkg.mod:fn`, stands for the user's own function in any of them."""
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """A sentence that suggests the known word nearest to `word`, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {matches[0]!r}?" if matches else ""
+
+
+def resolve(table: str, name: str, given: Mapping[str, Any], field: str) -> tuple[Callable[..., Any], Any]:
+    """The function that `name` stands for in `table`, and its options.
+
+    Options are an instance of the row's dataclass, or, for a user's own function, a dict that fits its signature.
+    Raises `ConfigError` naming `field` for an unknown name, an unknown option, a wrong type or a value out of range.
+    """
+    checked = check_choice(table, name, given, field)
+    if ":" in name:
+        return import_target(name, field), checked
+    return import_target(TABLES[table][name].target, field), checked
+
+
+def check_choice(table: str, name: str, given: Mapping[str, Any], field: str) -> Any:
+    """The options of a choice, checked without loading the function unless it is the user's own."""
+    if ":" in name:
+        return _check_signature(import_target(name, field), given, f"{field}.options")
+    rows = TABLES[table]
+    if name not in rows:
+        hint = nearest(name, rows)
+        raise ConfigError(
+            f"{field}.name",
+            f"{name!r} is not one of {', '.join(sorted(rows))}" + (f"; {hint}" if hint else ""),
+            "A function of your own is named `package.module:function`.",
+        )
+    return _build_options(rows[name].options, given, f"{field}.options")
+
+
+def import_target(target: str, field: str) -> Callable[..., Any]:
+    """Import `package.module:attribute`; modules in the working directory are found too."""
+    module_name, _, attribute = target.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.split(".")[0] == error.name.split(".")[0]:
+            raise ConfigError(
+                field, f"no module {module_name!r}", f"It is looked for on the Python path and in {here}."
+            ) from error
+        raise
+    found = vars(module).get(attribute)
+    if not callable(found):
+        hint = nearest(attribute, vars(module))
+        raise ConfigError(field, f"{module_name!r} has no function {attribute!r}" + (f"; {hint}" if hint else ""))
+    return typing.cast(Callable[..., Any], found)
+
+
+def _build_options(options: type, given: Mapping[str, Any], path: str) -> Any:
+    known = {item.name: item for item in fields(options)}
+    hints = typing.get_type_hints(options)
+    values = {}
+    for key, value in given.items():
+        if key not in known:
+            hint = nearest(key, known)
+            allowed = ", ".join(known) or "none"
+            raise ConfigError(f"{path}.{key}", "unknown option" + (f"; {hint}" if hint else f" (known: {allowed})"))
+        values[key] = _as_type(value, hints[key], f"{path}.{key}")
+    for key, item in known.items():
+        if key not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{path}.{key}", "is required and has no default")
+    built = options(**values)
+    check_bounds(built, path)
+    return built
+
+
+def _as_type(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotated type: an int is taken for a float; nothing else is converted."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
+    if isinstance(value, bool) and bool not in plain:
+        raise ConfigError(path, f"{value!r} is not of type {_type_name(allowed)}")
+    if isinstance(value, int) and float in plain and int not in plain:
+        return float(value)
+    if isinstance(value, str) and float in plain and str not in plain:
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, plain):
+        raise ConfigError(path, f"{value!r} is not of type {_type_name(allowed)}")
+    return value
+
+
+def _type_name(allowed: tuple[Any, ...]) -> str:
+    return " or ".join("none" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
+
+
+def _check_signature(function: Callable[..., Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    known = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for key in given:
+        if key not in known and not takes_any:
+            hint = nearest(key, known)
+            raise ConfigError(
+                f"{path}.{key}",
+                f"{function.__module__}:{function.__qualname__} takes no such argument" + (f"; {hint}" if hint else ""),
+                f"It takes: {', '.join(known) or 'nothing'}.",
+            )
+    return dict(given)
+
+
+def is_options(value: Any) -> bool:
+    """Whether `value` is the options dataclass of one of the project's own rows (a user's own are a dict)."""
+    return is_dataclass(value) and not isinstance(value, type)

@@ -1,0 +1,65 @@
+"""What a config must satisfy beyond its types: bounds, choices, options of each chosen row, combinations."""
+
+from kajiya.config.quantities import parse_count
+from kajiya.config.schema import Config
+from kajiya.config.setting import check_bounds
+from kajiya.config.tables import check_choice
+from kajiya.errors import ConfigError
+
+_LENGTHS = ("steps", "epochs", "minutes")
+
+
+def validate(config: Config) -> None:
+    """Raise `ConfigError` for the first thing that cannot be right."""
+    check_bounds(config)
+    check_choice("source", config.data.source.name, config.data.source.options, "data.source")
+    check_choice("optimizer", config.optim.name, config.optim.options, "optim")
+    check_choice("schedule", config.schedule.name, config.schedule.options, "schedule")
+    check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
+    check_choice("engine", config.serve.engine, {}, "serve.engine")
+    for name, options in config.track.options.items():
+        check_choice("tracker", name, options, "track")
+    for name in config.track.trackers:
+        check_choice("tracker", name, config.track.options.get(name) or {}, "track")
+    _check_length(config)
+    _check_model(config)
+    for name in config.eval.baselines:
+        if name not in ("xz", "xz-primed"):
+            raise ConfigError("eval.baselines", f"{name!r} is not one of xz, xz-primed")
+
+
+def _check_length(config: Config) -> None:
+    given = [name for name in _LENGTHS if getattr(config.train, name) is not None]
+    if len(given) != 1:
+        said = " and ".join(f"train.{name}" for name in given) or "none of them"
+        raise ConfigError(
+            "train",
+            f"exactly one of {', '.join(f'train.{name}' for name in _LENGTHS)} says how long; given: {said}",
+            "Set the others to null, for example train.steps=200 train.minutes=null.",
+        )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.n_params is not None:
+        parse_count(model.n_params, "model.n_params")
+    elif model.path is None and ":" not in model.name and None in (model.hidden_size, model.n_layers):
+        raise ConfigError(
+            "model.n_params",
+            "is null, so model.hidden_size and model.n_layers must both be set",
+            "For example model.n_params=6M, which derives them.",
+        )
+    if config.data.row_tokens > model.max_positions:
+        raise ConfigError(
+            "data.row_tokens",
+            f"{config.data.row_tokens} is longer than model.max_positions={model.max_positions}",
+            "Raise model.max_positions or shorten the row.",
+        )
+    if model.hidden_size and model.n_heads and model.hidden_size % (2 * model.n_heads):
+        raise ConfigError(
+            "model.n_heads", f"model.hidden_size={model.hidden_size} is not an even multiple of {model.n_heads} heads"
+        )
+    if model.n_heads and model.n_kv_heads and model.n_heads % model.n_kv_heads:
+        raise ConfigError(
+            "model.n_kv_heads", f"{model.n_kv_heads} does not divide model.n_heads={model.n_heads} evenly"
+        )

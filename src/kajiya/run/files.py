@@ -1,0 +1,113 @@
+"""Files that are whole or absent: hash, write beside, fsync, rename."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kajiya.errors import StoreError
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the file's bytes, 64 hex digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every regular file below `folder`, sorted by relative path."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def hash_folder(folder: Path, leave_out: tuple[str, ...] = ("manifest.json",)) -> dict[str, dict[str, Any]]:
+    """`{relative path: {bytes, sha256}}` of every file below `folder`."""
+    names = {path: path.relative_to(folder).as_posix() for path in list_files(folder)}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path, name in names.items()
+        if name not in leave_out
+    }
+
+
+def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raise `StoreError` for the first file that is missing, of another size or of other content than listed."""
+    for name, listed in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise StoreError(f"{path}: listed in the manifest, but missing")
+        if path.stat().st_size != listed["bytes"]:
+            raise StoreError(f"{path}: {path.stat().st_size} bytes, but the manifest says {listed['bytes']}")
+        if hash_file(path) != listed["sha256"]:
+            raise StoreError(f"{path}: its content is not what the manifest's hash says; the file is corrupt")
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and itself."""
+    for path in [*list_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that `path` holds either the old content or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as handle:
+        json.dump(content, handle, indent=1, ensure_ascii=False, allow_nan=False)
+        handle.flush()
+        os.fsync(handle.fileno())
+    beside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file; `StoreError` names it when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise StoreError(f"{path}: broken JSON ({error})") from error
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder written beside `final` and renamed to it when the block ends well; removed when it does not."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(f".{final.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        sync_folder(beside)
+        if final.exists():
+            shutil.rmtree(final)
+        beside.rename(final)
+        sync_folder_entry(final.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def sync_folder_entry(folder: Path) -> None:
+    """fsync a folder's own list of names, so that a rename in it outlives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raise `StoreError` when the disk that holds `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StoreError(
+            f"{purpose} needs {needed / 2**20:.0f} MiB on the disk of {folder}, which has {free / 2**20:.0f} MiB free.\n"
+            "Free some space, or put the store elsewhere with --store."
+        )

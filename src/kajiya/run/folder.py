@@ -1,0 +1,100 @@
+"""A run: its folder, its manifest, its event log."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kajiya.config.digest import to_plain
+from kajiya.config.schema import Config
+from kajiya.errors import StoreError
+from kajiya.run.events import EventLog
+from kajiya.run.files import read_json, write_json
+from kajiya.run.provenance import collect_provenance
+from kajiya.run.store import Artifact, Store
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one recipe: `<store>/runs/<name>-<key>/` with manifest.json, events.jsonl and checkpoints/."""
+
+    folder: Path
+    store: Store
+    events: EventLog
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it stands on disk."""
+        manifest = read_json(self.folder / _MANIFEST)
+        if not isinstance(manifest, dict):
+            raise StoreError(f"{self.folder / _MANIFEST}: not the manifest of a run")
+        return manifest
+
+    def record(self, **fields: Any) -> None:
+        """Set fields of the manifest (`status`, `derived`, `timings` …) and write it whole."""
+        write_json(self.folder / _MANIFEST, self.manifest() | to_plain(fields))
+
+    def record_artifact(self, name: str, artifact: Artifact) -> None:
+        """List an artifact that this run made or used under `artifacts`."""
+        relative = os.path.relpath(artifact.path, self.store.root)
+        entry = artifact.reference() | {"path": relative}
+        self.record(artifacts=self.manifest()["artifacts"] | {name: entry})
+        self.events.emit("artifact", name=name, path=relative, stage=artifact.stage, digest=artifact.digest)
+
+
+def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
+    """The run of that key: begun now, or gone on with where an earlier attempt left it."""
+    folder = store.runs / f"{config.name}-{key[:10]}"
+    run = Run(folder, store, EventLog(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / _MANIFEST).is_file():
+        write_json(
+            folder / _MANIFEST,
+            {
+                "run": folder.name,
+                "name": config.name,
+                "key": key,
+                "created": time.time(),
+                "config": to_plain(config),
+                "command": command,
+                "status": "running",
+                "attempts": 0,
+                "artifacts": {},
+                "provenance": collect_provenance(),
+            },
+        )
+        run.events.emit("config", config=to_plain(config))
+    return run
+
+
+def find_run(store: Store, name: str) -> Run:
+    """A run by its id, an unambiguous beginning of it, its folder, or `latest`."""
+    if (Path(name) / _MANIFEST).is_file() and Path(name).resolve().parent.name == "runs":
+        folder = Path(name).resolve()
+        return Run(folder, Store(folder.parent.parent), EventLog(folder))
+    runs = list_runs(store)
+    if name == "latest" and runs:
+        return runs[-1]
+    matches = [run for run in runs if run.id.startswith(name)]
+    exact = [run for run in matches if run.id == name]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0]
+    known = ", ".join(run.id for run in runs[-5:]) or "none yet"
+    problem = "is the beginning of several runs" if matches else "is no run"
+    raise StoreError(f"{name!r} {problem} in {store.runs}.\nRuns, newest last: {known}")
+
+
+def list_runs(store: Store) -> list[Run]:
+    """All runs of the store, oldest first."""
+    runs = [Run(path.parent, store, EventLog(path.parent)) for path in store.runs.glob("*/" + _MANIFEST)]
+    return sorted(runs, key=lambda run: (run.manifest()["created"], run.id))

@@ -1,0 +1,134 @@
+"""The content-addressed store: immutable folders, found by the hash of all that made them."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kajiya.config.digest import digest, to_plain
+from kajiya.errors import StoreError
+from kajiya.run.files import check_files, hash_folder, new_folder, read_json, write_json
+
+STORE_VARIABLE = "KAJIYA_STORE"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An immutable folder and the manifest that says what it is and what it came from."""
+
+    path: Path
+    stage: str
+    key: str
+    digest: str
+    facts: Mapping[str, Any]
+
+    def reference(self) -> dict[str, str]:
+        """What a child's manifest says of this parent."""
+        return {"stage": self.stage, "key": self.key, "digest": self.digest}
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of artifacts and runs. Layout: `artifacts/<stage>/<key>/`, `runs/<run>/`."""
+
+    root: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def folder(self, stage: str, key: str) -> Path:
+        """Where the artifact of that stage and key is, or would be."""
+        return self.root / "artifacts" / stage / key[:24]
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The finished artifact of that key, its files verified, or `None`."""
+        folder = self.folder(stage, key)
+        return open_artifact(folder) if (folder / _MANIFEST).is_file() else None
+
+    def artifacts(self) -> list[Artifact]:
+        """All finished artifacts, by stage and age; files are not verified."""
+        manifests = sorted(self.root.glob("artifacts/*/*/" + _MANIFEST), key=lambda path: path.stat().st_mtime)
+        return [open_artifact(path.parent, verify=False) for path in manifests if not path.parent.name.startswith(".")]
+
+
+def default_store(given: str | Path | None = None) -> Store:
+    """The store at `given`, else at the variable KAJIYA_STORE, else `./kajiya-store`."""
+    return Store(Path(given or os.environ.get(STORE_VARIABLE) or "kajiya-store").resolve())
+
+
+def artifact_key(stage: str, code: str, config: Any, parents: Mapping[str, Artifact]) -> str:
+    """Hash of the stage, its code revision, its own config section and its parents' content digests."""
+    return digest(
+        {
+            "stage": stage,
+            "code": code,
+            "config": to_plain(config),
+            "parents": {name: parent.digest for name, parent in parents.items()},
+        }
+    )
+
+
+def produce(
+    store: Store,
+    stage: str,
+    *,
+    code: str,
+    config: Any,
+    parents: Mapping[str, Artifact],
+    make: Callable[[Path], dict[str, Any]],
+) -> tuple[Artifact, bool]:
+    """The artifact of this stage, and whether it was there already.
+
+    `make(folder)` writes the files and returns the facts for the manifest. The folder appears whole or not at all.
+    """
+    key = artifact_key(stage, code, config, parents)
+    found = store.find(stage, key)
+    if found is not None:
+        return found, True
+    started = time.time()
+    with new_folder(store.folder(stage, key)) as folder:
+        facts = make(folder)
+        files = hash_folder(folder)
+        write_json(
+            folder / _MANIFEST,
+            {
+                "stage": stage,
+                "key": key,
+                "digest": digest({name: entry["sha256"] for name, entry in files.items()}),
+                "code": code,
+                "config": to_plain(config),
+                "parents": {name: parent.reference() for name, parent in parents.items()},
+                "facts": facts,
+                "files": files,
+                "created": started,
+                "seconds": time.time() - started,
+            },
+        )
+    return open_artifact(store.folder(stage, key), verify=False), False
+
+
+def open_artifact(folder: Path, verify: bool = True) -> Artifact:
+    """The artifact in `folder`; with `verify`, every file is checked against the manifest's hashes."""
+    manifest = read_manifest(folder)
+    if verify:
+        check_files(folder, manifest["files"])
+    return Artifact(folder, manifest["stage"], manifest["key"], manifest["digest"], manifest["facts"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact."""
+    manifest = read_json(folder / _MANIFEST)
+    if not isinstance(manifest, dict) or "stage" not in manifest or "files" not in manifest:
+        raise StoreError(f"{folder / _MANIFEST}: not the manifest of an artifact")
+    return manifest
+
+
+def remove_artifact(artifact: Artifact) -> None:
+    """Delete an artifact; its manifest goes first, so that a half-deleted one is never found."""
+    (artifact.path / _MANIFEST).unlink()
+    shutil.rmtree(artifact.path)
