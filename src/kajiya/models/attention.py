@@ -1,0 +1,58 @@
+"""Attention for packed rows: torch's SDPA with documents kept apart, entered through Transformers' attention interface.
+
+Shape letters: B rows, N query heads, K key heads, T tokens, H head width.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+PACKED_SDPA = "kajiya_packed_sdpa"
+"""Name under which Transformers finds `packed_sdpa`; it builds no mask of its own for it."""
+
+
+def register_packed_sdpa() -> None:
+    """Make `packed_sdpa` known to Transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+
+
+def packed_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of query [B, N, T, H] over key and value [B, K, T, H]; returns [B, T, N, H].
+
+    `attention_mask` is `None` (plain causal) or a boolean [B, 1, T, T] that is true where a query may look
+    (`segment_mask`). A length-1 query with a longer key is one decoding step and sees all of the keys.
+    """
+    result = functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=attention_mask is None and query.shape[2] > 1,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return result.transpose(1, 2).contiguous(), None
+
+
+def segment_mask(segments: torch.Tensor) -> torch.Tensor | None:
+    """Boolean [B, 1, T, T], true where token i may look at token j: same segment and j ≤ i; `None` when no row has two segments.
+
+    `segments` is int64 [B, T]. `None` lets the kernel use its faster plain causal path.
+    """
+    if not bool((segments != segments[:, :1]).any()):
+        return None
+    same = segments[:, :, None] == segments[:, None, :]
+    return same.tril().unsqueeze(1)

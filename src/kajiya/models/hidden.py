@@ -1,0 +1,46 @@
+"""The forward pass up to the last hidden state, for losses and scores that never hold all logits."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.data.batch import Batch
+from kajiya.models.attention import PACKED_SDPA, segment_mask
+
+
+def has_split_head(model: nn.Module) -> bool:
+    """Whether the model is one of Transformers' with a decoder and a linear head without bias."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return False
+    head = model.get_output_embeddings()
+    return isinstance(head, nn.Linear) and head.bias is None and model.base_model is not model
+
+
+def last_hidden(model: Any, batch: Batch) -> torch.Tensor:
+    """Hidden state [B, T, D] before the head, documents of a row isolated from each other."""
+    return model.base_model(**forward_inputs(model, batch)).last_hidden_state  # type: ignore[no-any-return]
+
+
+def all_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits [B, T, V] of any module: one of Transformers', or a user's own that takes the token ids [B, T]."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model(**forward_inputs(model, batch)).logits  # type: ignore[no-any-return]
+    result = model(batch.tokens)
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(
+            f"{type(model).__name__}.forward returned {type(result).__name__}; logits [B, T, V] are expected"
+        )
+    return result
+
+
+def forward_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """Keyword arguments of a Transformers forward pass for a packed batch."""
+    inputs: dict[str, Any] = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
+    if model.config._attn_implementation == PACKED_SDPA:
+        inputs["attention_mask"] = segment_mask(batch.segments)
+    return inputs

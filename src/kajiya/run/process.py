@@ -1,0 +1,60 @@
+"""What is set in the process, and only here: threads, the memory allocator, an accelerator's switches, caches, seeds."""
+
+import ctypes
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def set_up_process(seed: int, store_root: Path, deterministic: bool = False) -> dict[str, Any]:
+    """Prepare this process for training and say what was set, for the manifest.
+
+    Seeds Python, NumPy and torch; keeps large blocks in the C allocator; puts the compile cache into the store;
+    turns the hub's and the tokenizers' chatter off.
+    """
+    import numpy as np
+    import torch
+
+    from kajiya.run.provenance import usable_cores
+
+    done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": usable_cores()}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(store_root / "compile-cache")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    torch.set_num_threads(usable_cores())
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if deterministic else "tf32"
+        done["fp32_matmul"] = torch.backends.cuda.matmul.fp32_precision
+    done["deterministic"] = deterministic
+    done["torch_threads"] = torch.get_num_threads()
+    return done
+
+
+def keep_large_blocks() -> str:
+    """Tell glibc's malloc to keep freed memory and to serve large blocks from the heap; returns what was set.
+
+    A training step frees and takes the same large blocks each time; handing them back to the kernel costs a page fault a page.
+    """
+    if sys.platform != "linux":
+        return "left as it is"
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return "left as it is (not glibc)"
+    m_trim_threshold, m_mmap_threshold, m_mmap_max, m_top_pad = -1, -3, -4, -2
+    never = 2**31 - 1
+    set_all = [
+        libc.mallopt(m_mmap_max, 0),
+        libc.mallopt(m_trim_threshold, never),
+        libc.mallopt(m_mmap_threshold, never),
+        libc.mallopt(m_top_pad, 64 * 2**20),
+    ]
+    return "glibc: no mmap, no trim, 64 MiB top pad" if all(set_all[:2]) else "glibc: refused"

@@ -1,0 +1,122 @@
+"""Checkpoints: weights, optimizer, random generators, loader, counters; no pickle, hashed, whole or absent.
+
+`step-00000120/`: state.safetensors (masters and optimizer slots by parameter name, buffers, generators), state.json, manifest.json.
+"""
+
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kajiya.errors import StoreError
+from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, write_json
+from kajiya.training.optimizers import MasterOptimizer
+from kajiya.training.state import TrainState
+
+_MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    root: Path, state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, int], run_key: str
+) -> Path:
+    """Write `root/step-<step>` beside, sync, rename; the disk space is checked before. Returns the folder."""
+    from safetensors.torch import save_file
+
+    tensors = _frozen_and_buffers(model, optimizer) | optimizer.state_tensors() | _generator_tensors()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    root.mkdir(parents=True, exist_ok=True)
+    require_space(root, size + 2**20, f"The checkpoint of step {state.step}")
+    final = root / f"step-{state.step:08d}"
+    with new_folder(final) as folder:
+        save_file(tensors, folder / "state.safetensors")
+        plain = {"state": asdict(state), "loader": loader, "generators": _generator_numbers(), "run_key": run_key}
+        write_json(folder / "state.json", plain)
+        write_json(folder / _MANIFEST, {"step": state.step, "best_loss": state.best_loss, "files": hash_folder(folder)})
+    return final
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str
+) -> tuple[TrainState, dict[str, int]]:
+    """Verify every hash, restore model, optimizer and generators; returns the counters and the loader's state."""
+    from safetensors.torch import load_file
+
+    check_files(folder, read_json(folder / _MANIFEST)["files"])
+    plain = read_json(folder / "state.json")
+    if plain["run_key"] != run_key:
+        raise StoreError(f"{folder}: this checkpoint is of another config, data or code than the run")
+    tensors = load_file(folder / "state.safetensors")
+    own = model.state_dict()
+    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "generator": {}, "optimizer": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        groups[kind if kind in ("model", "generator") else "optimizer"][
+            name if kind in ("model", "generator") else key
+        ] = tensor
+    with torch.no_grad():
+        for name, tensor in groups["model"].items():
+            if name not in own:
+                raise StoreError(f"{folder}: the model has no tensor {name!r}")
+            own[name].copy_(tensor)
+    optimizer.load_state_tensors(groups["optimizer"])
+    _restore_generators(groups["generator"], plain["generators"])
+    return TrainState(**plain["state"]), plain["loader"]
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; folders that a crash left half-written are not among them."""
+    return sorted(path.parent for path in root.glob("step-*/" + _MANIFEST))
+
+
+def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None:
+    """Delete all but the last `keep_last` and the one of `best_step`."""
+    whole = list_checkpoints(root)
+    for folder in whole[:-keep_last]:
+        if best_step is None or folder.name != f"step-{best_step:08d}":
+            (folder / _MANIFEST).unlink()
+            shutil.rmtree(folder)
+    for leftover in root.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _frozen_and_buffers(model: nn.Module, optimizer: MasterOptimizer) -> dict[str, torch.Tensor]:
+    """Everything of the model that the optimizer's masters do not already hold, shared tensors once."""
+    trained = {id(tensor) for tensor in optimizer.parameters.values()}
+    kept: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in trained:
+            kept.setdefault(id(tensor), (f"model/{name}", tensor))
+    return dict(kept.values())
+
+
+def _generator_tensors() -> dict[str, torch.Tensor]:
+    tensors = {"generator/cpu": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        tensors[f"generator/cuda{index}"] = torch.cuda.get_rng_state(index)
+    return tensors
+
+
+def _generator_numbers() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def _restore_generators(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    for name, tensor in tensors.items():
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(tensor, int(name.removeprefix("cuda")))
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

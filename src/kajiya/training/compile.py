@@ -1,0 +1,43 @@
+"""torch.compile where it pays: block by block, so that compile time does not grow with depth."""
+
+import warnings
+
+import torch
+from torch import nn
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why this machine cannot compile for `device`, in words; `None` when it can."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "no C++ compiler was found (on Debian or Ubuntu: apt install g++)"
+        return None
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton is not installed"
+    return f"torch.compile is not relied on for {device.type}"
+
+
+def compile_blocks(model: nn.Module) -> int:
+    """Compile each repeated block of the model in place; returns how many. A model without a stack is compiled whole."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    uniform = [stack for stack in stacks if len({type(block) for block in stack}) == 1]
+    if not uniform:
+        _compile(model)
+        return 1
+    longest = max(uniform, key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()))
+    for block in longest:
+        _compile(block)
+    return len(longest)
+
+
+def _compile(module: nn.Module) -> None:
+    # Inductor warns of CPUs with few cores and of its own deprecations; neither is the user's to mend.
+    warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo).*")
+    module.compile(dynamic=False)

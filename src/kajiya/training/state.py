@@ -1,0 +1,28 @@
+"""Where a run stands: all that the loop itself must remember, as plain numbers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Counters of the loop; the one mutable thing that it passes around."""
+
+    step: int = 0
+    """Optimizer steps done (skipped ones included: the clock and the data go on)."""
+    tokens: int = 0
+    """Tokens that went through the model."""
+    targets: int = 0
+    """Targets that were learnt from."""
+    skipped: int = 0
+    """Steps whose gradient was not finite."""
+    seconds: float = 0.0
+    """Time in the loop over all attempts, seconds."""
+    best_loss: float | None = None
+    """Lowest held-out loss so far, nats per token."""
+    best_step: int | None = None
+    """Step of it."""
+    window: dict[str, list[float]] = field(default_factory=dict)
+    """Sums and counts of each metric since the last logged line."""
+    derived: dict[str, Any] = field(default_factory=dict)
+    """Values of settings that were `auto` or `None`; a resume takes them from here."""
