@@ -1,0 +1,119 @@
+"""Documents on disk: all texts of a split in one file, with their names and where each begins."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from kajiya.errors import StoreError
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one split of a corpus, memory-mapped.
+
+    Layout: `<split>.bin` (the UTF-8 bytes of all documents, one behind the other), `<split>.offsets.npy` (int64, where each
+    begins, and the end), `<split>.names.json`.
+    """
+
+    folder: Path
+    split: str
+    offsets: np.ndarray
+    """Where each document begins, bytes; int64 [n + 1]."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all documents."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The documents' names, in order."""
+        names: list[str] = json.loads((self.folder / f"{self.split}.names.json").read_bytes())
+        return names
+
+    @cached_property
+    def raw(self) -> np.ndarray:
+        """All bytes, uint8, memory-mapped."""
+        return map_file(self.folder / f"{self.split}.bin", np.dtype(np.uint8))
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one document."""
+        return self.raw[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    def text(self, index: int) -> str:
+        """The text of one document."""
+        return self.read(index).decode()
+
+    def texts(self) -> Iterator[str]:
+        """All texts, in order."""
+        return (self.text(index) for index in range(len(self)))
+
+    def batches(self, n_bytes: int) -> Iterator[tuple[int, list[str]]]:
+        """Runs of documents of about `n_bytes` together (at least one document), each with its first index."""
+        start = 0
+        while start < len(self):
+            stop = int(np.searchsorted(self.offsets, self.offsets[start] + n_bytes, side="right")) - 1
+            stop = min(max(stop, start + 1), len(self))
+            yield start, [self.text(index) for index in range(start, stop)]
+            start = stop
+
+
+class DocumentWriter:
+    """Appends documents to a split's files; `close` writes the index."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._folder = folder
+        self._split = split
+        self._handle = (folder / f"{split}.bin").open("wb")
+        self.names: list[str] = []
+        self.lengths: list[int] = []
+
+    def add(self, name: str, raw: bytes) -> None:
+        """Append one document."""
+        self._handle.write(raw)
+        self.names.append(name)
+        self.lengths.append(len(raw))
+
+    def close(self) -> Documents:
+        """Write names and offsets; return what was written."""
+        self._handle.close()
+        write_index(self._folder, self._split, self.names, self.lengths)
+        return open_documents(self._folder, self._split)
+
+
+def write_index(folder: Path, split: str, names: list[str], lengths: list[int]) -> None:
+    """Write names and offsets of a split whose bytes are in place."""
+    (folder / f"{split}.names.json").write_text(json.dumps(names), encoding="utf-8")
+    np.save(folder / f"{split}.offsets.npy", cumulated(lengths))
+
+
+def open_documents(folder: Path, split: str) -> Documents:
+    """The documents of a split (`train`, `heldout`) of the corpus in `folder`."""
+    path = folder / f"{split}.offsets.npy"
+    if not path.is_file():
+        raise StoreError(f"{folder}: no corpus with a split {split!r} is there")
+    return Documents(folder, split, np.load(path, allow_pickle=False))
+
+
+def cumulated(lengths: list[int] | np.ndarray) -> np.ndarray:
+    """Where each item begins when they lie one behind the other, and the end; int64 [n + 1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as a read-only memory-mapped array; an empty file as an empty array (which no system maps)."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=dtype)
+    # A plain array over the map: slices of a memmap cost ten times as much.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

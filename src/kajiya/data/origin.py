@@ -1,0 +1,106 @@
+"""A source opened: how to read it, what identifies its content, and what a manifest says of it."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kajiya.config.digest import digest, to_plain
+from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
+from kajiya.config.schema import SourceConfig
+from kajiya.config.tables import resolve
+from kajiya.data.sources import Document, Entry, SourceFile, from_function, hub, is_local, matching_files, stdlib_files
+from kajiya.errors import DataError
+from kajiya.run.files import hash_file, list_files
+
+_PLACES = frozenset({"root", "files", "path"})
+"""Options that say where the content is and not what it is; the content's own digest stands for them in a key."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A source, ready to be read any number of times."""
+
+    read: Callable[[], Iterator[Entry]]
+    """Yields its entries from the first one."""
+    fingerprint: Callable[[], str]
+    """Digest of its content as it is now: names and bytes."""
+    settings: dict[str, Any]
+    """What the key of an artifact made from it holds, beside the fingerprint."""
+    facts: dict[str, Any]
+    """Name, options, and the commit that a hub name stood for."""
+
+
+def open_source(config: SourceConfig) -> Origin:
+    """Check the source's options and find what identifies its content. Raises `ConfigError`, `DataError`."""
+    function, options = resolve("source", config.name, config.options, "data.source")
+    if isinstance(options, dict):
+        own = options
+
+        def read() -> Iterator[Entry]:
+            return from_function(function, own)
+
+        return Origin(read, lambda: entries_digest(read()), to_plain(config), to_plain(config))
+    if isinstance(options, HubSource) and options.path and not is_local(options):
+        options = replace(options, revision=resolve_commit(options.path, options.revision, "dataset"))
+    kept = {key: value for key, value in to_plain(options).items() if key not in _PLACES}
+    return Origin(
+        read=lambda: function(options),
+        fingerprint=lambda: _fingerprint(options),
+        settings={"name": config.name, "options": kept},
+        facts={"name": config.name, "options": to_plain(options)},
+    )
+
+
+def _fingerprint(options: StdlibSource | TextSource | TableSource | HubSource) -> str:
+    if isinstance(options, StdlibSource):
+        return files_digest(stdlib_files(options))
+    if isinstance(options, (TextSource, TableSource)):
+        return files_digest(matching_files(options.files))
+    if not is_local(options):
+        # A commit is immutable: its name is as good as a hash of what it holds.
+        return digest({"path": options.path, "commit": options.revision})
+    root = Path(options.path).expanduser()
+    return files_digest([(path.relative_to(root).as_posix(), path) for path in list_files(root)])
+
+
+def files_digest(files: Iterable[SourceFile]) -> str:
+    """Hash of the files' names and bytes; a file that cannot be read counts as such."""
+    hasher = hashlib.sha256()
+    for name, path in files:
+        try:
+            content = hash_file(path)
+        except OSError:
+            content = "unreadable"
+        hasher.update(f"{name}\0{content}\0".encode())
+    return hasher.hexdigest()
+
+
+def entries_digest(entries: Iterable[Entry]) -> str:
+    """Hash of entries' names and texts, in order."""
+    hasher = hashlib.sha256()
+    for entry in entries:
+        is_text = isinstance(entry, Document)
+        content = (entry.text if isinstance(entry, Document) else entry.reason).encode(errors="backslashreplace")
+        hasher.update(f"{entry.name}\0{is_text}\0{len(content)}\0".encode(errors="backslashreplace"))
+        hasher.update(content)
+    return hasher.hexdigest()
+
+
+def resolve_commit(path: str, revision: str | None, kind: str) -> str:
+    """The commit that a hub name and revision stand for now; `kind` is `dataset` or `model`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        found = HfApi().repo_info(path, revision=revision, repo_type=kind).sha
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{path}: is no folder here, and the hub has no such {kind} or cannot be reached: {reason}\n"
+            "Give an existing folder, or check the name, the revision and the network."
+        ) from error
+    if found is None:
+        raise DataError(f"{path}: the hub names no commit for revision {revision or 'main'!r}")
+    return found
