@@ -10,7 +10,7 @@ from kajiya.config.digest import digest, to_plain
 from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
 from kajiya.config.schema import SourceConfig
 from kajiya.config.tables import resolve
-from kajiya.data.sources import Document, Entry, SourceFile, from_function, hub, is_local, matching_files, stdlib_files
+from kajiya.data.sources import Document, Entry, SourceFile, from_function, is_local, matching_files, stdlib_files
 from kajiya.errors import DataError
 from kajiya.run.files import hash_file, list_files
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kajiya.config.digest import digest
 from kajiya.config.schema import TokenizerConfig
@@ -51,14 +51,15 @@ def build_tokenizer(
 
     def make(folder: Path) -> dict[str, Any]:
         if loaded is None:
-            tokenizer, facts = _train(config, open_documents(corpus.path, "train"), on_event), {"trained": True}
+            tokenizer, origin = _train(config, open_documents(corpus.path, "train"), on_event), {}
         else:
-            tokenizer, facts = loaded[0], {"trained": False} | loaded[1]
+            tokenizer, origin = loaded
         tokenizer.save_pretrained(folder)
         saved = load_tokenizer(folder)
-        facts |= {
+        facts: dict[str, Any] = origin | {
+            "trained": loaded is None,
             "vocab_size": len(saved),
-            "bos_id": saved.bos_token_id if saved.bos_token_id is not None else saved.eos_token_id,
+            "bos_id": start_id(saved),
             "eos_id": saved.eos_token_id,
             "pad_id": saved.pad_token_id,
         }
@@ -89,13 +90,19 @@ def load_tokenizer(folder: Path, max_tokens: int | None = None) -> "PreTrainedTo
     """The tokenizer in `folder`; with `max_tokens`, declared for a model of that many positions."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
     if max_tokens is not None:
         tokenizer.model_max_length = max_tokens
     return tokenizer
 
 
 # ---------------------------------------------------------------- training
+
+
+def start_id(tokenizer: Any) -> int:
+    """The token that a document begins with: the tokenizer's begin-of-text, or its end-of-text where it has none."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return int(begin)
 
 
 def _train(config: TokenizerConfig, documents: Documents, on_event: OnEvent) -> "PreTrainedTokenizerFast":
@@ -182,7 +189,7 @@ def _load(config: TokenizerConfig) -> tuple["PreTrainedTokenizerFast", dict[str,
         tokenizer.pad_token = tokenizer.eos_token
     # Old tokenizers drop the space before a full stop when they decode; that is no round trip.
     tokenizer.clean_up_tokenization_spaces = False
-    return tokenizer, {"path": config.path, "revision": commit}
+    return cast("PreTrainedTokenizerFast", tokenizer), {"path": config.path, "revision": commit}
 
 
 def _tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
