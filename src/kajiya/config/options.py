@@ -148,7 +148,7 @@ class MLflowOptions:
     experiment: str = "kajiya"
     """Experiment that the run is filed under."""
     register: bool = True
-    """Register the finished model with the alias `latest`."""
+    """Register the finished model with the alias `newest`."""
 
 
 @dataclass(frozen=True)

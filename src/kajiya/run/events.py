@@ -37,9 +37,11 @@ class EventLog:
         """Append one event and return it. Non-finite numbers are written as strings (`"nan"`), since JSON has none."""
         event: Event = {"t": time.time(), "kind": kind, **_finite(fields)}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
+        data = line.encode("utf-8", errors="backslashreplace")
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(handle, line.encode("utf-8", errors="backslashreplace"))
+            while data:  # a nearly full disk takes a part of the line; the next write then says what is wrong
+                data = data[os.write(handle, data) :]
         finally:
             os.close(handle)
         return event
@@ -55,22 +57,52 @@ def read_events(folder: Path) -> Iterator[Event]:
 
 
 def read_from(path: Path, offset: int) -> Iterator[tuple[Event, int]]:
-    """Events from a byte offset on, each with the offset behind it; a last line without its newline is left out."""
+    """Events from a byte offset on, each with the offset behind it; a last line without its newline is left out.
+
+    A crash may tear a line, and the resumed run then appends to it. The torn part is left out, the rest is read.
+    Any other broken line raises `StoreError`.
+    """
     with path.open("rb") as handle:
         handle.seek(offset)
         for line in handle:
             if not line.endswith(b"\n"):
                 return
-            offset += len(line)
             try:
-                yield json.loads(line), offset
+                yield json.loads(line), offset + len(line)
             except ValueError:
-                # A line torn by a crash and then appended to by the resumed run: its own newline ends it.
-                torn = line.rfind(b'{"t":')
-                try:
-                    yield json.loads(line[torn:]), offset
-                except ValueError as error:
-                    raise StoreError(f"{path}: broken line before byte {offset}") from error
+                yield from _mend(line, offset, path)
+            offset += len(line)
+
+
+_BEGINNING = b'{"t": '
+
+
+def _mend(line: bytes, offset: int, path: Path) -> Iterator[tuple[Event, int]]:
+    """The whole events that a torn line ends with: one, or two when a crash cut only the newline of the first."""
+    begins = line.find(_BEGINNING, 0 if line.startswith(b"{") else len(line))
+    while begins >= 0:
+        event, ends = _decode(line, begins)
+        if event is not None and line[ends:].strip() == b"":
+            yield event, offset + len(line)
+            return
+        if event is not None and line.startswith(_BEGINNING, ends):
+            yield event, offset + ends
+            begins = ends
+        else:
+            begins = line.find(_BEGINNING, begins + 1)
+    raise StoreError(f"{path}: broken line at byte {offset}")
+
+
+def _decode(line: bytes, begins: int) -> tuple[Event | None, int]:
+    """The event at byte `begins` of the line and the byte behind it, or `None` where none is whole."""
+    text = line[begins:].decode("utf-8", errors="surrogateescape")
+    try:
+        event, ends = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return None, begins
+    if not isinstance(event, dict) or "kind" not in event:
+        return None, begins
+    return event, begins + len(text[:ends].encode("utf-8", errors="surrogateescape"))
 
 
 def _finite(value: Any) -> Any:

@@ -58,3 +58,10 @@ def keep_large_blocks() -> str:
         libc.mallopt(m_top_pad, 64 * 2**20),
     ]
     return "glibc: no mmap, no trim, 64 MiB top pad" if all(set_all[:2]) else "glibc: refused"
+
+
+def quiet_transformers() -> None:
+    """Turn Transformers' own progress bars off: this project draws one for each stage."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,98 @@
+"""How far a tracker has followed a run: saved beside the run after every portion, so that a killed follower goes on."""
+
+import re
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kajiya.errors import StoreError
+from kajiya.run.events import Event
+from kajiya.run.files import read_json, write_json
+
+
+@dataclass
+class Position:
+    """The follower's state; saved whole or not at all."""
+
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Stands for the run in this tracker; the first thing that is saved."""
+    offset: int = 0
+    """Bytes of the event log that the tracker has taken."""
+    n_events: int = 0
+    """Events delivered."""
+    n_repeated: int = 0
+    """Metrics and samples left out because a resumed run computed them again."""
+    status: str = "running"
+    """Last known status of the run: running, finished, interrupted, failed."""
+    closed: bool = False
+    """The tracker was closed behind `offset`."""
+    highest: dict[str, int] = field(default_factory=dict)
+    """Highest step delivered of each metric, and of samples."""
+    repeated: dict[str, int] = field(default_factory=dict)
+    """`highest` as it was when the run was last resumed: up to here its events are repetitions."""
+    saved: dict[str, Any] = field(default_factory=dict)
+    """What the tracker wants to find again."""
+    problem: str | None = None
+    """Why the last follower gave up."""
+
+    def rewind(self) -> None:
+        """Back to the beginning of the log, as the same run."""
+        fresh = Position(token=self.token)
+        self.__dict__.update(fresh.__dict__)
+
+    def take(self, event: Event, offset: int) -> Event | None:
+        """Move past an event and return what of it is new.
+
+        A run resumed from a checkpoint writes the steps behind it a second time. Exact resume makes them equal; the
+        first ones have been delivered, so each metric goes on behind its highest step.
+        """
+        self.offset = offset
+        self.closed = False
+        kind = event["kind"]
+        if kind == "started":
+            self.repeated = dict(self.highest)
+            self.status = "running"
+        elif kind == "ended":
+            self.status = event["status"]
+        elif kind == "metrics":
+            new = {name: value for name, value in event["values"].items() if self._is_new(name, event["step"])}
+            self.n_repeated += len(event["values"]) - len(new)
+            if not new:
+                return None
+            event = event | {"values": new}
+        elif kind == "sample" and not self._is_new("samples of text", event["step"]):
+            self.n_repeated += 1
+            return None
+        self.n_events += 1
+        return event
+
+    def _is_new(self, name: str, step: int) -> bool:
+        if name in self.repeated and step <= self.repeated[name]:
+            return False
+        self.highest[name] = max(step, self.highest[name]) if name in self.highest else step
+        return True
+
+
+def position_file(run_folder: Path, name: str, ending: str = ".json") -> Path:
+    """The file of that tracker in the run's folder; `my_pkg.mod:Class` is made a file name."""
+    return run_folder / "trackers" / (re.sub(r"[^\w.-]", "-", name) + ending)
+
+
+def load_position(path: Path) -> Position:
+    """The saved position, or a new one."""
+    if not path.is_file():
+        return Position()
+    saved = read_json(path)
+    try:
+        return Position(**saved)
+    except TypeError as error:
+        raise StoreError(
+            f"{path}: not the position of a tracker.\nDelete it to log the run anew from its beginning."
+        ) from error
+
+
+def save_position(path: Path, position: Position) -> None:
+    """Write the position so that the file holds the old one or this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(position))
