@@ -51,7 +51,8 @@ def build_tokenizer(
 
     def make(folder: Path) -> dict[str, Any]:
         if loaded is None:
-            tokenizer, origin = _train(config, open_documents(corpus.path, "train"), on_event), {}
+            tokenizer = _train(config, open_documents(corpus.path, "train"), on_event)
+            origin: dict[str, Any] = {}
         else:
             tokenizer, origin = loaded
         tokenizer.save_pretrained(folder)

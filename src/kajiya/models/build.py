@@ -41,6 +41,11 @@ class BuiltModel:
     derived: dict[str, Any]
 
 
+def vocabulary_of(tokenizer: Any) -> Vocabulary:
+    """What a model must know of its tokenizer."""
+    return Vocabulary(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
 def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int) -> BuiltModel:
     """The model in float32 on the CPU, its random weights a function of `seed` alone."""
     with torch.random.fork_rng(devices=[]):

@@ -7,6 +7,7 @@ import torch
 
 from kajiya.errors import ConfigError, StoreError
 from kajiya.models.attention import PACKED_SDPA, register_packed_sdpa
+from kajiya.run.process import quiet_transformers
 
 
 def load_model(
@@ -27,6 +28,7 @@ def load_model(
         found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
         raise StoreError(f"{folder}: has {found}; only safetensors are loaded, since a pickle can run code")
     register_packed_sdpa()
+    quiet_transformers()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -49,3 +51,11 @@ def load_model(
                 f"{path}: the weights do not fit the config: {len(report[kind])} {kind.replace('_', ' ')} ({names} …)"
             )
     return model.eval()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that the folder's config says its weights are stored in; float32 where it says nothing."""
+    from kajiya.run.files import read_json
+
+    name = read_json(folder / "config.json").get("dtype") or "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kajiya.run.process import quiet_transformers
+
 
 def save_model(module: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write weights (safetensors, shared tensors once), config, generation config and tokenizer into `folder`.
@@ -15,6 +17,7 @@ def save_model(module: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dty
     """
     from transformers import PreTrainedModel
 
+    quiet_transformers()
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().to(dtype).contiguous() if tensor.is_floating_point() else tensor.detach()

@@ -1,10 +1,10 @@
 """Optimizers: rows that make torch optimizers over named parameters, and `MasterOptimizer`, which the loop drives.
 
-A row is `make(named, lr, weight_decay, options) -> [torch.optim.Optimizer, …]`. A group's `lr_ratio` is its rate over the peak rate.
+A row is `make(named, lr, weight_decay, embeddings, options) -> [torch.optim.Optimizer, …]`; a group keeps the ratio of its own
+rate to the peak rate over the whole run.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -133,10 +133,17 @@ class MasterOptimizer:
             self.parameters[name].copy_(master)
             # `step` stays on the CPU for some optimizers and moves for others: each slot keeps the device it had.
             restored = {slot: value.clone() for slot, value in slots.items()}
-            owners[id(master)].state[master] = {
-                slot: value.item() if value.ndim == 0 and value.dtype == torch.float64 else value
-                for slot, value in restored.items()
-            }
+            if restored:
+                owners[id(master)].state[master] = {
+                    slot: value.item() if value.ndim == 0 and value.dtype == torch.float64 else value
+                    for slot, value in restored.items()
+                }
+
+    def reset(self, state: dict[str, torch.Tensor]) -> None:
+        """Go back to an earlier `state_tensors`, a slot that was not there then included."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        self.load_state_tensors(state)
 
 
 def _master(parameter: torch.Tensor) -> torch.Tensor:

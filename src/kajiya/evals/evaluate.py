@@ -1,0 +1,166 @@
+"""The evaluation stage: bits per byte and perplexity on the held-out documents, baselines, samples."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kajiya.config.schema import EvalConfig
+from kajiya.data.documents import Documents, open_documents
+from kajiya.data.encode import encode_texts, open_encoder
+from kajiya.data.tokenizer import load_tokenizer, start_id
+from kajiya.evals.baselines import BASELINES
+from kajiya.evals.samples import sample_completions, unseen_functions
+from kajiya.evals.scoring import score_documents
+from kajiya.evals.statistics import ratio_interval
+from kajiya.run.code import code_revision
+from kajiya.run.files import write_json
+from kajiya.run.store import Artifact, Store, produce
+
+_LN2 = float(np.log(2))
+
+
+def evaluate_model(
+    config: EvalConfig,
+    model: Artifact,
+    corpus: Artifact,
+    store: Store,
+    *,
+    context_tokens: int,
+    seed: int,
+    module: Any = None,
+) -> tuple[Artifact, bool]:
+    """The evaluation of `model` on the held-out documents of `corpus`, and whether it was there already.
+
+    `module` is the model in memory, for one that Transformers cannot load; `None` loads it from the artifact.
+    Files: `evaluation.json` (the figures), `documents.jsonl` (nats and bytes of each document), `samples.json`.
+    """
+    context = config.context_tokens or context_tokens
+
+    def make(folder: Path) -> dict[str, Any]:
+        return _evaluate(folder, config, model.path, open_documents(corpus.path, "heldout"), context, seed, module)
+
+    return produce(
+        store,
+        "evaluation",
+        code=code_revision("kajiya.evals.evaluate"),
+        config={"eval": config, "context_tokens": context, "seed": seed},
+        parents={"model": model, "corpus": corpus},
+        make=make,
+    )
+
+
+def measure_baselines(names: tuple[str, ...], corpus: Artifact, store: Store) -> tuple[Artifact, bool]:
+    """Bits per byte of the held-out bytes under each compressor; `baselines.json` holds them by name."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        train, heldout = (bytes(open_documents(corpus.path, split).raw) for split in ("train", "heldout"))
+        figures = {}
+        for name in names:
+            started = time.perf_counter()
+            figures[name] = {
+                "bits_per_byte": BASELINES[name](train, heldout),
+                "seconds": time.perf_counter() - started,
+                "n_bytes": len(heldout),
+            }
+        write_json(folder / "baselines.json", figures)
+        return {"baselines": figures}
+
+    code = code_revision("kajiya.evals.baselines")
+    return produce(store, "baselines", code=code, config=list(names), parents={"corpus": corpus}, make=make)
+
+
+def bits_per_byte(nats: np.ndarray, n_bytes: np.ndarray) -> float:
+    """Σ nats / ln 2 / Σ bytes."""
+    return float(nats.sum() / _LN2 / n_bytes.sum())
+
+
+def _evaluate(
+    folder: Path, config: EvalConfig, model_folder: Path, documents: Documents, context: int, seed: int, module: Any
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    figures = _score(config, module or _load(model_folder), model_folder, documents, context, folder)
+    figures["seconds"] = time.perf_counter() - started
+    write_json(folder / "evaluation.json", figures)
+    samples: list[dict[str, str]] = []
+    note = None
+    if config.samples and module is not None:
+        note = "no samples: the engine serves models that Transformers can load, and this module is the user's own"
+    elif config.samples:
+        from kajiya.serving.engine import load_engine
+
+        functions = unseen_functions(documents, config.samples)
+        engine = load_engine(
+            model_folder, precision="auto", device="auto", max_batch=len(functions) or 1, max_waiting=64
+        )
+        samples = sample_completions(
+            engine,
+            model_folder,
+            functions,
+            max_tokens=config.sample_tokens,
+            temperature=config.temperature,
+            seed=seed,
+        )
+    write_json(folder / "samples.json", samples)
+    return figures | {"n_samples": len(samples), "note": note}
+
+
+def _load(folder: Path) -> Any:
+    from kajiya.models.load import load_model, stored_dtype
+
+    return load_model(folder, dtype=stored_dtype(folder))
+
+
+def _score(
+    config: EvalConfig, model: Any, model_folder: Path, documents: Documents, context: int, folder: Path
+) -> dict[str, Any]:
+    tokenizer = load_tokenizer(model_folder)
+    encoded = encode_texts(open_encoder(model_folder), list(documents.texts()))
+    ids = [np.concatenate([[start_id(tokenizer)], each, [tokenizer.eos_token_id]]) for each in encoded]
+    n_bytes = np.diff(documents.offsets).astype(np.float64)
+    n_targets = np.array([len(each) - 1 for each in ids], dtype=np.float64)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats = score_documents(
+        model,
+        ids,
+        context_tokens=context,
+        stride=max(1, round(context * config.stride_fraction)),
+        batch=config.batch,
+        device=device,
+    )
+    model.train(was_training)
+    with (folder / "documents.jsonl").open("w", encoding="utf-8") as handle:
+        for name, nat, size, count in zip(documents.names, nats, n_bytes, n_targets, strict=True):
+            row = {"document": name, "nats": float(nat), "n_bytes": int(size), "n_targets": int(count)}
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    low, high = ratio_interval(nats / _LN2, n_bytes)
+    return {
+        "bits_per_byte": bits_per_byte(nats, n_bytes),
+        "bits_per_byte_interval": [low, high],
+        "perplexity": float(np.exp(nats.sum() / n_targets.sum())),
+        "perplexity_interval": [float(np.exp(bound)) for bound in ratio_interval(nats, n_targets)],
+        "nats": float(nats.sum()),
+        "n_bytes": int(n_bytes.sum()),
+        "n_tokens": int(n_targets.sum()),
+        "n_documents": len(ids),
+        "context_tokens": context,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
+    """Mean −log p over the targets of packed held-out rows, nats per token; the hook's figure during training."""
+    from kajiya.evals.scoring import token_nll
+
+    was_training = model.training
+    model.eval()
+    # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        total = sum(float(token_nll(model, batch.to(device)).double().sum()) for batch in rows)
+    model.train(was_training)
+    return total / sum(batch.n_targets for batch in rows)

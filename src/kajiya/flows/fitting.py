@@ -1,0 +1,273 @@
+"""The training of one run: set up, measure, go on from the last checkpoint, fit with its hooks, save."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.config.schema import Config
+from kajiya.data.loader import heldout_rows, open_loader
+from kajiya.data.progress import OnEvent
+from kajiya.data.shards import open_split
+from kajiya.data.tokenizer import load_tokenizer
+from kajiya.evals.evaluate import heldout_loss
+from kajiya.models.build import build_model, vocabulary_of
+from kajiya.models.save import save_model
+from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
+from kajiya.run.folder import Run
+from kajiya.run.store import Artifact
+from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from kajiya.training.compile import compile_blocks, compiler_problem
+from kajiya.training.fit import Hook, Setup, StepReport, drain_window, fit
+from kajiya.training.losses import load_loss
+from kajiya.training.optimizers import load_optimizer
+from kajiya.training.precision import resolve_device, resolve_precision
+from kajiya.training.state import TrainState
+from kajiya.training.strategy import SingleProcess
+
+_COMPILE_PAYS_MINUTES = 1.0
+_COMPILE_PAYS_STEPS = 200
+"""A run shorter than this does not repay the compilation."""
+_TIMES_A_RUN = 10
+_LONGEST_UNSAVED_S = 600.0
+"""Evaluations and checkpoints of a run whose config does not say how often."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be trained, and the settings that were derived for it."""
+
+    setup: Setup
+    derived: dict[str, Any]
+    compiled: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished training, still in memory."""
+
+    setup: Setup
+    state: TrainState
+    derived: dict[str, Any]
+
+
+def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict[str, Any]) -> Prepared:
+    """Model, optimizer, loader and loss of the config; its length is not settled yet (`steps=1`).
+
+    `settled` holds derived values of an earlier attempt of the same run, which are kept.
+    """
+    device = resolve_device(config.train.device, "train.device")
+    precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
+    built = build_model(config.model, vocabulary_of(load_tokenizer(tokenizer.path)), config.seed)
+    strategy = SingleProcess(device, precision)
+    model = strategy.prepare(built.module)
+    if config.train.gradient_checkpointing:
+        _recompute_activations(model)
+    compiled = _compile(config, model, device)
+    loader = open_loader(
+        shards.path,
+        "train",
+        row_tokens=config.data.row_tokens,
+        rows=config.train.micro_batch,
+        seed=config.seed,
+        isolate=config.data.isolate,
+    )
+    setup = Setup(
+        model=model,
+        loss=load_loss(config.train.loss),
+        loader=loader,
+        optimizer=load_optimizer(config.optim, model),
+        strategy=strategy,
+        precision=precision,
+        lr=lambda _step: config.optim.lr,
+        steps=1,
+        accumulate=config.train.accumulate,
+        clip_norm=config.optim.clip_norm,
+        max_skipped=config.optim.max_skipped,
+    )
+    derived = built.derived | {"train.precision": precision.name, "train.device": str(device)}
+    return Prepared(setup, derived, compiled)
+
+
+def plan_run(config: Config, prepared: Prepared, shards: Artifact, began: float) -> Plan:
+    """The plan, its steps measured; `began` is when the time of `train.minutes` began (`time.perf_counter()`)."""
+    tokens = open_split(shards.path, "train").n_tokens
+    spent = time.perf_counter() - began
+    return make_plan(config, prepared.setup, tokens_per_epoch=tokens, spent_s=spent, compiled=prepared.compiled)
+
+
+def fit_run(
+    config: Config,
+    run: Run,
+    shards: Artifact,
+    tokenizer: Artifact,
+    key: str,
+    hear: OnEvent,
+    should_stop: Callable[[], bool],
+) -> Fitted | None:
+    """Train to the last step; `None` when `should_stop()` ended it before, with a checkpoint behind it."""
+    began = time.perf_counter()
+    settled = dict(run.manifest().get("derived") or {})
+    hear("stage", name="plan", state="begun", seconds=0.0, text="")
+    prepared = prepare(config, shards, tokenizer, settled)
+    if "train.steps" not in settled:
+        plan = plan_run(config, prepared, shards, began)
+        settled = prepared.derived | _lengths(config, plan)
+        run.record(derived=settled, plan=plan_facts(plan))
+        hear("derived", values=settled)
+    facts = run.manifest()["plan"]
+    hear("plan", facts=facts)
+    hear("stage", name="plan", state="done", seconds=time.perf_counter() - began, text="")
+
+    began = time.perf_counter()
+    setup = with_schedule(prepared.setup, config, settled["train.steps"])
+    state = TrainState(derived=settled)
+    checkpoints = list_checkpoints(run.checkpoints)
+    if checkpoints:
+        state, position = load_checkpoint(checkpoints[-1], setup.model, setup.optimizer, key)
+        setup.loader.load_state(position)
+    run.record(attempts=run.manifest()["attempts"] + 1, status="running")
+    hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if checkpoints else None)
+    hear("stage", name="train", state="begun", seconds=0.0, text="")
+    hooks = _hooks(config, run, shards, setup, state, key, hear)
+    fit(setup, state, hooks, should_stop)
+    finished = state.step == setup.steps
+    if not finished:
+        _save(run, setup, state, key, hear)
+    words = f"{state.step:,} of {setup.steps:,} steps, {state.tokens / max(state.seconds, 1e-9):,.0f} tokens/s"
+    elapsed = time.perf_counter() - began
+    hear("stage", name="train", state="done" if finished else "stopped", seconds=elapsed, text=words)
+    timings = run.manifest().get("timings", {})
+    run.record(timings=timings | {"train": timings.get("train", 0.0) + elapsed})
+    return Fitted(setup, state, settled) if finished else None
+
+
+def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, Any]:
+    """Write the trained model into `folder`; returns the facts for its manifest."""
+    save_model(fitted.setup.model, load_tokenizer(tokenizer.path), folder, fitted.setup.precision.weights)
+    state = fitted.state
+    return {
+        "n_params": sum(parameter.numel() for parameter in fitted.setup.model.parameters()),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "targets": state.targets,
+        "skipped_steps": state.skipped,
+        "train_seconds": state.seconds,
+        "best_heldout_loss": state.best_loss,
+        "best_step": state.best_step,
+        "derived": fitted.derived,
+    }
+
+
+def _lengths(config: Config, plan: Plan) -> dict[str, int]:
+    part = max(1, plan.steps // _TIMES_A_RUN)
+    unsaved = max(1, int(_LONGEST_UNSAVED_S / plan.step_seconds))
+    return {
+        "train.steps": plan.steps,
+        "train.eval_every": config.train.eval_every or part,
+        "train.save_every": config.train.save_every or min(part, unsaved),
+    }
+
+
+def _compile(config: Config, model: nn.Module, device: torch.device) -> str:
+    """Compile where the config and the machine say so; returns what was done and why, in words."""
+    train = config.train
+    if train.compile == "off":
+        return "no: set in the config"
+    problem = compiler_problem(device)
+    if problem is not None:
+        return f"no: {problem}"
+    is_short = (train.minutes or _COMPILE_PAYS_MINUTES) < _COMPILE_PAYS_MINUTES or (
+        train.steps or _COMPILE_PAYS_STEPS
+    ) < _COMPILE_PAYS_STEPS
+    if train.compile == "auto" and is_short:
+        return "no: the run is too short to repay it"
+    return f"yes: {compile_blocks(model)} blocks"
+
+
+def _recompute_activations(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    from kajiya.errors import ConfigError
+
+    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+        raise ConfigError("train.gradient_checkpointing", f"{type(model).__name__} does not support it")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _hooks(
+    config: Config, run: Run, shards: Artifact, setup: Setup, state: TrainState, key: str, hear: OnEvent
+) -> list[Hook]:
+    kept = list(
+        heldout_rows(
+            shards.path,
+            row_tokens=config.data.row_tokens,
+            rows=config.train.eval_rows,
+            batch=config.train.micro_batch,
+            isolate=config.data.isolate,
+        )
+    )
+
+    def progress(report: StepReport) -> None:
+        hear("progress", stage="train", done=report.state.step, total=setup.steps, unit="steps")
+
+    speed = _Speed(state)
+
+    def log(report: StepReport) -> None:
+        values = drain_window(report.state) | {
+            "train/lr": report.lr,
+            "train/grad_norm": report.grad_norm,
+            "train/tokens": report.state.tokens,
+            "train/skipped": report.state.skipped,
+            "train/tokens_per_second": speed(report.state),
+        }
+        hear("metrics", step=report.state.step, values=values)
+
+    def evaluate(report: StepReport) -> None:
+        loss = heldout_loss(setup.model, kept, setup.strategy.device)
+        if report.state.best_loss is None or loss < report.state.best_loss:
+            report.state.best_loss, report.state.best_step = loss, report.state.step
+        hear("metrics", step=report.state.step, values={"eval/nll": loss})
+
+    def save(report: StepReport) -> None:
+        _save(run, setup, report.state, key, hear)
+        prune_checkpoints(run.checkpoints, config.train.keep_last, report.state.best_step)
+
+    return [
+        Hook("progress", 1, progress),
+        Hook("log", config.train.log_every, log),
+        Hook("evaluate", state.derived["train.eval_every"], evaluate),
+        Hook("save", state.derived["train.save_every"], save),
+    ]
+
+
+class _Speed:
+    """Tokens per second since the last call."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._tokens = state.tokens
+        self._seconds = state.seconds
+
+    def __call__(self, state: TrainState) -> float:
+        tokens = state.tokens - self._tokens
+        seconds = state.seconds - self._seconds
+        self._tokens, self._seconds = state.tokens, state.seconds
+        return tokens / seconds
+
+
+def _save(run: Run, setup: Setup, state: TrainState, key: str, hear: OnEvent) -> None:
+    folder = save_checkpoint(run.checkpoints, state, setup.model, setup.optimizer, setup.loader.state(), key)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    hear("checkpoint", step=state.step, path=str(folder.relative_to(run.folder)), bytes=size)
+
+
+def plan_only(config: Config, shards: Artifact, tokenizer: Artifact) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a config without a run, and the values that were derived."""
+    began = time.perf_counter()
+    prepared = prepare(config, shards, tokenizer, {})
+    plan = plan_run(config, prepared, shards, began)
+    return plan, prepared.derived | _lengths(config, plan)

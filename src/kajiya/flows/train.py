@@ -1,0 +1,223 @@
+"""From a config to a trained, evaluated, documented model: data, plan, fit, save, evaluate, report; each result an artifact."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kajiya.config.quantities import format_bytes, format_count
+from kajiya.config.schema import Config
+from kajiya.data.progress import OnEvent, silent
+from kajiya.flows.fitting import fit_run, save_fitted
+from kajiya.flows.report import write_report
+from kajiya.flows.stages import Stages
+from kajiya.flows.stopping import StopSignal, stop_on_signals
+from kajiya.run.code import code_revision
+from kajiya.run.folder import Run, open_run
+from kajiya.run.process import set_up_process
+from kajiya.run.store import Artifact, Store, artifact_key, produce
+from kajiya.run.trackers.dispatch import start_trackers
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training flow leaves: its run, and the model unless it was interrupted."""
+
+    run: Run
+    model: Artifact | None
+    report: Path | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """The artifacts that training reads."""
+
+    corpus: Artifact
+    tokenizer: Artifact
+    shards: Artifact
+
+
+def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event: OnEvent = silent) -> Trained:
+    """Everything from the rows to the report. Run again with the same config, it goes on where it was, or reuses what is done.
+
+    `on_event(kind, **fields)` hears what the event log hears, and `progress` events besides.
+    SIGTERM and SIGINT end it after the step at hand, with a checkpoint.
+    """
+    process = set_up_process(config.seed, store.root, config.train.deterministic)
+    early: list[tuple[str, dict[str, Any]]] = []
+
+    def hear_early(kind: str, **fields: Any) -> None:
+        on_event(kind, **fields)
+        if kind != "progress":
+            early.append((kind, fields))
+
+    stages = Stages(hear_early)
+    data = prepare_data(config, store, stages)
+    key = training_key(config, data)
+    run = open_run(store, config, key, list(command))
+    for kind, fields in early:
+        run.events.emit(kind, **fields)
+
+    def hear(kind: str, **fields: Any) -> None:
+        on_event(kind, **fields)
+        if kind != "progress":
+            run.events.emit(kind, **fields)
+
+    stages.on_event = hear
+    run.record(process=process, command=list(command) or run.manifest()["command"])
+    for name, artifact in (("corpus", data.corpus), ("tokenizer", data.tokenizer), ("shards", data.shards)):
+        run.record_artifact(name, artifact)
+    trackers = start_trackers(run, config.track)
+    status = "failed"
+    error: str | None = None
+    model: Artifact | None = None
+    report: Path | None = None
+    try:
+        with stop_on_signals() as stop:
+            model = _model(config, store, run, data, key, stages, hear, stop)
+            if model is not None:
+                _evaluation(config, store, run, data, model, stages)
+                run.record(timings=run.manifest().get("timings", {}) | stages.timings, status="finished")
+                report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
+                hear("report", path=str(report))
+        status = "finished" if model is not None else "interrupted"
+    except BaseException as problem:
+        status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
+        error = f"{type(problem).__name__}: {problem}"
+        raise
+    finally:
+        run.record(status=status, timings=run.manifest().get("timings", {}) | stages.timings)
+        run.events.emit("ended", status=status, error=error)
+        warnings = trackers.finish()
+    return Trained(run, model, report, tuple(warnings))
+
+
+def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
+    """Corpus, tokenizer and shards of the config, made or found."""
+    from kajiya.data.corpus import build_corpus
+    from kajiya.data.shards import build_shards
+    from kajiya.data.tokenizer import build_tokenizer
+
+    tell = stages.on_event
+    corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
+    tokenizer = stages.produce(
+        "tokenizer", lambda: build_tokenizer(config.tokenizer, corpus, store, tell), _tokenizer_words
+    )
+    shards = stages.produce("shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell), _shards_words)
+    return Data(corpus, tokenizer, shards)
+
+
+def training_key(config: Config, data: Data) -> str:
+    """Key of the model that this config would train on these data."""
+    return artifact_key("model", _training_code(), _training_section(config), _parents(data))
+
+
+def _training_code() -> str:
+    return code_revision("kajiya.training.fit", "kajiya.flows.fitting", "kajiya.models.build", "kajiya.models.save")
+
+
+def _training_section(config: Config) -> dict[str, Any]:
+    """All that changes the weights, and nothing that does not."""
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "model": config.model,
+        "optim": config.optim,
+        "schedule": config.schedule,
+        "train": config.train,
+        "row_tokens": config.data.row_tokens,
+        "isolate": config.data.isolate,
+    }
+
+
+def _parents(data: Data) -> dict[str, Artifact]:
+    return {"tokenizer": data.tokenizer, "shards": data.shards}
+
+
+def _model(
+    config: Config, store: Store, run: Run, data: Data, key: str, stages: Stages, hear: OnEvent, stop: StopSignal
+) -> Artifact | None:
+    """The trained model: found in the store, or made; `None` when a signal ended the training before its last step."""
+    found = store.find("model", key)
+    if found is None:
+        fitted = fit_run(config, run, data.shards, data.tokenizer, key, hear, stop)
+        if fitted is None:
+            return None
+        made, _ = produce(
+            store,
+            "model",
+            code=_training_code(),
+            config=_training_section(config),
+            parents=_parents(data),
+            make=lambda folder: save_fitted(fitted, data.tokenizer, folder),
+        )
+    else:
+        made = stages.produce("train", lambda: (found, True), _model_words)
+    run.record_artifact("model", made)
+    return made
+
+
+def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artifact, stages: Stages) -> None:
+    from kajiya.evals.evaluate import evaluate_model, measure_baselines
+    from kajiya.flows.own_module import rebuild_own_module
+
+    baselines = stages.produce(
+        "baselines", lambda: measure_baselines(config.eval.baselines, data.corpus, store), _baseline_words
+    )
+    run.record_artifact("baselines", baselines)
+    evaluation = stages.produce(
+        "evaluation",
+        lambda: evaluate_model(
+            config.eval,
+            model,
+            data.corpus,
+            store,
+            context_tokens=config.data.row_tokens,
+            seed=config.seed,
+            module=rebuild_own_module(config, model, data.tokenizer),
+        ),
+        _evaluation_words,
+    )
+    run.record_artifact("evaluation", evaluation)
+    figures = {name: evaluation.facts[name] for name in ("bits_per_byte", "perplexity")}
+    step = model.facts["steps"]
+    run.events.emit("metrics", step=step, values={f"test/{name}": value for name, value in figures.items()})
+
+
+def _corpus_words(corpus: Artifact) -> str:
+    ledger = corpus.facts["ledger"]
+    dropped = sum(part["documents"] for part in ledger["dropped"].values())
+    reasons = ", ".join(f"{part['documents']} {reason}" for reason, part in ledger["dropped"].items())
+    return (
+        f"{ledger['entered']['documents']:,} documents ({format_bytes(ledger['entered']['bytes'])}): "
+        f"{ledger['train']['documents']:,} to train on, {ledger['heldout']['documents']:,} held out "
+        f"({ledger['heldout']['bytes']:,} bytes), {dropped:,} dropped" + (f" ({reasons})" if reasons else "")
+    )
+
+
+def _tokenizer_words(tokenizer: Artifact) -> str:
+    return f"vocabulary {tokenizer.facts['vocab_size']:,}"
+
+
+def _shards_words(shards: Artifact) -> str:
+    train = shards.facts["train"]
+    return f"{format_count(train['tokens'])} tokens, {train['bytes'] / train['tokens']:.2f} bytes a token"
+
+
+def _model_words(model: Artifact) -> str:
+    size = sum(path.stat().st_size for path in model.path.iterdir())
+    return f"{format_count(model.facts['n_params'])} parameters, {model.facts['steps']:,} steps, {format_bytes(size)}"
+
+
+def _baseline_words(baselines: Artifact) -> str:
+    return ", ".join(f"{name} {row['bits_per_byte']:.3f}" for name, row in baselines.facts["baselines"].items())
+
+
+def _evaluation_words(evaluation: Artifact) -> str:
+    facts = evaluation.facts
+    low, high = facts["bits_per_byte_interval"]
+    return (
+        f"{facts['bits_per_byte']:.3f} bits per byte [{low:.3f}, {high:.3f}] over {facts['n_bytes']:,} held-out bytes, "
+        f"perplexity {facts['perplexity']:.1f}"
+    )

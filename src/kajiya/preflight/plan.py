@@ -1,0 +1,120 @@
+"""The plan: what the run is, what it will cost, and the learning rate as it will be; before a step is spent."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kajiya.config.quantities import format_bytes, format_count, format_seconds
+from kajiya.config.schema import Config
+from kajiya.training.fit import Setup
+from kajiya.training.probe import StepCost, measure_steps
+from kajiya.training.schedules import curve_points, load_schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a run before it begins. Times in seconds, memory in bytes."""
+
+    n_params: int
+    n_trainable: int
+    steps: int
+    tokens_per_step: int
+    tokens: int
+    epochs: float
+    tokens_per_param: float
+    flops_per_token: float
+    step_seconds: float
+    warmup_seconds: float
+    train_seconds: float
+    tokens_per_second: float
+    peak_bytes: int
+    state_bytes: int
+    checkpoint_bytes: int
+    precision: str
+    precision_reason: str
+    compiled: str
+    lr_curve: list[tuple[int, float]]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The plan as pairs of words for a table on the screen or in the report."""
+        return [
+            ("parameters", f"{format_count(self.n_params)} ({self.n_trainable / self.n_params:.0%} trainable)"),
+            ("precision", f"{self.precision}: {self.precision_reason}"),
+            ("compiled", self.compiled),
+            ("steps", f"{self.steps:,} of {self.tokens_per_step:,} tokens"),
+            (
+                "tokens",
+                f"{format_count(self.tokens)}, {self.epochs:.2f} epochs, {self.tokens_per_param:.1f} a parameter",
+            ),
+            ("speed", f"{self.tokens_per_second:,.0f} tokens/s (measured), {self.step_seconds * 1000:.0f} ms a step"),
+            ("training", format_seconds(self.train_seconds)),
+            (
+                "memory",
+                f"{format_bytes(self.peak_bytes)} peak, of it {format_bytes(self.state_bytes)} weights and optimizer",
+            ),
+            ("checkpoint", format_bytes(self.checkpoint_bytes)),
+        ]
+
+
+def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: float, compiled: str) -> Plan:
+    """Measure a few steps (undone afterwards) and derive what the config leaves open.
+
+    `tokens_per_epoch` is the training split's, `spent_s` the seconds of `train.minutes` that are already gone.
+    """
+    cost = measure_steps(setup)
+    train = config.train
+    tokens_per_step = config.data.row_tokens * train.micro_batch * train.accumulate
+    steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
+    n_params = sum(parameter.numel() for parameter in setup.model.parameters())
+    n_trainable = sum(parameter.numel() for parameter in setup.optimizer.parameters.values())
+    optimizer = setup.optimizer
+    shared = sum(t.numel() * 4 for name, t in optimizer.masters.items() if t is optimizer.parameters[name])
+    model_bytes = sum(t.numel() * t.element_size() for t in setup.model.parameters())
+    return Plan(
+        n_params=n_params,
+        n_trainable=n_trainable,
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        tokens=steps * tokens_per_step,
+        epochs=steps * tokens_per_step / tokens_per_epoch,
+        tokens_per_param=steps * tokens_per_step / n_params,
+        flops_per_token=6.0 * n_params,
+        step_seconds=cost.step_seconds,
+        warmup_seconds=cost.warmup_seconds,
+        train_seconds=steps * cost.step_seconds,
+        tokens_per_second=tokens_per_step / cost.step_seconds,
+        peak_bytes=cost.peak_bytes,
+        state_bytes=model_bytes + cost.optimizer_bytes - shared,
+        checkpoint_bytes=cost.optimizer_bytes,
+        precision=setup.precision.name,
+        precision_reason=setup.precision.reason,
+        compiled=compiled,
+        lr_curve=[(s, config.optim.lr * f) for s, f in curve_points(load_schedule(config.schedule, steps), steps)],
+    )
+
+
+def with_schedule(setup: Setup, config: Config, steps: int) -> Setup:
+    """The setup with its length and its learning rate settled."""
+    factor = load_schedule(config.schedule, steps)
+    return replace(setup, steps=steps, lr=lambda step: config.optim.lr * factor(step))
+
+
+def _steps(config: Config, cost: StepCost, steps_per_epoch: float, spent_s: float) -> int:
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    if train.epochs is not None:
+        return max(1, math.ceil(train.epochs * steps_per_epoch))
+    if train.minutes is None:
+        raise AssertionError("validate() lets no config without a length through")
+    # Evaluations and checkpoints along the way take a few hundredths of the time.
+    left = (60 * train.minutes - spent_s - cost.warmup_seconds - cost.measured_steps * cost.step_seconds) * 0.95
+    return max(1, int(left / cost.step_seconds))
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """The plan for a manifest."""
+    from kajiya.config.digest import to_plain
+
+    facts: dict[str, Any] = to_plain(plan)
+    return facts

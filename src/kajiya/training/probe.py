@@ -1,0 +1,73 @@
+"""A few real steps, measured and then undone: what a step costs in time and memory on this machine."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+
+from kajiya.training.fit import Setup, train_step
+from kajiya.training.state import TrainState
+
+_WARM_STEPS = 2
+_LEAST_STEPS = 3
+_ENOUGH_S = 2.0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What was measured."""
+
+    step_seconds: float
+    """Median time of one optimizer step, seconds."""
+    warmup_seconds: float
+    """Time of the first steps, compilation included, seconds."""
+    peak_bytes: int
+    """Highest memory of the process (CPU) or of the device (GPU) so far, bytes."""
+    optimizer_bytes: int
+    """Masters and optimizer slots, which a checkpoint holds, bytes."""
+    measured_steps: int
+    """Steps behind the median."""
+
+
+def measure_steps(setup: Setup) -> StepCost:
+    """Run a few steps at full cost; weights, optimizer, random generators and loader are left bit-identical."""
+    before = {name: tensor.clone() for name, tensor in setup.optimizer.state_tensors().items()}
+    buffers = {name: tensor.clone() for name, tensor in setup.model.named_buffers()}
+    position = setup.loader.state()
+    devices = [setup.strategy.device.index or 0] if setup.strategy.device.type == "cuda" else []
+    scratch = TrainState()
+    with torch.random.fork_rng(devices=devices):
+        started = time.perf_counter()
+        for _ in range(_WARM_STEPS):
+            _timed_step(setup, scratch)
+        warm = time.perf_counter() - started
+        times: list[float] = []
+        while len(times) < _LEAST_STEPS or sum(times) < _ENOUGH_S:
+            times.append(_timed_step(setup, scratch))
+    optimizer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in setup.optimizer.state_tensors().values())
+    setup.optimizer.reset(before)
+    with torch.no_grad():
+        for name, buffer in setup.model.named_buffers():
+            buffer.copy_(buffers[name])
+    setup.loader.load_state(position)
+    return StepCost(median(times), warm, peak_bytes(setup.strategy.device), optimizer_bytes, len(times))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest resident memory of this process, or highest allocation on a GPU, bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _timed_step(setup: Setup, state: TrainState) -> float:
+    started = time.perf_counter()
+    # The schedule is not known yet (its length may be derived from this very measurement), and a rate of almost
+    # nothing keeps the weights sane without changing what a step costs.
+    norm = train_step(replace(setup, lr=lambda _step: 1e-9), state)
+    norm.item()
+    return time.perf_counter() - started
