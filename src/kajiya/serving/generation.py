@@ -1,0 +1,184 @@
+"""From a checked body to a reply: prompts to requests, outputs to JSON or server-sent events."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from kajiya.errors import RequestError
+from kajiya.serving.answer import Answer, Piece
+from kajiya.serving.faults import error_body
+from kajiya.serving.metrics import Metrics
+from kajiya.serving.replies import Shape, joined, usage
+from kajiya.serving.sequence import FINISHED_ERROR, Request, SamplingParams, derive_seed
+from kajiya.serving.worker import Ticket, Worker
+
+_CLIENT_GONE = 499
+"""Status in the metrics of a reply that nobody waits for any more (nginx's convention)."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in token ids, with the text that is echoed, if it is."""
+
+    ids: list[int]
+    echo: str | None = None
+
+
+@dataclass
+class _Choice:
+    index: int
+    answer: Answer
+    is_open: bool = True
+
+
+class Generation:
+    """One HTTP call: its choices, the ticket of their requests, and the shape of the reply."""
+
+    def __init__(self, worker: Worker, metrics: Metrics, shape: Shape, with_usage: bool) -> None:
+        self._worker = worker
+        self._metrics = metrics
+        self._shape = shape
+        self._with_usage = with_usage
+        self._choices: dict[str, _Choice] = {}
+        self._n_prompt = 0
+        self._ticket: Ticket | None = None
+
+    async def begin(
+        self, prompts: list[Prompt], n: int, params: SamplingParams, stops: list[str], tokenizer: Any
+    ) -> None:
+        """Submit `n` requests for each prompt. Raises the engine's `RequestError`; nothing is left running then."""
+        most = self._worker.engine.scheduler.max_batch + self._worker.engine.scheduler.max_waiting
+        if len(prompts) * n > most:
+            raise RequestError(
+                f"{len(prompts)} prompts × n = {n} are {len(prompts) * n} sequences; this server holds {most} at most",
+                param="n",
+            )
+        requests: list[Request] = []
+        for prompt in prompts:
+            self._n_prompt += len(prompt.ids)
+            for _ in range(n):
+                index = len(requests)
+                seeded = replace(params, seed=derive_seed(params.seed, index % n))
+                request = Request(f"{uuid.uuid4().hex}-{index}", tuple(prompt.ids), seeded)
+                self._choices[request.id] = _Choice(index, Answer(tokenizer, prompt.ids, stops, prompt.echo))
+                requests.append(request)
+        self._ticket = await self._worker.submit(requests)
+        for request in requests:
+            self._metrics.begin(request.id, len(request.prompt))
+
+    async def reply(self, http: HttpRequest) -> Response:
+        """The whole reply; the requests are taken back when the client goes away first."""
+        try:
+            found = await _unless_gone(http, self._collect())
+        finally:
+            self.close()
+        return found or Response(status_code=_CLIENT_GONE)
+
+    def stream(self) -> Response:
+        """Server-sent events; the requests are taken back when the client goes away."""
+        return _EventStream(self._events(), on_close=self.close)
+
+    def close(self) -> None:
+        """Take back what still runs."""
+        if self._ticket is not None:
+            self._ticket.close()
+        for choice in self._choices.values():
+            if choice.is_open:
+                self._end(choice, "cancelled")
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        assert self._ticket is not None
+        async for output in self._ticket:
+            choice = self._choices[output.id]
+            if output.finish_reason == FINISHED_ERROR:
+                self._end(choice, "error")
+                raise RequestError(output.error or "the engine failed", code="engine_error", status=500)
+            piece = choice.answer.take(output)
+            if choice.answer.is_stopped:
+                self._ticket.cancel(output.id)
+            if piece.finish_reason:
+                self._end(choice, piece.finish_reason)
+            if piece.text or piece.entries or piece.finish_reason:
+                yield choice.index, piece
+
+    async def _collect(self) -> Response:
+        pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self._choices.values()}
+        async for index, piece in self._pieces():
+            pieces[index].append(piece)
+        choices = [self._shape.whole(index, joined(found)) for index, found in pieces.items()]
+        return JSONResponse(self._shape.envelope(choices, self._usage(), is_stream=False))
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        for choice in self._choices.values():
+            opening = self._shape.opening(choice.index)
+            if opening is not None:
+                yield self._event([opening])
+        try:
+            async for index, piece in self._pieces():
+                yield self._event([self._shape.part(index, piece)])
+        except RequestError as error:
+            yield _data(error_body(str(error), error.status, error.code, error.param))
+            return
+        if self._with_usage:
+            yield _data(self._shape.envelope([], self._usage(), is_stream=True))
+        yield b"data: [DONE]\n\n"
+
+    def _event(self, choices: list[dict[str, Any]]) -> bytes:
+        chunk = self._shape.envelope(choices, None, is_stream=True)
+        if not self._with_usage:
+            del chunk["usage"]
+        return _data(chunk)
+
+    def _usage(self) -> dict[str, int]:
+        return usage(self._n_prompt, sum(choice.answer.n_tokens for choice in self._choices.values()))
+
+    def _end(self, choice: _Choice, reason: str) -> None:
+        choice.is_open = False
+        self._metrics.choices.labels(reason).inc()
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events that says when it is over, however it ended."""
+
+    def __init__(self, events: AsyncIterator[bytes], on_close: Callable[[], None]) -> None:
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_close()
+
+
+async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response | None:
+    """The result of `work`, or `None` when the client disconnects first; `work` is cancelled then."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _data(content: dict[str, Any]) -> bytes:
+    return (
+        b"data: " + json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    )

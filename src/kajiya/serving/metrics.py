@@ -1,0 +1,76 @@
+"""Prometheus metrics of the server."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from kajiya.serving.engine import Engine
+from kajiya.serving.sequence import Output
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_FINE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter("kajiya_http_requests", "Requests answered", ["endpoint", "status"], registry=registry)
+        self.prompt_tokens = Counter("kajiya_prompt_tokens", "Prompt tokens taken in", registry=registry)
+        self.generated_tokens = Counter("kajiya_generated_tokens", "Tokens generated", registry=registry)
+        self.choices = Counter("kajiya_choices", "Choices ended", ["finish_reason"], registry=registry)
+        self.running = Gauge("kajiya_sequences_running", "Sequences in the batch", registry=registry)
+        self.waiting = Gauge("kajiya_sequences_waiting", "Sequences that wait for a place", registry=registry)
+        self.cached = Gauge("kajiya_cache_tokens", "Positions of the key-value cache in use", registry=registry)
+        self.first_token = Histogram(
+            "kajiya_time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
+        )
+        self.inter_token = Histogram(
+            "kajiya_inter_token_seconds", "Between two tokens of a sequence", buckets=_FINE_SECONDS, registry=registry
+        )
+        self.duration = Histogram(
+            "kajiya_request_seconds",
+            "From request to end of the reply",
+            ["endpoint"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._begun: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    def begin(self, request_id: str, n_prompt: int) -> None:
+        """A sequence has been taken in."""
+        self.prompt_tokens.inc(n_prompt)
+        self._begun[request_id] = time.perf_counter()
+
+    def step(self, engine: Engine, outputs: list[Output]) -> None:
+        """The engine has made a step."""
+        now = time.perf_counter()
+        for output in outputs:
+            if output.token is not None:
+                self._token(output.id, now)
+            if output.finish_reason:
+                self._begun.pop(output.id, None)
+                self._last.pop(output.id, None)
+        self.refresh(engine)
+
+    def refresh(self, engine: Engine) -> None:
+        """Set what is a state and not an event."""
+        self.running.set(engine.scheduler.n_running)
+        self.waiting.set(engine.scheduler.n_waiting)
+        self.cached.set(engine.n_cached_tokens)
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _token(self, request_id: str, now: float) -> None:
+        self.generated_tokens.inc()
+        if request_id in self._last:
+            self.inter_token.observe(now - self._last[request_id])
+        elif request_id in self._begun:
+            self.first_token.observe(now - self._begun[request_id])
+        self._last[request_id] = now

@@ -1,0 +1,220 @@
+"""The bodies that the API takes: every field checked, nothing unknown let through, nothing ignored silently."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kajiya.config.tables import nearest
+from kajiya.errors import RequestError
+
+MAX_LOGPROBS = 20
+"""Most alternatives that a request may ask for with each token."""
+_MAX_STOPS = 16
+_INT64 = 2**63
+
+_NOTHING: tuple[Any, ...] = (None,)
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "audio": _NOTHING,
+    "best_of": (None, 1),
+    "dimensions": _NOTHING,
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "moderation": _NOTHING,
+    "parallel_tool_calls": (None, True, False),
+    "prediction": _NOTHING,
+    "presence_penalty": (None, 0),
+    "prompt_cache_key": _NOTHING,
+    "prompt_cache_options": _NOTHING,
+    "prompt_cache_retention": _NOTHING,
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "safety_identifier": _NOTHING,
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "verbosity": _NOTHING,
+    "web_search_options": _NOTHING,
+}
+"""Parameters of OpenAI's API that are not supported here, each with the values that ask for nothing."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            raise RequestError("the body must be a JSON object", code="invalid_type")
+        kept = {}
+        for key, value in given.items():
+            if key in cls.model_fields:
+                kept[key] = value
+            elif key not in _UNSUPPORTED:
+                hint = nearest(key, cls.model_fields)
+                message = f"unknown parameter {key!r}" + (f"; {hint}" if hint else "")
+                raise RequestError(message, code="unknown_parameter", param=key)
+            elif not any(_asks_same(value, neutral) for neutral in _UNSUPPORTED[key]):
+                raise RequestError(f"{key} is not supported by this server", code="unsupported_parameter", param=key)
+        return kept
+
+
+def _asks_same(value: Any, neutral: Any) -> bool:
+    """Equal, where 0 and 0.0 are the same and 1 and true are not."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside its pieces."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool | None = None
+
+
+class _Generation(_Body):
+    """What completions and chat completions have in common. `null` stands for the default."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=0, lt=_INT64)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1, lt=_INT64)
+    n: int | None = Field(None, ge=1, le=128)
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> "_Generation":
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options goes with stream: true only", param="stream_options")
+        if isinstance(self.stop, list) and len(self.stop) > _MAX_STOPS:
+            raise RequestError(f"stop takes at most {_MAX_STOPS} strings, not {len(self.stop)}", param="stop")
+        if any(not stop for stop in self.stops):
+            raise RequestError("stop must not be empty", param="stop")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether the stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionBody(_Generation):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_prompt(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            check_texts_or_ids(given, "prompt")
+        return given
+
+
+class ChatBody(_Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs goes with logprobs: true only", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("give max_completion_tokens or max_tokens, not both", param="max_tokens")
+        if self.max_tokens == 0:
+            raise RequestError("max_tokens must be at least 1, not 0", param="max_tokens")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """Longest answer, tokens, under its newer or its older name."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    def plain_messages(self) -> list[dict[str, str]]:
+        """The messages as role and text. Raises `RequestError` for what is no text."""
+        if not self.messages:
+            raise RequestError("messages is empty", param="messages")
+        return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+
+class EmbeddingBody(_Body):
+    """`POST /v1/embeddings`."""
+
+    model: str
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: str | None = Field(None, pattern="^(float|base64)$")
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_input(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            check_texts_or_ids(given, "input")
+        return given
+
+
+def check_texts_or_ids(given: Mapping[str, Any], field: str) -> None:
+    """Raise `RequestError` unless `given[field]` is a text, texts, token ids, or lists of token ids."""
+    if field not in given:
+        raise RequestError(f"{field} is missing", code="missing_required_parameter", param=field)
+    value = given[field]
+    items = value if isinstance(value, list) else [value]
+    is_texts = all(isinstance(item, str) for item in items)
+    is_ids = isinstance(value, list) and all(_is_id(item) for item in items)
+    is_id_lists = all(isinstance(item, list) and item and all(_is_id(one) for one in item) for item in items)
+    if not items or not (is_texts or is_ids or is_id_lists):
+        raise RequestError(
+            f"{field} must be a string, a list of strings, a list of token ids or a list of those, and not empty",
+            code="invalid_type",
+            param=field,
+        )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain_message(message: dict[str, Any], where: str) -> dict[str, str]:
+    for key, value in message.items():
+        if key not in ("role", "content") and value not in (None, [], ""):
+            raise RequestError(f"{where}.{key} is not supported", code="unsupported_parameter", param="messages")
+    role = message.get("role")
+    role = "system" if role == "developer" else role
+    if role not in ("system", "user", "assistant"):
+        raise RequestError(f"{where}.role must be system, user or assistant, not {role!r}", param="messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_text_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise RequestError(f"{where}.content must be a text", code="invalid_type", param="messages")
+    return {"role": role, "content": content}
+
+
+def _text_part(part: Any, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise RequestError(f"{where}.content: only parts of type text are supported", param="messages")
+    text: str = part["text"]
+    return text

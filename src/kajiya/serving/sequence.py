@@ -1,0 +1,149 @@
+"""What the engine is asked, what it answers, and the state of a request in between; free of tensors."""
+
+from dataclasses import dataclass, field
+
+from kajiya.errors import RequestError
+
+FINISHED_STOP = "stop"
+"""The model ended its answer with an end-of-sequence token (or one of the request's stop tokens)."""
+FINISHED_LENGTH = "length"
+"""The answer reached `max_tokens`."""
+FINISHED_CANCELLED = "cancelled"
+"""The caller took the request back."""
+FINISHED_ERROR = "error"
+"""The engine failed while the request ran; the output's `error` says why."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the answer to one request is drawn."""
+
+    max_tokens: int = 256
+    """Longest answer, tokens; 0 only evaluates the prompt."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int | None = None
+    """Only the k most probable tokens stay; `None`: all."""
+    top_p: float = 1.0
+    """Only the smallest set of most probable tokens whose mass reaches this stays (after `top_k`)."""
+    seed: int | None = None
+    """The same seed and request draw the same tokens; `None`: fresh entropy."""
+    n_logprobs: int = 0
+    """Most probable alternatives that are reported with each token."""
+    prompt_logprobs: bool = False
+    """Report log-probabilities of the prompt's own tokens too."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer beside the model's own end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Go on past end-of-sequence tokens until `max_tokens`."""
+
+    def check(self, vocab_size: int) -> None:
+        """Raise `RequestError` naming the first parameter out of range."""
+        bounds = (
+            ("max_tokens", self.max_tokens >= 0, "at least 0", self.max_tokens),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more", self.temperature),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1", self.top_k),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1", self.top_p),
+            ("n_logprobs", 0 <= self.n_logprobs <= vocab_size, f"from 0 to {vocab_size}", self.n_logprobs),
+        )
+        for name, holds, words, value in bounds:
+            if not holds:
+                raise RequestError(f"{name} must be {words}, not {value}", param=name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be continued."""
+
+    id: str
+    """Name of the caller's choice, unique among the requests in the engine."""
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    """How the answer is drawn."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and what the model thought of it: natural logarithms of the unmodified (temperature 1) distribution."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens at this place with their log-probabilities, best first."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step brought to one request."""
+
+    id: str
+    token: TokenLogprob | None = None
+    """The new token; `None` when only the end is reported."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """Once, when the prompt has been read, where asked for: one entry a prompt token, `None` for the first."""
+    finish_reason: str | None = None
+    """stop, length, cancelled or error, with the last output of a request."""
+    error: str | None = None
+    """What went wrong, with `finish_reason` error."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The whole answer to one request."""
+
+    token_ids: list[int]
+    """The answer, with the end-of-sequence token that closed it, if one did."""
+    logprobs: list[TokenLogprob]
+    """One entry for each token of the answer."""
+    finish_reason: str
+    """stop or length."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """Where `SamplingParams.prompt_logprobs` asked for them."""
+
+
+@dataclass
+class Sequence:
+    """State of one request in the engine: its tokens, how many of them the cache holds, and its row of the batch."""
+
+    request: Request
+    eos_ids: frozenset[int]
+    tokens: list[int]
+    n_cached: int = 0
+    row: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def n_generated(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens that the model has not read yet; 1 for a sequence that is being decoded."""
+        return len(self.tokens) - self.n_cached
+
+    def finish_reason(self) -> str | None:
+        """Why the sequence is complete, or `None` while it is not."""
+        params = self.request.params
+        if self.n_generated:
+            last = self.tokens[-1]
+            if last in params.stop_token_ids or (last in self.eos_ids and not params.ignore_eos):
+                return FINISHED_STOP
+        return FINISHED_LENGTH if self.n_generated >= params.max_tokens else None
+
+
+def new_sequence(request: Request, eos_ids: frozenset[int]) -> Sequence:
+    """The state of a request that has just come in."""
+    return Sequence(request, eos_ids, list(request.prompt))
+
+
+def derive_seed(seed: int | None, index: int) -> int | None:
+    """Seed of the `index`-th answer to one request: the seed itself for the first, independent ones after it."""
+    if seed is None or index == 0:
+        return seed
+    # Any injective mixing will do: `random.Random` hashes what it is given.
+    return seed + (index << 64)

@@ -1,0 +1,200 @@
+"""The engine's own thread, and the asynchronous side that HTTP handlers talk to."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, TypeVar
+
+from kajiya.errors import RequestError
+from kajiya.serving.engine import Engine
+from kajiya.serving.sequence import Output, Request
+
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+class StepWatcher(Protocol):
+    """Told, on the engine's thread, about every step."""
+
+    def step(self, engine: Engine, outputs: list[Output]) -> None:
+        """Called when a step has brought its outputs."""
+
+
+class Ticket:
+    """The outputs of requests that were submitted together, as they come. Used on the event loop only."""
+
+    def __init__(self, worker: "Worker", requests: list[Request]) -> None:
+        self._worker = worker
+        self._open = {request.id for request in requests}
+        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        return self._outputs()
+
+    async def _outputs(self) -> AsyncIterator[Output]:
+        while self._open:
+            output = await self._queue.get()
+            if output.id in self._open:
+                if output.finish_reason:
+                    self._open.discard(output.id)
+                yield output
+
+    def put(self, output: Output) -> None:
+        """Hand over an output of one of the requests."""
+        self._queue.put_nowait(output)
+
+    def cancel(self, request_id: str) -> None:
+        """Take one request back; nothing more comes from it."""
+        if request_id in self._open:
+            self._open.discard(request_id)
+            self._worker.cancel([request_id])
+
+    def close(self) -> None:
+        """Take back every request that has not ended."""
+        remaining, self._open = list(self._open), set()
+        if remaining:
+            self._worker.cancel(remaining)
+
+
+class Worker:
+    """Owns the engine: one thread steps it while there is work; coroutines submit requests and await their outputs.
+
+    Requests of concurrent HTTP calls meet in the engine's batch. When a step raises, every request in the engine ends
+    with an error, the engine starts afresh, and the server goes on.
+    """
+
+    def __init__(self, engine: Engine, watcher: StepWatcher) -> None:
+        self.engine = engine
+        self._watcher = watcher
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._loop, name="kajiya-engine", daemon=True)
+        self._tickets: dict[str, Ticket] = {}
+        self._events: asyncio.AbstractEventLoop | None = None
+
+    # ---------------------------------------------------------------- on the event loop
+
+    def start(self) -> None:
+        """Start the thread; call on the event loop that will submit."""
+        self._events = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after its present step; requests that still run end with an error."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    async def submit(self, requests: list[Request]) -> Ticket:
+        """Add all of the requests, or none. Raises the `RequestError` of the first that the engine refuses."""
+        ticket = Ticket(self, requests)
+        self._tickets.update({request.id: ticket for request in requests})
+
+        def add_all() -> None:
+            added: list[str] = []
+            try:
+                for request in requests:
+                    self.engine.add(request)
+                    added.append(request.id)
+            except BaseException:
+                for request_id in added:
+                    self.engine.cancel(request_id)
+                raise
+
+        try:
+            await self.call(add_all)
+        except BaseException:
+            for request in requests:
+                self._tickets.pop(request.id, None)
+            # A handler that was cancelled while it waited here may have got its requests in after all.
+            ticket.close()
+            raise
+        return ticket
+
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function between two steps, on the engine's thread; its result or its exception."""
+        if not self.is_alive:
+            raise RequestError("The engine has stopped.", code="engine_stopped", status=503)
+        events = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = events.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                events.call_soon_threadsafe(_settle, future, None, error)
+            else:
+                events.call_soon_threadsafe(_settle, future, result, None)
+
+        self._enqueue(run)
+        return await future
+
+    def cancel(self, request_ids: list[str]) -> None:
+        """Take requests back, without waiting; unknown ones are already over."""
+        for request_id in request_ids:
+            self._tickets.pop(request_id, None)
+        self._enqueue(lambda: [self.engine.cancel(request_id) for request_id in request_ids])
+
+    def _enqueue(self, command: Callable[[], Any]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            ticket = self._tickets.get(output.id)
+            if ticket is None:
+                continue
+            if output.finish_reason:
+                del self._tickets[output.id]
+            ticket.put(output)
+
+    # ---------------------------------------------------------------- on the engine's thread
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._commands and self.engine.is_idle and not self._is_stopping:
+                    self._wake.wait()
+                commands = list(self._commands)
+                self._commands.clear()
+                is_stopping = self._is_stopping
+            for command in commands:
+                command()
+            if is_stopping:
+                self._hand_over(self.engine.fail_all("the server is stopping"))
+                return
+            if not self.engine.is_idle:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.step()
+        except Exception as error:
+            _log.exception("the engine failed; its requests end with an error")
+            outputs = self.engine.fail_all(f"the engine failed: {type(error).__name__}: {error}")
+        self._watcher.step(self.engine, outputs)
+        self._hand_over(outputs)
+
+    def _hand_over(self, outputs: list[Output]) -> None:
+        assert self._events is not None
+        if outputs and not self._events.is_closed():
+            self._events.call_soon_threadsafe(self._deliver, outputs)
+
+
+def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
