@@ -29,5 +29,6 @@ def open_encoder(folder: Path) -> "Tokenizer":
 def encode_texts(encoder: "Tokenizer", texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of each text, int64, without any token added; all cores are used."""
     return [
-        np.array(encoding.ids, dtype=np.int64) for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)
+        np.array(encoding.ids, dtype=np.int64)
+        for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)
     ]
