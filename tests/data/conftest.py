@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from kajiya.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from kajiya.data.corpus import build_corpus
 from kajiya.data.shards import build_shards

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.data.documents import cumulated
 from kajiya.data.loader import Loader, heldout_rows, open_loader

@@ -132,24 +132,24 @@ def _read(
     config: DataConfig, origin: Origin, folder: Path, ledger: Ledger, progress: Progress
 ) -> tuple[Documents, Documents]:
     """Write every readable document to its side; the training side is not yet cleaned."""
-    train, heldout = DocumentWriter(folder, "train"), DocumentWriter(folder, "heldout")
-    for entry in origin.read():
-        ledger.entered.add(entry.n_bytes)
-        progress.add(entry.n_bytes)
-        if isinstance(entry, Unreadable):
-            if config.on_unreadable == "error":
-                raise DataError(
-                    f"{entry.name}: {entry.reason}\n"
-                    "Mend or remove it, or set data.on_unreadable=drop to leave such documents out, counted."
-                )
-            ledger.drop(UNREADABLE, entry.n_bytes, f"{entry.name}: {entry.reason}")
-        elif is_heldout(entry.name, config.heldout_every):
-            heldout.add(entry.name, entry.text.encode())
-            ledger.heldout.add(entry.n_bytes)
-        else:
-            train.add(entry.name, entry.text.encode())
-    progress.end()
-    return train.close(), heldout.close()
+    with DocumentWriter(folder, "train") as train, DocumentWriter(folder, "heldout") as heldout:
+        for entry in origin.read():
+            ledger.entered.add(entry.n_bytes)
+            progress.add(entry.n_bytes)
+            if isinstance(entry, Unreadable):
+                if config.on_unreadable == "error":
+                    raise DataError(
+                        f"{entry.name}: {entry.reason}\n"
+                        "Mend or remove it, or set data.on_unreadable=drop to leave such documents out, counted."
+                    )
+                ledger.drop(UNREADABLE, entry.n_bytes, f"{entry.name}: {entry.reason}")
+            elif is_heldout(entry.name, config.heldout_every):
+                heldout.add(entry.name, entry.text.encode())
+                ledger.heldout.add(entry.n_bytes)
+            else:
+                train.add(entry.name, entry.text.encode())
+        progress.end()
+        return train.finish(), heldout.finish()
 
 
 def _clean(train: Documents, heldout: Documents, near_duplicate: float | None, ledger: Ledger) -> None:

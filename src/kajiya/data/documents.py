@@ -68,7 +68,7 @@ class Documents:
 
 
 class DocumentWriter:
-    """Appends documents to a split's files; `close` writes the index."""
+    """Appends documents to a split's files, within a `with` block; `finish` writes the index."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self._folder = folder
@@ -83,7 +83,13 @@ class DocumentWriter:
         self.names.append(name)
         self.lengths.append(len(raw))
 
-    def close(self) -> Documents:
+    def __enter__(self) -> "DocumentWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.close()
+
+    def finish(self) -> Documents:
         """Write names and offsets; return what was written."""
         self._handle.close()
         write_index(self._folder, self._split, self.names, self.lengths)

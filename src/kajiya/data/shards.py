@@ -41,9 +41,9 @@ def build_shards(
         progress = Progress(on_event, STAGE, "bytes", n_bytes)
         facts: dict[str, Any] = {}
         for split, documents in splits.items():
-            writer = _ShardWriter(folder, split, np.dtype(dtype), config.shard_tokens)
-            lengths = _tokenize(documents, encoder, special, writer, progress)
-            facts[split] = _write_index(folder, split, documents, lengths) | {"shards": writer.close()}
+            with _ShardWriter(folder, split, np.dtype(dtype), config.shard_tokens) as writer:
+                lengths = _tokenize(documents, encoder, special, writer, progress)
+            facts[split] = _write_index(folder, split, documents, lengths) | {"shards": writer.n_files}
         progress.end()
         index = {"dtype": dtype, "shard_tokens": config.shard_tokens, "bos_id": special[0], "eos_id": special[1]}
         write_json(folder / _INDEX, index)
@@ -148,7 +148,7 @@ class _ShardWriter:
         self._split = split
         self._dtype = dtype
         self._shard_tokens = shard_tokens
-        self._n_files = 0
+        self.n_files = 0
         self._space = 0
         self._open_next()
 
@@ -163,15 +163,16 @@ class _ShardWriter:
             self._handle.write(part.tobytes())
             self._space -= len(part)
 
-    def close(self) -> int:
-        """Close the last file; returns how many there are."""
+    def __enter__(self) -> "_ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._handle.close()
-        return self._n_files
 
     def _open_next(self) -> None:
         # Nine digits, so that sorting the names sorts the files.
-        self._handle = (self._folder / f"{self._split}-{self._n_files:09d}.bin").open("wb")
-        self._n_files += 1
+        self._handle = (self._folder / f"{self._split}-{self.n_files:09d}.bin").open("wb")
+        self.n_files += 1
         self._space = self._shard_tokens
 
 

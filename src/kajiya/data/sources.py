@@ -11,6 +11,7 @@ import os
 import sys
 import sysconfig
 import tokenize
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,9 @@ def jsonl(options: TableSource) -> Iterator[Entry]:
         try:
             with path.open("rb") as handle:
                 for number, line in enumerate(handle, start=1):
-                    if line.strip():
-                        yield _json_row(f"{file}:{number}", line, options.column)
+                    row = line.removeprefix(BOM_UTF8) if number == 1 else line
+                    if row.strip():
+                        yield _json_row(f"{file}:{number}", row, options.column)
         except OSError as error:
             yield _not_opened(file, error)
 
@@ -282,7 +284,7 @@ def _with_declared_coding(entry: Unreadable, path: Path) -> Unreadable:
 
 def _json_row(name: str, line: bytes, column: str) -> Entry:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return Unreadable(name, f"is not utf-8: byte 0x{line[error.start]:02x} at {error.start}", len(line))
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,58 @@
+"""Near-duplicates on hand-made texts, and against the definition computed pair by pair."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kajiya.data.duplicates import FEW_LINES, LineIndex, Match, distinct_lines
+
+
+def lines(start: int, stop: int) -> str:
+    return "".join(f"line {number}\n" for number in range(start, stop))
+
+
+def test_distinct_lines_are_stripped_and_not_blank() -> None:
+    assert distinct_lines("a\n  a  \r\n\n\t\nb b\n") == {"a", "b b"}
+
+
+@pytest.mark.parametrize(
+    ("heldout", "text", "share"),
+    [
+        (lines(0, 100), lines(0, 100), 1.0),
+        (lines(0, 100), lines(50, 150), 0.5),
+        # The shorter of the two counts: a part of a held-out document, and a document around one.
+        (lines(0, 100), lines(0, 30), 1.0),
+        (lines(0, 40), lines(0, 400), 1.0),
+        # Order, indentation and repetition do not matter.
+        (lines(0, 50), "\n".join(reversed(lines(0, 50).splitlines())).replace("line", "   line") * 3, 1.0),
+        # A trivial held-out document does not claim a long one, but a trivial copy of it is one.
+        ("import os\n", "import os\n" + lines(0, 500), 1 / FEW_LINES),
+        ("import os\n", "import os\n", 1.0),
+        ("import os\nimport sys\n", "import os\nx = 1\n", 0.5),
+    ],
+)
+def test_share(heldout: str, text: str, share: float) -> None:
+    assert LineIndex([heldout]).nearest(text) == Match(0, pytest.approx(share))
+
+
+def test_the_nearest_is_found_and_nothing_in_common_is_none() -> None:
+    index = LineIndex([lines(0, 60), lines(20, 80), lines(500, 600)])
+    assert index.nearest(lines(30, 90)) == Match(1, pytest.approx(50 / 60))
+    assert index.nearest(lines(1000, 1010)) is None
+    assert index.nearest("\n \n") is None
+    assert LineIndex([""]).nearest("x") is None
+
+
+texts = st.lists(st.integers(0, 40), max_size=60).map(lambda numbers: "\n".join(map(str, numbers)))
+
+
+@settings(deadline=None)
+@given(heldout=st.lists(texts, max_size=6), text=texts)
+def test_share_is_that_of_the_definition(heldout: list[str], text: str) -> None:
+    shares = []
+    for document in heldout:
+        a, b = distinct_lines(text), distinct_lines(document)
+        shares.append(len(a & b) / min(len(a), max(len(b), FEW_LINES)) if a else 0.0)
+    match = LineIndex(heldout).nearest(text)
+    assert (match.share if match else 0.0) == max(shares, default=0.0)
+    assert match is None or shares[match.index] == match.share

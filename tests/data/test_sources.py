@@ -1,0 +1,340 @@
+"""Sources: what they yield, byte for byte, and what they say of bad input."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
+from kajiya.config.schema import SourceConfig
+from kajiya.data.origin import open_source
+from kajiya.data.sources import Document, Entry, Unreadable, csv_rows, from_function, hub, jsonl, parquet, stdlib, text
+from kajiya.errors import ConfigError, DataError
+
+
+def documents(entries: list[Entry]) -> dict[str, str]:
+    assert all(isinstance(entry, Document) for entry in entries)
+    assert all(entry.n_bytes == len(entry.text.encode()) for entry in entries)
+    return {entry.name: entry.text for entry in entries}
+
+
+def reasons(entries: list[Entry]) -> dict[str, str]:
+    return {entry.name: entry.reason for entry in entries if isinstance(entry, Unreadable)}
+
+
+# ---------------------------------------------------------------- stdlib
+
+
+def test_stdlib_is_this_interpreters_library() -> None:
+    entries = list(stdlib(StdlibSource()))
+    names = [entry.name for entry in entries]
+    assert names == sorted(names)
+    assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= set(names)
+    assert not [name for name in names if {"site-packages", "test", "tests"} & set(name.split("/"))]
+    assert sum(entry.n_bytes for entry in entries) > 5_000_000
+    assert next(entry for entry in entries if entry.name == "os.py").text.encode() == Path(os.__file__).read_bytes()
+
+
+def test_stdlib_leaves_out_tests_and_keeps_bytes(tmp_path: Path) -> None:
+    files = {
+        "a.py": b"\xef\xbb\xbfx = 1\r\n\r",
+        "b/c.py": b"",
+        "test/d.py": b"x",
+        "b/tests/e.py": b"x",
+        "b/idle_test/f.py": b"x",
+        "site-packages/g.py": b"x",
+        "h.txt": b"x",
+        "testing.py": b"y",
+    }
+    for name, raw in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(raw)
+    found = documents(list(stdlib(StdlibSource(str(tmp_path)))))
+    assert {name: text.encode() for name, text in found.items()} == {
+        name: files[name] for name in ("a.py", "b/c.py", "testing.py")
+    }
+
+
+def test_stdlib_says_why_a_file_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# caf\xe9\n")
+    (tmp_path / "plain.py").write_bytes(b"x\n\n\xff")
+    assert reasons(list(stdlib(StdlibSource(str(tmp_path))))) == {
+        "latin.py": "is not utf-8: byte 0xe9 on line 2 (it declares iso-8859-1)",
+        "plain.py": "is not utf-8: byte 0xff on line 3",
+    }
+
+
+def test_stdlib_names_a_missing_root(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.source.options.root: '.*gone' is no folder"):
+        list(stdlib(StdlibSource(str(tmp_path / "gone"))))
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_text_files_keep_their_bytes_and_are_named_below_the_glob(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "b.txt").write_bytes("ü\r\n".encode())
+    (tmp_path / "deep" / "er" / "a.txt").write_bytes(b"a")
+    (tmp_path / "deep" / "no.md").write_bytes(b"no")
+    assert documents(list(text(TextSource(f"{tmp_path}/**/*.txt")))) == {"b.txt": "ü\r\n", "deep/er/a.txt": "a"}
+    assert documents(list(text(TextSource(str(tmp_path / "b.txt"))))) == {"b.txt": "ü\r\n"}
+
+
+def test_text_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    assert documents(list(text(TextSource(f"{tmp_path}/*.txt", "latin-1")))) == {"a.txt": "café"}
+    assert reasons(list(text(TextSource(f"{tmp_path}/*.txt")))) == {"a.txt": "is not utf-8: byte 0xe9 on line 1"}
+    with pytest.raises(ConfigError, match=r"data.source.options.encoding: 'latin-one' is no text encoding"):
+        list(text(TextSource(f"{tmp_path}/*.txt", "latin-one")))
+
+
+def test_an_empty_glob_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.source.options.files: is not set"):
+        list(text(TextSource()))
+    with pytest.raises(ConfigError, match=r"matches no file in"):
+        list(text(TextSource(f"{tmp_path}/*.txt")))
+    with pytest.raises(ConfigError, match=r"is a folder"):
+        list(jsonl(TableSource(str(tmp_path))))
+
+
+def test_a_vanished_file_is_said(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    entries = text(TextSource(f"{tmp_path}/*.txt"))
+    first = next(entries)
+    (tmp_path / "b.txt").unlink()
+    rest = list(entries)
+    assert [entry.name for entry in [first, *rest]] == ["a.txt", "b.txt", "c.txt"]
+    assert reasons(rest) == {"b.txt": "vanished: it was listed and is no longer there"}
+
+
+def test_a_file_without_permission_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert reasons(list(text(TextSource(f"{tmp_path}/*.txt")))) == {"a.txt": "cannot be read: Permission denied"}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_jsonl_rows(tmp_path: Path) -> None:
+    rows = ["plain", "line\u2028separator \U0001f525", "", "a\r\nb"]
+    lines = [json.dumps({"id": i, "body": row}, ensure_ascii=i % 2 == 0) for i, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join([*lines[:2], "", *lines[2:]]), encoding="utf-8", newline="")
+    found = documents(list(jsonl(TableSource(f"{tmp_path}/*.jsonl", "body"))))
+    assert found == {"a.jsonl:1": rows[0], "a.jsonl:2": rows[1], "a.jsonl:4": rows[2], "a.jsonl:5": rows[3]}
+
+
+def test_jsonl_names_the_line_and_the_fault(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "half',
+        b'{"words": "a", "id": 1}',
+        b'{"text": 5}',
+        b'{"text": null}',
+        b'["text"]',
+        b'{"text": "lone \\ud800 surrogate"}',
+        b'{"text": "caf\xe9"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    entries = list(jsonl(TableSource(f"{tmp_path}/a.jsonl")))
+    assert len(entries) == len(lines)
+    found = reasons(entries)
+    assert found.pop("a.jsonl:2").startswith("is no JSON: Unterminated string")
+    assert found == {
+        "a.jsonl:3": "has no key 'text' (it has: words, id)",
+        "a.jsonl:4": "holds a value of type int under 'text', not text",
+        "a.jsonl:5": "holds nothing (null) under 'text', not text",
+        "a.jsonl:6": "is a JSON list, not an object with a key 'text'",
+        "a.jsonl:7": "holds a lone surrogate (\\ud800) under 'text'",
+        "a.jsonl:8": "is not utf-8: byte 0xe9 at 13",
+    }
+
+
+def test_csv_rows(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_bytes(
+        b'\xef\xbb\xbfid,text\r\n1,plain\r\n2,"two\r\nlines, and ""quotes"""\r\n\r\n3,' + long.encode() + b"\r\n"
+    )
+    assert documents(list(csv_rows(TableSource(f"{tmp_path}/a.csv")))) == {
+        "a.csv:2": "plain",
+        "a.csv:3": 'two\r\nlines, and "quotes"',
+        "a.csv:6": long,
+    }
+
+
+def test_csv_names_the_line_and_the_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,good\n2\n3,caf\xe9\n4,good\n5,"never closed\n6,lost\n')
+    entries = list(csv_rows(TableSource(f"{tmp_path}/a.csv")))
+    assert [entry.name for entry in entries if isinstance(entry, Document)] == ["a.csv:2", "a.csv:5"]
+    assert reasons(entries) == {
+        "a.csv:3": "has 1 fields, the header has 2",
+        "a.csv:4": "is not utf-8: byte 0xe9 under 'text'",
+        "a.csv:6": "is broken CSV, and the rest of the file with it: unexpected end of data",
+    }
+    with pytest.raises(ConfigError, match=r"data.source.options.column: a.csv has no column 'body'; it has: id, text"):
+        list(csv_rows(TableSource(f"{tmp_path}/a.csv", "body")))
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [f"row {i} ü" for i in range(3000)]
+    rows[7] = None
+    pq.write_table(pa.table({"text": rows, "n": list(range(3000))}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": pa.array(["x", "y", "x"]).dictionary_encode()}), tmp_path / "b.parquet")
+    entries = list(parquet(TableSource(f"{tmp_path}/*.parquet")))
+    assert reasons(entries) == {"a.parquet:7": "holds nothing (null) under 'text', not text"}
+    found = documents([entry for entry in entries if isinstance(entry, Document)])
+    expected = {f"a.parquet:{i}": row for i, row in enumerate(rows) if row is not None}
+    assert found == expected | {"b.parquet:0": "x", "b.parquet:1": "y", "b.parquet:2": "x"}
+
+
+def test_parquet_faults(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets = pa.py_buffer(b"\0\0\0\0\4\0\0\0\x08\0\0\0")
+    not_text = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"finecaf\xe9"))
+    pq.write_table(pa.table({"text": not_text, "n": [1, 2]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
+    entries = list(parquet(TableSource(f"{tmp_path}/*.parquet")))
+    found = reasons(entries)
+    assert isinstance(entries[0], Document)
+    assert found.pop("b.parquet").startswith("is no parquet file (")
+    assert found == {"a.parquet:1": "is not utf-8: byte 0xe9 on line 1"}
+    with pytest.raises(ConfigError, match=r"a.parquet has no column 'body'; it has: text, n"):
+        list(parquet(TableSource(f"{tmp_path}/a.parquet", "body")))
+    with pytest.raises(ConfigError, match=r"data.source.options.column: column 'n' of a.parquet holds int64, not text"):
+        list(parquet(TableSource(f"{tmp_path}/a.parquet", "n")))
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", None], "n": [1, 2, 3]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "other": rows.select([1])}).save_to_disk(tmp_path / "many")
+    entries = list(hub(HubSource(str(tmp_path / "one"))))
+    assert documents(entries[:2]) == {"train:0": "a", "train:1": "b"}
+    assert reasons(entries) == {"train:2": "holds nothing (null) under 'text', not text"}
+    assert documents(list(hub(HubSource(str(tmp_path / "many"), split="other")))) == {"other:0": "b"}
+    with pytest.raises(ConfigError, match=r"data.source.options.split: 'test' is not one of other, train in"):
+        list(hub(HubSource(str(tmp_path / "many"), split="test")))
+    with pytest.raises(ConfigError, match=r"has no column 'body'; it has: text, n"):
+        list(hub(HubSource(str(tmp_path / "one"), column="body")))
+
+
+def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the data set could not be loaded: .*\n.*save_to_disk"):
+        list(hub(HubSource(str(tmp_path))))
+    with pytest.raises(ConfigError, match=r"data.source.options.path: is not set"):
+        list(hub(HubSource()))
+
+
+def test_a_hub_name_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    class Api:
+        def repo_info(self, path: str, revision: str | None, repo_type: str) -> object:
+            asked.append((path, revision, repo_type))
+            return type("Info", (), {"sha": "c0ffee"})
+
+    def load_dataset(path: str, **given: object) -> object:
+        asked.append((path, given))
+        return datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = {"path": "someone/words", "revision": "main", "subset": "en", "streaming": True}
+    origin = open_source(SourceConfig("hub", options))
+    assert origin.facts["options"]["revision"] == "c0ffee"
+    assert origin.settings["options"]["revision"] == "c0ffee"
+    assert documents(list(origin.read())) == {"train:0": "a"}
+    assert asked == [
+        ("someone/words", "main", "dataset"),
+        ("someone/words", {"name": "en", "split": "train", "revision": "c0ffee", "streaming": True}),
+    ]
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Api:
+        def repo_info(self, path: str, revision: str | None, repo_type: str) -> object:
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(DataError, match=r"someone/words: is no folder here, .* no route to host\nGive an existing"):
+        open_source(SourceConfig("hub", {"path": "someone/words"}))
+
+
+# ---------------------------------------------------------------- the user's own
+
+
+def test_a_users_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_source.py").write_text(
+        "from kajiya.data.sources import Document\n"
+        "def rows(n, word='x'):\n"
+        "    yield word * n\n"
+        "    yield {'text': 'named', 'name': 'its/name'}\n"
+        "    yield {'text': 'unnamed'}\n"
+        "    yield Document('given', 'text', 4)\n"
+        "    yield 5\n"
+        "    yield {'body': 'x'}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    origin = open_source(SourceConfig("own_source:rows", {"n": 3}))
+    entries = list(origin.read())
+    assert documents(entries[:4]) == {"00000000": "xxx", "its/name": "named", "00000002": "unnamed", "given": "text"}
+    assert reasons(entries) == {
+        "00000004": "own_source:rows yielded int, not text",
+        "00000005": "own_source:rows yielded dict with body, not text",
+    }
+    assert origin.fingerprint() == origin.fingerprint()
+    assert origin.fingerprint() != open_source(SourceConfig("own_source:rows", {"n": 4})).fingerprint()
+    with pytest.raises(ConfigError, match=r"data.source.options.m: own_source:rows takes no such argument"):
+        open_source(SourceConfig("own_source:rows", {"m": 3}))
+    del sys.modules["own_source"]
+
+
+def test_a_function_that_is_no_source() -> None:
+    for returned in (None, "text", {"text": "x"}):
+        with pytest.raises(DataError, match=r"A source yields documents"):
+            list(from_function(lambda returned=returned: returned, {}))
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def test_a_fingerprint_follows_names_and_bytes_and_not_places(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("a")
+        (tmp_path / folder / "b.txt").write_text("b")
+
+    def opened(folder: str) -> object:
+        origin = open_source(SourceConfig("text", {"files": f"{tmp_path}/{folder}/*.txt"}))
+        return origin.settings, origin.fingerprint()
+
+    assert opened("one") == opened("two")
+    before = opened("one")
+    (tmp_path / "one" / "a.txt").write_text("A")
+    assert opened("one") != before
+    (tmp_path / "two" / "a.txt").rename(tmp_path / "two" / "c.txt")
+    assert opened("two") != before
