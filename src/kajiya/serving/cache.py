@@ -104,11 +104,13 @@ class SlotCache(Cache):
         place.rows_RT = torch.arange(first_row, first_row + n_rows, device=device)[:, None].expand_as(positions_RT)
         place.positions_RT = torch.where(positions_RT < 0, place.capacity, positions_RT)
 
+    @torch.inference_mode()
     def move(self, move: Move) -> None:
         """Copy one row's cached positions to another row."""
         for keys_or_values in self._tensors():
             keys_or_values[move.target, :, : move.length] = keys_or_values[move.source, :, : move.length]
 
+    @torch.inference_mode()
     def clear(self, row: int) -> None:
         """Zero a row whose content is not finite."""
         for keys_or_values in self._tensors():

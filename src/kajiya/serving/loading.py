@@ -12,8 +12,9 @@ from kajiya.serving.scheduler import Chunk, Plan
 from kajiya.serving.sequence import Request, SamplingParams, new_sequence
 
 _PROBE_TOKENS = 12
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest difference between the engine's logits and the plain model's, in standard deviations of the logits."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Largest root mean square difference between the engine's logits and the plain model's, in standard deviations of the
+logits. A wrong mask or position makes it about 1; rounding in bf16 reaches a tenth of the tolerance in trained models."""
 
 
 def load_for_serving(folder: Path, precision: str, device: str) -> Any:
@@ -104,10 +105,10 @@ def check_drivable(runner: Runner) -> None:
         raise KajiyaError(f"The engine cannot drive a {kind} model: {error}") from error
     finally:
         runner.cache.drop()
-    worst = ((found_TV - plain_TV).abs().max() / plain_TV.std().clamp(min=1e-6)).item()
-    if not worst <= _TOLERANCE[runner.dtype]:
+    difference = ((found_TV - plain_TV).square().mean().sqrt() / plain_TV.std().clamp(min=1e-6)).item()
+    if not difference <= _TOLERANCE[runner.dtype]:
         raise KajiyaError(
-            f"The engine cannot drive a {kind} model: its logits differ from the plain model's by {worst:.2g} "
+            f"The engine cannot drive a {kind} model: its logits differ from the plain model's by {difference:.2g} "
             f"standard deviations (allowed: {_TOLERANCE[runner.dtype]:g})."
         )
 

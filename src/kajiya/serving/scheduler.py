@@ -47,7 +47,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[str, Sequence] = {}
         self._slots = Slots(max_batch)
-        self._moves: list[Move] = []
+        self._moves: list[tuple[int, int, Sequence]] = []
 
     @property
     def n_waiting(self) -> int:
@@ -91,7 +91,9 @@ class Scheduler:
                 budget -= count
             if count:
                 chunks.append(Chunk(sequence, sequence.n_cached, count))
-        moves, self._moves = tuple(self._moves), []
+        # Lengths as they are now: a sequence may have moved before its part of the last step was recorded.
+        moves = tuple(Move(source, target, mover.n_cached) for source, target, mover in self._moves)
+        self._moves = []
         return Plan(moves, tuple(chunks))
 
     def advance(self, chunk: Chunk, token: int | None) -> None:
@@ -109,7 +111,7 @@ class Scheduler:
         if moved is not None:
             mover = self.running[moved]
             assert mover.row is not None
-            self._moves.append(Move(mover.row, row, mover.n_cached))
+            self._moves.append((mover.row, row, mover))
             mover.row = row
 
     def cancel(self, request_id: str) -> bool:

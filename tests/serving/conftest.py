@@ -1,0 +1,140 @@
+"""A tiny random model with a tokenizer trained here, and a real server over it."""
+
+import asyncio
+import sysconfig
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from kajiya.config.schema import ServeConfig
+from kajiya.serving.api import create_app
+from kajiya.serving.engine import Engine, load_engine
+from kajiya.serving.server import bind, url_of
+
+CONTEXT = 192
+NAME = "tiny"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama of 512 tokens, saved with a byte-level BPE trained on a few stdlib modules."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([(stdlib / name).read_text() for name in ("textwrap.py", "bisect.py")], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=None,
+            # Large weights: distinct tokens, well apart, in place of one repeated for ever.
+            initializer_range=0.6,
+        )
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="session")
+def reference(model_folder: Path) -> Any:
+    """The same model as plain Transformers loads it, fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def greedy(reference: Any) -> Callable[..., list[int]]:
+    """Transformers' own greedy continuation of one prompt."""
+
+    def continue_greedily(prompt: list[int], n_tokens: int, eos: int | None = 0) -> list[int]:
+        ids = torch.tensor([prompt])
+        found = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n_tokens,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+        continued: list[int] = found[0, len(prompt) :].tolist()
+        return continued
+
+    return continue_greedily
+
+
+def is_greedy(model: Any, prompt: list[int], answer: list[int]) -> bool:
+    """Whether every token of the answer is the plain model's most probable one behind all tokens before it.
+
+    By induction that makes it the greedy continuation; one forward pass in place of `generate`, which is slow.
+    """
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    best: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    return bool(answer) and best == answer
+
+
+def open_engine(folder: Path, max_batch: int = 4, max_waiting: int = 64) -> Engine:
+    return load_engine(folder, precision="fp32", device="cpu", max_batch=max_batch, max_waiting=max_waiting)
+
+
+@pytest.fixture
+def engine(model_folder: Path) -> Engine:
+    return open_engine(model_folder)
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """Serve `app` by uvicorn in a thread, on a free port; the URL."""
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        yield url_of(listener)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def server_url(model_folder: Path, tokenizer: Any) -> Iterator[str]:
+    """A server that all tests of the session share."""
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, ServeConfig(default_max_tokens=16))) as url:
+        yield url
