@@ -244,6 +244,7 @@ def test_a_resumed_run_goes_on_in_the_same_record(name: str, ready_run: Run) -> 
     run.events.emit("ended", status="interrupted", error=None)
     first = replay(run.folder, name, {}, timeout_s=120)
     assert first.status == "interrupted"
+    run.events.emit("opened", pid=os.getpid())
     run.events.emit("started", attempt=2, resumed_from=10)
     write_metrics(run, range(10, 40))
     run.events.emit("metrics", step=39, values={"eval/loss": float("nan")})

@@ -101,7 +101,7 @@ def test_a_users_own_tracker_is_given_the_run_at_the_lowest_priority(run: Run) -
     assert whole_run(run, tracked(run, "own_trackers:Recorder", 60)) == []
     lines = (run.folder / "seen").read_text().splitlines()
     assert lines[0] == "open tiny 32 {} 19"
-    assert " ".join(lines[1:-1]) == "config started metrics ended"
+    assert " ".join(lines[1:-1]) == "config opened started metrics ended"
     assert lines[-1] == "close finished"
 
 
@@ -110,7 +110,7 @@ def test_an_earlier_attempts_end_does_not_end_the_follower(run: Run) -> None:
     run.events.emit("ended", status="interrupted", error=None)
     assert whole_run(run, tracked(run, "own_trackers:Recorder", 60)) == []
     lines = (run.folder / "seen").read_text().splitlines()
-    assert " ".join(lines[1:-1]) == "config started ended started metrics ended"
+    assert " ".join(lines[1:-1]) == "config opened started ended started metrics ended"
     assert lines[-1] == "close finished"
 
 
@@ -144,7 +144,7 @@ def test_what_a_failing_tracker_did_not_take_is_replayed_when_it_is_mended(run: 
 
     assert position.problem is None
     assert (run.folder / "seen").read_text().splitlines()[-2:] == [
-        "config started metrics ended warning",
+        "config opened started metrics ended warning",
         "close finished",
     ]
 
@@ -217,7 +217,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     killed_python(code)
     wait_for(run.folder / "seen", "close interrupted")
     assert load_position(position_file(run.folder, name)).closed
-    assert " ".join((run.folder / "seen").read_text().split("\n")[1:-2]) == "config started metrics"
+    assert " ".join((run.folder / "seen").read_text().split("\n")[1:-2]) == "config opened started metrics"
 
 
 def test_a_hanging_follower_does_not_outlive_a_killed_run_for_long(run: Run) -> None:

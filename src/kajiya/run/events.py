@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ EVENTS_FILE = "events.jsonl"
 Event = dict[str, Any]
 """`t` (Unix seconds), `kind`, and the fields of that kind:
 
+- `opened`: `pid` of the process that works on the run from here on
 - `started`: `attempt`, `resumed_from` (step or null)
 - `config`: `config` (the whole resolved config)
 - `stage`: `name`, `state` (begun, done, reused), `seconds`, `text`
@@ -22,16 +24,21 @@ Event = dict[str, Any]
 - `checkpoint`: `step`, `path`, `bytes`
 - `sample`: `step`, `prompt`, `text`
 - `artifact`: `name`, `path`, `stage`, `digest`
+- `report`: `path`
 - `warning`: `text`
 - `ended`: `status` (finished, interrupted, failed), `error`
 """
 
 
+@dataclass(frozen=True)
 class EventLog:
     """Appends events to `events.jsonl` in a run folder; each line is written at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / EVENTS_FILE
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / EVENTS_FILE
 
     def emit(self, kind: str, **fields: Any) -> Event:
         """Append one event and return it. Non-finite numbers are written as strings (`"nan"`), since JSON has none."""

@@ -58,11 +58,15 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that `path` holds either the old content or the new, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as handle:
-        json.dump(content, handle, indent=1, ensure_ascii=False, allow_nan=False)
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as handle:
+            json.dump(content, handle, indent=1, ensure_ascii=False, allow_nan=False)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:

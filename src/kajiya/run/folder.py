@@ -9,6 +9,7 @@ from typing import Any
 from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config
 from kajiya.errors import StoreError
+from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.events import EventLog
 from kajiya.run.files import read_json, write_json
 from kajiya.run.provenance import collect_provenance
@@ -53,28 +54,45 @@ class Run:
 
 
 def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
-    """The run of that key: begun now, or gone on with where an earlier attempt left it."""
+    """The run of that key: begun now, or gone on with where an earlier attempt left it.
+
+    The manifest's `owner` is this process from now on. Raises `StoreError` while another one works on the run.
+    """
     folder = store.runs / f"{config.name}-{key[:10]}"
     run = Run(folder, store, EventLog(folder))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _MANIFEST).is_file():
-        write_json(
-            folder / _MANIFEST,
-            {
-                "run": folder.name,
-                "name": config.name,
-                "key": key,
-                "created": time.time(),
-                "config": to_plain(config),
-                "command": command,
-                "status": "running",
-                "attempts": 0,
-                "artifacts": {},
-                "provenance": collect_provenance(),
-            },
-        )
+        manifest = {
+            "run": folder.name,
+            "name": config.name,
+            "key": key,
+            "created": time.time(),
+            "config": to_plain(config),
+            "command": command,
+            "status": "running",
+            "owner": process_facts(),
+            "attempts": 0,
+            "artifacts": {},
+            "provenance": collect_provenance(),
+        }
+        # The manifest makes the run: the event is there before it, twice if a crash comes between.
         run.events.emit("config", config=to_plain(config))
+        write_json(folder / _MANIFEST, manifest)
+    else:
+        _refuse_second(run)
+        run.record(owner=process_facts())
+    run.events.emit("opened", pid=os.getpid())
     return run
+
+
+def _refuse_second(run: Run) -> None:
+    manifest = run.manifest()
+    owner = manifest["owner"]
+    if manifest["status"] == "running" and owner["pid"] != os.getpid() and is_alive(owner):
+        raise StoreError(
+            f"Run {run.id} is in progress in process {owner['pid']} on {owner['host']}.\n"
+            "Wait for it or stop it; another seed or config is another run."
+        )
 
 
 def find_run(store: Store, name: str) -> Run:

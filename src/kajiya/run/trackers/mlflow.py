@@ -165,6 +165,11 @@ class MLflowTracker:
         if event["name"] == MODEL_ARTIFACT and self.options.register:
             self._register(event, folder, place, is_small)
 
+    def _report(self, event: Event) -> None:
+        path = Path(event["path"])
+        if path.is_file():
+            self.client.log_artifact(self.run_id, str(path), "report")
+
     def _register(self, event: Event, folder: Path, place: str, is_copied: bool) -> None:
         """A model version that points at the artifact in the store, or, on a server, at the copy uploaded to it."""
         from mlflow.exceptions import MlflowException
@@ -203,6 +208,7 @@ _TAKES: Mapping[str, Callable[[MLflowTracker, Event], None]] = {
     "stage": MLflowTracker._stage,
     "sample": MLflowTracker._sample,
     "artifact": MLflowTracker._artifact,
+    "report": MLflowTracker._report,
     "warning": MLflowTracker._warning,
     "ended": MLflowTracker._ended,
 }

@@ -27,9 +27,9 @@ class Position:
     """Last known status of the run: running, finished, interrupted, failed."""
     closed: bool = False
     """The tracker was closed behind `offset`."""
-    highest: dict[str, int] = field(default_factory=dict)
-    """Highest step delivered of each metric, and of samples."""
-    repeated: dict[str, int] = field(default_factory=dict)
+    highest: dict[str, Any] = field(default_factory=dict)
+    """Highest step delivered of each metric and of samples, and the value there: `[step, value]`."""
+    repeated: dict[str, Any] = field(default_factory=dict)
     """`highest` as it was when the run was last resumed: up to here its events are repetitions."""
     saved: dict[str, Any] = field(default_factory=dict)
     """What the tracker wants to find again."""
@@ -45,32 +45,34 @@ class Position:
         """Move past an event and return what of it is new.
 
         A run resumed from a checkpoint writes the steps behind it a second time. Exact resume makes them equal; the
-        first ones have been delivered, so each metric goes on behind its highest step.
+        first ones have been delivered, so each metric goes on behind its highest step, or at it with another value.
         """
         self.offset = offset
         self.closed = False
         kind = event["kind"]
-        if kind == "started":
+        if kind in ("opened", "ended"):
             self.repeated = dict(self.highest)
-            self.status = "running"
-        elif kind == "ended":
-            self.status = event["status"]
+            self.status = event["status"] if kind == "ended" else "running"
         elif kind == "metrics":
-            new = {name: value for name, value in event["values"].items() if self._is_new(name, event["step"])}
+            step = event["step"]
+            new = {name: value for name, value in event["values"].items() if self._is_new(name, step, value)}
             self.n_repeated += len(event["values"]) - len(new)
             if not new:
                 return None
             event = event | {"values": new}
-        elif kind == "sample" and not self._is_new("samples of text", event["step"]):
+        elif kind == "sample" and not self._is_new("samples of text", event["step"], None):
             self.n_repeated += 1
             return None
         self.n_events += 1
         return event
 
-    def _is_new(self, name: str, step: int) -> bool:
-        if name in self.repeated and step <= self.repeated[name]:
-            return False
-        self.highest[name] = max(step, self.highest[name]) if name in self.highest else step
+    def _is_new(self, name: str, step: int, value: Any) -> bool:
+        if name in self.repeated:
+            last_step, last_value = self.repeated[name]
+            if step < last_step or (step == last_step and value == last_value):
+                return False
+        if name not in self.highest or step >= self.highest[name][0]:
+            self.highest[name] = [step, value]
         return True
 
 

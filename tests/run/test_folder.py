@@ -1,0 +1,100 @@
+"""Runs: begun once, gone on with, found by a part of their name, worked on by one process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kajiya.config.schema import Config
+from kajiya.errors import StoreError
+from kajiya.run.alive import is_alive, process_facts
+from kajiya.run.events import read_events
+from kajiya.run.folder import find_run, list_runs, open_run
+from kajiya.run.store import Store, produce
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_a_run_is_begun_once_and_gone_on_with(store: Store) -> None:
+    config = Config(name="tiny")
+    first = open_run(store, config, "abcdef0123456789", ["train", "tiny"])
+    first.record(status="interrupted", attempts=1)
+    second = open_run(store, config, "abcdef0123456789", ["train", "tiny", "again"])
+    assert second.id == first.id == "tiny-abcdef0123"
+    manifest = second.manifest()
+    assert manifest["attempts"] == 1
+    assert manifest["command"] == ["train", "tiny"]
+    assert manifest["config"]["train"]["micro_batch"] == 8
+    assert manifest["provenance"]["packages"]["torch"]
+    assert [event["kind"] for event in read_events(first.folder)] == ["config", "opened", "opened"]
+
+
+def test_an_artifact_is_listed_and_told(store: Store) -> None:
+    run = open_run(store, Config(name="tiny"), "a" * 64, [])
+    artifact, _ = produce(store, "corpus", code="c", config={}, parents={}, make=lambda folder: {})
+    run.record_artifact("corpus", artifact)
+    entry = run.manifest()["artifacts"]["corpus"]
+    assert entry == artifact.reference() | {"path": f"artifacts/corpus/{artifact.key[:24]}"}
+    event = list(read_events(run.folder))[-1]
+    assert (event["kind"], event["digest"], event["path"]) == ("artifact", artifact.digest, entry["path"])
+
+
+def test_find_run(store: Store) -> None:
+    with pytest.raises(StoreError, match=r"'latest' is no run .*\n.*none yet"):
+        find_run(store, "latest")
+    runs = [open_run(store, Config(name=name), key * 10, []) for name, key in (("a", "1"), ("a", "2"), ("ab", "3"))]
+    assert list_runs(store) == runs
+    assert find_run(store, "latest") == runs[-1]
+    assert find_run(store, "a-1") == runs[0]
+    assert find_run(store, "ab") == runs[2]
+    assert find_run(store, runs[1].id) == runs[1]
+    assert find_run(Store(store.root / "elsewhere"), str(runs[1].folder)) == runs[1]
+    with pytest.raises(StoreError, match="'a-' is the beginning of several runs"):
+        find_run(store, "a-")
+    with pytest.raises(StoreError, match="'b' is no run"):
+        find_run(store, "b")
+
+
+def test_a_whole_id_is_found_although_it_begins_another(store: Store) -> None:
+    short = open_run(store, Config(name="a"), "1234567890", [])
+    (store.runs / (short.id + "-more")).mkdir()
+    (store.runs / (short.id + "-more") / "manifest.json").write_bytes((short.folder / "manifest.json").read_bytes())
+    assert find_run(store, short.id) == short
+
+
+def test_a_run_in_progress_in_another_process_is_refused(store: Store) -> None:
+    run = open_run(store, Config(name="tiny"), "a" * 10, [])
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        run.record(owner=facts_of(child.pid))
+        with pytest.raises(StoreError, match=rf"in progress in process {child.pid} "):
+            open_run(store, Config(name="tiny"), "a" * 10, [])
+        run.record(status="failed")
+        open_run(store, Config(name="tiny"), "a" * 10, [])
+        run.record(status="running", owner=facts_of(child.pid))
+    finally:
+        child.communicate()
+    open_run(store, Config(name="tiny"), "a" * 10, [])
+    assert run.manifest()["owner"] == process_facts()
+
+
+def facts_of(pid: int) -> dict[str, object]:
+    from kajiya.run.alive import _begun
+
+    return process_facts() | {"pid": pid, "begun": _begun(pid)}
+
+
+def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
+    mine = process_facts()
+    assert is_alive(mine)
+    if mine["begun"] is not None:
+        assert not is_alive(mine | {"begun": mine["begun"] - 1})
+    assert is_alive(mine | {"pid": 2**22 - 1, "host": "another machine"})
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    facts = facts_of(child.pid)
+    child.wait()
+    assert not is_alive(facts)

@@ -1,0 +1,159 @@
+"""What a store holds: listed, verified, pinned, and collected only when nothing refers to it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kajiya.config.schema import Config
+from kajiya.errors import StoreError
+from kajiya.run.folder import Run, open_run
+from kajiya.run.holdings import collect_garbage, find_artifact, name_of, pin, store_rows, unpin, verify_store
+from kajiya.run.store import Artifact, Store, produce
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def make(store: Store, stage: str, text: str, **parents: Artifact) -> Artifact:
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "text").write_text(text)
+        return {}
+
+    artifact, _ = produce(store, stage, code="c", config={"text": text}, parents=parents, make=write)
+    return artifact
+
+
+def finished_run(store: Store, key: str, **artifacts: Artifact) -> Run:
+    run = open_run(store, Config(name="tiny"), key * 10, [])
+    for name, artifact in artifacts.items():
+        run.record_artifact(name, artifact)
+    run.record(status="finished")
+    return run
+
+
+def test_listing_says_size_users_and_pins(store: Store) -> None:
+    corpus = make(store, "corpus", "0123456789")
+    loose = make(store, "corpus", "loose")
+    run = finished_run(store, "a", corpus=corpus)
+    pin(store, name_of(loose.path), "for the paper")
+    rows = {row.name: row for row in store_rows(store)}
+    assert list(rows) == [name_of(corpus.path), name_of(loose.path)]
+    assert rows[name_of(corpus.path)].bytes == 10
+    assert rows[name_of(corpus.path)].runs == [run.id]
+    assert rows[name_of(loose.path)].runs == []
+    assert rows[name_of(loose.path)].pin == "for the paper"
+    json.dumps([dataclasses.asdict(row) for row in rows.values()])
+
+
+def test_verify_names_each_kind_of_harm(store: Store) -> None:
+    good, changed, missing, added, listed, broken = (make(store, "corpus", f"text {n}") for n in range(6))
+    (changed.path / "sub" / "text").write_text("text x")
+    (missing.path / "sub" / "text").unlink()
+    (added.path / "sub" / "more").write_text("more")
+    manifest = json.loads((listed.path / "manifest.json").read_text())
+    manifest["files"] = {}
+    (listed.path / "manifest.json").write_text(json.dumps(manifest))
+    (broken.path / "manifest.json").write_text("{")
+    problems = {verdict.name: verdict.problem for verdict in verify_store(store)}
+    assert len(problems) == 6
+    assert problems[name_of(good.path)] is None
+    for artifact, words in (
+        (changed, "corrupt"),
+        (missing, "missing"),
+        (added, "sub/more is not in the manifest"),
+        (listed, "not what its own digest says"),
+        (broken, "broken JSON"),
+    ):
+        assert words in (problems[name_of(artifact.path)] or ""), words
+
+
+def test_an_artifact_is_found_by_name_key_digest_and_folder(store: Store) -> None:
+    one, two = make(store, "corpus", "one"), make(store, "corpus", "two")
+    for name in (name_of(one.path), one.key, one.key[:12], one.digest[:12], str(one.path)):
+        assert find_artifact(store, name).path == one.path
+    with pytest.raises(StoreError, match="is the beginning of 2 artifacts"):
+        find_artifact(store, "corpus/")
+    for name in ("nothing", ""):
+        with pytest.raises(StoreError, match="is no artifact"):
+            find_artifact(store, name)
+    assert find_artifact(store, name_of(two.path)).path == two.path
+
+
+def test_garbage_is_what_nothing_refers_to(store: Store) -> None:
+    ancestor = make(store, "corpus", "ancestor")
+    shards = make(store, "shards", "shards", corpus=ancestor)
+    used = make(store, "model", "used", shards=shards)
+    pinned_parent = make(store, "corpus", "parent of a pinned one")
+    pinned = make(store, "model", "pinned", corpus=pinned_parent)
+    kept = make(store, "corpus", "kept by name")
+    loose_parent = make(store, "corpus", "12345")
+    loose = make(store, "model", "1234567890", corpus=loose_parent)
+    finished_run(store, "a", model=used)  # its data are ancestors only
+    pin(store, pinned.key[:16])
+
+    would = collect_garbage(store, keep=[kept.key])
+
+    assert would.artifacts == sorted([name_of(loose.path), name_of(loose_parent.path)])
+    assert not would.is_deleted
+    assert loose.path.is_dir()
+    done = collect_garbage(store, keep=[kept.key], dry_run=False)
+    assert done == dataclasses.replace(would, is_deleted=True)
+    assert done.bytes > 15
+    left = {artifact.path for artifact in store.artifacts()}
+    assert left == {a.path for a in (ancestor, shards, used, pinned_parent, pinned, kept)}
+    assert not loose.path.exists()
+    assert all(verdict.problem is None for verdict in verify_store(store))
+
+
+def test_a_pin_is_taken_away(store: Store) -> None:
+    artifact = make(store, "corpus", "x")
+    full = pin(store, artifact.key)
+    assert collect_garbage(store).artifacts == []
+    assert unpin(store, artifact.key[:10]) == full
+    assert collect_garbage(store).artifacts == [full]
+    with pytest.raises(StoreError, match="is not pinned"):
+        unpin(store, full)
+
+
+def test_nothing_is_deleted_while_a_run_is_in_progress(store: Store) -> None:
+    artifact = make(store, "corpus", "not listed yet")
+    run = open_run(store, Config(name="tiny"), "a" * 10, [])
+    with pytest.raises(StoreError, match=f"{run.id} in progress"):
+        collect_garbage(store, dry_run=False)
+    assert collect_garbage(store).artifacts == [name_of(artifact.path)]
+    run.record(status="failed")
+    assert collect_garbage(store, dry_run=False).artifacts == [name_of(artifact.path)]
+
+
+def test_what_a_killed_process_left_is_garbage_and_what_a_live_one_writes_is_not(store: Store) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stage = store.root / "artifacts" / "corpus"
+    for pid in (child.pid, dead.pid):
+        (stage / f".abc.{pid}").mkdir(parents=True)
+        (stage / f".abc.{pid}" / "part").write_text("12345")
+    try:
+        garbage = collect_garbage(store, dry_run=False)
+    finally:
+        child.communicate()
+    assert garbage.unfinished == [f"artifacts/corpus/.abc.{dead.pid}"]
+    assert garbage.bytes == 5
+    assert [path.name for path in stage.iterdir()] == [f".abc.{child.pid}"]
+
+
+def test_an_unreadable_run_stops_the_collection(store: Store) -> None:
+    make(store, "corpus", "perhaps used")
+    (store.runs / "broken").mkdir(parents=True)
+    (store.runs / "broken" / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="broken JSON"):
+        collect_garbage(store, dry_run=False)
+    assert len(store.artifacts()) == 1
