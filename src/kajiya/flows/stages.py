@@ -22,7 +22,8 @@ class Stages:
         started = time.perf_counter()
         result, reused = make()
         seconds = time.perf_counter() - started
-        self.timings[name] = self.timings.get(name, 0.0) + seconds
+        if not reused:
+            self.timings[name] = self.timings.get(name, 0.0) + seconds
         state = "reused" if reused else "done"
         self.on_event("stage", name=name, state=state, seconds=seconds, text=words(result))
         return result

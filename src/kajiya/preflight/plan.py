@@ -1,6 +1,7 @@
 """The plan: what the run is, what it will cost, and the learning rate as it will be; before a step is spent."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,25 +36,23 @@ class Plan:
     compiled: str
     lr_curve: list[tuple[int, float]]
 
-    def lines(self) -> list[tuple[str, str]]:
-        """The plan as pairs of words for a table on the screen or in the report."""
-        return [
-            ("parameters", f"{format_count(self.n_params)} ({self.n_trainable / self.n_params:.0%} trainable)"),
-            ("precision", f"{self.precision}: {self.precision_reason}"),
-            ("compiled", self.compiled),
-            ("steps", f"{self.steps:,} of {self.tokens_per_step:,} tokens"),
-            (
-                "tokens",
-                f"{format_count(self.tokens)}, {self.epochs:.2f} epochs, {self.tokens_per_param:.1f} a parameter",
-            ),
-            ("speed", f"{self.tokens_per_second:,.0f} tokens/s (measured), {self.step_seconds * 1000:.0f} ms a step"),
-            ("training", format_seconds(self.train_seconds)),
-            (
-                "memory",
-                f"{format_bytes(self.peak_bytes)} peak, of it {format_bytes(self.state_bytes)} weights and optimizer",
-            ),
-            ("checkpoint", format_bytes(self.checkpoint_bytes)),
-        ]
+
+def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts of a plan as pairs of words, for a table on the screen or in the report."""
+    n_params, tokens, steps = facts["n_params"], facts["tokens"], facts["steps"]
+    speed = f"{facts['tokens_per_second']:,.0f} tokens/s (measured), {facts['step_seconds'] * 1000:.0f} ms a step"
+    memory = f"{format_bytes(facts['peak_bytes'])} peak, of it {format_bytes(facts['state_bytes'])} weights and optimizer"
+    return [
+        ("parameters", f"{format_count(n_params)} ({facts['n_trainable'] / n_params:.0%} trainable)"),
+        ("precision", f"{facts['precision']}: {facts['precision_reason']}"),
+        ("compiled", facts["compiled"]),
+        ("steps", f"{steps:,} of {facts['tokens_per_step']:,} tokens"),
+        ("tokens", f"{format_count(tokens)}, {facts['epochs']:.2f} epochs, {facts['tokens_per_param']:.1f} a parameter"),
+        ("speed", speed),
+        ("training", format_seconds(facts["train_seconds"])),
+        ("memory", memory),
+        ("checkpoint", format_bytes(facts["checkpoint_bytes"])),
+    ]
 
 
 def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: float, compiled: str) -> Plan:

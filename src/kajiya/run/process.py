@@ -49,15 +49,10 @@ def keep_large_blocks() -> str:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return "left as it is (not glibc)"
-    m_trim_threshold, m_mmap_threshold, m_mmap_max, m_top_pad = -1, -3, -4, -2
-    never = 2**31 - 1
-    set_all = [
-        libc.mallopt(m_mmap_max, 0),
-        libc.mallopt(m_trim_threshold, never),
-        libc.mallopt(m_mmap_threshold, never),
-        libc.mallopt(m_top_pad, 64 * 2**20),
-    ]
-    return "glibc: no mmap, no trim, 64 MiB top pad" if all(set_all[:2]) else "glibc: refused"
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (m_arena_max, 1))
+    taken = all([libc.mallopt(name, value) for name, value in settings])
+    return "glibc: no mmap, no trim, one arena, 256 MiB top pad" if taken else "glibc: refused in part"
 
 
 def quiet_transformers() -> None:

@@ -1,0 +1,5 @@
+"""`python -m kajiya`."""
+
+from kajiya.cli import main
+
+main()

@@ -1,0 +1,47 @@
+"""The verbs as functions: all that the command line does, a notebook can."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kajiya.config.schema import Config
+    from kajiya.flows.train import Trained
+
+
+def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> "Config":
+    """The validated config of a recipe (a packaged name or the path of a YAML file) with Hydra overrides on top."""
+    from kajiya.config.compose import compose as compose_config
+
+    return compose_config(recipe, overrides, config_dir)
+
+
+def train(
+    config: "Config", store: str | Path | None = None, on_event: Callable[..., object] | None = None
+) -> "Trained":
+    """Train, evaluate and report; run again with the same config, it goes on where it was or reuses what is done."""
+    from kajiya.data.progress import silent
+    from kajiya.flows.train import train as train_flow
+    from kajiya.run.store import default_store
+
+    return train_flow(config, default_store(store), on_event=on_event or silent)
+
+
+def load(target: str | Path, store: str | Path | None = None) -> tuple[Any, Any]:
+    """Model (evaluation mode, on the CPU) and tokenizer of a run, an artifact, a folder or a hub name."""
+    from kajiya.data.tokenizer import load_tokenizer
+    from kajiya.flows.targets import find_model
+    from kajiya.models.load import load_model, stored_dtype
+    from kajiya.run.store import default_store
+
+    folder = find_model(str(target), default_store(store)).model.path
+    return load_model(folder, dtype=stored_dtype(folder)), load_tokenizer(folder)
+
+
+def evaluate(target: str | Path, config: "Config", store: str | Path | None = None) -> dict[str, Any]:
+    """Figures of a run, an artifact, a folder or a hub name on the held-out text of `config`, with the baselines'."""
+    from kajiya.flows.evaluate import evaluate as evaluate_flow
+    from kajiya.run.store import default_store
+
+    evaluation, baselines = evaluate_flow(str(target), config, default_store(store))
+    return {**evaluation.facts, **baselines.facts}

@@ -1,0 +1,411 @@
+"""The command line: one thin verb per stage; everything heavy is imported inside the verb that needs it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kajiya.errors import KajiyaError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kajiya.config.schema import Config
+    from kajiya.flows.train import Trained
+
+app = typer.Typer(
+    name="kajiya",
+    help="A model's whole life with one typed config and one command line.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog="Any verb takes --debug for tracebacks. Settings are written key=value: kajiya train stdlib-pretrain optim.lr=1e-3",
+)
+config_app = typer.Typer(help="The composed config, its schema, the recipes.", no_args_is_help=True)
+store_app = typer.Typer(help="The artifact store: list, verify, gc, pin.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(store_app, name="store")
+
+Recipe = Annotated[str, typer.Argument(help="A packaged recipe's name, or the path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, as key=value.", metavar="[KEY=VALUE]...")]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="Folder of artifacts and runs; else $KAJIYA_STORE, else ./kajiya-store.")
+]
+ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Folder with recipes and groups of your own.")]
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+DEFAULT_RECIPE = "stdlib-pretrain"
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    minutes: Annotated[float, typer.Option(help="Time for the whole demo but the serving, minutes.", min=1.0)] = 4.0,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the model at the end.")] = True,
+    store: StoreOption = None,
+) -> None:
+    """The whole life of a small model, on the Python standard library, in minutes."""
+    from kajiya.flows.demo import demo_config
+
+    config = demo_config(minutes, overrides or [])
+    console = _console()
+    console.print(
+        f"[bold]Kajiya demo[/bold]: a language model of Python code, from scratch, in about {minutes:g} minutes."
+    )
+    trained = _train(config, store, console)
+    if trained.model is not None and serve:
+        _serve(config, trained.model.path, config.name, console)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, evaluate the model, write the report. The same command goes on where it was interrupted."""
+    from kajiya.config.compose import compose
+
+    trained = _train(compose(recipe, overrides or [], config_dir), store, _console(to_stderr=as_json))
+    if as_json:
+        from kajiya.run.inspect import run_facts
+
+        _print_json(run_facts(trained.run))
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, tokens, time and memory of a recipe, measured by a few steps, without training it."""
+    from kajiya.config.compose import compose
+    from kajiya.flows.plan import plan_recipe
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    with Screen(console) as screen:
+        facts = plan_recipe(compose(recipe, overrides or [], config_dir), default_store(store), screen.on_event)
+    if as_json:
+        _print_json(facts)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="A run (id, beginning of it, latest), an artifact, a folder, or a hub name.")
+    ],
+    overrides: Overrides = None,
+    data: Annotated[str, typer.Option(help="Recipe whose held-out text is scored.")] = DEFAULT_RECIPE,
+    config_dir: ConfigDir = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte and perplexity on held-out text, beside compressors on the same bytes."""
+    from kajiya.config.compose import compose
+    from kajiya.flows.evaluate import evaluate as evaluate_flow
+    from kajiya.listings import evaluation_table
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    with Screen(console) as screen:
+        config = compose(data, overrides or [], config_dir)
+        evaluation, baselines = evaluate_flow(target, config, default_store(store), on_event=screen.on_event)
+    if as_json:
+        _print_json({**evaluation.facts, **baselines.facts})
+    else:
+        console.print(evaluation_table(evaluation.facts, baselines.facts))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Runs: ids, beginnings of them, folders, or latest.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Write one self-contained HTML page, and Markdown, about one run or several."""
+    from kajiya.flows.report import write_report
+    from kajiya.run.folder import find_run
+    from kajiya.run.store import default_store
+
+    found = [find_run(default_store(store), name) for name in runs]
+    folder = out or (found[0].folder / "report" if len(found) == 1 else Path("report"))
+    _console().print(str(write_report(found, folder)), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def serve(
+    target: Annotated[
+        str, typer.Argument(help="A run (id, beginning of it, latest), an artifact, a folder, or a hub name.")
+    ],
+    overrides: Overrides = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (serve.host).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one (serve.port).")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key that requests must carry (serve.api_key).")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Serve a model behind the OpenAI API, with a playground page."""
+    from kajiya.config.compose import compose
+    from kajiya.flows.targets import find_model
+    from kajiya.run.store import default_store
+
+    flags = {"serve.host": host, "serve.port": port, "serve.api_key": api_key}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    found = find_model(target, default_store(store))
+    _serve(compose(DEFAULT_RECIPE, [*(overrides or []), *given]), found.model.path, found.name, _console())
+
+
+@app.command()
+def runs(store: StoreOption = None, as_json: Json = False) -> None:
+    """All runs, oldest first."""
+    from kajiya.listings import runs_table
+    from kajiya.run.inspect import run_rows
+    from kajiya.run.store import default_store
+
+    rows = run_rows(default_store(store))
+    if as_json:
+        _print_json(rows)
+    elif not rows:
+        _console().print("No runs yet. Begin one with: kajiya demo", highlight=False)
+    else:
+        _console().print(runs_table(rows))
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")] = "latest",
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """All facts of one run."""
+    from kajiya.listings import show_run
+    from kajiya.run.folder import find_run
+    from kajiya.run.inspect import run_facts
+    from kajiya.run.store import default_store
+
+    facts = run_facts(find_run(default_store(store), run))
+    if as_json:
+        _print_json(facts)
+    else:
+        show_run(_console(), facts)
+
+
+@app.command()
+def diff(first: str, second: str, store: StoreOption = None, as_json: Json = False) -> None:
+    """What differs between two runs: config, data, code, environment, metrics."""
+    from kajiya.listings import diff_table
+    from kajiya.run.folder import find_run
+    from kajiya.run.inspect import run_diff
+    from kajiya.run.store import default_store
+
+    found = run_diff(find_run(default_store(store), first), find_run(default_store(store), second))
+    if as_json:
+        _print_json(found)
+    else:
+        _console().print(diff_table(found))
+
+
+@app.command()
+def ui(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 5000,
+    store: StoreOption = None,
+) -> None:
+    """MLflow's own UI over the local store."""
+    from kajiya.run.store import default_store
+    from kajiya.run.ui import open_ui
+
+    open_ui(default_store(store), host, port, lambda url: _console().print(f"MLflow UI: {url}  (Ctrl-C ends it)"))
+
+
+@app.command()
+def doctor(store: StoreOption = None, as_json: Json = False) -> None:
+    """This machine, what is missing, and the command that mends it."""
+    from kajiya.listings import findings_table
+    from kajiya.preflight.doctor import diagnose
+    from kajiya.run.store import default_store
+
+    findings = diagnose(default_store(store).root)
+    if as_json:
+        _print_json(findings)
+    else:
+        _console().print(findings_table(findings))
+
+
+@config_app.command("show")
+def config_show(
+    recipe: Recipe = DEFAULT_RECIPE, overrides: Overrides = None, config_dir: ConfigDir = None, as_json: Json = False
+) -> None:
+    """The composed config of a recipe, every default resolved."""
+    from kajiya.config.compose import compose
+    from kajiya.config.digest import to_plain
+
+    plain = to_plain(compose(recipe, overrides or [], config_dir))
+    if as_json:
+        _print_json(plain)
+    else:
+        import yaml
+
+        sys.stdout.write(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """JSON schema of the config, and of the options of every name in every table."""
+    from kajiya.config.describe import json_schema, tables_schema
+
+    _print_json(json_schema() | {"$defs": tables_schema()})
+
+
+@config_app.command("list")
+def config_list(config_dir: ConfigDir = None, as_json: Json = False) -> None:
+    """Recipes and config groups."""
+    from kajiya.config.compose import list_groups, list_recipes
+
+    facts = {"recipes": sorted(list_recipes(config_dir)), "groups": list_groups(config_dir)}
+    if as_json:
+        _print_json(facts)
+        return
+    console = _console()
+    console.print("recipes: " + ", ".join(facts["recipes"]), highlight=False)
+    for group, names in list_groups(config_dir).items():
+        console.print(f"{group}: " + ", ".join(names), highlight=False)
+
+
+@store_app.command("list")
+def store_list(store: StoreOption = None, as_json: Json = False) -> None:
+    """Every artifact: stage, key, size, age, who uses it."""
+    from kajiya.listings import store_table
+    from kajiya.run.holdings import store_rows
+    from kajiya.run.store import default_store
+
+    rows = store_rows(default_store(store))
+    if as_json:
+        _print_json(rows)
+    else:
+        _console().print(store_table(rows))
+
+
+@store_app.command("verify")
+def store_verify(store: StoreOption = None, as_json: Json = False) -> None:
+    """Check every file of every artifact against its hash; exit 1 when one is not what it was."""
+    from kajiya.run.holdings import verify_store
+    from kajiya.run.store import default_store
+
+    verdicts = verify_store(default_store(store))
+    broken = [verdict for verdict in verdicts if verdict.problem]
+    if as_json:
+        _print_json(verdicts)
+    else:
+        for verdict in broken:
+            _console().print(f"broken: {verdict.name}: {verdict.problem}", highlight=False, soft_wrap=True)
+        _console().print(f"{len(verdicts)} artifacts, {len(broken)} broken", highlight=False)
+    if broken:
+        raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Really delete; otherwise only say what would go.")] = False,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Artifacts that no run and no pin refers to."""
+    from kajiya.config.quantities import format_bytes
+    from kajiya.run.holdings import collect_garbage
+    from kajiya.run.store import default_store
+
+    garbage = collect_garbage(default_store(store), dry_run=not delete)
+    if as_json:
+        _print_json(garbage)
+        return
+    names = [*garbage.artifacts, *garbage.unfinished]
+    for name in names:
+        _console().print(name, highlight=False)
+    said = "deleted" if garbage.is_deleted else "would go; --delete deletes them"
+    _console().print(f"{len(names)} items, {format_bytes(garbage.bytes)}: {said}", highlight=False)
+
+
+@store_app.command("pin")
+def store_pin(
+    artifact: Annotated[str, typer.Argument(help="An artifact, as `kajiya store list` names it.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the pin away.")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Keep an artifact though no run refers to it."""
+    from kajiya.run.holdings import pin, unpin
+    from kajiya.run.store import default_store
+
+    name = (unpin if remove else pin)(default_store(store), artifact)
+    _console().print(f"{name}: {'no longer pinned' if remove else 'pinned'}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors of the user's in one or two lines and exit 2, our own in one line and exit 1."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    is_debug = len(arguments) != len(sys.argv[1:])
+    try:
+        app(args=arguments)
+    except KajiyaError as problem:
+        if is_debug:
+            raise
+        sys.stderr.write(f"error: {problem}\n")
+        sys.exit(2)
+    except Exception as problem:
+        if is_debug:
+            raise
+        sys.stderr.write(
+            f"internal error: {type(problem).__name__}: {problem}\nRun it again with --debug to see where.\n"
+        )
+        sys.exit(1)
+
+
+def _train(config: "Config", store: str | None, console: "Console") -> "Trained":
+    from kajiya.flows.train import train as train_flow
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen, say_outcome
+
+    command = ["kajiya", *sys.argv[1:]]
+    try:
+        with Screen(console) as screen:
+            trained = train_flow(config, default_store(store), command=command, on_event=screen.on_event)
+    except KeyboardInterrupt:
+        console.print("Interrupted. Nothing is lost: the same command goes on where it was.")
+        raise typer.Exit(0) from None
+    say_outcome(console, trained, command)
+    return trained
+
+
+def _serve(config: "Config", folder: Path, name: str, console: "Console") -> None:
+    from kajiya.serving.server import serve as serve_model
+
+    def ready(url: str) -> None:
+        console.print(
+            f"[bold]Serving {name}[/bold] at {url}  (playground: {url}/, API: {url}/v1, Ctrl-C ends it)", soft_wrap=True
+        )
+
+    serve_model(config.serve, folder, name, ready)
+
+
+def _console(to_stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=to_stderr, highlight=False)
+    # A pipe has no width of its own: lines stay whole, for whoever reads them next.
+    return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=160)
+
+
+def _print_json(value: Any) -> None:
+    from kajiya.config.digest import to_plain
+
+    plain = to_plain(value)
+    sys.stdout.write(json.dumps(plain, indent=1, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,30 @@
+"""Evaluate any model on the held-out text of a recipe."""
+
+from kajiya.config.schema import Config
+from kajiya.data.corpus import build_corpus
+from kajiya.data.progress import OnEvent, silent
+from kajiya.evals.evaluate import evaluate_model, measure_baselines
+from kajiya.flows.stages import Stages
+from kajiya.flows.targets import find_model
+from kajiya.run.store import Artifact, Store
+
+
+def evaluate(target: str, config: Config, store: Store, *, on_event: OnEvent = silent) -> tuple[Artifact, Artifact]:
+    """The evaluation of `target` (a run, an artifact, a folder, a hub name) and the baselines on the same bytes.
+
+    `config` says which text, from which part is held out, and how it is scored.
+    """
+    found = find_model(target, store)
+    stages = Stages(on_event)
+    corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, on_event), lambda _: "")
+    baselines = stages.produce(
+        "baselines", lambda: measure_baselines(config.eval.baselines, corpus, store), lambda _: ""
+    )
+    evaluation = stages.produce(
+        "evaluation",
+        lambda: evaluate_model(
+            config.eval, found.model, corpus, store, context_tokens=config.data.row_tokens, seed=config.seed
+        ),
+        lambda _: "",
+    )
+    return evaluation, baselines

@@ -1,0 +1,26 @@
+"""The plan of a recipe without a run."""
+
+import time
+from typing import Any
+
+from kajiya.config.schema import Config
+from kajiya.data.progress import OnEvent, silent
+from kajiya.flows.fitting import plan_only
+from kajiya.flows.stages import Stages
+from kajiya.flows.train import prepare_data
+from kajiya.preflight.plan import plan_facts
+from kajiya.run.process import set_up_process
+from kajiya.run.store import Store
+
+
+def plan_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dict[str, Any]:
+    """Facts of the plan, with the derived settings; the data are prepared (and kept), nothing is trained."""
+    set_up_process(config.seed, store.root, config.train.deterministic)
+    data = prepare_data(config, store, Stages(on_event))
+    on_event("stage", name="plan", state="begun", seconds=0.0, text="")
+    began = time.perf_counter()
+    plan, derived = plan_only(config, data.shards, data.tokenizer)
+    facts = plan_facts(plan)
+    on_event("plan", facts=facts)
+    on_event("stage", name="plan", state="done", seconds=time.perf_counter() - began, text="")
+    return facts | {"derived": derived}

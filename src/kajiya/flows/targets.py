@@ -1,0 +1,62 @@
+"""What a person points at (a run, an artifact, a folder, a hub name) as a model on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kajiya.config.digest import digest
+from kajiya.errors import StoreError
+from kajiya.run.files import hash_folder
+from kajiya.run.folder import Run, find_run
+from kajiya.run.store import Artifact, Store, open_artifact
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model on disk, the run that made it where there is one, and a name to call it by."""
+
+    model: Artifact
+    name: str
+    run: Run | None
+
+
+def find_model(target: str, store: Store) -> Target:
+    """The model of a run (its id, a beginning of it, or `latest`), an artifact's folder, any model folder, or a hub name.
+
+    Raises `StoreError` that says what was looked for when there is none, or when the run has no model yet.
+    """
+    folder = Path(target)
+    if (folder / "manifest.json").is_file() and (folder / "config.json").is_file():
+        return Target(open_artifact(folder.resolve()), folder.resolve().name, None)
+    if (folder / "config.json").is_file():
+        return Target(_adopted(folder.resolve(), folder.resolve().name), folder.resolve().name, None)
+    try:
+        run = find_run(store, target)
+    except StoreError as problem:
+        if "/" in target and not folder.exists():
+            return Target(_from_hub(target), target, None)
+        raise StoreError(
+            f"{problem}\nNor is it a folder with a model's config.json, or a hub name (owner/name)."
+        ) from problem
+    entry = run.manifest()["artifacts"].get("model")
+    if entry is None:
+        raise StoreError(f"{run.id} has no finished model.\nGo on with its training: the same command continues it.")
+    return Target(open_artifact(store.root / entry["path"]), str(run.manifest()["name"]), run)
+
+
+def _adopted(folder: Path, name: str) -> Artifact:
+    """A folder that this store did not make, with the digest of its files."""
+    files: dict[str, dict[str, Any]] = hash_folder(folder)
+    content = digest({path: entry["sha256"] for path, entry in files.items()})
+    return Artifact(folder, "adopted", content, content, {"name": name})
+
+
+def _from_hub(name: str) -> Artifact:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise StoreError(f"{name!r} cannot be had from the hub: {str(error).splitlines()[0]}") from error
+    return _adopted(Path(folder), name)

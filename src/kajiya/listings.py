@@ -1,0 +1,114 @@
+"""Facts as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kajiya.config.quantities import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from kajiya.preflight.doctor import Finding
+    from kajiya.run.holdings import ArtifactRow
+    from kajiya.run.inspect import RunDiff, RunFacts, RunRow
+
+_MARKS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "missing": "[dim]–[/dim]"}
+
+
+def evaluation_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any]) -> Table:
+    """The model beside its baselines, in bits per byte of the same held-out bytes."""
+    table = _table("", "bits per byte", "95 % interval", "perplexity")
+    low, high = evaluation["bits_per_byte_interval"]
+    table.add_row(
+        "model",
+        f"[bold]{evaluation['bits_per_byte']:.3f}[/bold]",
+        f"{low:.3f} – {high:.3f}",
+        f"{evaluation['perplexity']:.2f}",
+    )
+    for name, row in baselines["baselines"].items():
+        table.add_row(name, f"{row['bits_per_byte']:.3f}", "", "")
+    table.caption = f"{evaluation['n_bytes']:,} bytes in {evaluation['n_documents']} held-out documents"
+    return table
+
+
+def runs_table(rows: Sequence["RunRow"]) -> Table:
+    """One line a run."""
+    table = _table("run", "status", "begun", "step", "train nll", "held-out nll", "bits per byte")
+    for row in rows:
+        figures = [row.metrics.get(name) for name in ("train/nll", "eval/nll", "test/bits_per_byte")]
+        step = "" if row.step is None else f"{row.step:,}"
+        table.add_row(
+            row.id, row.problem or row.status, _time(row.created), step, *(_number(figure) for figure in figures)
+        )
+    return table
+
+
+def show_run(console: Console, facts: "RunFacts") -> None:
+    """All facts of a run, as short tables."""
+    table = _table("", "", header=False)
+    table.add_row("run", facts.id)
+    table.add_row("status", f"{facts.status}, {facts.attempts} attempt(s), begun {_time(facts.created)}")
+    table.add_row("folder", f"{escape(facts.folder)} ({format_bytes(facts.bytes)})")
+    table.add_row("command", escape(" ".join(facts.command)))
+    for name, value in facts.history.metrics.items():
+        table.add_row(name, _number(value))
+    for name, seconds in facts.timings.items():
+        table.add_row(f"time: {name}", format_seconds(seconds))
+    for name, value in facts.derived.items():
+        table.add_row(f"derived: {name}", str(value))
+    for name, entry in facts.artifacts.items():
+        table.add_row(f"artifact: {name}", escape(str(entry.get("path", ""))))
+    for name, state in facts.trackers.items():
+        table.add_row(
+            f"tracker: {name}", escape(", ".join(f"{key} {value}" for key, value in state.items() if value is not None))
+        )
+    for text in facts.history.warnings:
+        table.add_row("[yellow]warning[/yellow]", escape(text))
+    console.print(table)
+
+
+def diff_table(found: "RunDiff") -> Table:
+    """Each difference of two runs on a line, by kind."""
+    table = _table("", found.first, found.second)
+    for kind in ("config", "artifacts", "code", "environment"):
+        for name, (first, second) in getattr(found, kind).items():
+            table.add_row(f"{kind}: {name}", escape(str(first)), escape(str(second)))
+    for name, row in found.metrics.items():
+        table.add_row(f"metric: {name}", _number(row["first"]), _number(row["second"]))
+    return table
+
+
+def findings_table(findings: Sequence["Finding"]) -> Table:
+    """What the doctor found, with the command that mends what is missing."""
+    table = _table("", "", "", "remedy")
+    for finding in findings:
+        table.add_row(_MARKS[finding.state], finding.name, escape(str(finding.value)), escape(finding.remedy or ""))
+    return table
+
+
+def store_table(rows: Sequence["ArtifactRow"]) -> Table:
+    """One line an artifact."""
+    table = _table("artifact", "made", "size", "runs", "pin")
+    for row in rows:
+        table.add_row(row.name, _time(row.created), format_bytes(row.bytes), ", ".join(row.runs), row.pin or "")
+    return table
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=header, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")

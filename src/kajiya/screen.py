@@ -1,0 +1,154 @@
+"""What a person sees of a flow: plain words at each stage, a progress bar where stdout is a terminal, plain lines where not."""
+
+import shlex
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from kajiya.config.quantities import format_seconds
+
+if TYPE_CHECKING:
+    from kajiya.flows.train import Trained
+
+_STAGE_WORDS = {
+    "corpus": "Reading, deduplicating and splitting the text",
+    "tokenizer": "Training the tokenizer",
+    "shards": "Tokenizing into shards",
+    "plan": "Planning: measuring a few steps",
+    "train": "Training",
+    "baselines": "Measuring the compressors on the same bytes",
+    "evaluation": "Evaluating on the held-out text",
+    "report": "Writing the report",
+}
+
+
+class Screen:
+    """Hears the events of a flow (`on_event`) and shows them; use it as a context."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._is_live = console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._note = ""
+        self._last_percent = -1
+
+    def __enter__(self) -> Self:
+        if self._is_live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_live:
+            self._progress.stop()
+
+    def on_event(self, kind: str, **fields: Any) -> None:
+        """Show one event; kinds that have nothing to say on a screen are passed over."""
+        show = {
+            "stage": self._stage,
+            "progress": self._show_progress,
+            "metrics": self._metrics,
+            "plan": self._plan,
+            "started": self._started,
+            "warning": self._warning,
+        }.get(kind)
+        if show is not None:
+            show(**fields)
+
+    def say(self, text: str) -> None:
+        """One line of plain words."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _stage(self, name: str, state: str, seconds: float, text: str) -> None:
+        self._end_task()
+        words = _STAGE_WORDS.get(name, name)
+        if state == "begun":
+            self._note, self._last_percent = "", -1
+            self.say(f"[bold]{words}[/bold] …")
+            if self._is_live:
+                self._task = self._progress.add_task("", total=None, note="")
+            return
+        ending = {"done": format_seconds(seconds), "reused": "unchanged, reused", "stopped": "stopped"}[state]
+        self.say(
+            f"  [green]{'✓' if state != 'stopped' else '■'}[/green] {_escape(text)}{' · ' if text else ''}[dim]{ending}[/dim]"
+        )
+
+    def _show_progress(self, stage: str, done: int, total: int | None, unit: str) -> None:
+        if self._is_live:
+            if self._task is not None:
+                self._progress.update(self._task, completed=done, total=total, note=self._note or unit)
+            return
+        percent = 100 * done // total if total else 0
+        if stage == "train" and percent // 10 > self._last_percent // 10:
+            self._last_percent = percent
+            self.say(f"  {done:,} of {total or 0:,} {unit} ({percent} %) {self._note}".rstrip())
+
+    def _metrics(self, step: int, values: dict[str, float]) -> None:
+        if "train/nll" in values:
+            speed = values["train/tokens_per_second"]
+            self._note = f"loss {values['train/nll']:.3f} · {speed:,.0f} tokens/s"
+        if "eval/nll" in values:
+            self.say(f"  step {step:,}: held-out loss {values['eval/nll']:.3f} nats per token")
+
+    def _plan(self, facts: dict[str, Any]) -> None:
+        from kajiya.preflight.plan import plan_lines
+
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        for name, words in plan_lines(facts):
+            table.add_row(f"[dim]{name}[/dim]", _escape(words))
+        self._console.print(table)
+
+    def _started(self, attempt: int, resumed_from: int | None) -> None:
+        if resumed_from is not None:
+            self.say(f"  going on from the checkpoint of step {resumed_from:,} (attempt {attempt})")
+
+    def _warning(self, text: str) -> None:
+        self.say(f"  [yellow]warning:[/yellow] {_escape(text)}")
+
+    def _end_task(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+
+def say_outcome(console: Console, trained: "Trained", command: list[str]) -> None:
+    """The last words of a training: what came of it, where it is, or how to go on."""
+    for text in trained.warnings:
+        console.print(f"[yellow]warning:[/yellow] {_escape(text)}", highlight=False, soft_wrap=True)
+    if trained.model is None:
+        console.print(
+            "Stopped after a whole step; the state is saved. The same command goes on from it:", highlight=False
+        )
+        console.print("  " + shlex.join(command), highlight=False, soft_wrap=True, markup=False)
+        return
+    console.print(f"Run:    {trained.run.id}", highlight=False, soft_wrap=True)
+    console.print(f"Model:  {trained.model.path}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Report: {trained.report}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
