@@ -23,8 +23,9 @@ from kajiya.data.corpus import (
 )
 from kajiya.data.documents import Documents, open_documents
 from kajiya.data.duplicates import FEW_LINES, distinct_lines
+from kajiya.data.entries import Document
 from kajiya.data.shards import build_shards
-from kajiya.data.sources import Document, stdlib
+from kajiya.data.sources import stdlib
 from kajiya.data.tokenizer import build_tokenizer
 from kajiya.errors import DataError, StoreError
 from kajiya.run.store import Artifact, Store, open_artifact
@@ -194,6 +195,35 @@ def test_content_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="changed while it was read"):
         build_corpus(config, store, on_event=change)
     assert store.artifacts() == []
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_users_own_function_must_yield_the_same_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steady: bool
+) -> None:
+    (tmp_path / "own_rows.py").write_text(
+        "calls = []\n"
+        "def rows(steady):\n"
+        "    calls.append(steady)\n"
+        "    yield from (f'row {number} {1 if steady else len(calls)}' for number in range(100))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = DataConfig(source=SourceConfig("own_rows:rows", {"steady": steady}))
+    store = Store(tmp_path / "store")
+    try:
+        if steady:
+            corpus, reused = build_corpus(config, store)
+            assert not reused
+            # Read once for its fingerprint and once for its text.
+            assert len(sys.modules["own_rows"].calls) == 2
+            assert corpus.facts["ledger"]["entered"]["documents"] == 100
+            assert build_corpus(config, store) == (corpus, True)
+        else:
+            with pytest.raises(DataError, match="differs from one reading to the next"):
+                build_corpus(config, store)
+            assert store.artifacts() == []
+    finally:
+        sys.modules.pop("own_rows", None)
 
 
 # ---------------------------------------------------------------- bad input

@@ -10,8 +10,9 @@ import pytest
 
 from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
 from kajiya.config.schema import SourceConfig
-from kajiya.data.origin import open_source
-from kajiya.data.sources import Document, Entry, Unreadable, csv_rows, from_function, hub, jsonl, parquet, stdlib, text
+from kajiya.data.entries import Document, Entry, Unreadable
+from kajiya.data.origin import from_function, open_source
+from kajiya.data.sources import csv_rows, hub, jsonl, parquet, stdlib, text
 from kajiya.errors import ConfigError, DataError
 
 
@@ -143,6 +144,7 @@ def test_jsonl_names_the_line_and_the_fault(tmp_path: Path) -> None:
         b'["text"]',
         b'{"text": "lone \\ud800 surrogate"}',
         b'{"text": "caf\xe9"}',
+        b'{"text": "\\udc80"}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     entries = list(jsonl(TableSource(f"{tmp_path}/a.jsonl")))
@@ -156,6 +158,7 @@ def test_jsonl_names_the_line_and_the_fault(tmp_path: Path) -> None:
         "a.jsonl:6": "is a JSON list, not an object with a key 'text'",
         "a.jsonl:7": "holds a lone surrogate (\\ud800) under 'text'",
         "a.jsonl:8": "is not utf-8: byte 0xe9 at 13",
+        "a.jsonl:9": "holds a lone surrogate (\\udc80) under 'text'",
     }
 
 
@@ -177,7 +180,7 @@ def test_csv_names_the_line_and_the_fault(tmp_path: Path) -> None:
     assert [entry.name for entry in entries if isinstance(entry, Document)] == ["a.csv:2", "a.csv:5"]
     assert reasons(entries) == {
         "a.csv:3": "has 1 fields, the header has 2",
-        "a.csv:4": "is not utf-8: byte 0xe9 under 'text'",
+        "a.csv:4": "is not utf-8: byte 0xe9 on line 1",
         "a.csv:6": "is broken CSV, and the rest of the file with it: unexpected end of data",
     }
     with pytest.raises(ConfigError, match=r"data.source.options.column: a.csv has no column 'body'; it has: id, text"):

@@ -1,16 +1,16 @@
 """The corpus: a source read once, split, cleaned of what the held-out side also holds; every document accounted for."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import DataConfig
 from kajiya.data.documents import Documents, DocumentWriter, open_documents, write_index
 from kajiya.data.duplicates import LineIndex
-from kajiya.data.origin import Origin, open_source
+from kajiya.data.entries import Unreadable
+from kajiya.data.origin import EntriesDigest, Origin, open_source
 from kajiya.data.progress import OnEvent, Progress, silent
-from kajiya.data.sources import Unreadable
 from kajiya.errors import DataError
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
@@ -35,8 +35,10 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
     fingerprint = origin.fingerprint()
 
     def make(folder: Path) -> dict[str, Any]:
-        facts = _write(config, origin, folder, on_event)
-        if origin.fingerprint() != fingerprint:
+        entries = EntriesDigest()
+        facts = _write(config, replace(origin, read=lambda: entries.follow(origin.read())), folder, on_event)
+        # What a user's own function yields was hashed in passing, so that it is not called once more.
+        if (entries.hexdigest() if origin.is_own else origin.fingerprint()) != fingerprint:
             raise DataError(
                 "data.source: its content changed while it was read, or differs from one reading to the next.\n"
                 "Run it again when nothing writes to it; a source of your own must yield the same documents each time."
@@ -173,8 +175,8 @@ def _clean(train: Documents, heldout: Documents, near_duplicate: float | None, l
             elif content in seen:
                 ledger.drop(DUPLICATE_IN_TRAIN, len(raw), f"{name} is {train.names[seen[content]]}")
             else:
-                match = lines.nearest(raw.decode()) if lines else None
-                if match is not None and near_duplicate is not None and match.share >= near_duplicate:
+                match = lines.nearest(raw.decode(), near_duplicate) if lines and near_duplicate else None
+                if match is not None:
                     example = f"{name} shares {match.share:.0%} of its lines with {heldout.names[match.index]}"
                     ledger.drop(NEAR_DUPLICATE_OF_HELDOUT, len(raw), example)
                     continue

@@ -1,5 +1,6 @@
 """Near-duplicates by shared lines: exact, through an inverted index over the held-out documents' lines."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,22 +30,37 @@ class LineIndex:
             for line in lines:
                 self._holders.setdefault(line, []).append(index)
 
-    def nearest(self, text: str) -> Match | None:
-        """The document with the largest share of lines in common with `text`; `None` when no line is shared.
+    def nearest(self, text: str, at_least: float) -> Match | None:
+        """The document with the largest share of lines in common with `text`, or `None` when it is below `at_least`.
 
         The share is |A ∩ B| / min(|A|, max(|B|, 20)), with A the text's and B the document's distinct lines.
         """
-        lines = distinct_lines(text)
+        n_lines = len(distinct := distinct_lines(text))
+        found = sorted((self._holders[line] for line in distinct if line in self._holders), key=len)
+        # A match shares at least this many lines, so it holds one of the others, however few of the commonest lines are
+        # looked up; those (`else:`, `}`) are in so many documents that they would cost the most (prefix filtering,
+        # Chaudhuri et al., A primitive operator for similarity joins in data cleaning, ICDE 2006).
+        needed = max(1, int(at_least * min(n_lines, FEW_LINES)))
+        n_rare = max(0, len(found) - needed + 1)
         shared: dict[int, int] = {}
-        for line in lines:
-            for index in self._holders.get(line, ()):
+        for holders in found[:n_rare]:
+            for index in holders:
                 shared[index] = shared.get(index, 0) + 1
         best: Match | None = None
         for index, count in sorted(shared.items()):
-            share = count / min(len(lines), max(self._n_lines[index], FEW_LINES))
-            if best is None or share > best.share:
+            shorter = min(n_lines, max(self._n_lines[index], FEW_LINES))
+            if (count + len(found) - n_rare) / shorter < at_least:
+                continue
+            share = (count + sum(_holds(holders, index) for holders in found[n_rare:])) / shorter
+            if share >= at_least and (best is None or share > best.share):
                 best = Match(index, share)
         return best
+
+
+def _holds(holders: list[int], index: int) -> bool:
+    """Whether the sorted list holds the index."""
+    at = bisect_left(holders, index)
+    return at < len(holders) and holders[at] == index
 
 
 def distinct_lines(text: str) -> set[str]:

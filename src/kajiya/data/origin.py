@@ -1,7 +1,7 @@
 """A source opened: how to read it, what identifies its content, and what a manifest says of it."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from kajiya.config.digest import digest, to_plain
 from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
 from kajiya.config.schema import SourceConfig
 from kajiya.config.tables import resolve
-from kajiya.data.sources import Document, Entry, SourceFile, from_function, is_local, matching_files, stdlib_files
+from kajiya.data.entries import Document, Entry, Unreadable, row_entry
+from kajiya.data.sources import SourceFile, is_local, matching_files, stdlib_files
 from kajiya.errors import DataError
 from kajiya.run.files import hash_file, list_files
 
@@ -30,6 +31,8 @@ class Origin:
     """What the key of an artifact made from it holds, beside the fingerprint."""
     facts: dict[str, Any]
     """Name, options, and the commit that a hub name stood for."""
+    is_own: bool = False
+    """A function of the user's own: its fingerprint is `EntriesDigest` over all that it yields."""
 
 
 def open_source(config: SourceConfig) -> Origin:
@@ -41,7 +44,13 @@ def open_source(config: SourceConfig) -> Origin:
         def read() -> Iterator[Entry]:
             return from_function(function, own)
 
-        return Origin(read, lambda: entries_digest(read()), to_plain(config), to_plain(config))
+        def fingerprint() -> str:
+            hasher = EntriesDigest()
+            for _ in hasher.follow(read()):
+                pass
+            return hasher.hexdigest()
+
+        return Origin(read, fingerprint, to_plain(config), to_plain(config), is_own=True)
     if isinstance(options, HubSource) and options.path and not is_local(options):
         options = replace(options, revision=resolve_commit(options.path, options.revision, "dataset"))
     kept = {key: value for key, value in to_plain(options).items() if key not in _PLACES}
@@ -77,15 +86,46 @@ def files_digest(files: Iterable[SourceFile]) -> str:
     return hasher.hexdigest()
 
 
-def entries_digest(entries: Iterable[Entry]) -> str:
-    """Hash of entries' names and texts, in order."""
-    hasher = hashlib.sha256()
-    for entry in entries:
-        is_text = isinstance(entry, Document)
-        content = (entry.text if isinstance(entry, Document) else entry.reason).encode(errors="backslashreplace")
-        hasher.update(f"{entry.name}\0{is_text}\0{len(content)}\0".encode(errors="backslashreplace"))
-        hasher.update(content)
-    return hasher.hexdigest()
+def from_function(function: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[Entry]:
+    """What the user's own function yields: documents, strings, or dicts with `text` and perhaps `name`."""
+    where = f"{function.__module__}:{function.__qualname__}"
+    found = function(**options)
+    if not isinstance(found, Iterable) or isinstance(found, (str, bytes, Mapping)):
+        raise DataError(
+            f"{where} returned {type(found).__name__}.\nA source yields documents: strings, dicts with 'text' and "
+            "perhaps 'name', or kajiya.data.entries.Document."
+        )
+    for number, item in enumerate(found):
+        name = f"{number:08d}"
+        if isinstance(item, (Document, Unreadable)):
+            yield row_entry(item.name, item.text, "text") if isinstance(item, Document) else item
+        elif isinstance(item, Mapping) and "text" in item:
+            yield row_entry(str(item["name"]) if "name" in item else name, item["text"], "text")
+        elif isinstance(item, str):
+            yield row_entry(name, item, "text")
+        else:
+            has = f" with {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
+            yield Unreadable(name, f"{where} yielded {type(item).__name__}{has}, not text")
+
+
+class EntriesDigest:
+    """Hash of entries' names and texts, in order, taken as they pass."""
+
+    def __init__(self) -> None:
+        self._hasher = hashlib.sha256()
+
+    def follow(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The same entries, each hashed."""
+        for entry in entries:
+            is_text = isinstance(entry, Document)
+            content = (entry.text if isinstance(entry, Document) else entry.reason).encode(errors="backslashreplace")
+            head = f"{entry.name}\0{is_text}\0{len(content)}\0"
+            self._hasher.update(head.encode(errors="backslashreplace") + content)
+            yield entry
+
+    def hexdigest(self) -> str:
+        """SHA-256 of what has passed, 64 hex digits."""
+        return self._hasher.hexdigest()
 
 
 def resolve_commit(path: str, revision: str | None, kind: str) -> str:

@@ -6,18 +6,18 @@ Text is taken exactly as it is: line ends and byte-order marks of text files sta
 import csv
 import glob
 import io
-import json
 import os
 import sys
 import sysconfig
 import tokenize
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
+from kajiya.data.entries import Document as Document
+from kajiya.data.entries import Entry, Unreadable, decode_entry, json_entry, row_entry
 from kajiya.errors import ConfigError, DataError
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -25,31 +25,6 @@ _FILES_FIELD = "data.source.options.files"
 _COLUMN_FIELD = "data.source.options.column"
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document."""
-
-    name: str
-    """Relative POSIX path, or `file:line` for a row of a file. The held-out split is a hash of it."""
-    text: str
-    """The text; it always has a UTF-8 form."""
-    n_bytes: int
-    """Length of the text in UTF-8, bytes; for a UTF-8 file, its size."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A file or row that is no text."""
-
-    name: str
-    """As a `Document`'s."""
-    reason: str
-    """What is wrong, to be read after the name."""
-    n_bytes: int = 0
-    """Size of what could not be read, bytes; 0 where it is not known."""
-
-
-Entry = Document | Unreadable
 SourceFile = tuple[str, Path]
 """Name within the source, and where the file is."""
 
@@ -84,7 +59,7 @@ def jsonl(options: TableSource) -> Iterator[Entry]:
                 for number, line in enumerate(handle, start=1):
                     row = line.removeprefix(BOM_UTF8) if number == 1 else line
                     if row.strip():
-                        yield _json_row(f"{file}:{number}", row, options.column)
+                        yield json_entry(f"{file}:{number}", row, options.column)
         except OSError as error:
             yield _not_opened(file, error)
 
@@ -121,7 +96,7 @@ def parquet(options: TableSource) -> Iterator[Entry]:
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=[options.column]):
                 for value in _as_bytes(batch.column(0), options.column, file):
-                    yield _row(f"{file}:{number}", value, options.column)
+                    yield row_entry(f"{file}:{number}", value, options.column)
                     number += 1
 
 
@@ -171,7 +146,7 @@ def hub(options: HubSource) -> Iterator[Entry]:
         if options.column not in row:
             yield Unreadable(name, f"has no column {options.column!r} (it has: {', '.join(row) or 'none'})")
         else:
-            yield _row(name, row[options.column], options.column)
+            yield row_entry(name, row[options.column], options.column)
 
 
 def is_local(options: HubSource) -> bool:
@@ -211,31 +186,6 @@ def _load_rows(options: HubSource) -> Any:
     return saved
 
 
-# ---------------------------------------------------------------- the user's own
-
-
-def from_function(function: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[Entry]:
-    """What the user's own function yields: documents, strings, or dicts with `text` and perhaps `name`."""
-    where = f"{function.__module__}:{function.__qualname__}"
-    found = function(**options)
-    if not isinstance(found, Iterable) or isinstance(found, (str, bytes, Mapping)):
-        raise DataError(
-            f"{where} returned {type(found).__name__}.\nA source yields documents: strings, dicts with 'text' and "
-            "perhaps 'name', or kajiya.data.sources.Document."
-        )
-    for number, item in enumerate(found):
-        name = f"{number:08d}"
-        if isinstance(item, (Document, Unreadable)):
-            yield _row(item.name, item.text, "text") if isinstance(item, Document) else item
-        elif isinstance(item, Mapping) and "text" in item:
-            yield _row(str(item["name"]) if "name" in item else name, item["text"], "text")
-        elif isinstance(item, str):
-            yield _row(name, item, "text")
-        else:
-            has = f" with {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
-            yield Unreadable(name, f"{where} yielded {type(item).__name__}{has}, not text")
-
-
 # ---------------------------------------------------------------- one file, one row
 
 
@@ -255,19 +205,7 @@ def _read_text(name: str, path: Path, encoding: str) -> Entry:
         raw = path.read_bytes()
     except OSError as error:
         return _not_opened(name, error)
-    return _decode(name, raw, encoding)
-
-
-def _decode(name: str, raw: bytes, encoding: str) -> Entry:
-    try:
-        decoded = raw.decode(encoding)
-        n_bytes = len(decoded.encode())
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        return Unreadable(name, f"is not {encoding}: byte 0x{raw[error.start]:02x} on line {line}", len(raw))
-    except UnicodeEncodeError:
-        return Unreadable(name, f"holds lone surrogates when read as {encoding}", len(raw))
-    return Document(name, decoded, n_bytes)
+    return decode_entry(name, raw, encoding)
 
 
 def _with_declared_coding(entry: Unreadable, path: Path) -> Unreadable:
@@ -280,20 +218,6 @@ def _with_declared_coding(entry: Unreadable, path: Path) -> Unreadable:
     if declared.startswith("utf-8"):
         return entry
     return Unreadable(entry.name, f"{entry.reason} (it declares {declared})", entry.n_bytes)
-
-
-def _json_row(name: str, line: bytes, column: str) -> Entry:
-    try:
-        row = json.loads(line.decode().rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        return Unreadable(name, f"is not utf-8: byte 0x{line[error.start]:02x} at {error.start}", len(line))
-    except (ValueError, RecursionError) as error:
-        return Unreadable(name, f"is no JSON: {error}", len(line))
-    if not isinstance(row, dict):
-        return Unreadable(name, f"is a JSON {type(row).__name__}, not an object with a key {column!r}", len(line))
-    if column not in row:
-        return Unreadable(name, f"has no key {column!r} (it has: {', '.join(row) or 'none'})", len(line))
-    return _row(name, row[column], column)
 
 
 def _csv_file(file: str, handle: io.TextIOBase, column: str) -> Iterator[Entry]:
@@ -316,7 +240,7 @@ def _csv_file(file: str, handle: io.TextIOBase, column: str) -> Iterator[Entry]:
                 n_bytes = len(",".join(row).encode(errors="surrogateescape"))
                 yield Unreadable(f"{file}:{line}", f"has {len(row)} fields, the header has {len(header)}", n_bytes)
             else:
-                yield _row(f"{file}:{line}", row[index], column)
+                yield row_entry(f"{file}:{line}", row[index].encode(errors="surrogateescape"), column)
     except csv.Error as error:
         # Where a quote is never closed, no later record of the file can be told apart.
         yield Unreadable(f"{file}:{line}", f"is broken CSV, and the rest of the file with it: {error}")
@@ -330,22 +254,6 @@ def _as_bytes(values: Any, column: str, file: str) -> list[bytes | None]:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ConfigError(_COLUMN_FIELD, f"column {column!r} of {file} holds {values.type}, not text")
     return list(values.cast(kind).cast(pa.large_binary()).to_pylist())
-
-
-def _row(name: str, value: Any, column: str) -> Entry:
-    if isinstance(value, bytes):
-        return _decode(name, value, "utf-8")
-    if not isinstance(value, str):
-        held = "nothing (null)" if value is None else f"a value of type {type(value).__name__}"
-        return Unreadable(name, f"holds {held} under {column!r}, not text")
-    try:
-        return Document(name, value, len(value.encode()))
-    except UnicodeEncodeError as error:
-        bad = ord(value[error.start])
-        n_bytes = len(value.encode(errors="surrogatepass"))
-        if 0xDC80 <= bad <= 0xDCFF:
-            return Unreadable(name, f"is not utf-8: byte 0x{bad - 0xDC00:02x} under {column!r}", n_bytes)
-        return Unreadable(name, f"holds a lone surrogate (\\u{bad:04x}) under {column!r}", n_bytes)
 
 
 def _require_column(column: str, known: list[str], where: str) -> None:

@@ -107,8 +107,6 @@ def start_id(tokenizer: Any) -> int:
 
 
 def _train(config: TokenizerConfig, documents: Documents, on_event: OnEvent) -> "PreTrainedTokenizerFast":
-    from transformers import PreTrainedTokenizerFast
-
     progress = Progress(on_event, STAGE, "bytes", documents.n_bytes)
 
     def texts() -> Iterator[str]:
@@ -118,6 +116,8 @@ def _train(config: TokenizerConfig, documents: Documents, on_event: OnEvent) -> 
         progress.end()
 
     backend = train_bpe(texts(), config.vocab_size, config.min_frequency)
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
