@@ -14,7 +14,7 @@ from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.data.tokenizer import load_tokenizer, start_id
 from kajiya.evals.baselines import BASELINES
 from kajiya.evals.samples import sample_completions, unseen_functions
-from kajiya.evals.scoring import score_documents
+from kajiya.evals.scoring import evaluation_mode, score_documents, token_nll
 from kajiya.evals.statistics import ratio_interval
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
@@ -123,8 +123,6 @@ def _score(
     n_bytes = np.diff(documents.offsets).astype(np.float64)
     n_targets = np.array([len(each) - 1 for each in ids], dtype=np.float64)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     nats = score_documents(
         model,
         ids,
@@ -133,7 +131,6 @@ def _score(
         batch=config.batch,
         device=device,
     )
-    model.train(was_training)
     with (folder / "documents.jsonl").open("w", encoding="utf-8") as handle:
         for name, nat, size, count in zip(documents.names, nats, n_bytes, n_targets, strict=True):
             row = {"document": name, "nats": float(nat), "n_bytes": int(size), "n_targets": int(count)}
@@ -155,12 +152,7 @@ def _score(
 
 def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
     """Mean −log p over the targets of packed held-out rows, nats per token; the hook's figure during training."""
-    from kajiya.evals.scoring import token_nll
-
-    was_training = model.training
-    model.eval()
     # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         total = sum(float(token_nll(model, batch.to(device)).double().sum()) for batch in rows)
-    model.train(was_training)
     return total / sum(batch.n_targets for batch in rows)

@@ -4,6 +4,7 @@ Shape letters: B windows, T tokens of the longest window, N tokens flattened, D 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +41,32 @@ def cut_windows(lengths: Sequence[int], context_tokens: int, stride: int) -> lis
     return windows
 
 
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block (no dropout); each layer gets the mode back that it had, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def score_documents(
     model: Any, documents: Sequence[np.ndarray], *, context_tokens: int, stride: int, batch: int, device: torch.device
 ) -> np.ndarray:
-    """Sum of −log p over the targets of each document, nats, float64 [len(documents)].
+    """Sum of −log p over the targets of each document, nats, float64 [len(documents)]; the model is in evaluation mode for it.
 
     `documents` are id arrays that begin with the start token, which is read but not scored.
     """
     sums = np.zeros(len(documents), dtype=np.float64)
-    for windows in _batches(cut_windows([len(ids) for ids in documents], context_tokens, stride), batch):
-        rows = _rows(documents, windows)
-        losses = token_nll(model, rows.to(device)).double().sum(dim=1).cpu().numpy()
-        np.add.at(sums, [window.document for window in windows], losses)
+    with evaluation_mode(model):
+        for windows in _batches(cut_windows([len(ids) for ids in documents], context_tokens, stride), batch):
+            rows = _rows(documents, windows)
+            losses = token_nll(model, rows.to(device)).double().sum(dim=1).cpu().numpy()
+            np.add.at(sums, [window.document for window in windows], losses)
     return sums
 
 

@@ -68,7 +68,26 @@ def _own_module(config: ModelConfig) -> BuiltModel:
     module = import_target(config.name, "model.name")(**arguments)
     if not isinstance(module, nn.Module):
         raise ConfigError("model.name", f"{config.name} returned {type(module).__name__}, not a torch.nn.Module")
+    _refuse_hidden_parameters(config.name, module)
     return BuiltModel(module, {"model.n_params": count_params(module)})
+
+
+def _refuse_hidden_parameters(name: str, module: nn.Module) -> None:
+    """Raise `ConfigError` for modules or parameters in a plain list, tuple or dict, which torch neither trains nor saves."""
+    known = {id(each) for each in (*module.modules(), *module.parameters())}
+    for path, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute.startswith("_") or not isinstance(value, (list, tuple, dict)):
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            if any(isinstance(each, (nn.Module, nn.Parameter)) and id(each) not in known for each in held):
+                where = f"{path}.{attribute}" if path else attribute
+                raise ConfigError(
+                    "model.name",
+                    f"{name}: its attribute {where!r} is a plain {type(value).__name__} of layers or parameters, which "
+                    "would be neither trained nor saved",
+                    "Make it an nn.ModuleList, nn.ModuleDict or nn.ParameterList.",
+                )
 
 
 def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:

@@ -1,5 +1,6 @@
 """The forward pass up to the last hidden state, for losses and scores that never hold all logits."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,12 +26,17 @@ def last_hidden(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def all_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits [B, T, V] of any module: one of Transformers', or a user's own that takes the token ids [B, T]."""
+    """Logits [B, T, V] of any module: one of Transformers', or a user's own that takes the token ids [B, T].
+
+    A user's own `forward` that has parameters named `positions` or `segments` gets those of the batch too.
+    """
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
         return model(**forward_inputs(model, batch)).logits  # type: ignore[no-any-return]
-    result = model(batch.tokens)
+    wanted = inspect.signature(model.forward).parameters
+    given = {"positions": batch.positions, "segments": batch.segments}
+    result = model(batch.tokens, **{name: tensor for name, tensor in given.items() if name in wanted})
     if not isinstance(result, torch.Tensor):
         raise TypeError(
             f"{type(model).__name__}.forward returned {type(result).__name__}; logits [B, T, V] are expected"

@@ -86,6 +86,10 @@ def fit(setup: Setup, state: TrainState, hooks: Sequence[Hook], should_stop: Cal
 def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
     """One optimizer step over a group of micro-batches; returns the norm of the gradient before clipping."""
     strategy = setup.strategy
+    if not setup.model.training:
+        raise TrainingError(
+            f"step {state.step + 1}: the model is in evaluation mode, so it would train without dropout"
+        )
     group = [setup.loader.next() for _ in range(setup.accumulate)]
     # One denominator for the whole group and all ranks: a mean of means would weigh tokens by their micro-batch.
     n_targets = strategy.sum_counts({"targets": sum(batch.n_targets for batch in group)})["targets"]
