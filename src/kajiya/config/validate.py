@@ -41,6 +41,12 @@ def _check_length(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
+    if model.path is not None and config.tokenizer.path is None:
+        raise ConfigError(
+            "tokenizer.path",
+            f"is null, which trains a new tokenizer, but the weights of model.path={model.path} know only the ids of their own",
+            f"Set tokenizer.path={model.path}.",
+        )
     if model.n_params is not None:
         parse_count(model.n_params, "model.n_params")
     elif model.path is None and ":" not in model.name and None in (model.hidden_size, model.n_layers):

@@ -12,7 +12,7 @@ from kajiya.flows.fitting import fit_run, save_fitted
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
 from kajiya.flows.stopping import StopSignal, stop_on_signals
-from kajiya.run.code import code_revision
+from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, open_run
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, produce
@@ -128,6 +128,7 @@ def _training_section(config: Config) -> dict[str, Any]:
         "train": config.train,
         "row_tokens": config.data.row_tokens,
         "isolate": config.data.isolate,
+        "own_code": own_code((config.model.name, config.optim.name, config.schedule.name, config.train.loss.name)),
     }
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib.util
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -36,6 +37,58 @@ def code_revision(*modules: str) -> str:
     for name in sorted(seen):
         hasher.update(name.encode() + b"\0" + seen[name] + b"\0")
     return hasher.hexdigest()[:16]
+
+
+def own_code(names: Iterable[str]) -> dict[str, str]:
+    """Hash of the sources behind each `my_pkg.mod:fn` among `names`; names without a colon are no code of the user's.
+
+    It covers the module and what it imports from its own package or folder, so that an edited function is another one.
+    """
+    return {name: _hash_of_own(name.partition(":")[0]) for name in sorted(set(names)) if ":" in name}
+
+
+def _hash_of_own(module: str) -> str:
+    top = module.split(".")[0]
+    root = _source_file(top)
+    beside = None
+    if root is not None and "site-packages" not in root.parts:
+        beside = root.parent.parent if root.name == "__init__.py" else root.parent
+    seen: dict[str, bytes] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or not (name.split(".")[0] == top or "." not in name):
+            continue
+        path = _source_file(name)
+        if path is None or not (name.split(".")[0] == top or path.parent == beside):
+            continue
+        seen[name] = path.read_bytes()
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting.extend(_imports_of_own(seen[name], package))
+    hasher = hashlib.sha256()
+    for name in sorted(seen):
+        hasher.update(name.encode() + b"\0" + seen[name] + b"\0")
+    return hasher.hexdigest()[:16]
+
+
+def _source_file(name: str) -> Path | None:
+    """Source of a module that is found on the path, without running it (its packages are run)."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _imports_of_own(source: bytes, package: str) -> Iterable[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def module_path(name: str) -> Path | None:
