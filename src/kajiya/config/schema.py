@@ -55,13 +55,13 @@ class ModelConfig:
     """The model: built from a few numbers, loaded from a folder or the hub, or the user's own module."""
 
     name: str = "llama"
-    """Architecture that Transformers knows (its `model_type`: llama, qwen3, gpt2 …), or `my_pkg.mod:fn` that returns an `nn.Module`."""
+    """Architecture that Transformers knows (its `model_type`: llama, qwen3 …), or `my_pkg.mod:fn` that makes an `nn.Module`."""
     path: str | None = None
     """Folder or hub name of weights to start from; `None` builds from scratch."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     n_params: str | None = "6M"
-    """The one dial: parameters, embeddings counted once (`6M`, `1.3B`). Width, depth, heads and ffn are derived from it where `None`."""
+    """The one dial: parameters, embeddings counted once (`6M`, `1.3B`); sizes that are `None` are derived from it."""
     hidden_size: int | None = setting(None, ge=8)
     """Width of the residual stream; `None`: derived."""
     n_layers: int | None = setting(None, ge=1)
@@ -145,7 +145,7 @@ class TrainConfig:
     accumulate: int = setting(1, ge=1)
     """Micro-batches in one optimizer step."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "bf16-mixed"))
-    """fp32; bf16 (weights in bf16, the optimizer holds fp32 masters); bf16-mixed (autocast); auto picks from the hardware and says why."""
+    """fp32; bf16 (with fp32 masters in the optimizer); bf16-mixed (autocast); auto picks from the hardware and says why."""
     compile: str = setting("auto", choices=("auto", "on", "off"))
     """torch.compile; auto: where a compiler is found and the run is long enough to repay it."""
     gradient_checkpointing: bool = False

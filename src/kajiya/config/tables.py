@@ -153,7 +153,12 @@ def _type_name(allowed: tuple[Any, ...]) -> str:
 
 
 def _check_signature(function: Callable[..., Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:
+        raise ConfigError(
+            path, f"{function.__module__}:{function.__qualname__} does not say which arguments it takes"
+        ) from error
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     known = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for key in given:

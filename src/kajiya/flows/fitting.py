@@ -151,7 +151,7 @@ def fit_run(
 
 def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, Any]:
     """Write the trained model into `folder`; returns the facts for its manifest."""
-    save_model(fitted.setup.model, load_tokenizer(tokenizer.path), folder, fitted.setup.precision.weights)
+    save_model(fitted.setup.model, load_tokenizer(tokenizer.path), folder)
     state = fitted.state
     return {
         "n_params": sum(parameter.numel() for parameter in fitted.setup.model.parameters()),

@@ -19,6 +19,19 @@ def register_packed_sdpa() -> None:
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 
 
+def attention_name(wanted: str, architecture: Any) -> str:
+    """The implementation that Transformers is told: `packed_sdpa` for sdpa, eager where the architecture has no sdpa."""
+    from transformers import AutoModelForCausalLM
+
+    if wanted != "sdpa":
+        return wanted
+    known = AutoModelForCausalLM._model_mapping
+    if type(architecture) in known and not known[type(architecture)]._supports_sdpa:
+        return "eager"
+    register_packed_sdpa()
+    return PACKED_SDPA
+
+
 def packed_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -34,6 +47,12 @@ def packed_sdpa(
     `attention_mask` is `None` (plain causal) or a boolean [B, 1, T, T] that is true where a query may look
     (`segment_mask`). A length-1 query with a longer key is one decoding step and sees all of the keys.
     """
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"packed_sdpa has no {unknown[0]}; set model.attention=eager for this architecture")
+    window = kwargs.get("sliding_window")
+    if window is not None and query.shape[2] > 1 and key.shape[2] > window:
+        attention_mask = _windowed(attention_mask, query.shape[2], key.shape[2], window, query.device)
     result = functional.scaled_dot_product_attention(
         query,
         key,
@@ -45,6 +64,16 @@ def packed_sdpa(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return result.transpose(1, 2).contiguous(), None
+
+
+def _windowed(
+    mask: torch.Tensor | None, n_queries: int, n_keys: int, window: int, device: torch.device
+) -> torch.Tensor:
+    """The mask, or the plain causal one, without what lies `window` tokens or more behind the query."""
+    query_T1 = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    key_1T = torch.arange(n_keys, device=device)[None, :]
+    near = (key_1T <= query_T1) & (query_T1 - key_1T < window)
+    return near if mask is None else mask & near
 
 
 def segment_mask(segments: torch.Tensor) -> torch.Tensor | None:

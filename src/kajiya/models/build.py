@@ -9,7 +9,7 @@ from torch import nn
 from kajiya.config.schema import ModelConfig
 from kajiya.config.tables import check_choice, import_target, nearest
 from kajiya.errors import ConfigError
-from kajiya.models.attention import PACKED_SDPA, register_packed_sdpa
+from kajiya.models.attention import attention_name
 from kajiya.models.load import load_model
 from kajiya.models.size import derive_shape
 
@@ -130,11 +130,12 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:
         tie_word_embeddings=config.tied,
         use_cache=False,
     )
-    register_packed_sdpa()
-    attention = PACKED_SDPA if config.attention == "sdpa" else config.attention
+    attention = attention_name(config.attention, architecture)
     module = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
     module.generation_config.eos_token_id = vocabulary.eos_id
     derived = {f"model.{name}": value for name, value in asdict(shape).items() if _SIZE_FIELDS[name] in known}
+    if attention == "eager" and config.attention != "eager":
+        derived["model.attention"] = "eager"
     return BuiltModel(module, derived | {"model.n_params": count_params(module)})
 
 

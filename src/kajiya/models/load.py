@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kajiya.errors import ConfigError, StoreError
-from kajiya.models.attention import PACKED_SDPA, register_packed_sdpa
+from kajiya.models.attention import attention_name
 from kajiya.run.process import quiet_transformers
 
 
@@ -21,20 +21,22 @@ def load_model(
 
     Raises `ConfigError` when there is no such model, `StoreError` when its weights are not safetensors or do not fit.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
         raise StoreError(f"{folder}: has {found}; only safetensors are loaded, since a pickle can run code")
-    register_packed_sdpa()
     quiet_transformers()
     try:
+        architecture = AutoConfig.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision or "main",
             dtype=dtype,
-            attn_implementation=PACKED_SDPA if attention == "sdpa" else attention,
+            attn_implementation=attention_name(attention, architecture),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,

@@ -1,0 +1,65 @@
+"""The chunked loss against torch's own on whole logits: values, gradients, chunks of any size."""
+
+import pytest
+import torch
+
+from kajiya.data.batch import NO_TARGET
+from kajiya.training.cross_entropy import chunked_cross_entropy
+
+
+def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(37, 12, dtype=dtype, requires_grad=True)
+    head = torch.randn(29, 12, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 29, (37,))
+    targets[::3] = NO_TARGET
+    return hidden, head, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_equals_whole_logits(chunk: int, z_loss: float) -> None:
+    hidden, head, targets = _inputs(torch.float32)
+    total, nll = chunked_cross_entropy(hidden, head, targets, chunk, z_loss)
+    (total / 7).backward()
+    got = (hidden.grad, head.grad)
+    hidden.grad = head.grad = None
+
+    logits = hidden @ head.T
+    expected_nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    expected = expected_nll + z_loss * (logits.logsumexp(1).square() * (targets != NO_TARGET)).sum()
+    (expected / 7).backward()
+    torch.testing.assert_close(nll, expected_nll)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(got, (hidden.grad, head.grad))
+
+
+def test_gradient_by_finite_differences() -> None:
+    hidden, head, targets = (each[:6] if each.ndim < 3 else each for each in _inputs(torch.float64))
+    hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
+    targets = targets.clamp(max=5)
+    direction = torch.randn_like(hidden)
+    total, _ = chunked_cross_entropy(hidden, head, targets, 4, 0.05)
+    total.backward()
+    assert hidden.grad is not None
+    step = 1e-3
+    above = chunked_cross_entropy(hidden.detach() + step * direction, head.detach(), targets, 4, 0.05)[0]
+    below = chunked_cross_entropy(hidden.detach() - step * direction, head.detach(), targets, 4, 0.05)[0]
+    numeric = float(above - below) / (2 * step)
+    assert numeric == pytest.approx(float((hidden.grad * direction).sum()), rel=1e-2)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, head, targets = _inputs(torch.float32)
+    total, _ = chunked_cross_entropy(hidden, head.detach(), targets, 8)
+    total.backward()
+    assert hidden.grad is not None
+    assert head.grad is None
+
+
+def test_bf16_is_near_fp32() -> None:
+    hidden, head, targets = (each.detach() for each in _inputs(torch.float32))
+    exact, _ = chunked_cross_entropy(hidden, head, targets, 8)
+    rounded, _ = chunked_cross_entropy(hidden.bfloat16(), head.bfloat16(), targets, 8)
+    assert rounded.dtype == torch.float32
+    assert float(rounded) == pytest.approx(float(exact), rel=2e-2)

@@ -1,0 +1,126 @@
+"""Optimizers against torch's own and against closed forms; state that comes back; masters that do not lose updates."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kajiya.config.schema import OptimConfig
+from kajiya.config.tables import TABLES
+from kajiya.errors import ConfigError, StoreError
+from kajiya.training.muon import Muon, orthogonalize
+from kajiya.training.optimizers import load_optimizer
+
+NAMES = sorted(TABLES["optimizer"])
+Make = Callable[..., torch.nn.Module]
+
+
+def _set_grads(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def test_adamw_equals_torch(tiny_model: Make) -> None:
+    ours, theirs = tiny_model(), tiny_model()
+    optimizer = load_optimizer(OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1), ours)
+    embedding = {id(theirs.get_input_embeddings().weight)}  # type: ignore[operator,union-attr]
+    decayed = [p for p in theirs.parameters() if p.ndim == 2 and id(p) not in embedding]
+    plain = [p for p in theirs.parameters() if p.ndim != 2 or id(p) in embedding]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(4):
+        _set_grads(ours, step)
+        _set_grads(theirs, step)
+        for group in reference.param_groups:
+            group["lr"] = 1e-2 * (0.5**step)
+        optimizer.step(1e-2 * (0.5**step))
+        reference.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
+def test_orthogonalize_is_near_the_polar_factor(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    result = orthogonalize(matrices, 5, torch.float32)
+    singular = torch.linalg.svdvals(result)
+    if shape[1] != shape[2]:  # a random square matrix has a singular value near 0, which five iterations do not lift
+        assert float(singular.min()) > 0.3
+    assert float(singular.max()) < 1.3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = (result * (left @ right)).sum() / (result.norm() * (left @ right).norm())
+    assert float(cosine) > 0.95
+
+
+def test_muon_equals_torchs_muon() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(12, 20), torch.randn(20, 12), torch.randn(12, 20)]
+    ours = [torch.nn.Parameter(each.clone()) for each in start]
+    theirs = [torch.nn.Parameter(each.clone()) for each in start]
+    mine = Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.float32)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    for step in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        # torch's runs the iterations in bf16.
+        torch.testing.assert_close(a, b, atol=4e-3, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_comes_back(name: str, dtype: torch.dtype, tiny_model: Make) -> None:
+    first = tiny_model().to(dtype)
+    optimizer = load_optimizer(OptimConfig(name=name), first)
+    for step in range(3):
+        _set_grads(first, step)
+        optimizer.step(1e-2)
+    state = {key: value.clone() for key, value in optimizer.state_tensors().items()}
+
+    second = tiny_model(seed=5).to(dtype)
+    restored = load_optimizer(OptimConfig(name=name), second)
+    restored.load_state_tensors(state)
+    for model, each in ((first, optimizer), (second, restored)):
+        _set_grads(model, 9)
+        each.step(1e-2)
+    again = restored.state_tensors()
+    assert again.keys() == state.keys()
+    for key, tensor in optimizer.state_tensors().items():
+        assert torch.equal(tensor, again[key]), key
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_masters_do_not_lose_small_updates(name: str, tiny_model: Make) -> None:
+    model = tiny_model().bfloat16()
+    weight = model.model.layers[0].mlp.up_proj.weight  # type: ignore[union-attr,index]
+    optimizer = load_optimizer(OptimConfig(name=name, lr=1e-6, weight_decay=0.0), model)
+    name_of = next(key for key, value in optimizer.parameters.items() if value is weight)
+    before = optimizer.masters[name_of].clone()
+    for _ in range(5):
+        _set_grads(model, 3)
+        optimizer.step(1e-6)
+    assert optimizer.masters[name_of].dtype == torch.float32
+    assert not torch.equal(optimizer.masters[name_of], before)
+    assert torch.equal(weight, optimizer.masters[name_of].bfloat16())
+
+
+def test_a_state_of_other_parameters_is_refused(tiny_model: Make) -> None:
+    optimizer = load_optimizer(OptimConfig(), tiny_model())
+    state = optimizer.state_tensors()
+    state["master/nobody.weight"] = torch.zeros(2)
+    with pytest.raises(StoreError, match=r"nobody\.weight"):
+        optimizer.load_state_tensors(state)
+
+
+def test_a_model_without_trainable_parameters_is_refused(tiny_model: Make) -> None:
+    model = tiny_model()
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        load_optimizer(OptimConfig(), model)
