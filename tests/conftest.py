@@ -1,8 +1,10 @@
-"""Fixtures that every room shares: a small corpus of real text, a small config, and quiet, seeded processes."""
+"""Fixtures that every room shares: a tiny config over real text, and one finished run of it."""
 
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,15 +31,39 @@ SMALL = (
 
 
 def small_overrides(*more: str) -> list[str]:
-    """The demo's recipe on the standard library's `json` and friends, tiny."""
+    """The demo's recipe on the standard library's `email` package, tiny."""
     root = Path(sysconfig.get_paths()["stdlib"]) / "email"
     return [f"data.source.options.root={root}", *SMALL, *more]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of the small config, and what was heard of it."""
+
+    config: Config
+    store: Any
+    trained: Any
+    events: list[tuple[str, dict[str, Any]]]
+
+
 @pytest.fixture(scope="session")
 def small_config() -> Callable[..., Config]:
-    """`small_config("optim=adamw", …)`: a tiny config over the standard library's `email` package."""
+    """`small_config("optim=adamw", …)`: the small config with further overrides."""
     return lambda *more: compose("stdlib-pretrain", small_overrides(*more))
+
+
+@pytest.fixture(scope="session")
+def finished(small_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The small config trained, evaluated and reported, in a store of its own."""
+    from kajiya.flows.train import train
+    from kajiya.run.store import Store
+
+    config = small_config()
+    store = Store(tmp_path_factory.mktemp("store"))
+    heard: list[tuple[str, dict[str, Any]]] = []
+    command = ["kajiya", "train", "stdlib-pretrain", *small_overrides()]
+    trained = train(config, store, command=command, on_event=lambda kind, **fields: heard.append((kind, fields)))
+    return Finished(config, store, trained, heard)
 
 
 @pytest.fixture(autouse=True, scope="session")

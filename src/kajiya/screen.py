@@ -1,6 +1,7 @@
 """What a person sees of a flow: plain words at each stage, a progress bar where stdout is a terminal, plain lines where not."""
 
 import shlex
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -66,7 +67,7 @@ class Screen:
 
     def on_event(self, kind: str, **fields: Any) -> None:
         """Show one event; kinds that have nothing to say on a screen are passed over."""
-        show = {
+        show: Callable[..., None] | None = {
             "stage": self._stage,
             "progress": self._show_progress,
             "metrics": self._metrics,

@@ -54,7 +54,7 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
         raise _translated(error, path) from error
     if not isinstance(built, Config):
         raise AssertionError("the schema did not take")
-    config = _tuples(built)
+    config: Config = _tuples(built)
     validate(config)
     return config
 

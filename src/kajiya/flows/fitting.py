@@ -151,7 +151,7 @@ def fit_run(
 
 def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, Any]:
     """Write the trained model into `folder`; returns the facts for its manifest."""
-    save_model(fitted.setup.model, load_tokenizer(tokenizer.path), folder)
+    save_model(fitted.setup.model, load_tokenizer(tokenizer.path, _longest(fitted)), folder)
     state = fitted.state
     return {
         "n_params": sum(parameter.numel() for parameter in fitted.setup.model.parameters()),
@@ -164,6 +164,14 @@ def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, 
         "best_step": state.best_step,
         "derived": fitted.derived,
     }
+
+
+def _longest(fitted: Fitted) -> int | None:
+    """Longest sequence that the model declares, or `None` for a module that declares none."""
+    from transformers import PreTrainedModel
+
+    model = fitted.setup.model
+    return int(model.config.max_position_embeddings) if isinstance(model, PreTrainedModel) else None
 
 
 def _lengths(config: Config, plan: Plan) -> dict[str, int]:

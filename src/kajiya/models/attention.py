@@ -25,7 +25,7 @@ def attention_name(wanted: str, architecture: Any) -> str:
 
     if wanted != "sdpa":
         return wanted
-    known = AutoModelForCausalLM._model_mapping
+    known: Any = AutoModelForCausalLM._model_mapping
     if type(architecture) in known and not known[type(architecture)]._supports_sdpa:
         return "eager"
     register_packed_sdpa()

@@ -32,7 +32,7 @@ def load_model(
         architecture = AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision or "main",
             dtype=dtype,
@@ -46,6 +46,7 @@ def load_model(
         raise ConfigError(
             "model.path", f"{str(path)!r} cannot be loaded: {first}", "Give a folder or a hub name."
         ) from error
+    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             names = ", ".join(sorted(str(name) for name in report[kind])[:3])

@@ -41,13 +41,18 @@ def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The facts of a plan as pairs of words, for a table on the screen or in the report."""
     n_params, tokens, steps = facts["n_params"], facts["tokens"], facts["steps"]
     speed = f"{facts['tokens_per_second']:,.0f} tokens/s (measured), {facts['step_seconds'] * 1000:.0f} ms a step"
-    memory = f"{format_bytes(facts['peak_bytes'])} peak, of it {format_bytes(facts['state_bytes'])} weights and optimizer"
+    memory = (
+        f"{format_bytes(facts['peak_bytes'])} peak, of it {format_bytes(facts['state_bytes'])} weights and optimizer"
+    )
     return [
         ("parameters", f"{format_count(n_params)} ({facts['n_trainable'] / n_params:.0%} trainable)"),
         ("precision", f"{facts['precision']}: {facts['precision_reason']}"),
         ("compiled", facts["compiled"]),
         ("steps", f"{steps:,} of {facts['tokens_per_step']:,} tokens"),
-        ("tokens", f"{format_count(tokens)}, {facts['epochs']:.2f} epochs, {facts['tokens_per_param']:.1f} a parameter"),
+        (
+            "tokens",
+            f"{format_count(tokens)}, {facts['epochs']:.2f} epochs, {facts['tokens_per_param']:.1f} a parameter",
+        ),
         ("speed", speed),
         ("training", format_seconds(facts["train_seconds"])),
         ("memory", memory),

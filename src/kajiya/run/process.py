@@ -51,8 +51,8 @@ def keep_large_blocks() -> str:
         return "left as it is (not glibc)"
     m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
     settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (m_arena_max, 1))
-    taken = all([libc.mallopt(name, value) for name, value in settings])
-    return "glibc: no mmap, no trim, one arena, 256 MiB top pad" if taken else "glibc: refused in part"
+    taken = sum(libc.mallopt(name, value) for name, value in settings)
+    return "glibc: no mmap, no trim, one arena, 256 MiB top pad" if taken == len(settings) else "glibc: refused in part"
 
 
 def quiet_transformers() -> None:

@@ -1,6 +1,7 @@
 """Muon: momentum whose update is orthogonalized by Newton–Schulz iterations (Jordan et al., 2024).
 
-Matrices of one shape are stacked, so that a whole model takes a few batched products. Letters: S matrices of a stack, M rows, N columns.
+Matrices of one shape are stacked, so that a whole model takes a few batched products.
+Shape letters: S matrices of a stack, M rows, N columns.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,12 +24,12 @@ def orthogonalize(matrices_SMN: torch.Tensor, n_steps: int, dtype: torch.dtype) 
     for _ in range(n_steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
-    return x.mT if tall else x
+    result: torch.Tensor = x.mT if tall else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over matrices. Each update has the root-mean-square of AdamW's at rate 0.2 · max(M, N)^½ (Moonlight, arXiv:2502.16982)
-    when `match_adamw`, else the factor max(1, M / N)^½ of the original."""
+    """Muon over matrices [M, N]; an update is the orthogonalized momentum times lr · max(1, M / N)^½."""
 
     def __init__(
         self,

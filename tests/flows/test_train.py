@@ -1,0 +1,254 @@
+"""The training flow on real text: what it leaves, that it is reused, and that a kill changes nothing."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import Finished, small_overrides
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kajiya.config.schema import Config
+from kajiya.errors import KajiyaError, StoreError
+from kajiya.flows.train import train
+from kajiya.run.events import read_events
+from kajiya.run.folder import find_run
+from kajiya.run.store import Store, open_artifact
+
+
+def _metrics(folder: Path) -> dict[tuple[int, str], float]:
+    """Last logged value of every metric of every step, but for times and rates, which no two runs share."""
+    values = {}
+    for event in read_events(folder):
+        if event["kind"] == "metrics":
+            for name, value in event["values"].items():
+                if "per_second" not in name:
+                    values[event["step"], name] = value
+    return values
+
+
+def test_a_run_leaves_artifacts_with_their_proof_of_origin(finished: Finished) -> None:
+    run = finished.trained.run
+    manifest = run.manifest()
+    assert manifest["status"] == "finished"
+    assert set(manifest["artifacts"]) == {"corpus", "tokenizer", "shards", "model", "baselines", "evaluation"}
+    parents = {}
+    for name, entry in manifest["artifacts"].items():
+        artifact = open_artifact(finished.store.root / entry["path"])
+        assert artifact.digest == entry["digest"]
+        parents[name] = json.loads((artifact.path / "manifest.json").read_text())["parents"]
+    assert set(parents["model"]) == {"tokenizer", "shards"}
+    assert parents["evaluation"]["model"]["digest"] == manifest["artifacts"]["model"]["digest"]
+    assert manifest["provenance"]["packages"]["torch"]
+    assert manifest["process"]["seed"] == finished.config.seed
+    assert manifest["derived"]["train.steps"] == 12
+    assert {"corpus", "tokenizer", "shards", "plan", "train", "evaluation"} <= set(manifest["timings"])
+
+
+def test_the_model_learns_and_loads_in_plain_transformers(finished: Finished) -> None:
+    curve = {
+        step: value for (step, name), value in _metrics(finished.trained.run.folder).items() if name == "train/nll"
+    }
+    assert min(curve) == 2
+    assert max(curve) == 12
+    assert curve[12] < curve[2] - 0.1
+    assert curve[2] < math.log(512) + 0.5
+    model = AutoModelForCausalLM.from_pretrained(finished.trained.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(finished.trained.model.path)
+    assert model.config.vocab_size == len(tokenizer) == 512
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+
+
+def test_the_report_is_there(finished: Finished) -> None:
+    report = finished.trained.report
+    assert report.read_text(encoding="utf-8").lstrip().startswith("<!")
+    assert (report.parent / "report.md").is_file()
+
+
+def test_every_stage_is_told(finished: Finished) -> None:
+    told = [(fields["name"], fields["state"]) for kind, fields in finished.events if kind == "stage"]
+    for name in ("corpus", "tokenizer", "shards", "plan", "train", "baselines", "evaluation", "report"):
+        assert told.index((name, "begun")) < told.index((name, "done"))
+    kinds = [event["kind"] for event in read_events(finished.trained.run.folder)]
+    assert kinds[-1] == "ended"
+    assert "progress" not in kinds
+
+
+def test_the_same_config_is_reused(finished: Finished) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "stage" and fields["state"] != "begun":
+            heard.append((fields["name"], fields["state"]))
+
+    again = train(finished.config, finished.store, on_event=hear)
+    assert again.run.id == finished.trained.run.id
+    assert dict(heard) | {"report": "done"} == dict.fromkeys(
+        ("corpus", "tokenizer", "shards", "train", "baselines", "evaluation"), "reused"
+    ) | {"report": "done"}
+
+
+def test_another_seed_is_another_run(finished: Finished, small_config: Callable[..., Config]) -> None:
+    other = train(small_config("seed=1"), finished.store)
+    assert other.run.id != finished.trained.run.id
+    assert other.model is not None
+    assert other.model.digest != finished.trained.model.digest
+
+
+def test_a_corrupt_artifact_stops_the_work(finished: Finished, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "store"
+    shutil.copytree(finished.store.root, copy)
+    model = copy / finished.trained.run.manifest()["artifacts"]["model"]["path"] / "model.safetensors"
+    raw = bytearray(model.read_bytes())
+    raw[-1] ^= 1
+    model.write_bytes(raw)
+    with pytest.raises(StoreError, match=r"model\.safetensors.*corrupt"):
+        train(finished.config, Store(copy))
+
+
+def test_a_failure_is_recorded(small_config: Callable[..., Config], finished: Finished) -> None:
+    config = small_config("model.options.no_such_thing=1")
+    with pytest.raises(KajiyaError, match="no_such_thing"):
+        train(config, finished.store)
+    run = find_run(finished.store, "latest")
+    assert run.manifest()["status"] == "failed"
+    assert "no_such_thing" in list(read_events(run.folder))[-1]["error"]
+
+
+# ---------------------------------------------------------------- kills
+
+
+def _command(store: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "kajiya", "train", "stdlib-pretrain", *small_overrides(*more), "--store", str(store)]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def _run_until(
+    store: Path, is_time: Callable[[Path], bool], how: signal.Signals, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the training and send `how` to it as soon as `is_time(store)`."""
+    process = subprocess.Popen(
+        _command(store, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+    )
+    while process.poll() is None and not is_time(store):
+        time.sleep(0.005)
+    assert process.poll() is None, f"ended before its kill: {process.communicate()}"
+    process.send_signal(how)
+    out, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def _logged(step: int) -> Callable[[Path], bool]:
+    """The log has a line of metrics of that step or a later one."""
+
+    def is_time(store: Path) -> bool:
+        logs = list(store.glob("runs/*/events.jsonl"))
+        return any(
+            event["kind"] == "metrics" and event["step"] >= step for log in logs for event in read_events(log.parent)
+        )
+
+    return is_time
+
+
+def _exists(pattern: str) -> Callable[[Path], bool]:
+    return lambda store: any(store.glob(pattern))
+
+
+def _finish(store: Path, *more: str) -> Path:
+    done = subprocess.run(_command(store, *more), capture_output=True, text=True, env=_environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    return find_run(Store(store), "latest").folder
+
+
+def _weights(folder: Path) -> str:
+    entry = find_run(Store(folder.parent.parent), folder.name).manifest()["artifacts"]["model"]
+    return hashlib.sha256((folder.parent.parent / entry["path"] / "model.safetensors").read_bytes()).hexdigest()
+
+
+_LONGER = ("train.steps=24", "eval.samples=0")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The longer run, never interrupted."""
+    return _finish(tmp_path_factory.mktemp("whole"), *_LONGER)
+
+
+def test_killed_twice_equals_uninterrupted_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    _run_until(killed, _logged(6), signal.SIGKILL, *_LONGER)
+    _run_until(killed, _logged(14), signal.SIGKILL, *_LONGER)
+    rest = _finish(killed, *_LONGER)
+    attempts = [event["resumed_from"] for event in read_events(rest) if event["kind"] == "started"]
+    assert len(attempts) == 3
+    assert attempts[0] is None
+    assert all(step and step % 4 == 0 for step in attempts[1:])
+    assert _weights(rest) == _weights(whole)
+    assert _metrics(rest) == _metrics(whole)
+
+
+def test_sigterm_saves_exits_with_0_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    ended = _run_until(stopped, _logged(6), signal.SIGTERM, *_LONGER)
+    assert ended.returncode == 0, ended.stderr
+    assert "The same command goes on from it" in ended.stdout
+    assert find_run(Store(stopped), "latest").manifest()["status"] == "interrupted"
+    assert _weights(_finish(stopped, *_LONGER)) == _weights(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+def test_killed_anywhere_with_each_optimizer_and_precision(optim: str, precision: str, tmp_path: Path) -> None:
+    more = (*_LONGER, f"optim={optim}", f"train.precision={precision}", "train.accumulate=2")
+    whole = _finish(tmp_path / "whole", *more)
+    killed = tmp_path / "killed"
+    for step in (2, 8, 20):
+        _run_until(killed, _logged(step), signal.SIGKILL, *more)
+    rest = _finish(killed, *more)
+    assert _weights(rest) == _weights(whole)
+    assert _metrics(rest) == _metrics(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "artifacts/corpus/.*",
+        "artifacts/tokenizer/.*",
+        "artifacts/shards/*",
+        "runs/*/manifest.json",
+        "runs/*/checkpoints/.step-*",
+        "artifacts/model/.*",
+        "artifacts/model/*",
+        "artifacts/evaluation/*",
+    ],
+)
+def test_killed_at_any_stage_nothing_half_made_is_found(moment: str, whole: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    _run_until(killed, _exists(moment), signal.SIGKILL, *_LONGER)
+    assert _weights(_finish(killed, *_LONGER)) == _weights(whole)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_resume_bit_for_bit(tmp_path: Path) -> None:
+    more = (*_LONGER, "train.compile=on")
+    whole = _finish(tmp_path / "whole", *more)
+    killed = tmp_path / "killed"
+    _run_until(killed, _logged(8), signal.SIGKILL, *more)
+    rest = _finish(killed, *more)
+    assert find_run(Store(killed), "latest").manifest()["plan"]["compiled"].startswith("yes")
+    assert _weights(rest) == _weights(whole)
