@@ -92,7 +92,7 @@ class MLflowTracker:
         from mlflow.exceptions import MlflowException
 
         name = self.options.experiment
-        location = None if self.options.uri else (self.facts.store / "mlflow-artifacts").as_uri()
+        location = None if self.options.uri else artifact_root(self.facts.store)
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             try:
@@ -218,6 +218,11 @@ _TAKES: Mapping[str, Callable[[MLflowTracker, Event], None]] = {
 def default_uri(store: Path) -> str:
     """Address of the SQLite database in the store."""
     return f"sqlite:///{store / 'mlflow.db'}"
+
+
+def artifact_root(store: Path) -> str:
+    """Where MLflow's copies of small artifacts lie when its database is the store's."""
+    return (store / "mlflow-artifacts").as_uri()
 
 
 def _name(name: str) -> str:
