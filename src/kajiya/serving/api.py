@@ -114,10 +114,13 @@ class Service:
             )
         return min(self.cfg.default_max_tokens, room) if asked is None else asked
 
-    async def texts_or_ids(self, given: Any) -> list[tuple[list[int], str | None]]:
+    async def texts_or_ids(self, given: Any, param: str) -> list[tuple[list[int], str | None]]:
         """Each item of a checked `prompt` or `input` as token ids, with its text where it was one."""
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
+        for item in given:
+            if not isinstance(item, str):
+                self.engine.check_ids(item, param)
         return [(await self.tokenize(item), item) if isinstance(item, str) else (item, None) for item in given]
 
 
@@ -137,13 +140,14 @@ def _openai_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         service.require_model(body.model)
         prompts = []
-        for ids, text in await service.texts_or_ids(body.prompt):
+        for ids, text in await service.texts_or_ids(body.prompt, "prompt"):
             start = service.tokenizer.bos_token_id
             start = service.tokenizer.eos_token_id if start is None else start
             # An empty prompt stands for the beginning of a document, as in OpenAI's API.
             ids = ids or ([] if start is None else [start])
-            shown = service.tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
-            prompts.append(Prompt(ids, shown if body.echo else None))
+            if text is None and body.echo:
+                text = service.tokenizer.decode(ids, skip_special_tokens=True)
+            prompts.append(Prompt(ids, text if body.echo else None))
         longest = max(len(prompt.ids) for prompt in prompts)
         params = _sampling(
             body,
@@ -176,7 +180,7 @@ def _openai_routes(service: Service) -> APIRouter:
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody) -> JSONResponse:
         service.require_model(body.model)
-        inputs = [ids for ids, _ in await service.texts_or_ids(body.input)]
+        inputs = [ids for ids, _ in await service.texts_or_ids(body.input, "input")]
         data = []
         for index, ids in enumerate(inputs):
             # One at a time between two steps, so that running answers go on.

@@ -152,7 +152,7 @@ class Engine:
 
     def score(self, ids: Rows[int]) -> list[float]:
         """Natural log-probability of each token given those before it; one shorter than `ids`, which are at least 2."""
-        self._check_ids(ids, "ids")
+        self.check_ids(ids, "ids")
         if len(ids) < 2:
             raise RequestError("score needs at least 2 tokens", param="ids")
         with torch.inference_mode():
@@ -164,7 +164,7 @@ class Engine:
 
     def embed(self, ids: Rows[int]) -> list[float]:
         """The mean over tokens of the last hidden state, scaled to length 1; as many numbers as the model is wide."""
-        self._check_ids(ids, "input")
+        self.check_ids(ids, "input")
         with torch.inference_mode():
             mean_D = self.runner.hidden(list(ids)).mean(dim=0)
             vector: list[float] = torch.nn.functional.normalize(mean_D, dim=0).tolist()
@@ -222,7 +222,7 @@ class Engine:
     # ---------------------------------------------------------------- checks
 
     def _check(self, request: Request) -> None:
-        self._check_ids(request.prompt, "prompt")
+        self.check_ids(request.prompt, "prompt")
         request.params.check(self.vocab_size)
         n_prompt, n_answer = len(request.prompt), request.params.max_tokens
         if n_prompt + n_answer > self.context_tokens:
@@ -233,7 +233,8 @@ class Engine:
                 param="max_tokens",
             )
 
-    def _check_ids(self, ids: Rows[int], param: str) -> None:
+    def check_ids(self, ids: Rows[int], param: str) -> None:
+        """Raise `RequestError` naming `param` unless these are token ids, at least one, that fit the context."""
         if not ids:
             raise RequestError(f"{param} has no tokens", param=param)
         wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)

@@ -100,6 +100,8 @@ class _Generation(_Body):
             raise RequestError("stream_options goes with stream: true only", param="stream_options")
         if isinstance(self.stop, list) and len(self.stop) > _MAX_STOPS:
             raise RequestError(f"stop takes at most {_MAX_STOPS} strings, not {len(self.stop)}", param="stop")
+        for stop in self.stops:
+            _require_unicode(stop, "stop", "stop")
         if any(not stop for stop in self.stops):
             raise RequestError("stop must not be empty", param="stop")
         return self
@@ -191,6 +193,17 @@ def check_texts_or_ids(given: Mapping[str, Any], field: str) -> None:
             code="invalid_type",
             param=field,
         )
+    if is_texts:
+        for item in items:
+            _require_unicode(item, field, field)
+
+
+def _require_unicode(text: str, where: str, param: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{where} is no valid Unicode text: {error.reason}", param=param) from error
 
 
 def _is_id(value: Any) -> bool:
@@ -210,6 +223,7 @@ def _plain_message(message: dict[str, Any], where: str) -> dict[str, str]:
         content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise RequestError(f"{where}.content must be a text", code="invalid_type", param="messages")
+    _require_unicode(content, f"{where}.content", "messages")
     return {"role": role, "content": content}
 
 

@@ -54,12 +54,15 @@ class StopMatcher:
         """The text that is certain to come before any stop string."""
         if self.is_stopped:
             return ""
-        self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            self.is_stopped = True
-            passed, self._held = self._held[: min(found)], ""
-            return passed
+        for character in text:
+            self._held += character
+            # By characters, so that the result does not depend on how the text is cut into tokens: the stop string
+            # that is complete first ends the text, the longest of those that are complete at once.
+            found = max((len(stop) for stop in self._stops if self._held.endswith(stop)), default=0)
+            if found:
+                self.is_stopped = True
+                passed, self._held = self._held[:-found], ""
+                return passed
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         passed, self._held = self._held[:cut], self._held[cut:]
