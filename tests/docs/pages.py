@@ -6,6 +6,7 @@ and prints JSON: `[{"line": …, "output": …}, …]`. Line numbers in a traceb
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -46,7 +47,7 @@ def stated_outputs(page: Path) -> dict[int, Block]:
     found = blocks(page)
     return {
         code.line: shown
-        for code, shown in zip(found, found[1:], strict=False)
+        for code, shown in itertools.pairwise(found)
         if code.language == "python" and shown.language == "text" and shown.title.startswith("Output")
     }
 
@@ -84,4 +85,4 @@ def run_page(page: Path) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_page(Path(sys.argv[1]))))
+    sys.stdout.write(json.dumps(run_page(Path(sys.argv[1]))))

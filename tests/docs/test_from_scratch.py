@@ -1,28 +1,17 @@
 """The guide runs as it stands, and prints what it says."""
 
-import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from tests.docs import pages
 
+from kajiya.config.compose import compose
 
-def load_pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pages", Path(__file__).with_name("pages.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pages"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-pages = load_pages()
 PAGE = pages.DOCS / "from-scratch.md"
 ON_3_11 = sys.version_info[:2] == (3, 11)
 TOLERANCE = 0.15 if ON_3_11 else 0.5
@@ -30,7 +19,7 @@ TOLERANCE = 0.15 if ON_3_11 else 0.5
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, str]]:
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """What each block printed, by its line; the page runs in a process and a folder of its own."""
     done = subprocess.run(
         [sys.executable, str(Path(pages.__file__)), str(PAGE)],
@@ -42,7 +31,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, str]]:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a reader would see this"
-    yield {entry["line"]: entry["output"] for entry in json.loads(done.stdout)}
+    return {entry["line"]: entry["output"] for entry in json.loads(done.stdout)}
 
 
 def test_every_stated_output_is_the_real_one(real: dict[int, str]) -> None:
@@ -82,10 +71,6 @@ def test_the_figures_repeated_in_the_text_are_those_of_the_outputs() -> None:
 
 def test_the_command_at_the_end_is_the_config_of_the_page() -> None:
     """The command composes, and differs from the page's config in nothing that the text does not say."""
-    import shlex
-
-    from kajiya.config.compose import compose
-
     (command,) = [block.body for block in pages.blocks(PAGE) if block.language == "console"]
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:4] == ["$", "kajiya", "train", "stdlib-pretrain"]
