@@ -1,0 +1,161 @@
+"""The report: one self-contained HTML file, the same as Markdown, all from manifests and the files that they list."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kajiya.errors import StoreError
+from kajiya.flows.figure_files import (
+    DARK,
+    LIGHT,
+    Draw,
+    css_of,
+    css_variables,
+    draw_png,
+    fill_in,
+    require_figures,
+    standalone_svg,
+)
+from kajiya.flows.figures import BarsData, CurvesData, draw_bars, draw_curves
+from kajiya.flows.report_course import asked_section, data_section, plan_section, time_section
+from kajiya.flows.report_evidence import curves_data, curves_section, documents_section, samples_section
+from kajiya.flows.report_facts import RunFacts, gather
+from kajiya.flows.report_page import Block, Details, Heading, Page, Plot, Section, render_html, render_markdown
+from kajiya.flows.report_results import bars_data, key_figures, result_section, run_title, verdict
+from kajiya.flows.report_settings import (
+    attempts_section,
+    checks_section,
+    config_section,
+    derived_section,
+    environment_section,
+    lineage_section,
+    moment,
+    problems_section,
+    recipe_text,
+    skipped_checks,
+)
+from kajiya.run.folder import Run
+
+_LIGHT_EXTRA = "--well: #f5f6f8; --bad: #c4302b; --warn: #b26a00;"
+_DARK_EXTRA = "--well: #1d2127; --bad: #ff8078; --warn: #f0b455;"
+
+
+def write_report(runs: Sequence[Run], folder: Path) -> Path:
+    """Write `report.html`, `report.md`, the figures of the latter and a recipe for each run into `folder`.
+
+    Each file is written beside and renamed, the HTML last; other files of the folder are left alone. Returns the HTML's path.
+    What a run lacks (an evaluation, samples, a plan) is said in the report. Raises `StoreError` for a run whose manifest
+    cannot be read, `MissingExtraError` without matplotlib and seaborn.
+    """
+    require_figures()
+    if not runs:
+        raise StoreError("A report needs at least one run.")
+    facts = gather(runs)
+    recipes = {run.label: "recipe.yaml" if len(facts) == 1 else f"recipe-{run.label}.yaml" for run in facts}
+    page = build_page(facts, recipes)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    files: dict[str, tuple[str, str]] = {}
+    for plot in _plots(page):
+        files[plot.name] = (f"figures/{plot.name}.svg", f"figures/{plot.name}-dark.svg")
+        for name, palette in zip(files[plot.name], (LIGHT, DARK), strict=True):
+            _write(folder / name, standalone_svg(plot.wide, palette).encode())
+    for run in facts:
+        _write(folder / recipes[run.label], recipe_text(run).encode())
+    _write(folder / "report.md", render_markdown(page, files).encode())
+    html = fill_in(render_html(page, _variables()), css_variables())
+    _write(folder / "report.html", html.encode())
+    return folder / "report.html"
+
+
+def save_figure_files(run: Run, folder: Path) -> list[Path]:
+    """Write the loss curves and the bars of bits per byte as PNG, for light and for dark pages, into `folder`.
+
+    Returns the files; what a run has no data for has none.
+    """
+    facts = gather([run])
+    drawn: list[tuple[str, Draw, CurvesData | BarsData]] = []
+    if facts[0].history.curves:
+        drawn.append(("curves", draw_curves, curves_data(facts)))
+    if facts[0].evaluation is not None or facts[0].baselines:
+        drawn.append(("bits-per-byte", draw_bars, bars_data(facts, facts)))
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw, data in drawn:
+        for suffix, palette in (("", LIGHT), ("-dark", DARK)):
+            _write(folder / f"{name}{suffix}.png", draw_png(draw, data, palette))
+            written.append(folder / f"{name}{suffix}.png")
+    return written
+
+
+def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
+    """The report as blocks, in their order."""
+    sections: list[Section | None] = [
+        problems_section(runs),
+        asked_section(runs, recipes),
+        result_section(runs),
+        curves_section(runs),
+        documents_section(runs),
+        data_section(runs),
+        plan_section(runs),
+        samples_section(runs),
+        time_section(runs),
+        derived_section(runs),
+        config_section(runs),
+        lineage_section(runs),
+        environment_section(runs),
+        attempts_section(runs),
+        checks_section(runs),
+    ]
+    top: list[Block] = [notice for run in runs for notice in skipped_checks(run, runs)]
+    for run in runs:
+        if len(runs) > 1:
+            top.append(Heading(run_title(run, runs)))
+        top.append(key_figures(run))
+    statuses = Counter(run.status for run in runs)
+    created = sorted(run.manifest["created"] for run in runs)
+    when = moment(created[0]) if len(runs) == 1 else f"{moment(created[0])} to {moment(created[-1])}"
+    names = list(dict.fromkeys(str(run.manifest["config"]["name"]) for run in runs))
+    return Page(
+        title=", ".join(names),
+        status=runs[0].status if len(statuses) == 1 else "mixed",
+        status_words=", ".join(f"{n} {status}" if len(runs) > 1 else status for status, n in statuses.items()),
+        subtitle=f"{', '.join(run.id for run in runs)} · begun {when}",
+        verdict=[verdict(run, runs) for run in runs],
+        blocks=top,
+        sections=[section for section in sections if section is not None],
+        footer=f"Written by Kajiya on {moment(time.time())}, from the manifests of the store and the files that they list.",
+    )
+
+
+def _plots(page: Page) -> Iterator[Plot]:
+    def within(blocks: Sequence[Block]) -> Iterator[Plot]:
+        for block in blocks:
+            if isinstance(block, Plot):
+                yield block
+            elif isinstance(block, Details):
+                yield from within(block.blocks)
+
+    for section in page.sections:
+        yield from within(section.blocks)
+
+
+def _variables() -> str:
+    light, dark = css_of(LIGHT) + " " + _LIGHT_EXTRA, css_of(DARK) + " " + _DARK_EXTRA
+    return (
+        f":root {{ {light} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f"@media print {{ :root {{ {light} }} html {{ color-scheme: light; }} }}"
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of the file or what was there before. The folder is the user's: it is never replaced as a whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
