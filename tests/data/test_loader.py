@@ -1,5 +1,6 @@
 """The loader against a slow reference: naive concatenation, one token at a time."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +77,36 @@ def test_rows_are_those_of_the_slow_reference(
 ) -> None:
     split = split_of(lengths, shard_tokens)
     n_batches = 4
-    epochs = n_batches * rows * row_tokens // split.n_tokens + 2
-    expected = slow_rows(stream(split, seed, epochs), row_tokens, isolate)
     loader = Loader(split, row_tokens=row_tokens, rows=rows, seed=seed, isolate=isolate)
+    places = [loader.place(row) for row in range(n_batches * rows)]
+    epochs = (max(places) + 1) * row_tokens // split.n_tokens + 2
+    expected = slow_rows(stream(split, seed, epochs), row_tokens, isolate)
     found = []
     for _ in range(n_batches):
         batch = loader.next()
         assert batch.n_targets == int((batch.targets != NO_TARGET).sum())
         found += rows_of(batch)
-    assert found == expected[: n_batches * rows]
+    assert found == [expected[place] for place in places]
+
+
+def in_place(loader: Loader, turns: int, what: Callable[[Batch], torch.Tensor]) -> list[int]:
+    """Tokens (or targets) of so many turns of rows, put back in the order of the stream."""
+    rows = {loader.place(row): what(loader.at(row))[0].tolist() for row in range(turns * loader.rows_per_epoch)}
+    return [cell for place in sorted(rows) for cell in rows[place]]
+
+
+@given(lengths=lengths, row_tokens=st.integers(1, 9), seed=st.integers(0, 2**64))
+def test_the_rows_of_a_turn_are_a_permutation_of_its_places(lengths: list[int], row_tokens: int, seed: int) -> None:
+    loader = Loader(split_of(lengths, 17), row_tokens=row_tokens, rows=1, seed=seed, isolate=True)
+    n = loader.rows_per_epoch
+    for turn in (0, 1, 2, 0):
+        assert sorted(loader.place(row) for row in range(turn * n, turn * n + n)) == list(range(turn * n, turn * n + n))
+
+
+def test_a_batch_holds_rows_of_many_documents() -> None:
+    loader = Loader(split_of([400] * 50, 10**6), row_tokens=20, rows=16, seed=0, isolate=True)
+    documents = {token // 400 for token in loader.next().tokens.flatten().tolist()}
+    assert len(documents) >= 10
 
 
 @settings(deadline=None)
@@ -93,9 +115,7 @@ def test_each_token_comes_once_in_each_epoch(lengths: list[int], row_tokens: int
     split = split_of(lengths, 17)
     loader = Loader(split, row_tokens=row_tokens, rows=1, seed=seed, isolate=True)
     n_epochs = 3
-    tokens: list[int] = []
-    while len(tokens) < n_epochs * split.n_tokens:
-        tokens += loader.next().tokens.flatten().tolist()
+    tokens = in_place(loader, n_epochs, lambda batch: batch.tokens)
     for epoch in range(n_epochs):
         of_epoch = tokens[epoch * split.n_tokens : (epoch + 1) * split.n_tokens]
         assert sorted(of_epoch) == list(range(split.n_tokens))
@@ -107,12 +127,14 @@ def test_each_token_but_the_first_of_a_document_is_a_target_once(
     lengths: list[int], row_tokens: int, seed: int
 ) -> None:
     split = split_of(lengths, 1000)
-    # A whole number of epochs: as many rows as the epoch has tokens make exactly `row_tokens` epochs.
-    loader = Loader(split, row_tokens=row_tokens, rows=split.n_tokens, seed=seed, isolate=True)
-    targets = loader.next().targets.flatten()
+    # As many turns as there are tokens make a whole number of epochs: one for each row of a turn, and T of them.
+    loader = Loader(split, row_tokens=row_tokens, rows=1, seed=seed, isolate=True)
+    n_epochs = loader.rows_per_epoch * row_tokens
+    found = in_place(loader, split.n_tokens, lambda batch: batch.targets)
+    targets = torch.tensor(found)
     counts = torch.bincount(targets[targets != NO_TARGET], minlength=split.n_tokens).tolist()
     firsts = set(split.offsets[:-1].tolist())
-    assert counts == [0 if token in firsts else row_tokens for token in range(split.n_tokens)]
+    assert counts == [0 if token in firsts else n_epochs for token in range(split.n_tokens)]
 
 
 @settings(deadline=None)
@@ -157,13 +179,15 @@ def test_order_is_frozen() -> None:
 def test_a_distant_row_is_found_without_reading_what_is_before() -> None:
     split = split_of([11, 13, 17], 10)
     loader = Loader(split, row_tokens=5, rows=1, seed=0, isolate=False)
-    row = 41 * 10**9
+    turn = 41 * 10**9
+    row = next(row for row in range(turn * 9, turn * 9 + 9) if loader.place(row) == turn * 9)
     batch = loader.at(row)
-    epoch = row * 5 // split.n_tokens
+    epoch = turn * 9 * 5 // split.n_tokens
     order = permutation(3, 0, epoch)
     first = [token for doc in order for token in range(split.offsets[doc], split.offsets[doc + 1])]
-    assert row * 5 % split.n_tokens == 0
-    assert batch.tokens[0].tolist() == first[:5]
+    skipped = turn * 9 * 5 % split.n_tokens
+    assert loader.rows_per_epoch == 9
+    assert batch.tokens[0].tolist() == first[skipped : skipped + 5]
     assert loader.row == 0
 
 
@@ -197,15 +221,17 @@ def test_rows_of_real_shards_are_the_documents(small) -> None:
     loader = open_loader(small.shards.path, "train", row_tokens=64, rows=8, seed=5, isolate=True)
     assert len(split.files) > 3
     naive = np.concatenate([split.document(doc) for doc in permutation(split.n_documents, 5, 0)]).astype(np.int64)
-    read: list[int] = []
-    while len(read) < len(naive):
+    read: dict[int, list[int]] = {}
+    while len(read) < loader.rows_per_epoch:
+        first = loader.row
         batch = loader.next()
-        read += batch.tokens.flatten().tolist()
+        read |= {loader.place(first + index): row for index, row in enumerate(batch.tokens.tolist())}
         # A segment holds one document: begin-of-text stands only at its beginning, end-of-text only at its end.
         assert bool((batch.positions[batch.tokens == split.bos_id] == 0).all())
         assert bool((batch.targets[batch.tokens == split.eos_id] == NO_TARGET).all())
         assert not bool((batch.targets == split.bos_id).any())
-    assert read[: len(naive)] == naive.tolist()
+    tokens = [token for place in sorted(read) for token in read[place]]
+    assert tokens[: len(naive)] == naive.tolist()
 
 
 def test_heldout_rows_cover_the_heldout_text(small) -> None:

@@ -98,7 +98,11 @@ class MuonOptions:
     ns_steps: int = setting(5, ge=1, le=20)
     """Newton–Schulz iterations of the orthogonalization."""
     adamw_lr: float | None = setting(None, gt=0)
-    """Learning rate of the parameters that AdamW trains; `None` is that of the matrices."""
+    """Peak learning rate of the parameters that AdamW trains; `None` is that of the matrices."""
+    embedding_lr: float | None = setting(None, gt=0)
+    """That of the embedding table (tied to the head or not); `None` is `adamw_lr`."""
+    head_lr: float | None = setting(None, gt=0)
+    """That of an output head of its own; `None` is `adamw_lr`."""
     beta1: float = setting(0.9, ge=0, lt=1)
     """AdamW: decay of the first moment."""
     beta2: float = setting(0.95, ge=0, lt=1)

@@ -76,6 +76,8 @@ class ModelConfig:
     """Longest sequence that the model is declared for, tokens."""
     rope_theta: float = setting(10_000.0, gt=0)
     """Base of the rotary position angles."""
+    zero_outputs: bool = False
+    """Matrices that write into the residual stream begin at zero, so that every block begins as the identity."""
     tied: bool = True
     """Embedding and output head share their weights."""
     init_std: float = setting(0.02, gt=0)

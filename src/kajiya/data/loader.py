@@ -1,7 +1,8 @@
-"""Rows for training: documents in each epoch's order, concatenated and cut; any row is found in logarithmic time.
+"""Rows for training: documents in each epoch's order, concatenated, cut, and the rows shuffled; any is found at once.
 
-The epochs follow one another without a seam: row r holds tokens [r·T, r·T + T) of the endless stream, so that the tokens
-left over at the end of one epoch open the next, and none is lost.
+The epochs follow one another without a seam: place p of the endless stream holds tokens [p·T, p·T + T), so that the tokens
+left over at the end of one epoch open the next, and none is lost. The places of about an epoch are given out in a random
+order, so that a batch holds rows of many documents.
 
 Shape letters: B rows of a batch, T tokens of a row.
 """
@@ -13,13 +14,13 @@ import numpy as np
 import torch
 
 from kajiya.data.batch import NO_TARGET, Batch
-from kajiya.data.order import Epoch, epoch_order
+from kajiya.data.order import Epoch, epoch_order, permutation
 from kajiya.data.shards import Split, open_split
 from kajiya.errors import StoreError
 
 
 class Loader:
-    """Batches of consecutive rows. The position is one number, and the row at a position depends on nothing else.
+    """Batches of rows. The position is one number, and the row at a position depends on nothing else.
 
     A row of the stream is the same whatever the batch size: its content is a function of (split, seed, T, row).
     """
@@ -33,6 +34,7 @@ class Loader:
         self.row = 0
         """Rows given out since the beginning; the next batch begins with this one."""
         self._epochs: dict[int, Epoch] = {}
+        self._shuffles: dict[int, np.ndarray] = {}
 
     @property
     def rows_per_epoch(self) -> int:
@@ -41,8 +43,17 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next row's first token."""
+        """Passes over the text that are behind the next row."""
         return self.row * self.row_tokens // self.split.n_tokens
+
+    def place(self, row: int) -> int:
+        """Place in the stream of row number `row`: a permutation of every `rows_per_epoch` places."""
+        turn, index = divmod(row, self.rows_per_epoch)
+        if turn not in self._shuffles:
+            # Another stream of random numbers than the documents' order has: the seed is turned over.
+            shuffle = permutation(self.rows_per_epoch, ~self.seed % 2**64, turn)
+            self._shuffles = {old: order for old, order in self._shuffles.items() if old == turn - 1} | {turn: shuffle}
+        return turn * self.rows_per_epoch + int(self._shuffles[turn][index])
 
     def next(self) -> Batch:
         """The next B rows."""
@@ -52,17 +63,11 @@ class Loader:
 
     def at(self, row: int) -> Batch:
         """The B rows from number `row` on; the position stays."""
-        start = row * self.row_tokens
+        starts = [self.place(number) * self.row_tokens for number in range(row, row + self.rows)]
         # One token more, the target of the last.
-        tokens, begins = self._span(start, start + self.rows * self.row_tokens + 1)
-        shape_BT = (self.rows, self.row_tokens)
-        return _batch(
-            tokens[:-1].reshape(shape_BT),
-            tokens[1:].reshape(shape_BT),
-            begins[:-1].reshape(shape_BT),
-            begins[1:].reshape(shape_BT),
-            self.isolate,
-        )
+        spans = [self._span(start, start + self.row_tokens + 1) for start in starts]
+        tokens, begins = (np.stack(parts) for parts in zip(*spans, strict=True))
+        return _batch(tokens[:, :-1], tokens[:, 1:], begins[:, :-1], begins[:, 1:], self.isolate)
 
     def state(self) -> dict[str, int]:
         """The position, and what it is a position in."""
@@ -118,8 +123,8 @@ class Loader:
 
     def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:
-            # A batch touches the epoch that ends and the one that begins.
-            self._epochs = {old: order for old, order in self._epochs.items() if old == number - 1}
+            # The places of one turn lie in two epochs, and a batch may touch two turns.
+            self._epochs = {old: order for old, order in self._epochs.items() if abs(old - number) <= 2}
             self._epochs[number] = epoch_order(self.split.offsets, self.seed, number)
         return self._epochs[number]
 

@@ -132,11 +132,24 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:
     )
     attention = attention_name(config.attention, architecture)
     module = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
+    if config.zero_outputs:
+        _zero_outputs(module)
     module.generation_config.eos_token_id = vocabulary.eos_id
     derived = {f"model.{name}": value for name, value in asdict(shape).items() if _SIZE_FIELDS[name] in known}
     if attention == "eager" and config.attention != "eager":
         derived["model.attention"] = "eager"
     return BuiltModel(module, derived | {"model.n_params": count_params(module)})
+
+
+def _zero_outputs(module: nn.Module) -> None:
+    """Zero the matrices that write into the residual stream, by the names that Transformers' families give them."""
+    ends = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "c_proj.weight", "attention.dense.weight", "4h_to_h.weight")
+    written = [parameter for name, parameter in module.named_parameters() if name.endswith(ends)]
+    if not written:
+        raise ConfigError("model.zero_outputs", f"{type(module).__name__} has no output matrices of a known name")
+    with torch.no_grad():
+        for parameter in written:
+            parameter.zero_()
 
 
 def _known_fields(architecture: Any) -> set[str]:

@@ -1,10 +1,11 @@
 """Optimizers: rows that make torch optimizers over named parameters, and `MasterOptimizer`, which the loop drives.
 
-A row is `make(named, lr, weight_decay, embeddings, options) -> [torch.optim.Optimizer, …]`; a group keeps the ratio of its own
-rate to the peak rate over the whole run.
+A row is `make(named, lr, weight_decay, roles, options) -> [torch.optim.Optimizer, …]`; `roles` says of each name whether it is a
+hidden matrix, the embedding, the head or a vector. A group keeps the ratio of its own rate to the peak rate over the whole run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from kajiya.errors import ConfigError, StoreError
 from kajiya.training.muon import Muon
 
 Named = Sequence[tuple[str, torch.Tensor]]
+Role = Literal["matrix", "embedding", "head", "vector"]
+Roles = Mapping[str, Role]
 
 
 def load_optimizer(config: OptimConfig, model: nn.Module) -> "MasterOptimizer":
@@ -26,37 +29,40 @@ def load_optimizer(config: OptimConfig, model: nn.Module) -> "MasterOptimizer":
     masters = [(name, _master(parameter)) for name, parameter in trainable]
     make, options = resolve("optimizer", config.name, config.options, "optim")
     arguments = {"options": options} if is_options(options) else options
-    embeddings = _embedding_names(model)
-    made = make(masters, lr=config.lr, weight_decay=config.weight_decay, embeddings=embeddings, **arguments)
+    made = make(masters, lr=config.lr, weight_decay=config.weight_decay, roles=parameter_roles(model), **arguments)
     optimizers = made if isinstance(made, list) else [made]
     return MasterOptimizer(dict(trainable), dict(masters), optimizers, config.lr)
 
 
 def adamw(
-    named: Named, lr: float, weight_decay: float, embeddings: frozenset[str], options: AdamWOptions
+    named: Named, lr: float, weight_decay: float, roles: Roles, options: AdamWOptions
 ) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv:1711.05101); matrices decay, embeddings, norms and biases do not."""
-    decayed = [tensor for name, tensor in named if _is_matrix(name, tensor, embeddings)]
-    plain = [tensor for name, tensor in named if not _is_matrix(name, tensor, embeddings)]
+    decayed = [tensor for name, tensor in named if roles[name] == "matrix"]
+    plain = [tensor for name, tensor in named if roles[name] != "matrix"]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (options.beta1, options.beta2)
     return [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=options.eps, fused=True)]
 
 
 def muon(
-    named: Named, lr: float, weight_decay: float, embeddings: frozenset[str], options: MuonOptions
+    named: Named, lr: float, weight_decay: float, roles: Roles, options: MuonOptions
 ) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW without decay for embeddings, head, norms and biases."""
-    matrices = [tensor for name, tensor in named if _is_matrix(name, tensor, embeddings)]
-    rest = [tensor for name, tensor in named if not _is_matrix(name, tensor, embeddings)]
+    matrices = [tensor for name, tensor in named if roles[name] == "matrix"]
+    others = options.adamw_lr or lr
+    rates = {"vector": others, "embedding": options.embedding_lr or others, "head": options.head_lr or others}
+    groups = [
+        {"params": [tensor for name, tensor in named if roles[name] == role], "lr": rate} for role, rate in rates.items()
+    ]
     dtype = torch.bfloat16 if any(tensor.is_cuda for tensor in matrices) else torch.float32
     made: list[torch.optim.Optimizer] = []
     if matrices:
         made.append(Muon(matrices, lr, weight_decay, options.momentum, options.nesterov, options.ns_steps, dtype))
+    rest = [group for group in groups if group["params"]]
     if rest:
         betas = (options.beta1, options.beta2)
-        rate = options.adamw_lr or lr
-        made.append(torch.optim.AdamW(rest, lr=rate, betas=betas, eps=options.eps, weight_decay=0.0, fused=True))
+        made.append(torch.optim.AdamW(rest, lr=others, betas=betas, eps=options.eps, weight_decay=0.0, fused=True))
     return made
 
 
@@ -150,15 +156,18 @@ def _master(parameter: torch.Tensor) -> torch.Tensor:
     return parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
 
 
-def _is_matrix(name: str, tensor: torch.Tensor, embeddings: frozenset[str]) -> bool:
-    return tensor.ndim == 2 and name not in embeddings
-
-
-def _embedding_names(model: nn.Module) -> frozenset[str]:
-    """Names of embedding tables and of the output head, which are matrices but not hidden ones."""
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """What each parameter is for: a hidden matrix, the embedding (tied to the head or not), an output head, a vector."""
     from transformers import PreTrainedModel
 
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), nn.Linear):
-        tables.add(id(model.get_output_embeddings().weight))
-    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in tables)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    roles: dict[str, Role] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embeddings:
+            roles[name] = "embedding"
+        elif isinstance(head, nn.Linear) and parameter is head.weight:
+            roles[name] = "head"
+        else:
+            roles[name] = "matrix" if parameter.ndim == 2 else "vector"
+    return roles

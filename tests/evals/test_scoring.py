@@ -1,0 +1,108 @@
+"""Scores against closed forms: every token once, uniform and known models, strides, documents of any length."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kajiya.config.schema import ModelConfig
+from kajiya.data.batch import Batch
+from kajiya.evals.evaluate import bits_per_byte, heldout_loss
+from kajiya.evals.scoring import cut_windows, score_documents
+from kajiya.models.build import Vocabulary, build_model
+
+CPU = torch.device("cpu")
+
+
+class Uniform(torch.nn.Module):
+    """Every token equally probable."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*tokens.shape, -1)
+
+
+class Unigram(Uniform):
+    """Token i with probability proportional to i + 1."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.logits = torch.nn.Parameter(torch.arange(1.0, vocab_size + 1).log())
+
+
+def _documents(*lengths: int, top: int = 256) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, top, size=length) for length in lengths]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 70), max_size=5),
+    context=st.integers(1, 20),
+    stride=st.integers(1, 20),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_target_is_scored_exactly_once(lengths: list[int], context: int, stride: int) -> None:
+    seen = [np.zeros(length, dtype=int) for length in lengths]
+    for window in cut_windows(lengths, context, min(stride, context)):
+        assert window.end - window.start - 1 <= context
+        seen[window.document][window.start + 1 + window.first_scored : window.end] += 1
+    for counts in seen:
+        assert counts[0] == 0
+        assert (counts[1:] == 1).all()
+
+
+def test_bits_per_byte_of_a_uniform_model_are_known() -> None:
+    """256 equally probable tokens of one byte each: 8 bits per byte."""
+    documents = _documents(100, 3, 57)
+    nats = score_documents(Uniform(256), documents, context_tokens=16, stride=8, batch=4, device=CPU)
+    n_bytes = np.array([len(each) - 1 for each in documents], dtype=float)
+    assert bits_per_byte(nats, n_bytes) == pytest.approx(8.0, abs=1e-5)
+    np.testing.assert_allclose(nats, n_bytes * np.log(256), rtol=1e-6)
+
+
+def test_a_unigram_model_gives_its_closed_form() -> None:
+    documents = _documents(40, 9, top=50)
+    nats = score_documents(Unigram(50), documents, context_tokens=7, stride=3, batch=3, device=CPU)
+    for document, got in zip(documents, nats, strict=True):
+        assert got == pytest.approx(float(-np.log((document[1:] + 1) / (50 * 51 / 2)).sum()), rel=1e-5)
+
+
+def test_a_document_within_the_context_is_scored_as_a_whole() -> None:
+    model: Any = build_model(ModelConfig(n_params="120k"), Vocabulary(200, 0, 1, 2), 0).module.eval()
+    documents = _documents(30, 12, top=200)
+    nats = score_documents(model, documents, context_tokens=64, stride=32, batch=2, device=CPU)
+    for document, got in zip(documents, nats, strict=True):
+        ids = torch.from_numpy(document)[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        expected = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum")
+        assert got == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_longer_context_does_not_change_what_a_stride_of_one_sees() -> None:
+    """At stride 1 every target is predicted from a full window: equal to windows cut by hand."""
+    model: Any = build_model(ModelConfig(n_params="120k"), Vocabulary(200, 0, 1, 2), 0).module.eval()
+    (document,) = _documents(20, top=200)
+    got = score_documents(model, [document], context_tokens=6, stride=1, batch=5, device=CPU)[0]
+    expected = 0.0
+    for place in range(1, 20):
+        ids = torch.from_numpy(document[max(0, place - 6) : place])[None]
+        # The first window is scored as a whole, so its targets have the shorter contexts they really had.
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+        expected -= float(logits.log_softmax(0)[document[place]])
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_heldout_loss_is_the_mean_over_targets() -> None:
+    tokens = torch.randint(0, 40, (3, 8))
+    targets = tokens.clone()
+    targets[0] = -100
+    batch = Batch(tokens, targets, torch.arange(8).expand(3, 8), torch.zeros_like(tokens), 16)
+    assert heldout_loss(Uniform(40), [batch, batch], CPU) == pytest.approx(np.log(40), rel=1e-6)

@@ -1,0 +1,155 @@
+"""Every verb on a tiny model; errors in one or two lines; plain output where stdout is no terminal."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kajiya.cli import app
+from tests.conftest import Finished, small_overrides
+
+CONTROL = re.compile(r"\x1b|\r")
+
+
+def kajiya(*words: str) -> str:
+    """Run a verb in this process; its output must be plain."""
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert not CONTROL.search(result.output)
+    return str(result.output)
+
+
+def kajiya_process(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb as a person would, in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "kajiya", *words], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture
+def store(finished: Finished) -> str:
+    return str(finished.store.root)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text)
+
+
+def test_help_names_every_verb() -> None:
+    text = kajiya("--help")
+    verbs = "demo train plan eval report serve runs show diff ui doctor config store".split()
+    assert [verb for verb in verbs if not re.search(rf"\b{verb}\b", text)] == []
+    for verb in verbs:
+        assert "Usage" in kajiya(verb, "--help")
+
+
+def test_runs_show_and_report(finished: Finished, store: str, tmp_path: Path) -> None:
+    run = finished.trained.run.id
+    assert run in kajiya("runs", "--store", store)
+    rows = _json(kajiya("runs", "--store", store, "--json"))
+    assert any(row["id"] == run and row["status"] == "finished" for row in rows)
+    assert "test/bits_per_byte" in kajiya("show", run, "--store", store)
+    facts = _json(kajiya("show", run, "--store", store, "--json"))
+    assert facts["history"]["metrics"]["test/bits_per_byte"] > 0
+    kajiya("report", run, "--out", str(tmp_path), "--store", store)
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_diff_of_two_runs(finished: Finished, store: str) -> None:
+    other = CliRunner().invoke(
+        app, ["train", "stdlib-pretrain", *small_overrides("seed=5", "eval.samples=0"), "--store", store, "--json"]
+    )
+    assert other.exit_code == 0, other.output
+    second = _json(other.stdout)["id"]
+    found = _json(kajiya("diff", finished.trained.run.id, second, "--store", store, "--json"))
+    assert found["config"]["seed"] == [0, 5]
+    assert "config: seed" in kajiya("diff", finished.trained.run.id, second, "--store", store)
+
+
+def test_plan_prints_figures_and_trains_nothing(store: str, finished: Finished) -> None:
+    before = len(list((finished.store.root / "runs").iterdir()))
+    text = kajiya("plan", "stdlib-pretrain", *small_overrides(), "--store", store)
+    for word in ("parameters", "tokens", "speed", "memory", "precision"):
+        assert word in text
+    assert len(list((finished.store.root / "runs").iterdir())) == before
+
+
+def test_eval_of_a_run_and_of_a_folder(finished: Finished, store: str) -> None:
+    by_run = _json(kajiya("eval", finished.trained.run.id, *small_overrides(), "--store", store, "--json"))
+    assert by_run["bits_per_byte"] == pytest.approx(
+        _json(kajiya("eval", str(finished.trained.model.path), *small_overrides(), "--store", store, "--json"))["bits_per_byte"]
+    )
+    assert "bits per byte" in kajiya("eval", "latest", *small_overrides(), "--store", store)
+
+
+def test_config_verbs(tmp_path: Path) -> None:
+    assert "stdlib-pretrain" in kajiya("config", "list")
+    assert "stdlib-pretrain" in _json(kajiya("config", "list", "--json"))["recipes"]
+    shown = _json(kajiya("config", "show", "stdlib-pretrain", "optim.lr=0.5", "--json"))
+    assert shown["optim"]["lr"] == 0.5
+    assert "lr: 0.5" in kajiya("config", "show", "stdlib-pretrain", "optim.lr=0.5")
+    assert _json(kajiya("config", "schema"))["properties"]["optim"]
+
+
+def test_store_verbs(finished: Finished, store: str) -> None:
+    model = finished.trained.run.manifest()["artifacts"]["model"]
+    name = f"model/{model['key'][:24]}"
+    assert name in kajiya("store", "list", "--store", store)
+    assert "0 broken" in kajiya("store", "verify", "--store", store)
+    assert "pinned" in kajiya("store", "pin", name, "--store", store)
+    assert "no longer pinned" in kajiya("store", "pin", name, "--remove", "--store", store)
+    assert "would go" in kajiya("store", "gc", "--store", store)
+    assert finished.trained.model.path.is_dir()
+
+
+def test_doctor_names_what_is_missing_and_the_remedy(store: str) -> None:
+    findings = _json(kajiya("doctor", "--store", store, "--json"))
+    names = {finding["name"] for finding in findings}
+    assert len(names) > 10
+    assert all(finding["remedy"] for finding in findings if finding["state"] == "missing")
+    assert "python" in kajiya("doctor", "--store", store).lower()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("train", "stdlib-pretrain", "optim.lx=3"), "did you mean 'optim.lr'?"),
+        (("train", "stdlib-pretrian"), "did you mean 'stdlib-pretrain"),
+        (("show", "nothing-of-the-kind"), "is no run"),
+        (("serve", "nothing-of-the-kind"), "is no run"),
+    ],
+)
+def test_a_mistake_is_two_lines_and_exit_2(words: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    ended = kajiya_process(*words, *(["--store", str(tmp_path)] if words[0] != "config" else []))
+    assert ended.returncode == 2
+    assert expected in ended.stderr
+    assert ended.stdout == ""
+    assert len(ended.stderr.strip().splitlines()) <= 4
+    assert "Traceback" not in ended.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    ended = kajiya_process("train", "stdlib-pretrain", "optim.lx=3", "--debug")
+    assert ended.returncode != 0
+    assert "Traceback" in ended.stderr
+
+
+def test_an_unknown_verb_is_exit_2() -> None:
+    assert kajiya_process("trian").returncode == 2
+
+
+def test_demo_config_follows_the_minutes() -> None:
+    from kajiya.flows.demo import demo_config
+
+    short, long = demo_config(4, []), demo_config(30, ["seed=3"])
+    assert short.train.minutes is not None
+    assert long.train.minutes is not None
+    assert 2 < short.train.minutes < 4
+    assert 25 < long.train.minutes < 30
+    assert (short.name, long.name, long.seed) == ("stdlib-pretrain", "stdlib-pretrain-long", 3)
