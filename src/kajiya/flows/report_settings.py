@@ -207,7 +207,7 @@ def attempts_section(runs: Sequence[RunFacts]) -> Section:
             titles = ("", "began", "lasted", "trained from", "ended")
             yield Table([Column(title) for title in titles], rows)
         else:
-            yield Notice("The event log is empty.")
+            yield Notice("The event log tells of no attempt.")
 
     return Section("attempts", "Attempts", by_run(runs, blocks))
 

@@ -98,10 +98,12 @@ def _drop_after(points: dict[str, dict[int, float]], step: int) -> int:
 
 def _follow_attempt(attempts: list[Attempt], event: Event) -> None:
     kind, now = event["kind"], event["t"]
+    if kind == "config":
+        return  # written when the run is made, before its first process opens it
     current = attempts[-1] if attempts else None
     if kind == "opened" or current is None or current.ended is not None or (kind == "started" and current.trained):
         # What a flow says while it closes (a tracker's warning) belongs to the attempt that ended.
-        if current is not None and current.ended is not None and kind in ("warning", "config"):
+        if current is not None and current.ended is not None and kind == "warning":
             return
         attempts.append(Attempt(began=now, latest=now))
     changes: dict[str, Any] = {"latest": now}
