@@ -97,10 +97,10 @@ def warnings_of(run: Run) -> list[str]:
     return [event["text"] for event in read_events(run.folder) if event["kind"] == "warning"]
 
 
-def test_a_users_own_tracker_is_given_the_run_at_the_lowest_priority(run: Run) -> None:
+def test_a_users_own_tracker_is_given_the_run_at_a_low_priority(run: Run) -> None:
     assert whole_run(run, tracked(run, "own_trackers:Recorder", 60)) == []
     lines = (run.folder / "seen").read_text().splitlines()
-    assert lines[0] == "open tiny 32 {} 19"
+    assert lines[0] == f"open tiny 32 {{}} {min(os.nice(0) + 10, 19)}"
     assert " ".join(lines[1:-1]) == "config opened started metrics ended"
     assert lines[-1] == "close finished"
 
@@ -238,7 +238,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     killed_python(code)
     pid = int((run.folder / "seen").read_text().split()[1])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -258,7 +258,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_for(path: Path, text: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not path.is_file() or text not in path.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)

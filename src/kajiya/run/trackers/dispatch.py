@@ -65,7 +65,7 @@ class Trackers:
 
 
 def start_trackers(run: Run, track: TrackConfig) -> Trackers:
-    """Start a process of lowest priority for each tracker; returns at once.
+    """Start a process of low priority for each tracker; returns at once.
 
     Call it before the `ended` event of this attempt is written. A process that cannot be started is a warning event.
     """
