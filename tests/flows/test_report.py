@@ -676,6 +676,15 @@ def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "report").exists()
 
 
+def test_failed_run_names_its_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "store", Made(stages=("plan",), status="failed"))
+    run.events.emit("opened", pid=1)
+    run.events.emit("ended", status="failed", error="OSError: the disk is full")
+    reader = read_page(write([run], tmp_path / "report"))
+    assert "no verdict, the run failed (OSError: the disk is full)." in reader.sections["top"]
+    assert "failed: OSError: the disk is full" in reader.sections["attempts"]
+
+
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="at least one run"):
         write_report([], tmp_path)

@@ -62,11 +62,12 @@ def why_missing(run: RunFacts, name: str) -> str:
         return f"its {name} cannot be read (see Problems)"
     planned = None if run.plan is None else run.plan["steps"]
     where = "" if run.steps is None or planned is None else f" at step {run.steps:,} of {planned:,}"
+    error = run.history.attempts[-1].error if run.history.attempts else None
     return {
         "finished": f"the run lists no {name}",
         "running": f"the run is still going on{where}",
         "interrupted": f"the run was interrupted{where}; the same command goes on from there",
-        "failed": f"the run failed{where}",
+        "failed": f"the run failed{where}" + (f" ({error})" if error else ""),
     }.get(run.status, f"the run is {run.status}")
 
 

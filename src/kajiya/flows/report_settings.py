@@ -12,7 +12,7 @@ from kajiya.flows.report_page import Block, Code, Column, Details, Heading, Noti
 from kajiya.flows.report_results import of_run, run_title, why_missing
 from kajiya.run.flatten import flatten
 
-_SHORT = 16
+_SHORT = 12
 """Hex digits of a digest that a table shows."""
 SECRET = re.compile(r"(?:api_key|password|secret|token)$", re.IGNORECASE)
 _URL_USER = re.compile(r"(://)[^/@\s]+@")
@@ -204,7 +204,7 @@ def attempts_section(runs: Sequence[RunFacts]) -> Section:
             span = format_seconds(max(0.0, attempt.latest - attempt.began))
             rows.append([str(number), moment(attempt.began), span, started, words])
         if rows:
-            titles = ("", "began", "lasted", "trained from", "ended")
+            titles = ("attempt", "began", "lasted", "trained from", "ended")
             yield Table([Column(title) for title in titles], rows)
         else:
             yield Notice("The event log tells of no attempt.")
