@@ -1,0 +1,162 @@
+"""One run of one peer: a process, its memory watched from outside, its answer read."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from work_order import WorkOrder
+
+HERE = Path(__file__).resolve().parent
+_LOOK_EVERY_S = 0.1
+_PROC = Path("/proc")
+
+
+class PeerError(Exception):
+    """A peer ended without an answer."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave."""
+
+    peer: str
+    tokens_per_second: float
+    """Tokens of a step over the median time of a step, the first ones left out."""
+    first_step_s: float
+    """From the start of the process to the end of its first step, seconds."""
+    peak_bytes: int | None
+    """Highest resident memory of the process and all its descendants; `None` where there is no /proc."""
+    step_s: list[float]
+    """Each step from the second on: end to end, seconds, logging and data included."""
+    losses: list[float]
+    """Each step's mean loss over the targets, nats."""
+    tokens_digest: str
+    initial_weights: float
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    load_before: float
+    """Load average of the machine over the last minute before the start."""
+
+
+def run_peer(peer: str, order: WorkOrder, *, python: str, warmup_steps: int) -> Result:
+    """Run `peers/<peer>.py` on the order in a process of its own. Raises `PeerError` when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "order.json"
+        order.write(path)
+        cache = Path(order.store) / "benchmarks" / "compile-cache" / peer
+        variables = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "true",
+        }
+        load = os.getloadavg()[0]
+        with open(Path(folder) / "errors", "w+b") as errors:
+            started = time.monotonic()
+            process = subprocess.Popen(
+                [python, "-m", f"peers.{peer}", str(path)],
+                cwd=HERE,
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            with MemoryWatch(process.pid) as memory:
+                try:
+                    printed, _ = process.communicate()
+                except BaseException:
+                    process.kill()
+                    process.wait()
+                    raise
+            if process.returncode != 0:
+                errors.seek(0)
+                tail = errors.read().decode(errors="replace")[-3000:]
+                raise PeerError(f"{peer} ended with {process.returncode}:\n{tail}")
+    answer = json.loads(printed.rstrip().splitlines()[-1])
+    finished_at = answer.pop("finished_at")
+    step_s = [after - before for before, after in pairwise(finished_at)]
+    if len(finished_at) != order.steps:
+        raise PeerError(f"{peer} did {len(finished_at)} steps of {order.steps}")
+    return Result(
+        peer=peer,
+        tokens_per_second=order.rows * order.tokens / median(step_s[max(0, warmup_steps - 1) :]),
+        first_step_s=finished_at[0] - started,
+        peak_bytes=memory.peak_bytes,
+        step_s=step_s,
+        load_before=load,
+        **answer,
+    )
+
+
+class MemoryWatch:
+    """Looks at a process and its descendants ten times a second while the block runs.
+
+    `peak_bytes` is the highest sum of their resident sizes, pages that they share counted in each, and never less than the
+    kernel's own high-water mark of any one of them.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Bytes; `None` when nothing could be read."""
+        return self._peak or None
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_LOOK_EVERY_S):
+            family = _family(self._pid)
+            self._peak = max(self._peak, sum(now for now, _ in family), *(highest for _, highest in family), 0)
+
+
+def _family(root: int) -> list[tuple[int, int]]:
+    """(resident now, highest so far) in bytes of the process `root` and its descendants."""
+    parents: dict[int, int] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    for entry in _PROC.glob("[0-9]*"):
+        try:
+            text = (entry / "status").read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        pid = int(entry.name)
+        parents[pid] = int(fields["PPid"])
+        # A process that has ended and waits to be collected has no memory left.
+        sizes[pid] = (_kib(fields["VmRSS"]), _kib(fields["VmHWM"])) if "VmRSS" in fields else (0, 0)
+    family = [root] if root in sizes else []
+    for pid in family:
+        family.extend(child for child, parent in parents.items() if parent == pid)
+    return [sizes[pid] for pid in family]
+
+
+def _kib(field: str) -> int:
+    return int(field.split()[0]) * 1024
+
+
+def peers() -> list[str]:
+    """Names of the scripts in `peers/`."""
+    return sorted(path.stem for path in (HERE / "peers").glob("*.py"))
+
+
+def default_python() -> str:
+    """The interpreter of this process."""
+    return sys.executable
