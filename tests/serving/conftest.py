@@ -22,6 +22,15 @@ CONTEXT = 192
 NAME = "tiny"
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread does for these models; two wait for each other on a machine that runs other things."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama of 512 tokens, saved with a byte-level BPE trained on a few stdlib modules."""

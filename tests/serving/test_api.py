@@ -231,7 +231,7 @@ def test_embeddings(client: openai.OpenAI, tokenizer: Any, reference: Any) -> No
 def test_concurrent_requests_are_batched_and_answered_as_alone(
     client: openai.OpenAI, tokenizer: Any, reference: Any, server_url: str
 ) -> None:
-    prompts = [tokenizer.encode(PROMPT)[: 1 + i % 7] + [17 + i] for i in range(16)]
+    prompts = [[*tokenizer.encode(PROMPT)[: 1 + i % 7], 17 + i] for i in range(16)]
 
     def ask(prompt: list[int]) -> list[int]:
         reply = client.completions.create(
@@ -364,7 +364,14 @@ def test_unknown_and_unsupported_parameters_are_told_apart(server_url: str) -> N
     assert "did you mean 'temperature'" in unknown["message"]
     unsupported = _error(_post(server_url, body | {"frequency_penalty": 1}), 400)
     assert unsupported["code"] == "unsupported_parameter"
-    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "logit_bias": {}, "suffix": None, "n": None}
+    neutral = {
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "best_of": 1,
+        "logit_bias": {},
+        "suffix": None,
+        "n": None,
+    }
     assert _post(server_url, body | neutral | {"user": "someone"}).status_code == 200
 
 

@@ -67,7 +67,9 @@ def test_requests_that_join_and_leave_between_steps(engine: Engine, reference: A
 def test_long_prompts_are_read_in_chunks_beside_running_answers(engine: Engine, reference: Any) -> None:
     engine.scheduler.prefill_tokens = 13
     prompts = _prompts([150, 4, 40, 66, 1], seed=3)
-    found = engine.generate(prompts, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=True))
+    found = engine.generate(
+        prompts, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=True)
+    )
     assert all(is_greedy(reference, prompt, one.token_ids) for prompt, one in zip(prompts, found, strict=True))
     assert [len(one.token_ids) for one in found] == [30] * 5
     assert [len(one.prompt_logprobs or ()) for one in found] == [len(prompt) for prompt in prompts]

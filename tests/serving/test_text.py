@@ -46,7 +46,7 @@ def test_an_unfinished_character_at_the_end_is_left_out(tokenizer: Any) -> None:
 
 
 def test_bytes_that_are_no_text_are_shown_as_such_and_do_not_swallow_what_follows(tokenizer: Any) -> None:
-    ids = tokenizer.encode("日") [:1] * 5 + tokenizer.encode("日 done")
+    ids = tokenizer.encode("日")[:1] * 5 + tokenizer.encode("日 done")
     text = "".join(_stream(tokenizer, ids, []))
     assert text == "\ufffd" * 5 + "日 done"
     endless = _stream(tokenizer, tokenizer.encode("日")[:1] * 300, [])

@@ -20,6 +20,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_gener
     """
     from jinja2 import TemplateError
 
+    if not messages:
+        raise DataError("a conversation needs at least one message")
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             [dict(message) for message in messages],

@@ -1,0 +1,70 @@
+"""Conversations as token ids: the plain default template, and a tokenizer's own."""
+
+from typing import Any
+
+import pytest
+
+from kajiya.data.chat import render_chat
+from kajiya.errors import DataError
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK = {"role": "user", "content": "Why?"}
+SAY = {"role": "assistant", "content": "Because."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Bytes as tokens, with an end token and no template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(["<|end|>", *alphabet])}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+
+
+def test_the_default_template_heads_the_turns_and_closes_each_answer(tokenizer: Any) -> None:
+    ids = render_chat(tokenizer, [SYSTEM, ASK, SAY, ASK], add_generation_prompt=True)
+    assert tokenizer.decode(ids) == (
+        "### System\nBe brief.\n\n### User\nWhy?\n\n### Assistant\nBecause.<|end|>\n\n### User\nWhy?\n\n### Assistant\n"
+    )
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_prompt_is_the_beginning_of_the_whole_conversation(tokenizer: Any) -> None:
+    whole = render_chat(tokenizer, [ASK, SAY], add_generation_prompt=False)
+    prompt = render_chat(tokenizer, [ASK], add_generation_prompt=True)
+    assert whole[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([SAY], "message 1 is of the assistant"),
+        ([SYSTEM, SAY], "message 2 is of the assistant"),
+        ([ASK, ASK], "message 2 is of the user"),
+        ([ASK, SYSTEM], "message 2 is of the system"),
+        ([SYSTEM, ASK, SAY, SAY], "message 4 is of the assistant"),
+        ([ASK, SAY], "last message must be of the user"),
+        ([SYSTEM], "last message must be of the user"),
+        ([], "at least one message"),
+    ],
+)
+def test_a_broken_order_of_roles_is_named(tokenizer: Any, messages: list[dict[str, str]], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        render_chat(tokenizer, messages, add_generation_prompt=True)
+
+
+def test_a_template_of_the_tokenizers_own_goes_first(tokenizer: Any) -> None:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    assert own.decode(render_chat(own, [ASK], add_generation_prompt=True)) == "[Why?]>"
+    with pytest.raises(DataError, match="no system here"):
+        render_chat(own, [SYSTEM, ASK], add_generation_prompt=True)
