@@ -10,7 +10,7 @@ from tests.training.conftest import ListLoader, make_batch
 from kajiya.config.schema import LossConfig, OptimConfig
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.errors import TrainingError
-from kajiya.training.fit import Hook, Setup, drain_window, fit, train_step
+from kajiya.training.fit import Hook, Setup, drain_window, fit, pieces_at, train_step
 from kajiya.training.losses import load_loss
 from kajiya.training.optimizers import load_optimizer
 from kajiya.training.precision import resolve_precision
@@ -172,3 +172,32 @@ def test_measuring_leaves_no_trace(optim: str, precision: str, tiny_model: Make)
         fit(each, TrainState(), [], lambda: False)
     for a, b in zip(setup.model.parameters(), fresh.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_rows_grow_and_lose_no_token(tiny_model: Make) -> None:
+    assert [pieces_at((0.25, 0.5), progress) for progress in (0.0, 0.24, 0.25, 0.49, 0.5, 0.99)] == [4, 4, 2, 2, 1, 1]
+    batch = make_batch(3, tokens=16)
+    seen: list[Batch] = []
+    inner = make_setup(tiny_model(), [batch]).loss
+
+    def loss(model: Any, given: Batch) -> Any:
+        seen.append(given)
+        return inner(model, given)
+
+    fit(make_setup(tiny_model(), [batch], steps=4, loss=loss, row_growth=(0.25, 0.5)), TrainState(), [], lambda: False)
+    assert [tuple(each.tokens.shape) for each in seen] == [(12, 4), (6, 8), (3, 16), (3, 16)]
+    for each in seen:
+        assert torch.equal(each.tokens.reshape(3, 16), batch.tokens)
+        assert torch.equal(each.targets.reshape(3, 16), batch.targets)
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_a_cut_batch_keeps_to_the_rules_of_a_batch(pieces: int) -> None:
+    batch = make_batch(5, tokens=16)
+    cut = batch.cut(pieces)
+    for row in range(cut.tokens.shape[0]):
+        segments, positions = cut.segments[row].tolist(), cut.positions[row].tolist()
+        assert segments[0] == positions[0] == 0
+        for before, after, position_before, position in zip(segments, segments[1:], positions, positions[1:], strict=False):
+            assert after in (before, before + 1)
+            assert position == (position_before + 1 if after == before else 0)

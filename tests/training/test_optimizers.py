@@ -40,36 +40,44 @@ def test_adamw_equals_torch(tiny_model: Make) -> None:
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16), (1, 64, 64)])
 def test_orthogonalize_is_near_the_polar_factor(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     result = orthogonalize(matrices, 5, torch.float32)
     singular = torch.linalg.svdvals(result)
+    assert float(singular.max()) < 1.2
     if shape[1] != shape[2]:  # a random square matrix has a singular value near 0, which five iterations do not lift
-        assert float(singular.min()) > 0.3
-    assert float(singular.max()) < 1.3
+        assert 0.8 < float(singular.min())
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     cosine = (result * (left @ right)).sum() / (result.norm() * (left @ right).norm())
-    assert float(cosine) > 0.95
+    assert float(cosine) > 0.98
 
 
-def test_muon_equals_torchs_muon() -> None:
+def test_muon_equals_its_formula_one_matrix_at_a_time() -> None:
+    """Momentum, Nesterov, polar factor by SVD, scale and decay, each written out; torch's own Muon moves the same way."""
     torch.manual_seed(0)
-    start = [torch.randn(12, 20), torch.randn(20, 12), torch.randn(12, 20)]
+    start = [torch.randn(12, 30), torch.randn(30, 12), torch.randn(12, 30)]
     ours = [torch.nn.Parameter(each.clone()) for each in start]
     theirs = [torch.nn.Parameter(each.clone()) for each in start]
     mine = Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.float32)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    expected = [each.clone() for each in start]
+    momenta = [torch.zeros_like(each) for each in start]
     for step in range(3):
-        for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(10 * step + index))
             b.grad = a.grad.clone()
+            momenta[index] = 0.95 * momenta[index] + 0.05 * a.grad
+            left, _, right = torch.linalg.svd(0.05 * a.grad + 0.95 * momenta[index], full_matrices=False)
+            rows, columns = a.shape
+            expected[index] = expected[index] * (1 - 0.02 * 0.1) - 0.02 * max(1, rows / columns) ** 0.5 * (left @ right)
         mine.step()
         reference.step()
-    for a, b in zip(ours, theirs, strict=True):
-        # torch's runs the iterations in bf16.
-        torch.testing.assert_close(a, b, atol=4e-3, rtol=0.05)
+    for a, b, formula, before in zip(ours, theirs, expected, start, strict=True):
+        moved, a, b = (formula - before).norm(), a.detach(), b.detach()
+        assert float((a - formula).norm() / moved) < 0.1
+        assert float((a - b).norm() / moved) < 0.35  # torch's polynomial leaves singular values from 0.7 to 1.2
 
 
 @pytest.mark.parametrize("name", NAMES)

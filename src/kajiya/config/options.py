@@ -96,7 +96,7 @@ class MuonOptions:
     nesterov: bool = True
     """Look ahead by one step of momentum."""
     ns_steps: int = setting(5, ge=1, le=20)
-    """Newton–Schulz iterations of the orthogonalization."""
+    """Iterations of the orthogonalization."""
     adamw_lr: float | None = setting(None, gt=0)
     """Peak learning rate of the parameters that AdamW trains; `None` is that of the matrices."""
     embedding_lr: float | None = setting(None, gt=0)

@@ -146,6 +146,8 @@ class TrainConfig:
     """Rows that pass through the model at once."""
     accumulate: int = setting(1, ge=1)
     """Micro-batches in one optimizer step."""
+    row_growth: tuple[float, ...] = ()
+    """Shares of the steps at which rows double: `[0.4, 0.7]` trains on quarter rows, half rows, then whole rows."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "bf16-mixed"))
     """fp32; bf16 (with fp32 masters in the optimizer); bf16-mixed (autocast); auto picks from the hardware and says why."""
     compile: str = setting("auto", choices=("auto", "on", "off"))

@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
     for name in config.track.trackers:
         check_choice("tracker", name, config.track.options.get(name) or {}, "track")
     _check_length(config)
+    _check_growth(config)
     _check_model(config)
     for name in config.eval.baselines:
         if name not in ("xz", "xz-primed"):
@@ -36,6 +37,17 @@ def _check_length(config: Config) -> None:
             "train",
             f"exactly one of {', '.join(f'train.{name}' for name in _LENGTHS)} says how long; given: {said}",
             "Set the others to null, for example train.steps=200 train.minutes=null.",
+        )
+
+
+def _check_growth(config: Config) -> None:
+    growth = config.train.row_growth
+    if list(growth) != sorted(set(growth)) or not all(0 < share < 1 for share in growth):
+        raise ConfigError("train.row_growth", f"{list(growth)} are not rising shares between 0 and 1")
+    pieces = 2 ** len(growth)
+    if config.data.row_tokens % pieces:
+        raise ConfigError(
+            "train.row_growth", f"data.row_tokens={config.data.row_tokens} cannot be cut into {pieces} rows of one length"
         )
 
 

@@ -26,6 +26,21 @@ class Batch:
     n_targets: int
     """Positions that have a target."""
 
+    def cut(self, pieces: int) -> "Batch":
+        """The same tokens in rows of T / `pieces`: [B · pieces, T / pieces]. A piece sees nothing of the one before it."""
+        if pieces == 1:
+            return self
+        shape = (self.tokens.shape[0] * pieces, self.tokens.shape[1] // pieces)
+        segments, positions = self.segments.reshape(shape), self.positions.reshape(shape)
+        goes_on = segments == segments[:, :1]
+        return Batch(
+            tokens=self.tokens.reshape(shape),
+            targets=self.targets.reshape(shape),
+            positions=torch.where(goes_on, positions - positions[:, :1], positions),
+            segments=segments - segments[:, :1],
+            n_targets=self.n_targets,
+        )
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch(

@@ -88,6 +88,7 @@ def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict
         accumulate=config.train.accumulate,
         clip_norm=config.optim.clip_norm,
         max_skipped=config.optim.max_skipped,
+        row_growth=config.train.row_growth,
     )
     derived = built.derived | {"train.precision": precision.name, "train.device": str(device)}
     return Prepared(setup, derived, compiled)

@@ -8,6 +8,7 @@ from typing import Any
 from kajiya.config.quantities import format_bytes, format_count
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent, silent
+from kajiya.errors import MissingExtraError
 from kajiya.flows.fitting import fit_run, save_fitted
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
@@ -65,6 +66,7 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
             run.events.emit(kind, **fields)
 
     stages.on_event = hear
+    can_report = _can_report(hear)
     run.record(process=process, command=list(command) or run.manifest()["command"])
     for name, artifact in (("corpus", data.corpus), ("tokenizer", data.tokenizer), ("shards", data.shards)):
         run.record_artifact(name, artifact)
@@ -79,8 +81,9 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
             if model is not None:
                 _evaluation(config, store, run, data, model, stages)
                 run.record(timings=run.manifest().get("timings", {}) | stages.timings, status="finished")
-                report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
-                hear("report", path=str(report))
+                if can_report:
+                    report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
+                    hear("report", path=str(report))
         status = "finished" if model is not None else "interrupted"
     except BaseException as problem:
         status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
@@ -91,6 +94,18 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
         run.events.emit("ended", status=status, error=error)
         warnings = trackers.finish()
     return Trained(run, model, report, tuple(warnings))
+
+
+def _can_report(hear: OnEvent) -> bool:
+    """Whether the report's packages are there; told before the first step where they are not, never after the last."""
+    from kajiya.flows.figure_files import require_figures
+
+    try:
+        require_figures()
+    except MissingExtraError as problem:
+        hear("warning", text=f"no report will be written: {problem}")
+        return False
+    return True
 
 
 def prepare_data(config: Config, store: Store, stages: Stages) -> Data:

@@ -112,7 +112,7 @@ def _steps(config: Config, cost: StepCost, steps_per_epoch: float, spent_s: floa
     if train.minutes is None:
         raise AssertionError("validate() lets no config without a length through")
     # Evaluations and checkpoints along the way take a few hundredths of the time.
-    left = (60 * train.minutes - spent_s - cost.warmup_seconds - cost.measured_steps * cost.step_seconds) * 0.95
+    left = (60 * train.minutes - spent_s - cost.warmup_seconds - cost.measured_seconds) * 0.95
     return max(1, int(left / cost.step_seconds))
 
 

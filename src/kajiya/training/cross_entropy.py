@@ -35,25 +35,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            wanted = targets[rows] != NO_TARGET
             index = targets[rows].clamp_min(0).unsqueeze(1)
+            # 1 where there is a target: a column that multiplies what a position without one would add.
+            wanted = (targets[rows] != NO_TARGET).unsqueeze(1).float()
             logits = (hidden[rows] @ head.T).float()
-            log_z = torch.logsumexp(logits, dim=1, keepdim=True)
-            logits -= log_z
-            nll_sum += -(logits.gather(1, index).squeeze(1) * wanted).sum()
-            z_sum += (log_z.squeeze(1).square() * wanted).sum()
+            log_z = torch.logsumexp(logits, dim=1, keepdim=True) if z_loss else None
+            log_p = torch.log_softmax(logits, dim=1)
+            del logits
+            nll_sum -= (log_p.gather(1, index) * wanted).sum()
+            if log_z is not None:
+                z_sum += (log_z.square() * wanted).sum()
             if not (needs_hidden or needs_head):
                 continue
-            grad = logits.exp_()
-            if z_loss:
+            grad = log_p.exp_()
+            if log_z is not None:
                 grad *= 1 + 2 * z_loss * log_z
-            grad.scatter_add_(1, index, torch.full_like(log_z, -1.0))
-            grad *= wanted.unsqueeze(1)
+            grad.scatter_add_(1, index, -torch.ones_like(wanted))
+            if not bool(wanted.all()):
+                grad *= wanted
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[rows])
-            if grad_head is not None:
-                grad_head += (grad.T @ hidden[rows]).float()
+            if grad_head is not None and grad.dtype == grad_head.dtype:
+                grad_head.addmm_(grad.T, hidden[rows])
+            elif grad_head is not None:
+                grad_head += grad.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(nll_sum)

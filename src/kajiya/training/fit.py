@@ -47,6 +47,7 @@ class Setup:
     accumulate: int
     clip_norm: float | None
     max_skipped: int
+    row_growth: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
     n_targets = strategy.sum_counts({"targets": sum(batch.n_targets for batch in group)})["targets"]
     if n_targets == 0:
         raise TrainingError(f"step {state.step + 1}: the group of micro-batches has no target to learn from")
+    pieces = pieces_at(setup.row_growth, state.step / setup.steps)
     for host_batch in group:
-        batch = host_batch.to(strategy.device)
+        batch = (host_batch.cut(pieces) if pieces > 1 else host_batch).to(strategy.device)
         with setup.precision.context(strategy.device):
             terms, metrics = setup.loss(setup.model, batch)
         total = torch.stack([term / n_targets for term, _ in terms.values()]).sum()
@@ -118,6 +120,11 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
                 "optim.max_skipped says how many such steps are skipped."
             )
     return norm
+
+
+def pieces_at(row_growth: Sequence[float], progress: float) -> int:
+    """Into how many pieces each row is cut at this share of the steps: halved at every share of `row_growth`."""
+    return int(2 ** sum(progress < share for share in row_growth))
 
 
 def _gather(state: TrainState, metrics: dict[str, tuple[torch.Tensor, int]]) -> None:

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is orthogonalized by Newton–Schulz iterations (Jordan et al., 2024).
+"""Muon: momentum whose update is orthogonalized by a few polynomial iterations (Jordan et al., 2024).
 
 Matrices of one shape are stacked, so that a whole model takes a few batched products.
 Shape letters: S matrices of a stack, M rows, N columns.
@@ -9,21 +9,29 @@ from typing import Any
 
 import torch
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Quintic whose iterates drive singular values to about 1 (Jordan et al., 2024)."""
+_COEFFICIENTS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+"""Quintics of the Polar Express (Amsel et al., 2025, arXiv:2505.16932), one an iteration; the last is repeated."""
 
 
 def orthogonalize(matrices_SMN: torch.Tensor, n_steps: int, dtype: torch.dtype) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices [S, M, N], singular values within about 0.7 to 1.2, computed in `dtype`."""
-    a, b, c = _COEFFICIENTS
+    """The polar factors [S, M, N] of a stack of matrices, singular values near 1, computed in `dtype`."""
     x = matrices_SMN.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(n_steps):
+    # A hundredth below 1, since rounding must not lift the largest singular value above it.
+    x = x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for step in range(n_steps):
+        a, b, c = _COEFFICIENTS[min(step, len(_COEFFICIENTS) - 1)]
         gram = x @ x.mT
-        x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
+        quintic = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, quintic, x, beta=a, alpha=1.0)
     result: torch.Tensor = x.mT if tall else x
     return result
 

@@ -21,9 +21,11 @@ class StepCost:
     """What was measured."""
 
     step_seconds: float
-    """Median time of one optimizer step, seconds."""
+    """Median time of one optimizer step, seconds; where rows grow, the mean over the run of the medians of each length."""
     warmup_seconds: float
     """Time of the first steps, compilation included, seconds."""
+    measured_seconds: float
+    """Time of the steps behind the median, seconds."""
     peak_bytes: int
     """Highest memory of the process (CPU) or of the device (GPU) so far, bytes."""
     optimizer_bytes: int
@@ -39,21 +41,33 @@ def measure_steps(setup: Setup) -> StepCost:
     position = setup.loader.state()
     devices = [setup.strategy.device.index or 0] if setup.strategy.device.type == "cuda" else []
     scratch = TrainState()
+    shares = _shares(setup.row_growth)
+    step_seconds, warm, spent, n_steps = 0.0, 0.0, 0.0, 0
     with torch.random.fork_rng(devices=devices):
-        started = time.perf_counter()
-        for _ in range(_WARM_STEPS):
-            _timed_step(setup, scratch)
-        warm = time.perf_counter() - started
-        times: list[float] = []
-        while len(times) < _LEAST_STEPS or sum(times) < _ENOUGH_S:
-            times.append(_timed_step(setup, scratch))
+        for share, growth in shares:
+            phase = replace(setup, row_growth=growth)
+            warm += sum(_timed_step(phase, scratch) for _ in range(_WARM_STEPS))
+            times: list[float] = []
+            while len(times) < _LEAST_STEPS or sum(times) < _ENOUGH_S / len(shares):
+                times.append(_timed_step(phase, scratch))
+            step_seconds += share * median(times)
+            spent += sum(times)
+            n_steps += len(times)
     optimizer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in setup.optimizer.state_tensors().values())
     setup.optimizer.reset(before)
     with torch.no_grad():
         for name, buffer in setup.model.named_buffers():
             buffer.copy_(buffers[name])
     setup.loader.load_state(position)
-    return StepCost(median(times), warm, peak_bytes(setup.strategy.device), optimizer_bytes, len(times))
+    return StepCost(step_seconds, warm, spent, peak_bytes(setup.strategy.device), optimizer_bytes, n_steps)
+
+
+def _shares(row_growth: tuple[float, ...]) -> list[tuple[float, tuple[float, ...]]]:
+    """Share of the run at each length of row, longest first, with a growth that holds that length from the start."""
+    edges = (0.0, *row_growth, 1.0)
+    n = len(row_growth)
+    # A share past 1 is never reached: so many of them keep the rows cut as often.
+    return [(edges[n - cuts + 1] - edges[n - cuts], (2.0,) * cuts) for cuts in range(n + 1)]
 
 
 def peak_bytes(device: torch.device) -> int:
