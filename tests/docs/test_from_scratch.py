@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,10 +68,13 @@ def test_the_figures_repeated_in_the_text_are_those_of_the_outputs() -> None:
     assert all(figure in summary and figure in outputs for figure in figures)
 
 
-def test_the_command_at_the_end_is_the_config_of_the_page() -> None:
-    """The command composes, and differs from the page's config in nothing that the text does not say."""
+def test_the_command_at_the_end_trains_the_recipe_of_the_page(tmp_path: Path) -> None:
     (command,) = [block.body for block in pages.blocks(PAGE) if block.language == "console"]
-    words = shlex.split(command.replace("\\\n", " "))
-    assert words[:4] == ["$", "kajiya", "train", "stdlib-pretrain"]
-    config = compose(words[3], words[4:])
-    assert (config.train.steps, config.model.n_params, config.data.row_tokens) == (700, "150k", 128)
+    assert command.split() == ["$", "kajiya", "train", "guide.yaml"]
+    (block,) = [block for block in pages.blocks(PAGE) if '"guide.yaml").write_text' in block.body]
+    recipe = (
+        block.body.partition('f"""')[2].partition('"""')[0].replace("{Path(asyncio.__file__).parent}", str(tmp_path))
+    )
+    (tmp_path / "guide.yaml").write_text(recipe, encoding="utf-8")
+    config = compose(str(tmp_path / "guide.yaml"))
+    assert (config.name, config.train.steps, config.train.minutes) == ("guide", 700, None)
