@@ -606,6 +606,27 @@ def test_an_engine_failure_fails_its_requests_and_the_server_goes_on(
         assert asyncio.run(_async_answer(url, ids)) == expected
 
 
+def test_an_engine_that_cannot_recover_leaves_nobody_waiting(model_folder: Path, tokenizer: Any) -> None:
+    engine = open_engine(model_folder)
+
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    with running(create_app(engine, tokenizer, NAME, ServeConfig())) as url:
+        engine.runner.run = lost  # type: ignore[method-assign]
+        engine.fail_all = lost  # type: ignore[method-assign]
+        body = {"model": NAME, "prompt": PROMPT, "max_tokens": 100}
+        assert "the device is lost" in _error(_post(url, body), 500)["message"]
+        assert _error(_post(url, body), 503)["code"] == "engine_stopped"
+        assert _error(_post(url, {"model": NAME, "input": "x"}, "/v1/embeddings"), 503)["code"] == "engine_stopped"
+        assert httpx.get(f"{url}/health").status_code == 503
+
+
+def test_the_openapi_document_names_every_address(server_url: str) -> None:
+    paths = httpx.get(f"{server_url}/openapi.json").json()["paths"]
+    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/health"} <= set(paths)
+
+
 async def _async_answer(url: str, ids: list[int]) -> str:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
         reply = await client.completions.create(model=NAME, prompt=ids, max_tokens=8, temperature=0)

@@ -254,6 +254,13 @@ def test_generate_raises_and_leaves_nothing_when_the_engine_fails(
     assert engine.is_idle
 
 
+def test_generate_does_not_step_the_requests_of_others(engine: Engine) -> None:
+    engine.add(Request("theirs", (1, 2), GREEDY))
+    with pytest.raises(EngineError, match="other requests"):
+        engine.generate([[1]], GREEDY)
+    assert [output.id for output in engine.step()] == ["theirs"]
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is missing"):
         load_engine(tmp_path, precision="fp32", device="cpu", max_batch=1, max_waiting=1)

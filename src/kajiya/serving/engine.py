@@ -120,8 +120,10 @@ class Engine:
         """Continue all prompts, as many at once as the batch holds; answers in the order of the prompts.
 
         With a seed, the i-th prompt draws from its own stream derived from it. Raises `RequestError` for a prompt that
-        cannot be served, `EngineError` when the engine fails; nothing of the call is left behind then.
+        cannot be served, `EngineError` when the engine fails or has other requests; nothing of the call is left behind then.
         """
+        if not self.is_idle:
+            raise EngineError("generate needs the engine for itself, but other requests are in it")
         self._n_generate_calls += 1
         requests = [
             Request(
@@ -141,7 +143,6 @@ class Engine:
                 while waiting and self.scheduler.n_room > 0:
                     self.add(waiting.pop())
                 for output in self.step():
-                    # A request of someone else, added before, is theirs to have stepped: its outputs would be lost.
                     n_open -= partial[output.id].take(output)
         except BaseException:
             for request in requests:

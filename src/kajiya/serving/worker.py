@@ -5,11 +5,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from kajiya.errors import RequestError
 from kajiya.serving.engine import Engine
-from kajiya.serving.sequence import Output, Request
+from kajiya.serving.sequence import FINISHED_ERROR, Output, Request
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
@@ -20,6 +21,14 @@ class StepWatcher(Protocol):
 
     def step(self, engine: Engine, outputs: list[Output]) -> None:
         """Called when a step has brought its outputs."""
+
+
+@dataclass(frozen=True)
+class _Command:
+    """Something to do between two steps, and what to do when the engine's thread has ended before it came to it."""
+
+    run: Callable[[], Any]
+    refuse: Callable[[], None]
 
 
 class Ticket:
@@ -68,10 +77,11 @@ class Worker:
     def __init__(self, engine: Engine, watcher: StepWatcher) -> None:
         self.engine = engine
         self._watcher = watcher
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._loop, name="kajiya-engine", daemon=True)
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._work, name="kajiya-engine", daemon=True)
         self._tickets: dict[str, Ticket] = {}
         self._events: asyncio.AbstractEventLoop | None = None
 
@@ -92,7 +102,7 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._has_ended
 
     async def submit(self, requests: list[Request]) -> Ticket:
         """Add all of the requests, or none. Raises the `RequestError` of the first that the engine refuses."""
@@ -123,7 +133,7 @@ class Worker:
     async def call(self, function: Callable[[], Result]) -> Result:
         """Run a function between two steps, on the engine's thread; its result or its exception."""
         if not self.is_alive:
-            raise RequestError("The engine has stopped.", code="engine_stopped", status=503)
+            raise _stopped()
         events = asyncio.get_running_loop()
         future: asyncio.Future[Result] = events.create_future()
 
@@ -135,19 +145,30 @@ class Worker:
             else:
                 events.call_soon_threadsafe(_settle, future, result, None)
 
-        self._enqueue(run)
+        def refuse() -> None:
+            events.call_soon_threadsafe(_settle, future, None, _stopped())
+
+        self._enqueue(_Command(run, refuse))
         return await future
 
     def cancel(self, request_ids: list[str]) -> None:
         """Take requests back, without waiting; unknown ones are already over."""
         for request_id in request_ids:
             self._tickets.pop(request_id, None)
-        self._enqueue(lambda: [self.engine.cancel(request_id) for request_id in request_ids])
 
-    def _enqueue(self, command: Callable[[], Any]) -> None:
+        def run() -> None:
+            for request_id in request_ids:
+                self.engine.cancel(request_id)
+
+        self._enqueue(_Command(run, refuse=lambda: None))
+
+    def _enqueue(self, command: _Command) -> None:
         with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+            if not self._has_ended:
+                self._commands.append(command)
+                self._wake.notify()
+                return
+        command.refuse()
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -158,21 +179,41 @@ class Worker:
                 del self._tickets[output.id]
             ticket.put(output)
 
+    def _abandon(self, reason: str) -> None:
+        for request_id in list(self._tickets):
+            self._deliver([Output(request_id, finish_reason=FINISHED_ERROR, error=reason)])
+
     # ---------------------------------------------------------------- on the engine's thread
+
+    def _work(self) -> None:
+        reason = "the server is stopping"
+        try:
+            self._loop()
+        except BaseException as error:
+            # Even the recovery failed (a lost device, say): nobody is left waiting, and /health says so.
+            _log.exception("the engine has stopped for good")
+            reason = f"the engine has stopped: {type(error).__name__}: {error}"
+        with self._wake:
+            self._has_ended = True
+            refused = list(self._commands)
+            self._commands.clear()
+        for command in refused:
+            command.refuse()
+        assert self._events is not None
+        if not self._events.is_closed():
+            self._events.call_soon_threadsafe(self._abandon, reason)
 
     def _loop(self) -> None:
         while True:
             with self._wake:
                 while not self._commands and self.engine.is_idle and not self._is_stopping:
                     self._wake.wait()
+                if self._is_stopping:
+                    return
                 commands = list(self._commands)
                 self._commands.clear()
-                is_stopping = self._is_stopping
             for command in commands:
-                command()
-            if is_stopping:
-                self._hand_over(self.engine.fail_all("the server is stopping"))
-                return
+                command.run()
             if not self.engine.is_idle:
                 self._step()
 
@@ -189,6 +230,10 @@ class Worker:
         assert self._events is not None
         if outputs and not self._events.is_closed():
             self._events.call_soon_threadsafe(self._deliver, outputs)
+
+
+def _stopped() -> RequestError:
+    return RequestError("The engine has stopped.", code="engine_stopped", status=503)
 
 
 def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
