@@ -58,11 +58,15 @@ def finished(small_config: Callable[..., Config], tmp_path_factory: pytest.TempP
     from kajiya.flows.train import train
     from kajiya.run.store import Store
 
+    # A second thread costs tiny tensors more than it brings, and on a machine with other work a hundred times as much.
+    patch = pytest.MonkeyPatch()
+    patch.setattr("kajiya.run.provenance.usable_cores", lambda: 1)
     config = small_config()
     store = Store(tmp_path_factory.mktemp("store"))
     heard: list[tuple[str, dict[str, Any]]] = []
     command = ["kajiya", "train", "stdlib-pretrain", *small_overrides()]
     trained = train(config, store, command=command, on_event=lambda kind, **fields: heard.append((kind, fields)))
+    patch.undo()
     return Finished(config, store, trained, heard)
 
 

@@ -22,7 +22,7 @@ def kajiya(*words: str) -> str:
     result = CliRunner().invoke(app, list(words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert not CONTROL.search(result.output)
-    return str(result.output)
+    return str(result.stdout)
 
 
 def kajiya_process(*words: str) -> subprocess.CompletedProcess[str]:

@@ -67,16 +67,16 @@ class Screen:
 
     def on_event(self, kind: str, **fields: Any) -> None:
         """Show one event; kinds that have nothing to say on a screen are passed over."""
-        show: Callable[..., None] | None = {
+        shows: dict[str, Callable[..., None]] = {
             "stage": self._stage,
             "progress": self._show_progress,
             "metrics": self._metrics,
             "plan": self._plan,
             "started": self._started,
             "warning": self._warning,
-        }.get(kind)
-        if show is not None:
-            show(**fields)
+        }
+        if kind in shows:
+            shows[kind](**fields)
 
     def say(self, text: str) -> None:
         """One line of plain words."""

@@ -59,6 +59,20 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
     return config
 
 
+def from_plain(plain: dict[str, Any]) -> Config:
+    """The config that a manifest holds, validated. Raises `ConfigError` when an older one no longer fits the schema."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        built = OmegaConf.to_object(OmegaConf.merge(_writable_schema(), plain))
+    except OmegaConfBaseException as error:
+        raise _translated(error, Path("the recorded config")) from error
+    config: Config = _tuples(built)
+    validate(config)
+    return config
+
+
 def find_recipe(recipe: str, config_dir: str | Path | None = None) -> Path:
     """The YAML file of a packaged recipe's name, of one in `config_dir`, or of a path."""
     if recipe.endswith((".yaml", ".yml")):

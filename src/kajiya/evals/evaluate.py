@@ -155,4 +155,5 @@ def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
     # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
     with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         total: float = sum(float(token_nll(model, batch.to(device)).double().sum()) for batch in rows)
-    return total / sum(batch.n_targets for batch in rows)
+    n_targets: int = sum(batch.n_targets for batch in rows)
+    return total / n_targets

@@ -1,12 +1,17 @@
 """Evaluate any model on the held-out text of a recipe."""
 
+from typing import Any
+
+from kajiya.config.compose import from_plain
 from kajiya.config.schema import Config
 from kajiya.data.corpus import build_corpus
 from kajiya.data.progress import OnEvent, silent
 from kajiya.evals.evaluate import evaluate_model, measure_baselines
+from kajiya.flows.own_module import rebuild_own_module
 from kajiya.flows.stages import Stages
 from kajiya.flows.targets import find_model
-from kajiya.run.store import Artifact, Store
+from kajiya.run.folder import Run
+from kajiya.run.store import Artifact, Store, open_artifact
 
 
 def evaluate(target: str, config: Config, store: Store, *, on_event: OnEvent = silent) -> tuple[Artifact, Artifact]:
@@ -23,8 +28,23 @@ def evaluate(target: str, config: Config, store: Store, *, on_event: OnEvent = s
     evaluation = stages.produce(
         "evaluation",
         lambda: evaluate_model(
-            config.eval, found.model, corpus, store, context_tokens=config.data.row_tokens, seed=config.seed
+            config.eval,
+            found.model,
+            corpus,
+            store,
+            context_tokens=config.data.row_tokens,
+            seed=config.seed,
+            module=_own_module(found.run),
         ),
         lambda _: "",
     )
     return evaluation, baselines
+
+
+def _own_module(run: Run | None) -> Any:
+    """The user's own module of a run, with its weights; `None` for a model that Transformers loads."""
+    if run is None:
+        return None
+    manifest = run.manifest()
+    artifacts = {name: open_artifact(run.store.root / entry["path"]) for name, entry in manifest["artifacts"].items()}
+    return rebuild_own_module(from_plain(manifest["config"]), artifacts["model"], artifacts["tokenizer"])

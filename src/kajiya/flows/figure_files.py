@@ -111,7 +111,7 @@ def _style(salt: str, palette: Palette) -> Iterator[None]:
     require_figures()
     import matplotlib
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "text.parse_math": False,

@@ -125,7 +125,8 @@ def draw_curves(figure: "Figure", data: CurvesData, palette: Palette, is_narrow:
         lower.locator_params(axis="y", nbins=3)
         upper.tick_params(axis="x", length=0)
         figure.align_ylabels()
-        figure.get_layout_engine().set(hspace=0.06)
+        layout: Any = figure.get_layout_engine()
+        layout.set(hspace=0.06)
     (upper if lower is None else lower).set_xlabel(data.x_label)
 
 
@@ -162,7 +163,8 @@ def draw_spread(figure: "Figure", data: SpreadData, palette: Palette, is_narrow:
         )
     axes.set_xlabel("bits per byte of a held-out document")
     axes.set_ylabel("documents")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axes.yaxis.get_major_locator()
+    locator.set_params(integer=True)
     legend: Any = axes.get_legend()
     if legend is not None:
         legend.set_title(None)

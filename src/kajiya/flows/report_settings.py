@@ -63,7 +63,8 @@ def recipe_text(run: RunFacts) -> str:
     import yaml
 
     head = f"# The resolved config of run {run.id}.\n"
-    return head + yaml.safe_dump(public_config(run.manifest["config"]), sort_keys=False, allow_unicode=True)
+    body: str = yaml.safe_dump(public_config(run.manifest["config"]), sort_keys=False, allow_unicode=True)
+    return head + body
 
 
 # ---------------------------------------------------------------- settings
@@ -217,7 +218,9 @@ def checks_section(runs: Sequence[RunFacts]) -> Section:
 
     def blocks(run: RunFacts) -> Iterator[Block]:
         notices = list(skipped_checks(run, [run]))
-        yield from notices or [Text("No check was skipped.")]
+        yield from notices
+        if not notices:
+            yield Text("No check was skipped.")
         for text, count in run.history.warnings.items():
             yield Notice(text + (f" ({count:,} times)" if count > 1 else ""), "warn")
         if not run.history.warnings:

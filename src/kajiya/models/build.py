@@ -54,6 +54,9 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int) -> Built
             return _own_module(config)
         if config.path is not None:
             module = load_model(config.path, config.revision, torch.float32, config.attention, config.trust_remote_code)
+            rows = module.get_input_embeddings().num_embeddings
+            if rows < vocabulary.size:
+                raise ConfigError("model.path", f"{config.path!r} has {rows} embeddings, the tokenizer {vocabulary.size} tokens")
             return BuiltModel(module, {"model.n_params": count_params(module)})
         return _from_scratch(config, vocabulary)
 

@@ -59,10 +59,12 @@ def load_checkpoint(
         groups[kind if kind in ("model", "generator") else "optimizer"][
             name if kind in ("model", "generator") else key
         ] = tensor
+    expected = {name.removeprefix("model/") for name in _frozen_and_buffers(model, optimizer)}
+    if expected != groups["model"].keys():
+        odd = sorted(expected ^ groups["model"].keys())[0]
+        raise StoreError(f"{folder}: the tensor {odd!r} is in the model or in the checkpoint, but not in both")
     with torch.no_grad():
         for name, tensor in groups["model"].items():
-            if name not in own:
-                raise StoreError(f"{folder}: the model has no tensor {name!r}")
             own[name].copy_(tensor)
     optimizer.load_state_tensors(groups["optimizer"])
     _restore_generators(groups["generator"], plain["generators"])
