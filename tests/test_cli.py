@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Finished, small_overrides
 from typer.testing import CliRunner
 
 from kajiya.cli import app
-from tests.conftest import Finished, small_overrides
 
 CONTROL = re.compile(r"\x1b|\r")
 
@@ -28,7 +28,9 @@ def kajiya(*words: str) -> str:
 def kajiya_process(*words: str) -> subprocess.CompletedProcess[str]:
     """Run a verb as a person would, in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "kajiya", *words], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "kajiya", *words], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 @pytest.fixture
@@ -42,7 +44,21 @@ def _json(text: str) -> Any:
 
 def test_help_names_every_verb() -> None:
     text = kajiya("--help")
-    verbs = "demo train plan eval report serve runs show diff ui doctor config store".split()
+    verbs = [
+        "demo",
+        "train",
+        "plan",
+        "eval",
+        "report",
+        "serve",
+        "runs",
+        "show",
+        "diff",
+        "ui",
+        "doctor",
+        "config",
+        "store",
+    ]
     assert [verb for verb in verbs if not re.search(rf"\b{verb}\b", text)] == []
     for verb in verbs:
         assert "Usage" in kajiya(verb, "--help")
@@ -83,7 +99,9 @@ def test_plan_prints_figures_and_trains_nothing(store: str, finished: Finished) 
 def test_eval_of_a_run_and_of_a_folder(finished: Finished, store: str) -> None:
     by_run = _json(kajiya("eval", finished.trained.run.id, *small_overrides(), "--store", store, "--json"))
     assert by_run["bits_per_byte"] == pytest.approx(
-        _json(kajiya("eval", str(finished.trained.model.path), *small_overrides(), "--store", store, "--json"))["bits_per_byte"]
+        _json(kajiya("eval", str(finished.trained.model.path), *small_overrides(), "--store", store, "--json"))[
+            "bits_per_byte"
+        ]
     )
     assert "bits per byte" in kajiya("eval", "latest", *small_overrides(), "--store", store)
 

@@ -5,13 +5,13 @@ import lzma
 
 import numpy as np
 import pytest
+from tests.conftest import Finished
 
 from kajiya.data.documents import open_documents
 from kajiya.evals.baselines import xz, xz_primed, xz_size
 from kajiya.evals.samples import unseen_functions
 from kajiya.evals.statistics import ratio_interval
 from kajiya.run.store import open_artifact
-from tests.conftest import Finished
 
 
 def test_xz_is_xz() -> None:

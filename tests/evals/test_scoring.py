@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
-from kajiya.evals.evaluate import bits_per_byte, heldout_loss
-from kajiya.evals.scoring import cut_windows, score_documents
+from kajiya.evals.evaluate import bits_per_byte
+from kajiya.evals.scoring import cut_windows, heldout_loss, score_documents
 from kajiya.models.build import Vocabulary, build_model
 
 CPU = torch.device("cpu")

@@ -198,6 +198,8 @@ def test_a_cut_batch_keeps_to_the_rules_of_a_batch(pieces: int) -> None:
     for row in range(cut.tokens.shape[0]):
         segments, positions = cut.segments[row].tolist(), cut.positions[row].tolist()
         assert segments[0] == positions[0] == 0
-        for before, after, position_before, position in zip(segments, segments[1:], positions, positions[1:], strict=False):
+        for before, after, position_before, position in zip(
+            segments, segments[1:], positions, positions[1:], strict=False
+        ):
             assert after in (before, before + 1)
             assert position == (position_before + 1 if after == before else 0)

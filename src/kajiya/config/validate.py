@@ -47,7 +47,8 @@ def _check_growth(config: Config) -> None:
     pieces = 2 ** len(growth)
     if config.data.row_tokens % pieces:
         raise ConfigError(
-            "train.row_growth", f"data.row_tokens={config.data.row_tokens} cannot be cut into {pieces} rows of one length"
+            "train.row_growth",
+            f"data.row_tokens={config.data.row_tokens} cannot be cut into {pieces} rows of one length",
         )
 
 
@@ -72,6 +73,12 @@ def _check_model(config: Config) -> None:
             "data.row_tokens",
             f"{config.data.row_tokens} is longer than model.max_positions={model.max_positions}",
             "Raise model.max_positions or shorten the row.",
+        )
+    if model.init == "bigram" and (model.tied or not model.zero_outputs or model.path is not None or ":" in model.name):
+        raise ConfigError(
+            "model.init",
+            "bigram is for a model from scratch whose blocks begin as the identity and whose head is its own",
+            "Set model.tied=false model.zero_outputs=true, or model.init=normal.",
         )
     if model.hidden_size and model.n_heads and model.hidden_size % (2 * model.n_heads):
         raise ConfigError(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from kajiya.config.schema import EvalConfig
 from kajiya.data.documents import Documents, open_documents
@@ -14,7 +13,7 @@ from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.data.tokenizer import load_tokenizer, start_id
 from kajiya.evals.baselines import BASELINES
 from kajiya.evals.samples import sample_completions, unseen_functions
-from kajiya.evals.scoring import evaluation_mode, score_documents, token_nll
+from kajiya.evals.scoring import score_documents
 from kajiya.evals.statistics import ratio_interval
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
@@ -148,12 +147,3 @@ def _score(
         "context_tokens": context,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-
-
-def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
-    """Mean −log p over the targets of packed held-out rows, nats per token; the hook's figure during training."""
-    # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
-    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        total: float = sum(float(token_nll(model, batch.to(device)).double().sum()) for batch in rows)
-    n_targets: int = sum(batch.n_targets for batch in rows)
-    return total / n_targets

@@ -84,6 +84,15 @@ def token_nll(model: Any, batch: Batch, chunk_tokens: int = 4096) -> torch.Tenso
     return result.view_as(batch.targets)
 
 
+def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
+    """Mean −log p over the targets of packed held-out rows, nats per token; the hook's figure during training."""
+    # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
+    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        total: float = sum(float(token_nll(model, batch.to(device)).double().sum()) for batch in rows)
+    n_targets: int = sum(batch.n_targets for batch in rows)
+    return total / n_targets
+
+
 def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
     """Windows of like length together, the longest first: little padding, and too little memory shows at once."""
     by_length = sorted(windows, key=lambda window: window.start - window.end)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from kajiya.config.schema import Config
+from kajiya.data.bigrams import count_bigrams
 from kajiya.data.loader import heldout_rows, open_loader
 from kajiya.data.progress import OnEvent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
-from kajiya.evals.evaluate import heldout_loss
+from kajiya.evals.scoring import heldout_loss
+from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import build_model, vocabulary_of
 from kajiya.models.save import save_model
 from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
@@ -62,7 +64,10 @@ def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict
     """
     device = resolve_device(config.train.device, "train.device")
     precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
-    built = build_model(config.model, vocabulary_of(load_tokenizer(tokenizer.path)), config.seed)
+    vocabulary = load_tokenizer(tokenizer.path)
+    built = build_model(config.model, vocabulary_of(vocabulary), config.seed)
+    if config.model.init == "bigram":
+        begin_from_bigrams(built.module, count_bigrams(shards.path, len(vocabulary)), config.seed)
     strategy = SingleProcess(device, precision)
     model = strategy.prepare(built.module)
     if config.train.gradient_checkpointing:

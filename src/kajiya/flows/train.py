@@ -12,7 +12,7 @@ from kajiya.errors import MissingExtraError
 from kajiya.flows.fitting import fit_run, save_fitted
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
-from kajiya.flows.stopping import StopSignal, stop_on_signals
+from kajiya.flows.stopping import stop_on_signals
 from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, open_run
 from kajiya.run.process import set_up_process
@@ -76,14 +76,13 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
     model: Artifact | None = None
     report: Path | None = None
     try:
-        with stop_on_signals() as stop:
-            model = _model(config, store, run, data, key, stages, hear, stop)
-            if model is not None:
-                _evaluation(config, store, run, data, model, stages)
-                run.record(timings=run.manifest().get("timings", {}) | stages.timings, status="finished")
-                if can_report:
-                    report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
-                    hear("report", path=str(report))
+        model = _model(config, store, run, data, key, stages, hear)
+        if model is not None:
+            _evaluation(config, store, run, data, model, stages)
+            run.record(timings=run.manifest().get("timings", {}) | stages.timings, status="finished")
+            if can_report:
+                report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
+                hear("report", path=str(report))
         status = "finished" if model is not None else "interrupted"
     except BaseException as problem:
         status = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
@@ -133,7 +132,7 @@ def _training_code() -> str:
 
 
 def _training_section(config: Config) -> dict[str, Any]:
-    """All that changes the weights, and nothing that does not."""
+    """The settings that training reads."""
     return {
         "name": config.name,
         "seed": config.seed,
@@ -152,12 +151,13 @@ def _parents(data: Data) -> dict[str, Artifact]:
 
 
 def _model(
-    config: Config, store: Store, run: Run, data: Data, key: str, stages: Stages, hear: OnEvent, stop: StopSignal
+    config: Config, store: Store, run: Run, data: Data, key: str, stages: Stages, hear: OnEvent
 ) -> Artifact | None:
     """The trained model: found in the store, or made; `None` when a signal ended the training before its last step."""
     found = store.find("model", key)
     if found is None:
-        fitted = fit_run(config, run, data.shards, data.tokenizer, key, hear, stop)
+        with stop_on_signals() as stop:
+            fitted = fit_run(config, run, data.shards, data.tokenizer, key, hear, stop)
         if fitted is None:
             return None
         made, _ = produce(

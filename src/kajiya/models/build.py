@@ -56,7 +56,9 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int) -> Built
             module = load_model(config.path, config.revision, torch.float32, config.attention, config.trust_remote_code)
             rows = module.get_input_embeddings().num_embeddings
             if rows < vocabulary.size:
-                raise ConfigError("model.path", f"{config.path!r} has {rows} embeddings, the tokenizer {vocabulary.size} tokens")
+                raise ConfigError(
+                    "model.path", f"{config.path!r} has {rows} embeddings, the tokenizer {vocabulary.size} tokens"
+                )
             return BuiltModel(module, {"model.n_params": count_params(module)})
         return _from_scratch(config, vocabulary)
 
@@ -146,7 +148,14 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:
 
 def _zero_outputs(module: nn.Module) -> None:
     """Zero the matrices that write into the residual stream, by the names that Transformers' families give them."""
-    ends = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "c_proj.weight", "attention.dense.weight", "4h_to_h.weight")
+    ends = (
+        "o_proj.weight",
+        "down_proj.weight",
+        "out_proj.weight",
+        "c_proj.weight",
+        "attention.dense.weight",
+        "4h_to_h.weight",
+    )
     written = [parameter for name, parameter in module.named_parameters() if name.endswith(ends)]
     if not written:
         raise ConfigError("model.zero_outputs", f"{type(module).__name__} has no output matrices of a known name")

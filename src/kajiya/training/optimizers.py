@@ -53,7 +53,8 @@ def muon(
     others = options.adamw_lr or lr
     rates = {"vector": others, "embedding": options.embedding_lr or others, "head": options.head_lr or others}
     groups = [
-        {"params": [tensor for name, tensor in named if roles[name] == role], "lr": rate} for role, rate in rates.items()
+        {"params": [tensor for name, tensor in named if roles[name] == role], "lr": rate}
+        for role, rate in rates.items()
     ]
     dtype = torch.bfloat16 if any(tensor.is_cuda for tensor in matrices) else torch.float32
     made: list[torch.optim.Optimizer] = []
