@@ -140,7 +140,7 @@ def test_doctor_names_what_is_missing_and_the_remedy(store: str) -> None:
         (("train", "stdlib-pretrain", "optim.lx=3"), "did you mean 'optim.lr'?"),
         (("train", "stdlib-pretrian"), "did you mean 'stdlib-pretrain"),
         (("show", "nothing-of-the-kind"), "is no run"),
-        (("serve", "nothing-of-the-kind"), "is no run"),
+        (("serve", "nothing-of-the-kind"), "is no run or model"),
     ],
 )
 def test_a_mistake_is_two_lines_and_exit_2(words: tuple[str, ...], expected: str, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_mistake_is_two_lines_and_exit_2(words: tuple[str, ...], expected: str
     assert ended.returncode == 2
     assert expected in ended.stderr
     assert ended.stdout == ""
-    assert len(ended.stderr.strip().splitlines()) <= 4
+    assert len(ended.stderr.strip().splitlines()) <= 2
     assert "Traceback" not in ended.stderr
 
 
@@ -171,3 +171,31 @@ def test_demo_config_follows_the_minutes() -> None:
     assert 2 < short.train.minutes < 4
     assert 25 < long.train.minutes < 30
     assert (short.name, long.name, long.seed) == ("stdlib-pretrain", "stdlib-pretrain-long", 3)
+
+
+def test_demo_without_serving(tmp_path: Path) -> None:
+    text = kajiya("demo", "--no-serve", *small_overrides(), "--store", str(tmp_path))
+    for word in ("Training the tokenizer", "held out", "parameters", "bits per byte", "report.html"):
+        assert word in text
+
+
+def test_serve_answers_and_stops(finished: Finished, store: str) -> None:
+    import signal
+    import urllib.request
+
+    words = ["serve", f"model/{finished.trained.model.key[:24]}", "--port", "0", "--store", store]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "kajiya", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found, line
+    with urllib.request.urlopen(f"{found[0]}/health", timeout=60) as answer:
+        assert answer.status == 200
+    process.send_signal(signal.SIGTERM)
+    process.stdout.close()
+    assert process.wait(60) == 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kajiya.errors import KajiyaError
+from kajiya.errors import ConfigError, KajiyaError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -154,14 +154,22 @@ def serve(
     store: StoreOption = None,
 ) -> None:
     """Serve a model behind the OpenAI API, with a playground page."""
+    from dataclasses import replace
+
     from kajiya.config.compose import compose
+    from kajiya.config.validate import validate
     from kajiya.flows.targets import find_model
     from kajiya.run.store import default_store
 
-    flags = {"serve.host": host, "serve.port": port, "serve.api_key": api_key}
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    if api_key == "":
+        raise ConfigError("serve.api_key", "is empty", "Give a key, or leave --api-key out to serve without one.")
+    flags: dict[str, Any] = {"host": host, "port": port, "api_key": api_key}
+    config = compose(DEFAULT_RECIPE, overrides or [])
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = replace(config, serve=replace(config.serve, **given))
+    validate(config)
     found = find_model(target, default_store(store))
-    _serve(compose(DEFAULT_RECIPE, [*(overrides or []), *given]), found.model.path, found.name, _console())
+    _serve(config, found.model.path, found.name, _console())
 
 
 @app.command()

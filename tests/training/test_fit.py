@@ -1,6 +1,7 @@
 """The loop against an independent plain loop; what does not change the result; what must stop it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -203,3 +204,72 @@ def test_a_cut_batch_keeps_to_the_rules_of_a_batch(pieces: int) -> None:
         ):
             assert after in (before, before + 1)
             assert position == (position_before + 1 if after == before else 0)
+
+
+def test_the_plan_measures_each_length_of_row(tiny_model: Make) -> None:
+    seen: list[int] = []
+    inner = make_setup(tiny_model(), [make_batch(2, tokens=16)]).loss
+
+    def loss(model: Any, given: Batch) -> Any:
+        seen.append(given.tokens.shape[1])
+        return inner(model, given)
+
+    setup = make_setup(tiny_model(), [make_batch(2, tokens=16)], steps=1, loss=loss, row_growth=(0.25, 0.5))
+    cost = measure_steps(setup)
+    assert sorted(set(seen)) == [4, 8, 16]
+    assert min(seen.count(length) for length in (4, 8, 16)) >= 5
+    assert cost.measured_steps == len(seen) - 6
+
+
+def test_a_term_that_counts_something_else_is_refused(tiny_model: Make) -> None:
+    inner = make_setup(tiny_model(), [make_batch(2)]).loss
+
+    def loss(model: Any, given: Batch) -> Any:
+        terms, metrics = inner(model, given)
+        return {name: (total, count + 1) for name, (total, count) in terms.items()}, metrics
+
+    with pytest.raises(TrainingError, match="the batch has"):
+        train_step(make_setup(tiny_model(), [make_batch(2)], loss=loss), TrainState())
+
+
+def test_each_term_is_divided_by_its_own_count(tiny_model: Make) -> None:
+    """A batch that counts rows too: the second term's gradient is its sum over the rows of the whole group."""
+
+    @dataclass(frozen=True)
+    class Rows:
+        inner: Batch
+
+        @property
+        def n_targets(self) -> int:
+            return self.inner.n_targets
+
+        @property
+        def tokens(self) -> torch.Tensor:
+            return self.inner.tokens
+
+        @property
+        def counts(self) -> dict[str, int]:
+            return {"targets": self.inner.n_targets, "norm": self.inner.tokens.shape[0]}
+
+        def to(self, device: torch.device) -> "Rows":
+            return self
+
+    def loss(model: Any, given: Rows) -> Any:
+        weight = model.get_output_embeddings().weight
+        return {"norm": (weight.sum() * given.counts["norm"], given.counts["norm"])}, {}
+
+    model = tiny_model()
+    setup = make_setup(model, [Rows(make_batch(1)), Rows(make_batch(3))], accumulate=2, loss=loss, clip_norm=None)  # type: ignore[list-item]
+    captured: list[torch.Tensor] = []
+    setup.optimizer.step = lambda lr: captured.extend(g.clone() for g in setup.optimizer.grads())  # type: ignore[method-assign]
+    train_step(setup, TrainState())
+    assert len(captured) == 1
+    torch.testing.assert_close(captured[0], torch.ones_like(captured[0]))
+
+
+def test_a_step_that_is_skipped_leaves_its_metrics_out(tiny_model: Make) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=10)
+    broken = make_setup(tiny_model(), [make_batch(2)], steps=10, loss=lambda m, b: _times_nan(setup.loss(m, b)))
+    state = TrainState()
+    train_step(broken, state)
+    assert drain_window(state) == {}

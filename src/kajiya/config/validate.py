@@ -6,6 +6,10 @@ from kajiya.config.setting import check_bounds
 from kajiya.config.tables import check_choice
 from kajiya.errors import ConfigError
 
+_BIGRAM_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose first logits are head · norm(embedding) when their blocks begin as the identity."""
+_CHECKS: tuple[str, ...] = ()
+"""Names that preflight.skip can hold; there is no check yet that could be skipped."""
 _LENGTHS = ("steps", "epochs", "minutes")
 
 
@@ -21,6 +25,9 @@ def validate(config: Config) -> None:
         check_choice("tracker", name, options, "track")
     for name in config.track.trackers:
         check_choice("tracker", name, config.track.options.get(name) or {}, "track")
+    for name in config.preflight.skip:
+        if name not in _CHECKS:
+            raise ConfigError("preflight.skip", f"{name!r} is no check; there is: {', '.join(_CHECKS) or 'none yet'}")
     _check_length(config)
     _check_growth(config)
     _check_model(config)
@@ -79,6 +86,12 @@ def _check_model(config: Config) -> None:
             "model.init",
             "bigram is for a model from scratch whose blocks begin as the identity and whose head is its own",
             "Set model.tied=false model.zero_outputs=true, or model.init=normal.",
+        )
+    if model.init == "bigram" and model.name not in _BIGRAM_KINDS:
+        raise ConfigError(
+            "model.init",
+            f"bigram is known to fit {', '.join(_BIGRAM_KINDS)}, not {model.name}",
+            "Set model.init=normal.",
         )
     if model.hidden_size and model.n_heads and model.hidden_size % (2 * model.n_heads):
         raise ConfigError(

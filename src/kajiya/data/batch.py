@@ -26,6 +26,11 @@ class Batch:
     n_targets: int
     """Positions that have a target."""
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a loss can be a sum over, by unit; the loop divides by the sum of it over a group and all ranks."""
+        return {"targets": self.n_targets}
+
     def cut(self, pieces: int) -> "Batch":
         """The same tokens in rows of T / `pieces`: [B · pieces, T / pieces]. A piece sees nothing of the one before it."""
         if pieces == 1:

@@ -65,7 +65,7 @@ def score_documents(
     with evaluation_mode(model):
         for windows in _batches(cut_windows([len(ids) for ids in documents], context_tokens, stride), batch):
             rows = _rows(documents, windows)
-            losses = token_nll(model, rows.to(device)).double().sum(dim=1).cpu().numpy()
+            losses = token_nll(model, rows.to(device)).cpu().double().sum(dim=1).numpy()
             np.add.at(sums, [window.document for window in windows], losses)
     return sums
 
@@ -88,7 +88,7 @@ def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
     """Mean −log p over the targets of packed held-out rows, nats per token; the hook's figure during training."""
     # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
     with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        total: float = sum(float(token_nll(model, batch.to(device)).double().sum()) for batch in rows)
+        total: float = sum(float(token_nll(model, batch.to(device)).cpu().double().sum()) for batch in rows)
     n_targets: int = sum(batch.n_targets for batch in rows)
     return total / n_targets
 

@@ -1,5 +1,6 @@
 """The training of one run: set up, measure, go on from the last checkpoint, fit with its hooks, save."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from kajiya.data.loader import heldout_rows, open_loader
 from kajiya.data.progress import OnEvent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
+from kajiya.errors import StoreError
 from kajiya.evals.scoring import heldout_loss
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import build_model, vocabulary_of
@@ -22,7 +24,13 @@ from kajiya.models.save import save_model
 from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
 from kajiya.run.store import Artifact
-from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from kajiya.training.checkpoint import (
+    checkpoint_name,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from kajiya.training.compile import compile_blocks, compiler_problem
 from kajiya.training.fit import Hook, Setup, StepReport, drain_window, fit
 from kajiya.training.losses import load_loss
@@ -135,12 +143,10 @@ def fit_run(
     began = time.perf_counter()
     setup = with_schedule(prepared.setup, config, settled["train.steps"])
     state = TrainState(derived=settled)
-    checkpoints = list_checkpoints(run.checkpoints)
-    if checkpoints:
-        state, position = load_checkpoint(checkpoints[-1], setup.model, setup.optimizer, key)
-        setup.loader.load_state(position)
+    resumed = _resume(run, setup, key, hear)
+    state = resumed or state
     run.record(attempts=run.manifest()["attempts"] + 1, status="running")
-    hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if checkpoints else None)
+    hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if resumed else None)
     hear("stage", name="train", state="begun", seconds=0.0, text="")
     hooks = _hooks(config, run, shards, setup, state, key, hear)
     fit(setup, state, hooks, should_stop)
@@ -153,6 +159,22 @@ def fit_run(
     timings = run.manifest().get("timings", {})
     run.record(timings=timings | {"train": timings.get("train", 0.0) + elapsed})
     return Fitted(setup, state, settled) if finished else None
+
+
+def _resume(run: Run, setup: Setup, key: str, hear: OnEvent) -> TrainState | None:
+    """Go on from the newest checkpoint that is whole; a corrupt one is told, and the one before it taken."""
+    checkpoints = list_checkpoints(run.checkpoints)
+    for folder in reversed(checkpoints):
+        try:
+            state, position = load_checkpoint(folder, setup.model, setup.optimizer, key)
+        except StoreError as problem:
+            if folder == checkpoints[0]:
+                raise
+            hear("warning", text=f"{' '.join(str(problem).split())} The checkpoint before it is taken.")
+            continue
+        setup.loader.load_state(position)
+        return state
+    return None
 
 
 def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, Any]:
@@ -246,9 +268,10 @@ def _hooks(
 
     def evaluate(report: StepReport) -> None:
         loss = heldout_loss(setup.model, kept, setup.strategy.device)
-        if report.state.best_loss is None or loss < report.state.best_loss:
-            report.state.best_loss, report.state.best_step = loss, report.state.step
         hear("metrics", step=report.state.step, values={"eval/nll": loss})
+        if math.isfinite(loss) and (report.state.best_loss is None or loss < report.state.best_loss):
+            report.state.best_loss, report.state.best_step = loss, report.state.step
+            save(report)
 
     def save(report: StepReport) -> None:
         _save(run, setup, report.state, key, hear)
@@ -277,6 +300,8 @@ class _Speed:
 
 
 def _save(run: Run, setup: Setup, state: TrainState, key: str, hear: OnEvent) -> None:
+    if any(folder.name == checkpoint_name(state.step) for folder in list_checkpoints(run.checkpoints)):
+        return
     folder = save_checkpoint(run.checkpoints, state, setup.model, setup.optimizer, setup.loader.state(), key)
     size = sum(path.stat().st_size for path in folder.iterdir())
     hear("checkpoint", step=state.step, path=str(folder.relative_to(run.folder)), bytes=size)

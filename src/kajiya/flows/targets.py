@@ -33,15 +33,30 @@ def find_model(target: str, store: Store) -> Target:
     try:
         run = find_run(store, target)
     except StoreError as problem:
+        artifact = _artifact(target, store)
+        if artifact is not None:
+            return Target(artifact, artifact.key[:10], None)
         if "/" in target and not folder.exists():
             return Target(_from_hub(target), target, None)
         raise StoreError(
-            f"{problem}\nNor is it a folder with a model's config.json, or a hub name (owner/name)."
+            f"{target!r} is no run or model of {store.root}, no folder with a model, and no hub name (owner/name).\n"
+            "`kajiya runs` and `kajiya store list` list what there is."
         ) from problem
     entry = run.manifest()["artifacts"].get("model")
     if entry is None:
         raise StoreError(f"{run.id} has no finished model.\nGo on with its training: the same command continues it.")
     return Target(open_artifact(store.root / entry["path"]), str(run.manifest()["name"]), run)
+
+
+def _artifact(name: str, store: Store) -> Artifact | None:
+    """The artifact that `kajiya store list` calls so, if it is a model."""
+    from kajiya.run.holdings import find_artifact
+
+    try:
+        artifact = find_artifact(store, name)
+    except StoreError:
+        return None
+    return open_artifact(artifact.path) if artifact.stage == "model" else None
 
 
 def _adopted(folder: Path, name: str) -> Artifact:

@@ -1,7 +1,7 @@
 """From a config to a trained, evaluated, documented model: data, plan, fit, save, evaluate, report; each result an artifact."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
     stages = Stages(hear_early)
     data = prepare_data(config, store, stages)
     key = training_key(config, data)
-    run = open_run(store, config, key, list(command))
+    # A key to the server is no business of manifests, logs and trackers.
+    run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command))
     for kind, fields in early:
         run.events.emit(kind, **fields)
 
@@ -71,12 +72,20 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
     for name, artifact in (("corpus", data.corpus), ("tokenizer", data.tokenizer), ("shards", data.shards)):
         run.record_artifact(name, artifact)
     trackers = start_trackers(run, config.track)
+
+    def hear_and_watch(kind: str, **fields: Any) -> None:
+        hear(kind, **fields)
+        if kind == "metrics":
+            for text in trackers.poll():
+                on_event("warning", text=text)
+
+    stages.on_event = hear_and_watch
     status = "failed"
     error: str | None = None
     model: Artifact | None = None
     report: Path | None = None
     try:
-        model = _model(config, store, run, data, key, stages, hear)
+        model = _model(config, store, run, data, key, stages, hear_and_watch)
         if model is not None:
             _evaluation(config, store, run, data, model, stages)
             run.record(timings=run.manifest().get("timings", {}) | stages.timings, status="finished")

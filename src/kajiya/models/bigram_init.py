@@ -33,6 +33,8 @@ def begin_from_bigrams(model: Any, bigrams: Bigrams, seed: int) -> None:
     if embedding_VD is head_VD:
         raise ConfigError("model.init", "bigram needs a head of its own: set model.tied=false")
     left_VR, right_VR, log_unigram_V = factorize(bigrams, embedding_VD.shape[1] - 2, seed)
+    room = embedding_VD.shape[1] - 2 - left_VR.shape[1]
+    left_VR, right_VR = (torch.nn.functional.pad(each, (0, room)) for each in (left_VR, right_VR))
     norms = left_VR.norm(dim=1, keepdim=True)
     left_VR *= (_LARGEST_NORM / norms).clamp(max=1.0)
     # Two more coordinates: one that carries the unigram logits, and one that fills each row up to the same norm,

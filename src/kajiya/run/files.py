@@ -42,7 +42,10 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         if path.stat().st_size != listed["bytes"]:
             raise StoreError(f"{path}: {path.stat().st_size} bytes, but the manifest says {listed['bytes']}")
         if hash_file(path) != listed["sha256"]:
-            raise StoreError(f"{path}: its content is not what the manifest's hash says; the file is corrupt")
+            raise StoreError(
+                f"{path}: its content is not what the manifest's hash says; the file is corrupt.\n"
+                f"Delete {folder}: the next run makes it again."
+            )
 
 
 def sync_folder(folder: Path) -> None:
@@ -80,19 +83,27 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A folder written beside `final` and renamed to it when the block ends well; removed when it does not."""
+def new_folder(final: Path, keep: Path | None = None) -> Iterator[Path]:
+    """A folder written beside `final` and renamed to it when the block ends well; removed when it does not.
+
+    When the file `keep` has appeared meanwhile, another process was faster, and its folder stays.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     beside = final.with_name(f".{final.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         yield beside
+        if keep is not None and keep.is_file():
+            shutil.rmtree(beside)
+            return
         sync_folder(beside)
+        aside = final.with_name(f".{final.name}.{os.getpid()}.old")
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(aside)
         beside.rename(final)
         sync_folder_entry(final.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -80,7 +80,7 @@ def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
         write_json(folder / _MANIFEST, manifest)
     else:
         _refuse_second(run)
-        run.record(owner=process_facts())
+        run.record(owner=process_facts(), status="running")
     run.events.emit("opened", pid=os.getpid())
     return run
 

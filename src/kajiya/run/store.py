@@ -91,7 +91,8 @@ def produce(
     if found is not None:
         return found, True
     started = time.time()
-    with new_folder(store.folder(stage, key)) as folder:
+    final = store.folder(stage, key)
+    with new_folder(final, keep=final / _MANIFEST) as folder:
         facts = make(folder)
         files = hash_folder(folder)
         write_json(

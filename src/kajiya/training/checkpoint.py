@@ -32,7 +32,7 @@ def save_checkpoint(
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     root.mkdir(parents=True, exist_ok=True)
     require_space(root, size + 2**20, f"The checkpoint of step {state.step}")
-    final = root / f"step-{state.step:08d}"
+    final = root / checkpoint_name(state.step)
     with new_folder(final) as folder:
         save_file(tensors, folder / "state.safetensors")
         plain = {"state": asdict(state), "loader": loader, "generators": _generator_numbers(), "run_key": run_key}
@@ -71,6 +71,11 @@ def load_checkpoint(
     return TrainState(**plain["state"]), plain["loader"]
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Whole checkpoints, oldest first; folders that a crash left half-written are not among them."""
     return sorted(path.parent for path in root.glob("step-*/" + _MANIFEST))
@@ -80,7 +85,7 @@ def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None
     """Delete all but the last `keep_last` and the one of `best_step`."""
     whole = list_checkpoints(root)
     for folder in whole[:-keep_last]:
-        if best_step is None or folder.name != f"step-{best_step:08d}":
+        if best_step is None or folder.name != checkpoint_name(best_step):
             (folder / _MANIFEST).unlink()
             shutil.rmtree(folder)
     for leftover in root.glob(".step-*"):

@@ -1,7 +1,7 @@
 """The one loop. It knows no model, no data set, no device, no method: only batches, a loss, a strategy and hooks."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import TrainingError
-from kajiya.training.losses import Loss
+from kajiya.training.losses import Loss, Terms
 from kajiya.training.optimizers import MasterOptimizer
 from kajiya.training.precision import Precision
 from kajiya.training.state import TrainState
@@ -93,23 +93,28 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
         )
     group = [setup.loader.next() for _ in range(setup.accumulate)]
     # One denominator for the whole group and all ranks: a mean of means would weigh tokens by their micro-batch.
-    n_targets = strategy.sum_counts({"targets": sum(batch.n_targets for batch in group)})["targets"]
-    if n_targets == 0:
+    units = {unit: sum(batch.counts[unit] for batch in group) for unit in group[0].counts}
+    totals = strategy.sum_counts(units)
+    if totals["targets"] == 0:
         raise TrainingError(f"step {state.step + 1}: the group of micro-batches has no target to learn from")
     pieces = pieces_at(setup.row_growth, state.step / setup.steps)
+    gathered: list[Terms] = []
     for host_batch in group:
         batch = (host_batch.cut(pieces) if pieces > 1 else host_batch).to(strategy.device)
         with setup.precision.context(strategy.device):
             terms, metrics = setup.loss(setup.model, batch)
-        total = torch.stack([term / n_targets for term, _ in terms.values()]).sum()
-        strategy.backward(total)
+        parts = [value / totals[_unit(name, count, batch.counts)] for name, (value, count) in terms.items()]
+        strategy.backward(torch.stack(parts).sum())
         state.tokens += batch.tokens.numel()
-        _gather(state, {f"train/{name}": value for name, value in (metrics or terms).items()})
-    state.targets += n_targets
+        kept = metrics or terms
+        gathered.append({f"train/{name}": (total.detach(), count) for name, (total, count) in kept.items()})
+    state.targets += totals["targets"]
     norm = strategy.clip(setup.optimizer, setup.clip_norm)
     state.step += 1
     if torch.isfinite(norm):
         strategy.step(setup.optimizer, setup.lr(state.step))
+        for metrics in gathered:
+            _gather(state, metrics)
     else:
         setup.optimizer.clear_grads()
         state.skipped += 1
@@ -120,6 +125,17 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
                 "optim.max_skipped says how many such steps are skipped."
             )
     return norm
+
+
+def _unit(term: str, count: int, counts: Mapping[str, int]) -> str:
+    """What a term is a sum over: the count that the batch declares under the term's own name, else its targets."""
+    unit = term if term in counts else "targets"
+    if count != counts[unit]:
+        raise TrainingError(
+            f"the loss says that its term {term!r} is a sum over {count}, but the batch has {counts[unit]} {unit}.\n"
+            "A term that counts something else needs a batch whose `counts` declare it under the term's name."
+        )
+    return unit
 
 
 def pieces_at(row_growth: Sequence[float], progress: float) -> int:

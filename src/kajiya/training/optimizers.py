@@ -133,15 +133,23 @@ class MasterOptimizer:
         if by_name.keys() != self.masters.keys():
             odd = sorted(by_name.keys() ^ self.masters.keys())[0]
             raise StoreError(f"the checkpoint's parameters are not the model's: {odd!r} is in one of them only")
-        owners = {id(p): each for each in self.optimizers for group in each.param_groups for p in group["params"]}
+        owners = {
+            id(p): (each, group) for each in self.optimizers for group in each.param_groups for p in group["params"]
+        }
         for name, slots in by_name.items():
             master = self.masters[name]
             master.copy_(slots.pop("master"))
             self.parameters[name].copy_(master)
-            # `step` stays on the CPU for some optimizers and moves for others: each slot keeps the device it had.
-            restored = {slot: value.clone() for slot, value in slots.items()}
+            optimizer, group = owners[id(master)]
+            # torch keeps the count of steps on the CPU, unless the optimizer is one fused kernel; plain numbers stay too.
+            restored = {
+                slot: value.clone()
+                if (slot == "step" and not group.get("fused")) or value.dtype == torch.float64
+                else value.to(master.device, copy=True)
+                for slot, value in slots.items()
+            }
             if restored:
-                owners[id(master)].state[master] = {
+                optimizer.state[master] = {
                     slot: value.item() if value.ndim == 0 and value.dtype == torch.float64 else value
                     for slot, value in restored.items()
                 }

@@ -1,11 +1,14 @@
 """A few real steps, measured and then undone: what a step costs in time and memory on this machine."""
 
+import math
+import random
 import resource
 import sys
 import time
 from dataclasses import dataclass, replace
 from statistics import median
 
+import numpy as np
 import torch
 
 from kajiya.training.fit import Setup, train_step
@@ -43,6 +46,7 @@ def measure_steps(setup: Setup) -> StepCost:
     scratch = TrainState()
     shares = _shares(setup.row_growth)
     step_seconds, warm, spent, n_steps = 0.0, 0.0, 0.0, 0
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         for share, growth in shares:
             phase = replace(setup, row_growth=growth)
@@ -59,6 +63,8 @@ def measure_steps(setup: Setup) -> StepCost:
         for name, buffer in setup.model.named_buffers():
             buffer.copy_(buffers[name])
     setup.loader.load_state(position)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
     return StepCost(step_seconds, warm, spent, peak_bytes(setup.strategy.device), optimizer_bytes, n_steps)
 
 
@@ -66,8 +72,8 @@ def _shares(row_growth: tuple[float, ...]) -> list[tuple[float, tuple[float, ...
     """Share of the run at each length of row, longest first, with a growth that holds that length from the start."""
     edges = (0.0, *row_growth, 1.0)
     n = len(row_growth)
-    # A share past 1 is never reached: so many of them keep the rows cut as often.
-    return [(edges[n - cuts + 1] - edges[n - cuts], (2.0,) * cuts) for cuts in range(n + 1)]
+    # A share that is never reached keeps the rows cut.
+    return [(edges[n - cuts + 1] - edges[n - cuts], (math.inf,) * cuts) for cuts in range(n + 1)]
 
 
 def peak_bytes(device: torch.device) -> int:
