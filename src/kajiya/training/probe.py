@@ -14,7 +14,6 @@ import torch
 from kajiya.training.fit import Setup, train_step
 from kajiya.training.state import TrainState
 
-_WARM_STEPS = 2
 _LEAST_STEPS = 3
 _ENOUGH_S = 2.0
 
@@ -50,7 +49,7 @@ def measure_steps(setup: Setup) -> StepCost:
     with torch.random.fork_rng(devices=devices):
         for share, growth in shares:
             phase = replace(setup, row_growth=growth)
-            warm += sum(_timed_step(phase, scratch) for _ in range(_WARM_STEPS))
+            warm += _timed_step(phase, scratch)
             times: list[float] = []
             while len(times) < _LEAST_STEPS or sum(times) < _ENOUGH_S / len(shares):
                 times.append(_timed_step(phase, scratch))
