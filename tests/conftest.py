@@ -14,6 +14,7 @@ from kajiya.config.schema import Config
 SMALL = (
     "tokenizer.vocab_size=512",
     "model.n_params=60k",
+    "model.init=normal",
     "data.row_tokens=64",
     "data.heldout_every=5",
     "train.minutes=null",
