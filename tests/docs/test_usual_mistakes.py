@@ -377,7 +377,9 @@ def test_every_batch_is_moved_to_the_device_of_the_model(small: Small) -> None:
         return batch.to(device)
 
     elsewhere = [
-        SimpleNamespace(n_targets=batch.n_targets, to=lambda device, batch=batch: on_device(batch, device))
+        SimpleNamespace(
+            n_targets=batch.n_targets, counts=batch.counts, to=lambda device, batch=batch: on_device(batch, device)
+        )
         for batch in real
     ]
     setup = small.setup(WithDropout(), loader=GivenBatches(elsewhere), accumulate=3)

@@ -42,10 +42,7 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         if path.stat().st_size != listed["bytes"]:
             raise StoreError(f"{path}: {path.stat().st_size} bytes, but the manifest says {listed['bytes']}")
         if hash_file(path) != listed["sha256"]:
-            raise StoreError(
-                f"{path}: its content is not what the manifest's hash says; the file is corrupt.\n"
-                f"Delete {folder}: the next run makes it again."
-            )
+            raise StoreError(f"{path}: its content is not what the manifest's hash says; the file is corrupt")
 
 
 def sync_folder(folder: Path) -> None:

@@ -117,7 +117,10 @@ def open_artifact(folder: Path, verify: bool = True) -> Artifact:
     """The artifact in `folder`; with `verify`, every file is checked against the manifest's hashes."""
     manifest = read_manifest(folder)
     if verify:
-        check_files(folder, manifest["files"])
+        try:
+            check_files(folder, manifest["files"])
+        except StoreError as problem:
+            raise StoreError(f"{problem}.\nDelete {folder}: the next run makes it again.") from problem
     return Artifact(folder, manifest["stage"], manifest["key"], manifest["digest"], manifest["facts"])
 
 
