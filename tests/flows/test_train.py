@@ -136,6 +136,10 @@ def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+class MissedError(AssertionError):
+    """The run ended before the moment at which it was to be killed."""
+
+
 def _run_until(
     store: Path, is_time: Callable[[Path], bool], how: signal.Signals, *more: str
 ) -> subprocess.CompletedProcess[str]:
@@ -145,7 +149,8 @@ def _run_until(
     )
     while process.poll() is None and not is_time(store):
         time.sleep(0.005)
-    assert process.poll() is None, f"ended before its kill: {process.communicate()}"
+    if process.poll() is not None:
+        raise MissedError(f"ended before its kill: {process.communicate()}")
     process.send_signal(how)
     out, errors = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
@@ -239,7 +244,12 @@ def test_killed_anywhere_with_each_optimizer_and_precision(optim: str, precision
 )
 def test_killed_at_any_stage_nothing_half_made_is_found(moment: str, whole: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
-    _run_until(killed, _exists(moment), signal.SIGKILL, *_LONGER)
+    try:
+        _run_until(killed, _exists(moment), signal.SIGKILL, *_LONGER)
+    except MissedError:
+        if "/." not in moment:
+            raise
+        pytest.skip(f"{moment} was there too short a time to be caught on this machine")
     assert _weights(_finish(killed, *_LONGER)) == _weights(whole)
 
 
