@@ -205,6 +205,23 @@ def test_killed_twice_equals_uninterrupted_bit_for_bit(whole: Path, tmp_path: Pa
     assert _metrics(rest) == _metrics(whole)
 
 
+def test_a_corrupt_newest_checkpoint_is_told_and_made_anew(whole: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    _run_until(killed, _logged(14), signal.SIGKILL, *_LONGER)
+    newest = sorted(killed.glob("runs/*/checkpoints/step-*/manifest.json"))[-1].parent
+    raw = bytearray((newest / "state.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (newest / "state.safetensors").write_bytes(raw)
+    rest = _finish(killed, *_LONGER)
+    events = list(read_events(rest))
+    assert any(event["kind"] == "warning" and "corrupt" in event["text"] for event in events)
+    resumed_from = [event["resumed_from"] for event in events if event["kind"] == "started"][-1]
+    assert resumed_from < int(newest.name.removeprefix("step-"))
+    again = [event for event in events if event["kind"] == "checkpoint" and event["path"].endswith(newest.name)]
+    assert len(again) == 2
+    assert _weights(rest) == _weights(whole)
+
+
 def test_sigterm_saves_exits_with_0_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     ended = _run_until(stopped, _logged(6), signal.SIGTERM, *_LONGER)

@@ -46,5 +46,9 @@ def _own_module(run: Run | None) -> Any:
     if run is None:
         return None
     manifest = run.manifest()
-    artifacts = {name: open_artifact(run.store.root / entry["path"]) for name, entry in manifest["artifacts"].items()}
-    return rebuild_own_module(from_plain(manifest["config"]), artifacts["model"], artifacts["tokenizer"])
+    if ":" not in manifest["config"]["model"]["name"]:
+        return None
+    model, tokenizer = (
+        open_artifact(run.store.root / manifest["artifacts"][name]["path"]) for name in ("model", "tokenizer")
+    )
+    return rebuild_own_module(from_plain(manifest["config"]), model, tokenizer)

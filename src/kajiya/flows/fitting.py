@@ -26,6 +26,7 @@ from kajiya.run.folder import Run
 from kajiya.run.store import Artifact
 from kajiya.training.checkpoint import (
     checkpoint_name,
+    disown_checkpoint,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -142,9 +143,8 @@ def fit_run(
 
     began = time.perf_counter()
     setup = with_schedule(prepared.setup, config, settled["train.steps"])
-    state = TrainState(derived=settled)
     resumed = _resume(run, setup, key, hear)
-    state = resumed or state
+    state = resumed or TrainState(derived=settled)
     run.record(attempts=run.manifest()["attempts"] + 1, status="running")
     hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if resumed else None)
     hear("stage", name="train", state="begun", seconds=0.0, text="")
@@ -171,6 +171,7 @@ def _resume(run: Run, setup: Setup, key: str, hear: OnEvent) -> TrainState | Non
             if folder == checkpoints[0]:
                 raise
             hear("warning", text=f"{' '.join(str(problem).split())} The checkpoint before it is taken.")
+            disown_checkpoint(folder)
             continue
         setup.loader.load_state(position)
         return state

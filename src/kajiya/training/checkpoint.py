@@ -81,12 +81,17 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob("step-*/" + _MANIFEST))
 
 
+def disown_checkpoint(folder: Path) -> None:
+    """Take the manifest away: the folder is no checkpoint any more, and the next save of its step replaces it."""
+    (folder / _MANIFEST).unlink()
+
+
 def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the last `keep_last` and the one of `best_step`."""
     whole = list_checkpoints(root)
     for folder in whole[:-keep_last]:
         if best_step is None or folder.name != checkpoint_name(best_step):
-            (folder / _MANIFEST).unlink()
+            disown_checkpoint(folder)
             shutil.rmtree(folder)
     for leftover in root.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
