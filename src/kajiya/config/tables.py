@@ -22,6 +22,8 @@ class Row:
 
     target: str
     options: type
+    takes: str = "tokens"
+    """Of a loss: the batch it is a function of: tokens, masked, preference, feedback, labelled or seq2seq."""
 
 
 TABLES: Mapping[str, Mapping[str, Row]] = {

@@ -1,6 +1,6 @@
 """What the loop moves to the device: a batch of rows, targets already shifted.
 
-Shape letters: B rows of the micro-batch, T tokens of a row.
+Shape letters: B rows of the micro-batch, T tokens of a row, E examples, S sequences (k of each example: S = E · k).
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,16 @@ class Batch:
     """Segment of each token within its row, from 0; tokens of different segments do not see each other."""
     n_targets: int
     """Positions that have a target."""
+    weights: torch.Tensor | None = None
+    """Weight of each target in the loss, float32 [B, T]; `None`: all 1."""
+    is_causal: bool = True
+    """A token sees only what stands before it; `False`: its whole segment (masked-LM rows, whose targets are not shifted)."""
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """What a loss can be a sum over, by unit; the loop divides by the sum of it over a group and all ranks."""
-        return {"targets": self.n_targets}
+        weighed = {} if self.weights is None else {"loss": float(self.weights[self.targets != NO_TARGET].sum())}
+        return {"targets": self.n_targets} | weighed
 
     def cut(self, pieces: int) -> "Batch":
         """The same tokens in rows of T / `pieces`: [B · pieces, T / pieces]. A piece sees nothing of the one before it."""
@@ -44,6 +49,8 @@ class Batch:
             positions=torch.where(goes_on, positions - positions[:, :1], positions),
             segments=segments - segments[:, :1],
             n_targets=self.n_targets,
+            weights=None if self.weights is None else self.weights.reshape(shape),
+            is_causal=self.is_causal,
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -53,5 +60,78 @@ class Batch:
             targets=self.targets.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             segments=self.segments.to(device, non_blocking=True),
+            n_targets=self.n_targets,
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            is_causal=self.is_causal,
+        )
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """Packed rows whose examples are whole: preference pairs (k = 2), labelled feedback and classification (k = 1)."""
+
+    rows: Batch
+    """The sequences, each a segment of a row of its own or of a shared one; an example's sequences share a row."""
+    owner: torch.Tensor
+    """Sequence of each token, int64 [B, T], −1 where the row is filled up. Sequence j of example e is e · k + j; of a
+    preference pair, j = 0 is the chosen one, j = 1 the rejected."""
+    last: torch.Tensor
+    """Where each sequence's last token is in the flattened rows (b · T + t), int64 [S]."""
+    examples: torch.Tensor
+    """Number of each example within its split, int64 [E]."""
+    labels: torch.Tensor | None = None
+    """Label of each example [E]: int64 class, float32 value of a regression, or 1 and 0 for good and bad feedback."""
+    reference: torch.Tensor | None = None
+    """Log-probability of each sequence's targets under the reference model, float32 [S], nats."""
+
+    @property
+    def n_targets(self) -> int:
+        """Positions that have a target."""
+        return self.rows.n_targets
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """As a `Batch`'s, and the examples."""
+        return self.rows.counts | {"examples": len(self.examples)}
+
+    def to(self, device: torch.device | str) -> "ExampleBatch":
+        """The same batch on another device."""
+        return ExampleBatch(
+            rows=self.rows.to(device),
+            owner=self.owner.to(device, non_blocking=True),
+            last=self.last.to(device, non_blocking=True),
+            examples=self.examples.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Seq2SeqBatch:
+    """Input and target sequences of an encoder–decoder, padded: one pair a row. N tokens of the longest input."""
+
+    inputs: torch.Tensor
+    """What the encoder reads, int64 [B, N]."""
+    inputs_mask: torch.Tensor
+    """Which of them are no padding, bool [B, N]."""
+    tokens: torch.Tensor
+    """What the decoder reads, int64 [B, T]: the targets, one place later, behind its start token."""
+    targets: torch.Tensor
+    """What the decoder says, int64 [B, T]; `NO_TARGET` behind the end."""
+    n_targets: int
+    """Positions that have a target."""
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """As a `Batch`'s."""
+        return {"targets": self.n_targets}
+
+    def to(self, device: torch.device | str) -> "Seq2SeqBatch":
+        """The same batch on another device."""
+        return Seq2SeqBatch(
+            inputs=self.inputs.to(device, non_blocking=True),
+            inputs_mask=self.inputs_mask.to(device, non_blocking=True),
+            tokens=self.tokens.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
             n_targets=self.n_targets,
         )

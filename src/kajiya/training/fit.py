@@ -93,7 +93,7 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
         )
     group = [setup.loader.next() for _ in range(setup.accumulate)]
     # One denominator for the whole group and all ranks: a mean of means would weigh tokens by their micro-batch.
-    units = {unit: sum(batch.counts[unit] for batch in group) for unit in group[0].counts}
+    units: dict[str, float] = {unit: sum(batch.counts[unit] for batch in group) for unit in group[0].counts}
     totals = strategy.sum_counts(units)
     if totals["targets"] == 0:
         raise TrainingError(f"step {state.step + 1}: the group of micro-batches has no target to learn from")
@@ -108,7 +108,7 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
         state.tokens += batch.tokens.numel()
         kept = metrics or terms
         gathered.append({f"train/{name}": (total.detach(), count) for name, (total, count) in kept.items()})
-    state.targets += totals["targets"]
+    state.targets += int(totals["targets"])
     norm = strategy.clip(setup.optimizer, setup.clip_norm)
     state.step += 1
     if torch.isfinite(norm):
@@ -127,7 +127,7 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
     return norm
 
 
-def _unit(term: str, count: int, counts: Mapping[str, int]) -> str:
+def _unit(term: str, count: int, counts: Mapping[str, float]) -> str:
     """What a term is a sum over: the count that the batch declares under the term's own name, else its targets."""
     unit = term if term in counts else "targets"
     if count != counts[unit]:

@@ -18,7 +18,7 @@ class Strategy(Protocol):
         """The model on its device and in its precision, ready for forward passes."""
         ...
 
-    def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
+    def sum_counts(self, counts: dict[str, float]) -> dict[str, float]:
         """Counts of the group, summed over all ranks."""
         ...
 
@@ -50,7 +50,7 @@ class SingleProcess:
         """The model on the device, in the precision's weights dtype, in training mode."""
         return model.to(device=self.device, dtype=self.precision.weights).train()
 
-    def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
+    def sum_counts(self, counts: dict[str, float]) -> dict[str, float]:
         """One process sees the whole group."""
         return counts
 
