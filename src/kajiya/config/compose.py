@@ -125,7 +125,7 @@ def _known_keys() -> set[str]:
 
 
 def _check_key(key: str, known: set[str], where: str) -> None:
-    if key in known or _within_options(key):
+    if key in known or _is_free(key):
         return
     hint = nearest(key, known) or nearest(key.split(".")[-1], {name.split(".")[-1] for name in known})
     full = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
@@ -134,9 +134,9 @@ def _check_key(key: str, known: set[str], where: str) -> None:
     raise ConfigError(key, f"unknown key {where}" + (f"; {hint}" if hint else ""), "`kajiya config schema` lists all.")
 
 
-def _within_options(key: str) -> bool:
-    """Whether the key lies in a free-form `options` mapping, whose content its table's row checks."""
-    return ".options." in key
+def _is_free(key: str) -> bool:
+    """Whether the key lies in a free-form mapping (`options`, `data.columns`), whose content is checked where it is used."""
+    return ".options." in key or key.startswith("data.columns.")
 
 
 def _checked_overrides(overrides: Sequence[str], keys: set[str], config_dir: str | Path | None) -> list[str]:
@@ -164,7 +164,7 @@ def _checked_overrides(overrides: Sequence[str], keys: set[str], config_dir: str
             continue
         _check_key(key, keys, "in the overrides")
         bare = text.lstrip("+")
-        checked.append(f"++{bare}" if _within_options(key) and not text.startswith("~") else bare)
+        checked.append(f"++{bare}" if _is_free(key) and not text.startswith("~") else bare)
     return checked
 
 
@@ -186,7 +186,7 @@ def _flatten(body: dict[str, Any], prefix: str = "") -> Iterator[str]:
         if prefix == "" and key == "defaults":
             continue
         path = f"{prefix}{key}"
-        if isinstance(value, dict) and key != "options":
+        if isinstance(value, dict) and not _is_free(f"{path}."):
             yield path
             yield from _flatten(value, f"{path}.")
         else:

@@ -11,17 +11,47 @@ class SourceConfig:
     """Where the rows come from."""
 
     name: str = "stdlib"
-    """Kind of source: stdlib, text, jsonl, csv, parquet, hub, or `my_pkg.mod:fn`."""
+    """Kind of source: stdlib, text, jsonl, csv, parquet, arrow, hub, mixture, or `my_pkg.mod:fn`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of that source; `kajiya config schema` lists them."""
 
 
 @dataclass(frozen=True)
+class RenderConfig:
+    """How a row of messages, of a prompt and its answer, or of pairs becomes token ids, and which of them are trained."""
+
+    template: str | None = None
+    """Path of a Jinja chat template; `None`: the tokenizer's own, or the packaged one where it has none."""
+    train_on: str = setting("assistant", choices=("assistant", "last", "completion", "all"))
+    """Messages that are trained: every answer, the last answer, all answers behind the last question, or every token.
+    A message's own `weight` (a number) or `train` (true, false) goes before it."""
+    prompt_style: str = setting("chat", choices=("chat", "plain"))
+    """A prompt and its completion, where they are texts: turns of a conversation, or one directly behind the other."""
+    append_eos: str = setting("auto", choices=("auto", "always", "never"))
+    """End-of-text behind the last answer; auto: where the template closes it with no special token."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the template, for example `{enable_thinking: false}`."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Text: where it comes from, what is held out, how it is cut into rows."""
+    """Rows: where they come from, what is held out, how they are cut or packed."""
 
     source: SourceConfig = field(default_factory=SourceConfig)
     """Where the rows come from."""
+    format: str = setting(
+        "auto",
+        choices=("auto", "text", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"),
+    )
+    """Kind of the rows; auto: found by their columns, and said."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a column → the source's, for example `{prompt: question, completion: answer}`."""
+    render: RenderConfig = field(default_factory=RenderConfig)
+    """How rows become token ids."""
+    max_tokens: int | None = setting(None, ge=8)
+    """Longest sequence of a row that is no plain text, tokens; `None`: `row_tokens`."""
+    on_long: str = setting("error", choices=("error", "drop", "cut"))
+    """What a longer one does: stop the work, be dropped, or lose its end; counted in the ledger."""
     heldout_every: int = setting(20, ge=2)
     """One document in this many, chosen by a hash of its name, is held out for evaluation."""
     near_duplicate: float | None = setting(0.5, gt=0, le=1)
@@ -48,6 +78,10 @@ class TokenizerConfig:
     """Vocabulary of a tokenizer that is trained, special tokens included."""
     min_frequency: int = setting(2, ge=1)
     """A pair seen less often is not merged."""
+    add_tokens: tuple[str, ...] = ()
+    """Strings that become tokens of their own wherever they stand; the model's embedding grows with them."""
+    add_special_tokens: tuple[str, ...] = ()
+    """Strings that become special tokens: only a template says them, never the text of a row or of a request."""
 
 
 @dataclass(frozen=True)
