@@ -1,0 +1,154 @@
+"""Intervals, paired tests and shifts against scipy and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kajiya.errors import DataError
+from kajiya.evals import statistics as s
+from kajiya.evals.shift import embedding_shift, map_embeddings, measure_shift, population_stability
+
+
+def test_interval_of_a_mean_matches_scipys_bootstrap() -> None:
+    values = np.random.default_rng(1).exponential(size=200)
+    low, high = s.interval(s.mean_scores(values))
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
+    assert low == pytest.approx(theirs.low, abs=0.02)
+    assert high == pytest.approx(theirs.high, abs=0.02)
+
+
+def test_clusters_widen_the_interval_as_theory_says() -> None:
+    # Rows of a source are copies of each other: the effective number of rows is the number of sources.
+    sources = np.random.default_rng(2).normal(size=50)
+    values, groups = np.repeat(sources, 20), [str(i) for i in range(50) for _ in range(20)]
+    low, high = s.interval(s.mean_scores(values), groups)
+    alone_low, alone_high = s.interval(s.mean_scores(values))
+    expected = 2 * 1.96 * sources.std(ddof=1) / math.sqrt(50)
+    assert high - low == pytest.approx(expected, rel=0.1)
+    assert (high - low) / (alone_high - alone_low) == pytest.approx(math.sqrt(20), rel=0.15)
+
+
+def test_exact_permutation_equals_scipys() -> None:
+    random = np.random.default_rng(3)
+    a, b = random.normal(size=10), random.normal(0.6, size=10)
+    found = s.compare(s.mean_scores(a), s.mean_scores(b))
+    theirs = stats.permutation_test((b - a,), np.mean, permutation_type="samples", n_resamples=math.inf)
+    assert found.test == "exact permutation"
+    assert found.p_value == pytest.approx(theirs.pvalue)
+    assert found.difference == pytest.approx(np.mean(b - a))
+    assert found.effect_size == pytest.approx(np.mean(b - a) / np.std(b - a, ddof=1))
+
+
+def test_sampled_permutation_is_close_to_the_t_test() -> None:
+    random = np.random.default_rng(4)
+    a = random.normal(size=300)
+    b = a + random.normal(0.05, 0.5, size=300)
+    found = s.compare(s.mean_scores(a), s.mean_scores(b))
+    assert found.test == "permutation"
+    assert found.p_value == pytest.approx(stats.ttest_rel(b, a).pvalue, abs=0.03)
+
+
+def test_swapping_whole_groups_is_more_cautious() -> None:
+    shift = np.repeat(np.random.default_rng(5).normal(0.3, 1.0, size=12), 25)
+    a, groups = np.zeros(300), [str(i) for i in range(12) for _ in range(25)]
+    together = s.compare(s.mean_scores(a), s.mean_scores(shift), groups)
+    alone = s.compare(s.mean_scores(a), s.mean_scores(shift))
+    assert alone.p_value < 0.01 < together.p_value
+    assert (together.n_groups, together.n_rows) == (12, 300)
+
+
+def test_mcnemar_equals_the_binomial_test() -> None:
+    random = np.random.default_rng(6)
+    a, b = random.random(400) < 0.6, random.random(400) < 0.7
+    n01, n10 = int((~a & b).sum()), int((a & ~b).sum())
+    found = s.compare(s.mean_scores(a.astype(float)), s.mean_scores(b.astype(float)))
+    assert found.test == "exact McNemar"
+    assert found.p_value == pytest.approx(stats.binomtest(n01, n01 + n10).pvalue)
+    assert s.mcnemar(a, a) == 1.0
+
+
+def test_figures_by_rows_are_resampled_and_swapped() -> None:
+    def median(rows: np.ndarray) -> float:
+        return float(np.median(rows[:, 0]))
+
+    random = np.random.default_rng(7)
+    a = random.normal(size=(80, 1))
+    first, second = s.Scores(a, median, by_rows=True), s.Scores(a + 1.5, median, by_rows=True)
+    low, high = s.interval(first)
+    theirs = stats.bootstrap((a[:, 0],), np.median, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    assert (low, high) == (pytest.approx(theirs.low, abs=0.1), pytest.approx(theirs.high, abs=0.1))
+    found = s.compare(first, second)
+    assert found.difference == pytest.approx(1.5)
+    assert found.p_value < 0.01
+    assert s.compare(first, first).p_value == 1.0
+
+
+def test_needed_rows_give_the_promised_power() -> None:
+    n = s.rows_needed(0.2, 1.0)
+    assert n == 197  # (1.95996 + 0.84162)² / 0.04 = 196.2
+    random = np.random.default_rng(8)
+    hits = np.mean([stats.ttest_1samp(random.normal(0.2, 1.0, size=n), 0).pvalue < 0.05 for _ in range(600)])
+    assert hits == pytest.approx(0.8, abs=0.05)
+    assert s.rows_needed(0.0, 1.0) is None
+
+
+def test_verdicts_are_plain_words() -> None:
+    a, random = np.zeros(400), np.random.default_rng(9)
+    better = s.compare(s.mean_scores(a), s.mean_scores(a + 0.02 + random.normal(0, 0.05, 400)))
+    words = s.comparison_words(better, "A", "B", scale=100, unit="points")
+    assert words.startswith("B is better by ")
+    assert "points" in words
+    lower = s.compare(s.mean_scores(a, True), s.mean_scores(a + 0.5 + random.normal(0, 0.05, 400), True))
+    assert s.comparison_words(lower, "A", "B").startswith("A is better by 0.5")
+    none = s.compare(s.mean_scores(a), s.mean_scores(random.normal(0.02, 1.0, 400)))
+    assert "no difference shown" in s.comparison_words(none, "A", "B")
+    assert f"n = {none.n_needed:,} would be needed" in s.comparison_words(none, "A", "B")
+
+
+def test_rows_that_do_not_pair_up_are_refused() -> None:
+    with pytest.raises(DataError, match="do not pair up"):
+        s.compare(s.mean_scores([1.0]), s.mean_scores([1.0, 2.0]))
+    with pytest.raises(DataError, match="no rows"):
+        s.interval(s.mean_scores([]))
+
+
+def test_noise_of_seeds() -> None:
+    floor = s.noise_floor([1.0, 1.2, 0.8])
+    assert floor.spread == pytest.approx(0.2)
+    assert floor.detectable == pytest.approx(stats.t.ppf(0.975, 4) * 0.2 * math.sqrt(2 / 3))
+    a, b = [1.0, 1.1, 0.9, 1.05], [0.7, 0.75, 0.72, 0.69]
+    found = s.compare_seeds(a, b)
+    assert found.p_value == pytest.approx(stats.ttest_ind(b, a, equal_var=False).pvalue)
+    assert found.is_beyond_noise
+    assert not s.compare_seeds(a, [1.02, 0.95, 1.1, 0.97]).is_beyond_noise
+    with pytest.raises(DataError, match="two seeds"):
+        s.noise_floor([1.0])
+
+
+def test_shift_against_closed_forms() -> None:
+    random = np.random.default_rng(10)
+    a = random.normal(size=20_000)
+    moved = measure_shift(a, a + 0.5)
+    assert moved.wasserstein == pytest.approx(0.5)
+    assert moved.ks == pytest.approx(2 * stats.norm.cdf(0.25) - 1, abs=0.02)
+    # Two equal shares: (q − p) ln(q / p) summed by hand.
+    halves = population_stability(np.array([0.0, 1.0] * 50), np.array([0.0] * 75 + [1.0] * 25), bins=2)
+    assert halves == pytest.approx(0.25 * math.log(0.75 / 0.5) - 0.25 * math.log(0.25 / 0.5))
+    assert population_stability(a, a) == 0
+    assert measure_shift(a, random.normal(size=20_000)).words.startswith("no shift")
+    with pytest.raises(DataError, match="finite"):
+        measure_shift(a, np.array([math.nan]))
+
+
+def test_maps_of_embeddings() -> None:
+    from sklearn.decomposition import PCA
+
+    vectors = np.random.default_rng(11).normal(size=(40, 6)) * np.array([5, 3, 1, 1, 1, 1])
+    theirs = PCA(2).fit_transform(vectors)
+    assert np.allclose(np.abs(map_embeddings(vectors)), np.abs(theirs))
+    shifts = embedding_shift(vectors, vectors + np.array([4, 0, 0, 0, 0, 0]), components=2)
+    assert shifts[0].wasserstein > 3 * shifts[1].wasserstein
+    with pytest.raises(DataError, match="no kind of map"):
+        map_embeddings(vectors, "tsne")
