@@ -22,6 +22,16 @@ class StdlibSource:
 
 
 @dataclass(frozen=True)
+class StdlibPairsSource(StdlibSource):
+    """Pairs made of the standard library's documented functions: signature and docstring → body, code → docstring."""
+
+    rows: str = setting("chat", choices=("chat", "instruction"))
+    """Form of the rows: `messages` of a user and an assistant, or `prompt` and `completion`."""
+    max_bytes: int = setting(1200, ge=64)
+    """Longest pair that is made, prompt and answer together, bytes."""
+
+
+@dataclass(frozen=True)
 class TextSource:
     """Plain text files, one row per file."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import DataConfig
+from kajiya.config.tables import TABLES
 from kajiya.data.documents import Documents, DocumentWriter, open_documents, write_index
 from kajiya.data.duplicates import LineIndex
 from kajiya.data.entries import Unreadable
@@ -48,7 +49,7 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
     return produce(
         store,
         STAGE,
-        code=code_revision("kajiya.data.corpus"),
+        code=code_revision("kajiya.data.corpus", *source_modules(config.source.name)),
         config={
             "source": origin.settings,
             "content": fingerprint,
@@ -59,6 +60,11 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
         parents={},
         make=make,
     )
+
+
+def source_modules(*names: str) -> list[str]:
+    """The modules of the sources of those names; of a user's own function its content alone counts, so it has none."""
+    return sorted({TABLES["source"][name].target.partition(":")[0] for name in names if ":" not in name})
 
 
 def is_heldout(name: str, heldout_every: int) -> bool:
@@ -145,7 +151,7 @@ def _read(
                         "Mend or remove it, or set data.on_unreadable=drop to leave such documents out, counted."
                     )
                 ledger.drop(UNREADABLE, entry.n_bytes, f"{entry.name}: {entry.reason}")
-            elif is_heldout(entry.name, config.heldout_every):
+            elif is_heldout(entry.group or entry.name, config.heldout_every):
                 heldout.add(entry.name, entry.text.encode())
                 ledger.heldout.add(entry.n_bytes)
             else:

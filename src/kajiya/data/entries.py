@@ -15,6 +15,8 @@ class Document:
     """The text; it always has a UTF-8 form."""
     n_bytes: int
     """Length of the text in UTF-8, bytes; for a UTF-8 file, its size."""
+    group: str | None = None
+    """Documents of one group are on the same side of the split, which is then a hash of the group's name."""
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,9 @@ class EntriesDigest:
         """The same entries, each hashed."""
         for entry in entries:
             is_text = isinstance(entry, Document)
+            group = f"{entry.group}\0" if isinstance(entry, Document) and entry.group is not None else ""
             content = (entry.text if isinstance(entry, Document) else entry.reason).encode(errors="backslashreplace")
-            head = f"{entry.name}\0{is_text}\0{len(content)}\0"
+            head = f"{entry.name}\0{group}{is_text}\0{len(content)}\0"
             self._hasher.update(head.encode(errors="backslashreplace") + content)
             yield entry
 
