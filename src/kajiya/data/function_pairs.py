@@ -107,13 +107,12 @@ def documented_functions(source: str) -> Iterator[Function]:
         if lines[opens][: node.body[0].col_offset].strip() or node.body[1].lineno <= closes:
             continue
         margin = " " * node.col_offset
-        parts = [
-            "".join(line.removeprefix(margin) + "\n" for line in lines[start:stop])
-            for start, stop in ((begin, opens), (opens, closes), (closes, end))
-        ]
-        if _is_same(node, "".join(parts)):
+        set_left = [line.removeprefix(margin) + "\n" for line in lines[begin:end]]
+        cut, behind = opens - begin, closes - begin
+        head, docstring, body = ("".join(part) for part in (set_left[:cut], set_left[cut:behind], set_left[behind:]))
+        if _is_same(node, head + docstring + body):
             unique = qualname if times[qualname] == 1 else f"{qualname}@{node.lineno}"
-            yield Function(unique, *parts, words)
+            yield Function(unique, head, docstring, body, words)
 
 
 def _functions(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, _AnyFunction]]:
