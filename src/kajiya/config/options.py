@@ -22,9 +22,11 @@ class StdlibSource:
 
 
 @dataclass(frozen=True)
-class StdlibPairsSource(StdlibSource):
+class StdlibPairsSource:
     """Pairs made of the standard library's documented functions: signature and docstring → body, code → docstring."""
 
+    root: str | None = None
+    """Folder to read in its place; `None` is the interpreter's own standard library."""
     rows: str = setting("chat", choices=("chat", "instruction"))
     """Form of the rows: `messages` of a user and an assistant, or `prompt` and `completion`."""
     max_bytes: int = setting(1200, ge=64)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kajiya.config.options import StdlibPairsSource
+from kajiya.config.options import StdlibPairsSource, StdlibSource
 from kajiya.data.entries import Document, Entry, Unreadable
 from kajiya.data.sources import stdlib
 
@@ -49,7 +49,7 @@ class Pair:
 
 def stdlib_pairs(options: StdlibPairsSource) -> Iterator[Entry]:
     """A row for each pair in the files of the source `stdlib`, named `file:qualname (kind)`; a file is a group."""
-    for entry in stdlib(options):
+    for entry in stdlib(StdlibSource(options.root)):
         if isinstance(entry, Unreadable):
             yield entry
             continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.config.digest import digest, to_plain
-from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
+from kajiya.config.options import HubSource, StdlibPairsSource, StdlibSource, TableSource, TextSource
 from kajiya.config.schema import SourceConfig
 from kajiya.config.tables import resolve
 from kajiya.data.entries import Document, Entry, Unreadable, row_entry
@@ -62,9 +62,9 @@ def open_source(config: SourceConfig) -> Origin:
     )
 
 
-def _fingerprint(options: StdlibSource | TextSource | TableSource | HubSource) -> str:
-    if isinstance(options, StdlibSource):
-        return files_digest(stdlib_files(options))
+def _fingerprint(options: StdlibSource | StdlibPairsSource | TextSource | TableSource | HubSource) -> str:
+    if isinstance(options, (StdlibSource, StdlibPairsSource)):
+        return files_digest(stdlib_files(StdlibSource(options.root)))
     if isinstance(options, (TextSource, TableSource)):
         return files_digest(matching_files(options.files))
     if not is_local(options):
