@@ -13,6 +13,7 @@ STEPS = 200
 FORMULAS: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "inverse_sqrt": lambda p: math.sqrt(0.02 / (0.02 + p)),
     "linear": lambda p: 1 - p,
     "wsd": lambda p: 1.0 if p <= 0.6 else (1 - p) / 0.4,
 }
@@ -34,6 +35,15 @@ def test_the_curve(name: str, warmup: float) -> None:
             assert factor(step) == pytest.approx(FORMULAS[name]((step - 1 - n_warm) / (STEPS - n_warm)))
     assert max(factor(step) for step in range(1, STEPS + 1)) == pytest.approx(1.0, abs=1e-9)
     assert factor(STEPS) > 0
+
+
+def test_inverse_sqrt_is_that_of_the_paper() -> None:
+    """step^-1/2 behind a warm-up of w steps, over its peak: √(w / step); the clock of ours stands one step behind its end."""
+    factor = load_schedule(
+        ScheduleConfig(name="inverse_sqrt", warmup_fraction=0.1, options={"timescale": 100 / 900}), 1000
+    )
+    for step in (101, 200, 500, 1000):
+        assert factor(step) == pytest.approx(math.sqrt(100 / (step - 1)))
 
 
 def test_a_floor_is_kept() -> None:

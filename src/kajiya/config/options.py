@@ -123,6 +123,62 @@ class MuonOptions:
     """AdamW: term added to the denominator."""
 
 
+@dataclass(frozen=True)
+class AdamW8bitOptions:
+    """AdamW with its moments in 8 bits (Dettmers et al., arXiv:2110.02861), by bitsandbytes."""
+
+    beta1: float = setting(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = setting(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = setting(1e-8, gt=0)
+    """Term added to the denominator."""
+
+
+@dataclass(frozen=True)
+class LionOptions:
+    """Lion (Chen et al., arXiv:2302.06675); its rate is three to ten times lower than AdamW's, its decay as much higher."""
+
+    beta1: float = setting(0.9, ge=0, lt=1)
+    """Share of the momentum in the update whose sign is taken."""
+    beta2: float = setting(0.99, ge=0, lt=1)
+    """Decay of the momentum."""
+
+
+@dataclass(frozen=True)
+class AdafactorOptions:
+    """Adafactor (Shazeer & Stern, arXiv:1804.04235), without a first moment; an update is relative to its tensor's own size."""
+
+    beta2_decay: float = setting(-0.8, lt=0)
+    """Exponent c of the second moment's decay, 1 − tᶜ."""
+    eps: float = setting(1e-3, gt=0)
+    """Smallest size that a tensor is taken to have."""
+    clip: float = setting(1.0, gt=0)
+    """Root mean square that an update is held under, before the rate."""
+
+
+@dataclass(frozen=True)
+class SGDOptions:
+    """Stochastic gradient descent."""
+
+    momentum: float = setting(0.9, ge=0, lt=1)
+    """Momentum of the gradient; 0: none."""
+    nesterov: bool = False
+    """Look ahead by one step of momentum."""
+
+
+@dataclass(frozen=True)
+class ScheduleFreeOptions:
+    """Schedule-free AdamW (Defazio et al., arXiv:2405.15682); wants a warm-up and then schedule=constant."""
+
+    beta1: float = setting(0.9, gt=0, lt=1)
+    """Share of the average in the weights at which the gradient is taken."""
+    beta2: float = setting(0.99, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = setting(1e-8, gt=0)
+    """Term added to the denominator."""
+
+
 # ---------------------------------------------------------------- schedules (schedule)
 
 
@@ -150,6 +206,14 @@ class WSDOptions:
     """Share of the steps in which the rate falls linearly to the floor."""
     min_ratio: float = setting(0.0, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class InverseSqrtOptions:
+    """One over the square root of the steps (Vaswani et al., arXiv:1706.03762)."""
+
+    timescale: float = setting(0.02, gt=0, le=1)
+    """Share s of the steps after warm-up in factor √(s / (s + progress)); the warm-up's own share gives the paper's curve."""
 
 
 # ---------------------------------------------------------------- trackers (track)

@@ -131,11 +131,13 @@ class OptimConfig:
     """The optimizer."""
 
     name: str = "adamw"
-    """adamw, muon, or `my_pkg.mod:fn`."""
+    """adafactor, adamw, adamw_8bit, lion, muon, schedule_free, sgd, or `my_pkg.mod:fn`."""
     lr: float = setting(3e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = setting(0.1, ge=0)
-    """Decoupled decay of matrices; norms, biases and embeddings have none."""
+    """Decay of the weights, decoupled from the gradient (but in sgd)."""
+    decayed: tuple[str, ...] = ("matrix",)
+    """What decays: any of matrix, embedding, head, vector (norms, biases)."""
     clip_norm: float | None = setting(1.0, gt=0)
     """Largest global norm of the gradient; `None`: not clipped."""
     max_skipped: int = setting(10, ge=0)
@@ -149,7 +151,7 @@ class ScheduleConfig:
     """The learning rate over the run; its one clock is the optimizer step."""
 
     name: str = "cosine"
-    """constant, cosine, linear, wsd, or `my_pkg.mod:fn`."""
+    """constant, cosine, inverse_sqrt, linear, wsd, or `my_pkg.mod:fn`."""
     warmup_fraction: float = setting(0.02, ge=0, lt=1)
     """Share of the steps in which the rate rises linearly from zero."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -190,6 +192,8 @@ class TrainConfig:
     """torch.compile; auto: where a compiler is found and the run is long enough to repay it."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
+    ema_decay: float | None = setting(None, gt=0, lt=1)
+    """Decay of an exponential average of the weights, which is what is evaluated and saved; `None`: none is kept."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, mps."""
     deterministic: bool = False

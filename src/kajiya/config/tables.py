@@ -40,12 +40,18 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "next_token": Row("kajiya.training.losses:next_token", o.NextTokenLoss),
     },
     "optimizer": {
+        "adafactor": Row("kajiya.training.optimizers:adafactor", o.AdafactorOptions),
         "adamw": Row("kajiya.training.optimizers:adamw", o.AdamWOptions),
+        "adamw_8bit": Row("kajiya.training.optimizers:adamw_8bit", o.AdamW8bitOptions),
+        "lion": Row("kajiya.training.optimizers:lion", o.LionOptions),
         "muon": Row("kajiya.training.optimizers:muon", o.MuonOptions),
+        "schedule_free": Row("kajiya.training.optimizers:schedule_free", o.ScheduleFreeOptions),
+        "sgd": Row("kajiya.training.optimizers:sgd", o.SGDOptions),
     },
     "schedule": {
         "constant": Row("kajiya.training.schedules:constant", o.NoOptions),
         "cosine": Row("kajiya.training.schedules:cosine", o.CosineOptions),
+        "inverse_sqrt": Row("kajiya.training.schedules:inverse_sqrt", o.InverseSqrtOptions),
         "linear": Row("kajiya.training.schedules:linear", o.LinearOptions),
         "wsd": Row("kajiya.training.schedules:wsd", o.WSDOptions),
     },

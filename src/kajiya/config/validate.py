@@ -10,6 +10,7 @@ _BIGRAM_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose first logits are head · norm(embedding) when their blocks begin as the identity."""
 _CHECKS: tuple[str, ...] = ()
 """Names that preflight.skip can hold; there is no check yet that could be skipped."""
+_ROLES = ("matrix", "embedding", "head", "vector")
 _LENGTHS = ("steps", "epochs", "minutes")
 
 
@@ -28,12 +29,23 @@ def validate(config: Config) -> None:
     for name in config.preflight.skip:
         if name not in _CHECKS:
             raise ConfigError("preflight.skip", f"{name!r} is no check; there is: {', '.join(_CHECKS) or 'none yet'}")
+    _check_optimizer(config)
     _check_length(config)
     _check_growth(config)
     _check_model(config)
     for name in config.eval.baselines:
         if name not in ("xz", "xz-primed"):
             raise ConfigError("eval.baselines", f"{name!r} is not one of xz, xz-primed")
+
+
+def _check_optimizer(config: Config) -> None:
+    for name in config.optim.decayed:
+        if name not in _ROLES:
+            raise ConfigError("optim.decayed", f"{name!r} is not one of {', '.join(_ROLES)}")
+    if config.optim.name == "schedule_free" and config.train.ema_decay is not None:
+        raise ConfigError(
+            "train.ema_decay", "schedule_free averages the weights by itself", "Set train.ema_decay=null."
+        )
 
 
 def _check_length(config: Config) -> None:

@@ -94,7 +94,7 @@ def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict
         model=model,
         loss=load_loss(config.train.loss),
         loader=loader,
-        optimizer=load_optimizer(config.optim, model),
+        optimizer=load_optimizer(config.optim, model, config.train.ema_decay),
         strategy=strategy,
         precision=precision,
         lr=lambda _step: config.optim.lr,
@@ -180,7 +180,8 @@ def _resume(run: Run, setup: Setup, key: str, hear: OnEvent) -> TrainState | Non
 
 def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, Any]:
     """Write the trained model into `folder`; returns the facts for its manifest."""
-    save_model(fitted.setup.model, load_tokenizer(tokenizer.path, _longest(fitted)), folder)
+    with fitted.setup.optimizer.averaged():
+        save_model(fitted.setup.model, load_tokenizer(tokenizer.path, _longest(fitted)), folder)
     state = fitted.state
     return {
         "n_params": sum(parameter.numel() for parameter in fitted.setup.model.parameters()),
@@ -268,7 +269,8 @@ def _hooks(
         hear("metrics", step=report.state.step, values=values)
 
     def evaluate(report: StepReport) -> None:
-        loss = heldout_loss(setup.model, kept, setup.strategy.device)
+        with setup.optimizer.averaged():
+            loss = heldout_loss(setup.model, kept, setup.strategy.device)
         hear("metrics", step=report.state.step, values={"eval/nll": loss})
         if math.isfinite(loss) and (report.state.best_loss is None or loss < report.state.best_loss):
             report.state.best_loss, report.state.best_step = loss, report.state.step

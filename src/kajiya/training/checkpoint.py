@@ -15,7 +15,7 @@ from torch import nn
 
 from kajiya.errors import StoreError
 from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, write_json
-from kajiya.training.optimizers import MasterOptimizer
+from kajiya.training.masters import MasterOptimizer
 from kajiya.training.state import TrainState
 
 _MANIFEST = "manifest.json"

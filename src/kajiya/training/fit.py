@@ -10,7 +10,7 @@ from torch import nn
 
 from kajiya.errors import TrainingError
 from kajiya.training.losses import Loss, Terms
-from kajiya.training.optimizers import MasterOptimizer
+from kajiya.training.masters import MasterOptimizer
 from kajiya.training.precision import Precision
 from kajiya.training.state import TrainState
 from kajiya.training.strategy import Strategy

@@ -1,164 +1,121 @@
-"""Optimizers: rows that make torch optimizers over named parameters, and `MasterOptimizer`, which the loop drives.
+"""Optimizers: rows that make torch optimizers over named parameters.
 
-A row is `make(named, lr, weight_decay, roles, options) -> [torch.optim.Optimizer, …]`; `roles` says of each name whether it is a
-hidden matrix, the embedding, the head or a vector. A group keeps the ratio of its own rate to the peak rate over the whole run.
+A row is `make(named, lr, weight_decay, roles, options) -> [torch.optim.Optimizer, …]`. `weight_decay` is each tensor's own by name;
+`roles` says of each name whether it is a hidden matrix, the embedding, the head or a vector. A group keeps the ratio of its own
+rate to the peak rate over the whole run.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from kajiya.config.options import AdamWOptions, MuonOptions
+from kajiya.config.options import (
+    AdafactorOptions,
+    AdamW8bitOptions,
+    AdamWOptions,
+    LionOptions,
+    MuonOptions,
+    ScheduleFreeOptions,
+    SGDOptions,
+)
 from kajiya.config.schema import OptimConfig
 from kajiya.config.tables import is_options, resolve
-from kajiya.errors import ConfigError, StoreError
+from kajiya.errors import ConfigError, MissingExtraError
+from kajiya.training.lion import Lion
+from kajiya.training.masters import MasterOptimizer
 from kajiya.training.muon import Muon
+from kajiya.training.schedule_free import ScheduleFreeAdamW
 
 Named = Sequence[tuple[str, torch.Tensor]]
 Role = Literal["matrix", "embedding", "head", "vector"]
 Roles = Mapping[str, Role]
+Decays = Mapping[str, float]
+Made = list[torch.optim.Optimizer]
 
 
-def load_optimizer(config: OptimConfig, model: nn.Module) -> "MasterOptimizer":
+def load_optimizer(config: OptimConfig, model: nn.Module, ema_decay: float | None = None) -> MasterOptimizer:
     """The optimizer that the config names, over the model's trainable parameters."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("model", "has no trainable parameter")
     masters = [(name, _master(parameter)) for name, parameter in trainable]
+    roles = parameter_roles(model)
+    decays = {name: config.weight_decay if roles[name] in config.decayed else 0.0 for name, _ in trainable}
     make, options = resolve("optimizer", config.name, config.options, "optim")
     arguments = {"options": options} if is_options(options) else options
-    made = make(masters, lr=config.lr, weight_decay=config.weight_decay, roles=parameter_roles(model), **arguments)
+    made = make(masters, lr=config.lr, weight_decay=decays, roles=roles, **arguments)
     optimizers = made if isinstance(made, list) else [made]
-    return MasterOptimizer(dict(trainable), dict(masters), optimizers, config.lr)
+    return MasterOptimizer(dict(trainable), dict(masters), optimizers, config.lr, ema_decay)
 
 
-def adamw(
-    named: Named, lr: float, weight_decay: float, roles: Roles, options: AdamWOptions
-) -> list[torch.optim.Optimizer]:
-    """AdamW (arXiv:1711.05101); matrices decay, embeddings, norms and biases do not."""
-    decayed = [tensor for name, tensor in named if roles[name] == "matrix"]
-    plain = [tensor for name, tensor in named if roles[name] != "matrix"]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def adamw(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: AdamWOptions) -> Made:
+    """AdamW (arXiv:1711.05101)."""
     betas = (options.beta1, options.beta2)
-    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=options.eps, fused=True)]
+    return [torch.optim.AdamW(_groups(named, weight_decay), lr=lr, betas=betas, eps=options.eps, fused=True)]
 
 
-def muon(
-    named: Named, lr: float, weight_decay: float, roles: Roles, options: MuonOptions
-) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW without decay for embeddings, head, norms and biases."""
-    matrices = [tensor for name, tensor in named if roles[name] == "matrix"]
+def muon(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: MuonOptions) -> Made:
+    """Muon for the hidden matrices, AdamW for embeddings, head, norms and biases."""
+    matrices = [(name, tensor) for name, tensor in named if roles[name] == "matrix"]
     others = options.adamw_lr or lr
     rates = {"vector": others, "embedding": options.embedding_lr or others, "head": options.head_lr or others}
-    groups = [
-        {"params": [tensor for name, tensor in named if roles[name] == role], "lr": rate}
+    rest = [
+        group | {"lr": rate}
         for role, rate in rates.items()
+        for group in _groups([(name, tensor) for name, tensor in named if roles[name] == role], weight_decay)
     ]
-    dtype = torch.bfloat16 if any(tensor.is_cuda for tensor in matrices) else torch.float32
-    made: list[torch.optim.Optimizer] = []
+    dtype = torch.bfloat16 if any(tensor.is_cuda for _, tensor in matrices) else torch.float32
+    made: Made = []
     if matrices:
-        made.append(Muon(matrices, lr, weight_decay, options.momentum, options.nesterov, options.ns_steps, dtype))
-    rest = [group for group in groups if group["params"]]
+        groups = _groups(matrices, weight_decay)
+        made.append(Muon(groups, lr, 0.0, options.momentum, options.nesterov, options.ns_steps, dtype))
     if rest:
         betas = (options.beta1, options.beta2)
-        made.append(torch.optim.AdamW(rest, lr=others, betas=betas, eps=options.eps, weight_decay=0.0, fused=True))
+        made.append(torch.optim.AdamW(rest, lr=others, betas=betas, eps=options.eps, fused=True))
     return made
 
 
-class MasterOptimizer:
-    """One or more torch optimizers over float32 masters of the model's parameters.
+def adamw_8bit(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: AdamW8bitOptions) -> Made:
+    """AdamW whose moments are held in 8 bits, block by block (arXiv:2110.02861); small tensors keep 32."""
+    try:
+        from bitsandbytes.optim import adamw as blockwise
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("bitsandbytes", "quant", "optim.name=adamw_8bit") from error
+    betas = (options.beta1, options.beta2)
+    return [blockwise.AdamW8bit(_groups(named, weight_decay), lr=lr, betas=betas, eps=options.eps)]
 
-    A parameter in float32 is its own master. One in bf16 or fp16 has a float32 copy that is updated and rounded back after
-    each step, so that small updates are not lost.
-    """
 
-    def __init__(
-        self,
-        parameters: dict[str, torch.Tensor],
-        masters: dict[str, torch.Tensor],
-        optimizers: list[torch.optim.Optimizer],
-        peak_lr: float,
-    ) -> None:
-        self.parameters = parameters
-        self.masters = masters
-        self.optimizers = optimizers
-        self._ratios = [[group["lr"] / peak_lr for group in each.param_groups] for each in optimizers]
-        self._copied = [name for name in parameters if masters[name] is not parameters[name]]
+def lion(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: LionOptions) -> Made:
+    """Lion (arXiv:2302.06675)."""
+    return [Lion(_groups(named, weight_decay), lr, options.beta1, options.beta2)]
 
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update at learning rate `lr` (each group keeps its ratio to the peak), then clear the gradients."""
-        for name in self._copied:
-            grad = self.parameters[name].grad
-            self.masters[name].grad = None if grad is None else grad.float()
-        for optimizer, ratios in zip(self.optimizers, self._ratios, strict=True):
-            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                group["lr"] = lr * ratio
-            optimizer.step()
-        if self._copied:
-            torch._foreach_copy_(
-                [self.parameters[name] for name in self._copied], [self.masters[name] for name in self._copied]
-            )
-        self.clear_grads()
 
-    def clear_grads(self) -> None:
-        """Forget all gradients."""
-        for tensor in (*self.parameters.values(), *self.masters.values()):
-            tensor.grad = None
+def adafactor(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: AdafactorOptions) -> Made:
+    """Adafactor (arXiv:1804.04235): a matrix's second moment as the product of a row and a column."""
+    eps = (None, options.eps)
+    settings: dict[str, Any] = {"beta2_decay": options.beta2_decay, "eps": eps, "d": options.clip}
+    return [torch.optim.Adafactor(_groups(named, weight_decay), lr=lr, **settings)]
 
-    def grads(self) -> list[torch.Tensor]:
-        """Gradients at hand, in the order of the parameters."""
-        return [tensor.grad for tensor in self.parameters.values() if tensor.grad is not None]
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The whole state by parameter name: `master/<name>` and `<slot>/<name>`; scalars as 0-d float64 tensors."""
-        names = {id(tensor): name for name, tensor in self.masters.items()}
-        state = {f"master/{name}": tensor.detach() for name, tensor in self.masters.items()}
-        for optimizer in self.optimizers:
-            for tensor, slots in optimizer.state.items():
-                for slot, value in slots.items():
-                    kept = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-                    state[f"{slot}/{names[id(tensor)]}"] = kept
-        return state
+def sgd(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: SGDOptions) -> Made:
+    """Stochastic gradient descent with momentum; its decay is part of the gradient."""
+    groups = _groups(named, weight_decay)
+    return [torch.optim.SGD(groups, lr=lr, momentum=options.momentum, nesterov=options.nesterov)]
 
-    @torch.no_grad()
-    def load_state_tensors(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what `state_tensors` gave; raises `StoreError` when the parameters are not the same."""
-        by_name: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in state.items():
-            slot, _, name = key.partition("/")
-            by_name.setdefault(name, {})[slot] = value
-        if by_name.keys() != self.masters.keys():
-            odd = sorted(by_name.keys() ^ self.masters.keys())[0]
-            raise StoreError(f"the checkpoint's parameters are not the model's: {odd!r} is in one of them only")
-        owners = {
-            id(p): (each, group) for each in self.optimizers for group in each.param_groups for p in group["params"]
-        }
-        for name, slots in by_name.items():
-            master = self.masters[name]
-            master.copy_(slots.pop("master"))
-            self.parameters[name].copy_(master)
-            optimizer, group = owners[id(master)]
-            # torch keeps the count of steps on the CPU, unless the optimizer is one fused kernel; plain numbers stay too.
-            restored = {
-                slot: value.clone()
-                if (slot == "step" and not group.get("fused")) or value.dtype == torch.float64
-                else value.to(master.device, copy=True)
-                for slot, value in slots.items()
-            }
-            if restored:
-                optimizer.state[master] = {
-                    slot: value.item() if value.ndim == 0 and value.dtype == torch.float64 else value
-                    for slot, value in restored.items()
-                }
 
-    def reset(self, state: dict[str, torch.Tensor]) -> None:
-        """Go back to an earlier `state_tensors`, a slot that was not there then included."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
-        self.load_state_tensors(state)
+def schedule_free(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: ScheduleFreeOptions) -> Made:
+    """Schedule-free AdamW (arXiv:2405.15682); what is evaluated and saved is its average of the weights."""
+    return [ScheduleFreeAdamW(_groups(named, weight_decay), lr, options.beta1, options.beta2, options.eps)]
+
+
+def _groups(named: Named, weight_decay: Decays) -> list[dict[str, Any]]:
+    """One group for each weight decay that occurs."""
+    found: dict[float, list[torch.Tensor]] = {}
+    for name, tensor in named:
+        found.setdefault(weight_decay[name], []).append(tensor)
+    return [{"params": tensors, "weight_decay": decay} for decay, tensors in found.items()]
 
 
 def _master(parameter: torch.Tensor) -> torch.Tensor:

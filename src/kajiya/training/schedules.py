@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kajiya.config.options import CosineOptions, LinearOptions, NoOptions, WSDOptions
+from kajiya.config.options import CosineOptions, InverseSqrtOptions, LinearOptions, NoOptions, WSDOptions
 from kajiya.config.schema import ScheduleConfig
 from kajiya.config.tables import is_options, resolve
 
@@ -43,6 +43,11 @@ def cosine(progress: float, options: CosineOptions) -> float:
 def linear(progress: float, options: LinearOptions) -> float:
     """1 − (1 − min) · p."""
     return 1 - (1 - options.min_ratio) * progress
+
+
+def inverse_sqrt(progress: float, options: InverseSqrtOptions) -> float:
+    """√(s / (s + p)) (arXiv:1706.03762, equation 3, with s the warm-up's share of the steps after it)."""
+    return math.sqrt(options.timescale / (options.timescale + progress))
 
 
 def wsd(progress: float, options: WSDOptions) -> float:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kajiya.training.optimizers import MasterOptimizer
+from kajiya.training.masters import MasterOptimizer
 from kajiya.training.precision import Precision
 
 
