@@ -1,12 +1,13 @@
 """A tiny model and batches with masked targets, several segments a row."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from kajiya.config.schema import ModelConfig
-from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, Seq2SeqBatch
 from kajiya.models.build import Vocabulary, build_model
 
 VOCABULARY = Vocabulary(97, 0, 1, 2)
@@ -37,14 +38,67 @@ def make_batch(rows: int, tokens: int = 16, seed: int = 0, keep: float = 0.7) ->
     return Batch(ids[:, :-1].contiguous(), targets, positions, segments, int((targets != NO_TARGET).sum()))
 
 
+Sequence = tuple[list[int], int]
+"""Token ids and how many of them are the prompt, whose tokens are no targets."""
+
+
+def random_sequences(n: int, seed: int = 0, shortest: int = 4, longest: int = 11) -> list[Sequence]:
+    """Sequences of random ids and lengths, each with a prompt of 1 to 3 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    lengths = [number(shortest, longest) for _ in range(n)]
+    return [([number(3, VOCABULARY.size - 1) for _ in range(length)], number(1, 3)) for length in lengths]
+
+
+def make_examples(sequences: list[Sequence], k: int, per_row: int = 2, **more: torch.Tensor | None) -> ExampleBatch:
+    """Examples of `k` sequences each, `per_row` examples packed into a row, which is then filled up with 0."""
+    n_examples = len(sequences) // k
+    rows = [range(first, min(first + per_row, n_examples)) for first in range(0, n_examples, per_row)]
+    width = max(sum(len(sequences[e * k + j][0]) - 1 for e in row for j in range(k)) for row in rows) + 3
+    tokens, positions, segments = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(3))
+    targets, owner = torch.full_like(tokens, NO_TARGET), torch.full_like(tokens, -1)
+    last = torch.zeros(len(sequences), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        place = 0
+        for segment, sequence in enumerate(e * k + j for e in row for j in range(k)):
+            ids, n_prompt = sequences[sequence]
+            n = len(ids) - 1
+            part = slice(place, place + n)
+            tokens[number, part] = torch.tensor(ids[:-1])
+            targets[number, part] = torch.tensor([NO_TARGET] * (n_prompt - 1) + ids[n_prompt:])
+            positions[number, part] = torch.arange(n)
+            segments[number, part] = segment
+            owner[number, part] = sequence
+            place += n
+            last[sequence] = number * width + place - 1
+        segments[number, place:] = segments[number, place - 1] + 1
+        positions[number, place:] = torch.arange(width - place)
+    packed = Batch(tokens, targets, positions, segments, int((targets != NO_TARGET).sum()))
+    return ExampleBatch(packed, owner, last, torch.arange(n_examples), **more)  # type: ignore[arg-type]
+
+
+def make_pairs_of_text(rows: int, seed: int = 0) -> Seq2SeqBatch:
+    """Inputs and targets of random ids; the decoder begins with id 0."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randint(3, VOCABULARY.size, (rows, 9), generator=generator)
+    mask = torch.arange(9) < torch.randint(4, 10, (rows, 1), generator=generator)
+    targets = torch.randint(3, VOCABULARY.size, (rows, 7), generator=generator)
+    targets[torch.arange(7) >= torch.randint(3, 8, (rows, 1), generator=generator)] = NO_TARGET
+    tokens = torch.cat([torch.zeros(rows, 1, dtype=torch.int64), targets[:, :-1].clamp_min(0)], dim=1)
+    return Seq2SeqBatch(inputs, mask, tokens, targets, int((targets != NO_TARGET).sum()))
+
+
 class ListLoader:
     """Batches of a list, again and again; the position is an index."""
 
-    def __init__(self, batches: list[Batch]) -> None:
+    def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
         self.index = 0
 
-    def next(self) -> Batch:
+    def next(self) -> Any:
         self.index += 1
         return self.batches[(self.index - 1) % len(self.batches)]
 

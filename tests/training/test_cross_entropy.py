@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kajiya.data.batch import NO_TARGET
-from kajiya.training.cross_entropy import chunked_cross_entropy
+from kajiya.training.cross_entropy import chunked_cross_entropy, chunked_log_probs
 
 
 def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,3 +63,48 @@ def test_bf16_is_near_fp32() -> None:
     rounded, _ = chunked_cross_entropy(hidden.bfloat16(), head.bfloat16(), targets, 8)
     assert rounded.dtype == torch.float32
     assert float(rounded) == pytest.approx(float(exact), rel=2e-2)
+
+
+def test_smoothing_and_weights_equal_torch() -> None:
+    hidden, head, targets = _inputs(torch.float32)
+    weights = torch.rand(37)
+    total, nll = chunked_cross_entropy(hidden, head, targets, 5, label_smoothing=0.1, weights_N=weights)
+    (total / 7).backward()
+    got = (hidden.grad, head.grad)
+    hidden.grad = head.grad = None
+    logits = hidden @ head.T
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+    ((each * weights).sum() / 7).backward()
+    torch.testing.assert_close(total, (each * weights).sum())
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(nll, (plain * weights).sum())
+    torch.testing.assert_close(got, (hidden.grad, head.grad))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_log_probs_equal_whole_logits(chunk: int) -> None:
+    hidden, head, targets = _inputs(torch.float32)
+    direction = torch.randn(37)
+    values = chunked_log_probs(hidden, head, targets, chunk)
+    (values * direction).sum().backward()
+    got = (hidden.grad, head.grad)
+    hidden.grad = head.grad = None
+    expected = -torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(got, (hidden.grad, head.grad))
+    assert not values[targets == NO_TARGET].any()
+
+
+def test_gradients_by_finite_differences_in_double_precision() -> None:
+    """`gradcheck` perturbs every entry of both inputs."""
+    torch.manual_seed(1)
+    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 4, NO_TARGET, 2, 2, NO_TARGET, 1])
+    weights = torch.rand(7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: chunked_log_probs(h, w, targets, 3), (hidden, head))
+    assert torch.autograd.gradcheck(
+        lambda h, w: chunked_cross_entropy(h, w, targets, 3, 0.05, label_smoothing=0.1, weights_N=weights)[0],
+        (hidden, head),
+    )

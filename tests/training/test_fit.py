@@ -224,12 +224,13 @@ def test_the_plan_measures_each_length_of_row(tiny_model: Make) -> None:
 def test_a_term_that_counts_something_else_is_refused(tiny_model: Make) -> None:
     inner = make_setup(tiny_model(), [make_batch(2)]).loss
 
-    def loss(model: Any, given: Batch) -> Any:
-        terms, metrics = inner(model, given)
-        return {name: (total, count + 1) for name, (total, count) in terms.items()}, metrics
+    def counted(unit: int | str) -> Any:
+        return lambda model, given: ({"loss": (inner(model, given)[0]["loss"][0], unit)}, {})
 
-    with pytest.raises(TrainingError, match="the batch has"):
-        train_step(make_setup(tiny_model(), [make_batch(2)], loss=loss), TrainState())
+    for wrong, words in ((make_batch(2).n_targets + 1, "the batch has"), ("sentences", "the batch counts targets")):
+        loss = counted(wrong)
+        with pytest.raises(TrainingError, match=words):
+            train_step(make_setup(tiny_model(), [make_batch(2)], loss=loss), TrainState())
 
 
 def test_each_term_is_divided_by_its_own_count(tiny_model: Make) -> None:
@@ -244,8 +245,8 @@ def test_each_term_is_divided_by_its_own_count(tiny_model: Make) -> None:
             return self.inner.n_targets
 
         @property
-        def tokens(self) -> torch.Tensor:
-            return self.inner.tokens
+        def n_tokens(self) -> int:
+            return self.inner.n_tokens
 
         @property
         def counts(self) -> dict[str, int]:

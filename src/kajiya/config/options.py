@@ -80,7 +80,121 @@ class NextTokenLoss:
 
     z_loss: float = setting(0.0, ge=0)
     """Weight of the squared log-partition term (PaLM, arXiv:2204.02311, section 5)."""
+    label_smoothing: float = setting(0.0, ge=0, lt=1)
+    """Share of each target that is spread over the whole vocabulary."""
+    neftune_alpha: float | None = setting(None, gt=0)
+    """Noise on the embeddings while training (NEFTune, arXiv:2310.05914; 5 is usual); `None`: none."""
     chunk_tokens: int = setting(2048, ge=1)
+    """Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class MaskedLoss:
+    """Cross-entropy of masked tokens, read from both sides."""
+
+    label_smoothing: float = setting(0.0, ge=0, lt=1)
+    """Share of each target that is spread over the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Seq2SeqLoss:
+    """Cross-entropy of an encoder–decoder's target."""
+
+    label_smoothing: float = setting(0.0, ge=0, lt=1)
+    """Share of each target that is spread over the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class DPOLoss:
+    """Direct preference optimization."""
+
+    kind: str = setting("sigmoid", choices=("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"))
+    """sigmoid (DPO), sigmoid_norm (its length-normalised form), robust (flipped labels), hinge (SLiC), ipo."""
+    beta: float = setting(0.1, gt=0)
+    """How strongly the model is held to the reference; for ipo, tau."""
+    label_smoothing: float = setting(0.0, ge=0, lt=0.5)
+    """Share of the pairs that may be labelled the wrong way round (sigmoid, sigmoid_norm, robust)."""
+    chunk_tokens: int = setting(2048, ge=1)
+    """Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class ORPOLoss:
+    """Odds-ratio preference optimization, without a reference."""
+
+    beta: float = setting(0.1, gt=0)
+    """Weight of the odds ratio beside the chosen answer's own loss (lambda in the paper)."""
+    chunk_tokens: int = setting(2048, ge=1)
+    """Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class SimPOLoss:
+    """Simple preference optimization, without a reference."""
+
+    beta: float = setting(2.0, gt=0)
+    """Scale of the log-probability per token."""
+    gamma: float = setting(1.0, ge=0)
+    """Margin that the chosen answer is to have."""
+    chunk_tokens: int = setting(2048, ge=1)
+    """Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class KTOLoss:
+    """Kahneman–Tversky optimization: answers that were called good or bad."""
+
+    beta: float = setting(0.1, gt=0)
+    """How strongly the model is held to the reference."""
+    desirable_weight: float = setting(1.0, gt=0)
+    """Weight of a good answer."""
+    undesirable_weight: float = setting(1.0, gt=0)
+    """Weight of a bad answer."""
+    chunk_tokens: int = setting(2048, ge=1)
+    """Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class RewardLoss:
+    """Bradley–Terry reward model."""
+
+    centering: float = setting(0.0, ge=0)
+    """Weight of the squared sum of a pair's rewards, which keeps them around zero."""
+
+
+@dataclass(frozen=True)
+class ClassifyLoss:
+    """Cross-entropy of the class of a text."""
+
+    label_smoothing: float = setting(0.0, ge=0, lt=1)
+    """Share of each label that is spread over all classes."""
+
+
+@dataclass(frozen=True)
+class RegressLoss:
+    """Squared error of a number that belongs to a text."""
+
+    huber_delta: float | None = setting(None, gt=0)
+    """Error past which the loss grows only linearly; `None`: never."""
+
+
+@dataclass(frozen=True)
+class DistillLoss:
+    """Next token, learnt from a teacher's distribution."""
+
+    teacher: str = setting("")
+    """Folder or hub name of the teacher, which has the same vocabulary."""
+    teacher_revision: str | None = None
+    """Commit, tag or branch of the teacher on the hub."""
+    divergence: str = setting("forward", choices=("forward", "reverse", "jsd"))
+    """KL from the teacher (forward), KL to the teacher (reverse), or the generalized Jensen–Shannon divergence."""
+    temperature: float = setting(1.0, gt=0)
+    """Softens both distributions."""
+    teacher_weight: float = setting(1.0, ge=0, le=1)
+    """Share of the divergence; the rest is the cross-entropy of the text's own targets."""
+    jsd_teacher_share: float = setting(0.5, gt=0, lt=1)
+    """The teacher's share of the mixture (jsd)."""
+    chunk_tokens: int = setting(1024, ge=1)
     """Tokens whose logits are held at once."""
 
 

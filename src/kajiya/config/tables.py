@@ -24,6 +24,14 @@ class Row:
     options: type
     takes: str = "tokens"
     """Of a loss: the batch it is a function of: tokens, masked, preference, feedback, labelled or seq2seq."""
+    task: str = "causal"
+    """Of a loss: the model's head: causal, masked, seq2seq, classes, or one number (score)."""
+    measure: str | None = None
+    """Of a loss: `module:function` that measures what it must know of the whole group before its micro-batches."""
+    needs: str | None = None
+    """Of a loss: `module:function` that loads, from its options, what else it reads."""
+    has_reference: bool = False
+    """Of a loss: it compares with log-probabilities under the model as it was before training."""
 
 
 TABLES: Mapping[str, Mapping[str, Row]] = {
@@ -37,7 +45,27 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "hub": Row("kajiya.data.sources:hub", o.HubSource),
     },
     "loss": {
-        "next_token": Row("kajiya.training.losses:next_token", o.NextTokenLoss),
+        "next_token": Row("kajiya.training.losses.next_token:next_token", o.NextTokenLoss),
+        "distill": Row(
+            "kajiya.training.losses.distill:distill",
+            o.DistillLoss,
+            needs="kajiya.training.losses.distill:load_teacher",
+        ),
+        "masked_lm": Row("kajiya.training.losses.infill:masked_lm", o.MaskedLoss, takes="masked", task="masked"),
+        "seq2seq": Row("kajiya.training.losses.infill:seq2seq", o.Seq2SeqLoss, takes="seq2seq", task="seq2seq"),
+        "dpo": Row("kajiya.training.losses.preference:dpo", o.DPOLoss, takes="preference", has_reference=True),
+        "orpo": Row("kajiya.training.losses.preference:orpo", o.ORPOLoss, takes="preference"),
+        "simpo": Row("kajiya.training.losses.preference:simpo", o.SimPOLoss, takes="preference"),
+        "reward": Row("kajiya.training.losses.preference:reward", o.RewardLoss, takes="preference", task="score"),
+        "kto": Row(
+            "kajiya.training.losses.feedback:kto",
+            o.KTOLoss,
+            takes="feedback",
+            measure="kajiya.training.losses.feedback:kto_reference_point",
+            has_reference=True,
+        ),
+        "classify": Row("kajiya.training.losses.labelled:classify", o.ClassifyLoss, takes="labelled", task="classes"),
+        "regress": Row("kajiya.training.losses.labelled:regress", o.RegressLoss, takes="labelled", task="score"),
     },
     "optimizer": {
         "adafactor": Row("kajiya.training.optimizers:adafactor", o.AdafactorOptions),

@@ -3,6 +3,7 @@
 Shape letters: B rows of the micro-batch, T tokens of a row, E examples, S sequences (k of each example: S = E · k).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,11 @@ class Batch:
     """Weight of each target in the loss, float32 [B, T]; `None`: all 1."""
     is_causal: bool = True
     """A token sees only what stands before it; `False`: its whole segment (masked-LM rows, whose targets are not shifted)."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.tokens.numel()
 
     @property
     def counts(self) -> dict[str, float]:
@@ -83,11 +89,20 @@ class ExampleBatch:
     """Label of each example [E]: int64 class, float32 value of a regression, or 1 and 0 for good and bad feedback."""
     reference: torch.Tensor | None = None
     """Log-probability of each sequence's targets under the reference model, float32 [S], nats."""
+    mismatched: "ExampleBatch | None" = None
+    """Of feedback for KTO: each example's prompt with the answer to another, which its reference point is measured on."""
+    measured: Mapping[str, float] | None = None
+    """Means over the whole group, which the loss asked the loop to measure before the micro-batches."""
 
     @property
     def n_targets(self) -> int:
         """Positions that have a target."""
         return self.rows.n_targets
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.rows.n_tokens
 
     @property
     def counts(self) -> dict[str, float]:
@@ -103,6 +118,8 @@ class ExampleBatch:
             examples=self.examples.to(device, non_blocking=True),
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
             reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
+            mismatched=None if self.mismatched is None else self.mismatched.to(device),
+            measured=self.measured,
         )
 
 
@@ -120,6 +137,11 @@ class Seq2SeqBatch:
     """What the decoder says, int64 [B, T]; `NO_TARGET` behind the end."""
     n_targets: int
     """Positions that have a target."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.inputs.numel() + self.tokens.numel()
 
     @property
     def counts(self) -> dict[str, float]:

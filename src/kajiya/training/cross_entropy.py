@@ -1,6 +1,7 @@
-"""Cross-entropy of a linear head without ever holding all logits.
+"""Cross-entropy and log-probabilities of a linear head without ever holding all logits.
 
-The gradient is made in the forward pass, chunk by chunk, while the chunk's logits are at hand; the backward pass only scales it.
+Of the summed cross-entropy the gradient is made in the forward pass, chunk by chunk, while the chunk's logits are at hand; the
+backward pass only scales it. Of log-probabilities that something else follows, the backward pass makes each chunk's logits again.
 Shape letters: N tokens, D hidden width, V vocabulary, C tokens of a chunk.
 """
 
@@ -12,58 +13,100 @@ from kajiya.data.batch import NO_TARGET
 
 
 def chunked_cross_entropy(
-    hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, chunk_tokens: int, z_loss: float = 0.0
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    chunk_tokens: int,
+    z_loss: float = 0.0,
+    *,
+    label_smoothing: float = 0.0,
+    weights_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over the targets of −log p(target) + z_loss · log²Z, and the first part alone (without gradient).
+    """Σ weight · (smoothed −log p(target) + z_loss · log²Z) over the targets, and Σ weight · −log p alone (without gradient).
 
     `hidden_ND` [N, D] and `head_VD` [V, D] are in the compute dtype, `targets_N` int64 with `NO_TARGET` where nothing is
-    predicted. Both sums are float32 scalars, in nats. Z is the softmax's denominator (PaLM, arXiv:2204.02311, section 5).
+    predicted, `weights_N` float32 [N] (`None`: all 1). Both sums are scalars in nats, float32 (float64 for float64 inputs).
+    Smoothing puts that share of the target evenly on the whole vocabulary (Szegedy et al., arXiv:1512.00567, section 7);
+    Z is the softmax's denominator (PaLM, arXiv:2204.02311, section 5).
     """
-    total, nll = _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, chunk_tokens, z_loss)
+    weights = (targets_N != NO_TARGET).to(_wide(hidden_ND.dtype))
+    if weights_N is not None:
+        weights = weights * weights_N
+    total, nll = _ChunkedCrossEntropy.apply(
+        hidden_ND, head_VD, targets_N, weights, chunk_tokens, z_loss, label_smoothing
+    )
     return total, nll
+
+
+def chunked_log_probs(
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, chunk_tokens: int
+) -> torch.Tensor:
+    """log p of each target [N], nats, float32 (float64 for float64 inputs), 0 where there is none; differentiable.
+
+    At most `chunk_tokens` rows of logits are held at once, in both passes, and none for positions without a target.
+    """
+    wanted = (targets_N != NO_TARGET).nonzero().squeeze(1)
+    values: torch.Tensor = _ChunkedLogProbs.apply(
+        hidden_ND.index_select(0, wanted), head_VD, targets_N[wanted], chunk_tokens
+    )
+    return values.new_zeros(targets_N.shape).index_copy(0, wanted, values)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk_tokens: int, z_loss: float
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        chunk_tokens: int,
+        z_loss: float,
+        smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        wide = _wide(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if needs_head else None
-        nll_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        z_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if needs_head else None
+        nll_sum = torch.zeros((), dtype=wide, device=hidden.device)
+        more_sum = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             index = targets[rows].clamp_min(0).unsqueeze(1)
-            # 1 where there is a target: a column that multiplies what a position without one would add.
-            wanted = (targets[rows] != NO_TARGET).unsqueeze(1).float()
-            logits = (hidden[rows] @ head.T).float()
+            # 0 where there is no target: a column that multiplies what each position adds.
+            weight = weights[rows].unsqueeze(1)
+            logits = (hidden[rows] @ head.T).to(wide)
             log_z = torch.logsumexp(logits, dim=1, keepdim=True) if z_loss else None
             log_p = torch.log_softmax(logits, dim=1)
             del logits
-            nll_sum -= (log_p.gather(1, index) * wanted).sum()
+            chosen = log_p.gather(1, index)
+            nll_sum -= (chosen * weight).sum()
+            if smoothing:
+                more_sum += smoothing * ((chosen - log_p.mean(dim=1, keepdim=True)) * weight).sum()
             if log_z is not None:
-                z_sum += (log_z.square() * wanted).sum()
+                more_sum += z_loss * (log_z.square() * weight).sum()
             if not (needs_hidden or needs_head):
                 continue
             grad = log_p.exp_()
             if log_z is not None:
                 grad *= 1 + 2 * z_loss * log_z
-            grad.scatter_add_(1, index, -torch.ones_like(wanted))
-            if not bool(wanted.all()):
-                grad *= wanted
+            if smoothing:
+                grad -= smoothing / head.shape[0]
+            grad.scatter_add_(1, index, torch.full_like(weight, smoothing - 1))
+            if not bool((weight == 1).all()):
+                grad *= weight
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[rows])
-            if grad_head is not None and grad.dtype == grad_head.dtype:
-                grad_head.addmm_(grad.T, hidden[rows])
-            elif grad_head is not None:
-                grad_head += grad.T @ hidden[rows]
+            _add_product(grad_head, grad, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(nll_sum)
-        return nll_sum + z_loss * z_sum, nll_sum
+        return nll_sum + more_sum, nll_sum
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor, _grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -72,4 +115,47 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_head is not None:
             grad_head = (grad_head * grad_total).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None, None
+        return grad_hidden, grad_head, None, None, None, None, None
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
+    ) -> torch.Tensor:
+        wide = _wide(hidden.dtype)
+        result = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = (hidden[rows] @ head.T).to(wide)
+            result[rows] = logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1) - torch.logsumexp(logits, dim=1)
+        ctx.save_for_backward(hidden, head, targets)
+        ctx.chunk_tokens = chunk_tokens
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_result: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, head, targets = ctx.saved_tensors
+        wide = _wide(hidden.dtype)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if needs_head else None
+        for start in range(0, hidden.shape[0], ctx.chunk_tokens):
+            rows = slice(start, start + ctx.chunk_tokens)
+            grad = torch.softmax((hidden[rows] @ head.T).to(wide), dim=1).neg_()
+            grad.scatter_add_(1, targets[rows].unsqueeze(1), torch.ones_like(grad[:, :1]))
+            grad = (grad * grad_result[rows].unsqueeze(1)).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, head, out=grad_hidden[rows])
+            _add_product(grad_head, grad, hidden[rows])
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+
+
+def _add_product(total_VD: torch.Tensor | None, grad_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+    """total += gradᵀ · hidden, in the total's dtype."""
+    if total_VD is None:
+        return
+    if grad_CV.dtype == total_VD.dtype:
+        total_VD.addmm_(grad_CV.T, hidden_CD)
+    else:
+        total_VD += grad_CV.T @ hidden_CD

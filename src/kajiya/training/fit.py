@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from kajiya.errors import TrainingError
-from kajiya.training.losses import Loss, Terms
+from kajiya.training.losses import Loss, Measure, Terms
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.precision import Precision
 from kajiya.training.state import TrainState
@@ -48,6 +48,7 @@ class Setup:
     clip_norm: float | None
     max_skipped: int
     row_growth: tuple[float, ...] = ()
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -95,26 +96,28 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
     # One denominator for the whole group and all ranks: a mean of means would weigh tokens by their micro-batch.
     units: dict[str, float] = {unit: sum(batch.counts[unit] for batch in group) for unit in group[0].counts}
     totals = strategy.sum_counts(units)
-    if totals["targets"] == 0:
+    if not any(totals.values()):
         raise TrainingError(f"step {state.step + 1}: the group of micro-batches has no target to learn from")
+    group = _measured(setup, group, totals)
     pieces = pieces_at(setup.row_growth, state.step / setup.steps)
-    gathered: list[Terms] = []
+    gathered: list[dict[str, tuple[torch.Tensor, float]]] = []
     for host_batch in group:
         batch = (host_batch.cut(pieces) if pieces > 1 else host_batch).to(strategy.device)
         with setup.precision.context(strategy.device):
             terms, metrics = setup.loss(setup.model, batch)
-        parts = [value / totals[_unit(name, count, batch.counts)] for name, (value, count) in terms.items()]
+        parts = [
+            value / _total(name, count, batch.counts, totals, state.step) for name, (value, count) in terms.items()
+        ]
         strategy.backward(torch.stack(parts).sum())
-        state.tokens += batch.tokens.numel()
-        kept = metrics or terms
-        gathered.append({f"train/{name}": (total.detach(), count) for name, (total, count) in kept.items()})
+        state.tokens += batch.n_tokens
+        gathered.append({f"train/{name}": sums for name, sums in numbered(metrics or terms, batch.counts).items()})
     state.targets += int(totals["targets"])
     norm = strategy.clip(setup.optimizer, setup.clip_norm)
     state.step += 1
     if torch.isfinite(norm):
         strategy.step(setup.optimizer, setup.lr(state.step))
-        for metrics in gathered:
-            _gather(state, metrics)
+        for sums in gathered:
+            _gather(state, sums)
     else:
         setup.optimizer.clear_grads()
         state.skipped += 1
@@ -127,15 +130,55 @@ def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
     return norm
 
 
-def _unit(term: str, count: int, counts: Mapping[str, float]) -> str:
-    """What a term is a sum over: the count that the batch declares under the term's own name, else its targets."""
+def _measured(setup: Setup, group: list[Any], totals: Mapping[str, float]) -> list[Any]:
+    """The group, each batch with the means over all of it (and all ranks) that the loss asked for."""
+    if setup.measure is None:
+        return group
+    strategy = setup.strategy
+    sums: dict[str, float] = {}
+    units: dict[str, str] = {}
+    for batch in group:
+        with setup.precision.context(strategy.device):
+            terms = setup.measure(setup.model, batch.to(strategy.device))
+        for name, (total, count) in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(total)
+            units[name] = _unit(name, count, batch.counts)
+    sums = strategy.sum_counts(sums)
+    means = {name: total / totals[units[name]] for name, total in sums.items()}
+    return [replace(batch, measured=means) for batch in group]
+
+
+def _total(term: str, count: float | str, counts: Mapping[str, float], totals: Mapping[str, float], step: int) -> float:
+    """What a term is divided by: the group's count of its unit, over all ranks."""
+    unit = _unit(term, count, counts)
+    if totals[unit] == 0:
+        raise TrainingError(f"step {step + 1}: the group of micro-batches has no {unit} to learn {term!r} from")
+    return totals[unit]
+
+
+def _unit(term: str, count: float | str, counts: Mapping[str, float]) -> str:
+    """The unit that the loss names, or, for a number, the one that the batch counts under the term's name, else its targets."""
+    if isinstance(count, str):
+        if count not in counts:
+            raise TrainingError(
+                f"the loss says that its term {term!r} is a sum over {count}, and the batch counts {', '.join(counts)}"
+            )
+        return count
     unit = term if term in counts else "targets"
     if count != counts[unit]:
         raise TrainingError(
             f"the loss says that its term {term!r} is a sum over {count}, but the batch has {counts[unit]} {unit}.\n"
-            "A term that counts something else needs a batch whose `counts` declare it under the term's name."
+            "A term that counts something else names its unit, one of those in the batch's `counts`."
         )
     return unit
+
+
+def numbered(terms: Terms, counts: Mapping[str, float]) -> dict[str, tuple[torch.Tensor, float]]:
+    """The sums without gradient, each with its count as a number."""
+    return {
+        name: (total.detach(), counts[_unit(name, count, counts)] if isinstance(count, str) else count)
+        for name, (total, count) in terms.items()
+    }
 
 
 def pieces_at(row_growth: Sequence[float], progress: float) -> int:
@@ -143,7 +186,7 @@ def pieces_at(row_growth: Sequence[float], progress: float) -> int:
     return int(2 ** sum(progress < share for share in row_growth))
 
 
-def _gather(state: TrainState, metrics: dict[str, tuple[torch.Tensor, int]]) -> None:
+def _gather(state: TrainState, metrics: Mapping[str, tuple[torch.Tensor, float]]) -> None:
     for name, (total, count) in metrics.items():
         sums = state.window.setdefault(name, [0.0, 0.0])
         sums[0] += float(total)

@@ -1,0 +1,76 @@
+"""Forward passes of models that are no decoders of text alone: masked-LM, encoder–decoder, one answer for a whole sequence.
+
+Shape letters: B rows, T tokens of a row, N tokens of the longest input, S sequences, L tokens of the longest, C
+outputs, V vocabulary.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+
+from kajiya.data.batch import Batch, ExampleBatch, Seq2SeqBatch
+from kajiya.models.hidden import all_logits
+
+_POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")
+"""Architectures whose positions begin behind the padding id."""
+
+
+def masked_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits [B, T, V] of a model that reads each token's whole segment."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return all_logits(model, batch)
+    given: dict[str, Any] = {"input_ids": batch.tokens}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        shift = model.config.pad_token_id + 1 if model.config.model_type in _POSITIONS_BEHIND_PADDING else 0
+        given["position_ids"] = batch.positions + shift
+    if bool((batch.segments != batch.segments[:, :1]).any()):
+        given["attention_mask"] = (batch.segments[:, :, None] == batch.segments[:, None, :]).unsqueeze(1)
+    return model(**given).logits  # type: ignore[no-any-return]
+
+
+def seq2seq_logits(model: Any, batch: Seq2SeqBatch) -> torch.Tensor:
+    """Logits [B, T, V] of an encoder–decoder of Transformers, or of a user's own `forward(inputs, inputs_mask, tokens)`."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return model(batch.inputs, batch.inputs_mask, batch.tokens)  # type: ignore[no-any-return]
+    return model(  # type: ignore[no-any-return]
+        input_ids=batch.inputs,
+        attention_mask=batch.inputs_mask.long(),
+        decoder_input_ids=batch.tokens,
+        use_cache=False,
+    ).logits
+
+
+def sequence_logits(model: Any, batch: ExampleBatch) -> torch.Tensor:
+    """The head's outputs [S, C] for each sequence, or those of a user's own `forward(tokens [S, L], mask [S, L])`.
+
+    The sequences are taken out of their rows and padded, since each architecture pools in a way of its own: what is trained is what
+    its `ForSequenceClassification` class computes of the same text anywhere else.
+    """
+    from transformers import PreTrainedModel
+
+    is_own = not isinstance(model, PreTrainedModel)
+    pad_id = None if is_own else model.config.pad_token_id
+    tokens_SL, mask_SL = padded_sequences(batch, pad_id or 0)
+    if is_own:
+        return model(tokens_SL, mask_SL)  # type: ignore[no-any-return]
+    return model(input_ids=tokens_SL, attention_mask=mask_SL.long()).logits  # type: ignore[no-any-return]
+
+
+def padded_sequences(batch: ExampleBatch, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequences one a row, int64 [S, L], filled up with `pad_id` on the right, and which are tokens, bool [S, L]."""
+    owner_M = batch.owner.reshape(-1)
+    is_token_M = owner_M >= 0
+    owner_M = owner_M[is_token_M]
+    place_M = batch.rows.positions.reshape(-1)[is_token_M]
+    n_sequences = len(batch.last)
+    length = int(place_M.max()) + 1
+    tokens_SL = torch.full((n_sequences, length), pad_id, dtype=torch.int64, device=owner_M.device)
+    mask_SL = torch.zeros((n_sequences, length), dtype=torch.bool, device=owner_M.device)
+    tokens_SL[owner_M, place_M] = batch.rows.tokens.reshape(-1)[is_token_M]
+    mask_SL[owner_M, place_M] = True
+    return tokens_SL, mask_SL

@@ -1,0 +1,62 @@
+"""Log-probabilities of whole sequences in packed rows, for the losses that compare them.
+
+Shape letters: B rows, T tokens of a row, N tokens flattened, D hidden width, V vocabulary, E examples, S sequences.
+"""
+
+from typing import Any
+
+import torch
+
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
+from kajiya.errors import TrainingError
+from kajiya.models.hidden import all_logits, has_split_head, last_hidden
+from kajiya.training.cross_entropy import chunked_log_probs
+
+
+def split_head(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states [N, D] and the head [V, D], both in the dtype that their product is computed in."""
+    hidden = last_hidden(model, batch)
+    head = model.get_output_embeddings().weight
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    return hidden.reshape(-1, hidden.shape[-1]).to(dtype), head.to(dtype)
+
+
+def token_log_probs(model: Any, batch: Batch, chunk_tokens: int) -> torch.Tensor:
+    """log p of each target, nats, float32 [B, T], 0 where there is none; all logits are never held at once."""
+    targets_N = batch.targets.reshape(-1)
+    if has_split_head(model):
+        hidden_ND, head_VD = split_head(model, batch)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            result_N = chunked_log_probs(hidden_ND, head_VD, targets_N, chunk_tokens)
+    else:
+        logits_NV = all_logits(model, batch).flatten(0, 1).float()
+        result_N = -torch.nn.functional.cross_entropy(logits_NV, targets_N, ignore_index=NO_TARGET, reduction="none")
+    return result_N.view_as(batch.targets)
+
+
+def sequence_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ weight · log p over the targets of each sequence, nats, and Σ weight; both float32 [S]. Weights are 1 unless given."""
+    rows = batch.rows
+    values_BT = token_log_probs(model, rows, chunk_tokens)
+    weights_BT = (rows.targets != NO_TARGET).to(values_BT.dtype)
+    if rows.weights is not None:
+        weights_BT = weights_BT * rows.weights
+    is_sequence_BT = batch.owner >= 0
+    owner_M, weights_M = batch.owner[is_sequence_BT], weights_BT[is_sequence_BT]
+    zeros_S = values_BT.new_zeros(len(batch.last))
+    return zeros_S.index_add(0, owner_M, values_BT[is_sequence_BT] * weights_M), zeros_S.index_add(
+        0, owner_M, weights_M
+    )
+
+
+def reference_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> torch.Tensor:
+    """Σ log p of each sequence under the reference model, nats, float32 [S], without gradient.
+
+    Those that came with the batch, computed once before training.
+    """
+    if batch.reference is None:
+        raise TrainingError(
+            "this loss compares with a reference model, and the batch brings no log-probabilities of one"
+        )
+    return batch.reference
