@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from kajiya.models.tasks import CAUSAL, Task, auto_class
+
 PACKED_SDPA = "kajiya_packed_sdpa"
 """Name under which Transformers finds `packed_sdpa`; it builds no mask of its own for it."""
 
@@ -19,15 +21,18 @@ def register_packed_sdpa() -> None:
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 
 
-def attention_name(wanted: str, architecture: Any) -> str:
-    """The implementation that Transformers is told: `packed_sdpa` for sdpa, eager where the architecture has no sdpa."""
-    from transformers import AutoModelForCausalLM
+def attention_name(wanted: str, architecture: Any, task: Task = CAUSAL) -> str:
+    """The implementation that Transformers is told: `packed_sdpa` for sdpa, eager where the architecture has no sdpa.
 
+    Models that read both ways, or a whole text at once, get masks of Transformers' own making and its sdpa.
+    """
     if wanted != "sdpa":
         return wanted
-    known: Any = AutoModelForCausalLM._model_mapping
+    known: Any = auto_class(task)._model_mapping
     if type(architecture) in known and not known[type(architecture)]._supports_sdpa:
         return "eager"
+    if task.name != "causal":
+        return "sdpa"
     register_packed_sdpa()
     return PACKED_SDPA
 

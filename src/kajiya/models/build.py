@@ -1,17 +1,20 @@
 """A model from its config: built from scratch, loaded from a folder or the hub, or the user's own module."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from kajiya.config.quantities import parse_count
 from kajiya.config.schema import ModelConfig
 from kajiya.config.tables import check_choice, import_target, nearest
 from kajiya.errors import ConfigError
 from kajiya.models.attention import attention_name
 from kajiya.models.load import load_model
-from kajiya.models.size import derive_shape
+from kajiya.models.size import Shape, derive_shape
+from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 
 _SIZE_FIELDS = {
     "hidden_size": "hidden_size",
@@ -21,6 +24,13 @@ _SIZE_FIELDS = {
     "ffn_size": "intermediate_size",
 }
 """This project's names and those of Transformers' configs, which are mapped further by each config's `attribute_map`."""
+_OTHER_NAMES = {
+    "num_hidden_layers": ("encoder_layers", "decoder_layers", "num_decoder_layers"),
+    "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
+    "intermediate_size": ("d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim"),
+    "head_dim": ("d_kv",),
+}
+"""Names that encoder–decoders give to the same sizes, one for each half or their own."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +56,25 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     return Vocabulary(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int) -> BuiltModel:
-    """The model in float32 on the CPU, its random weights a function of `seed` alone."""
+def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Task = CAUSAL) -> BuiltModel:
+    """The model with the task's head, in float32 on the CPU, its random weights a function of `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if ":" in config.name:
             return _own_module(config)
         if config.path is not None:
-            module = load_model(config.path, config.revision, torch.float32, config.attention, config.trust_remote_code)
+            module = load_model(
+                config.path, config.revision, torch.float32, config.attention, config.trust_remote_code, task
+            )
+            if task.name != "causal":
+                module.config.pad_token_id = vocabulary.pad_id
             rows = module.get_input_embeddings().num_embeddings
             if rows < vocabulary.size:
                 raise ConfigError(
                     "model.path", f"{config.path!r} has {rows} embeddings, the tokenizer {vocabulary.size} tokens"
                 )
             return BuiltModel(module, {"model.n_params": count_params(module)})
-        return _from_scratch(config, vocabulary)
+        return _from_scratch(config, vocabulary, task)
 
 
 def count_params(module: nn.Module) -> int:
@@ -95,8 +109,8 @@ def _refuse_hidden_parameters(name: str, module: nn.Module) -> None:
                 )
 
 
-def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+def _from_scratch(config: ModelConfig, vocabulary: Vocabulary, task: Task) -> BuiltModel:
+    from transformers import CONFIG_MAPPING
 
     if config.name not in CONFIG_MAPPING:
         hint = nearest(config.name, CONFIG_MAPPING.keys())
@@ -105,14 +119,27 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:
             f"{config.name!r} is no architecture that Transformers knows" + (f"; {hint}" if hint else ""),
             "A module of your own is named `package.module:function`.",
         )
+    _check_fields(config, CONFIG_MAPPING[config.name]())
     shape = derive_shape(config, vocabulary.size)
-    wanted = {_SIZE_FIELDS[name]: value for name, value in asdict(shape).items()} | {
-        "head_dim": shape.hidden_size // shape.n_heads,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "initializer_range": config.init_std,
-    }
-    known = _known_fields(CONFIG_MAPPING[config.name]())
+    architecture = _architecture(config, shape, vocabulary, task)
+    require_architecture(task, architecture, "model.name")
+    if task.name != "causal" and config.n_params is not None:
+        shape, architecture = _fitted_shape(config, shape, vocabulary, task)
+    attention = attention_name(config.attention, architecture, task)
+    module = auto_class(task).from_config(architecture, attn_implementation=attention, dtype=torch.float32)
+    if config.zero_outputs:
+        _zero_outputs(module)
+    if module.can_generate():
+        module.generation_config.eos_token_id = vocabulary.eos_id
+    known = _known_fields(architecture)
+    derived = {f"model.{name}": value for name, value in asdict(shape).items() if _SIZE_FIELDS[name] in known}
+    if attention == "eager" and config.attention != "eager":
+        derived["model.attention"] = "eager"
+    return BuiltModel(module, derived | {"model.n_params": count_params(module)})
+
+
+def _check_fields(config: ModelConfig, architecture: Any) -> None:
+    known = _known_fields(architecture)
     for key in config.options:
         if key not in known:
             hint = nearest(key, known)
@@ -120,14 +147,39 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:
                 f"model.options.{key}", f"is no field of the {config.name} config" + (f"; {hint}" if hint else "")
             )
     for ours, theirs in _SIZE_FIELDS.items():
-        if getattr(config, ours) is not None and theirs not in known:
+        if getattr(config, ours) is not None and theirs not in known | set(_OTHER_NAMES):
             raise ConfigError(f"model.{ours}", f"the {config.name} architecture has no such size")
+
+
+def _architecture(config: ModelConfig, shape: Shape, vocabulary: Vocabulary, task: Task) -> Any:
+    """The Transformers config of that shape."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    default = CONFIG_MAPPING[config.name]()
+    known = _known_fields(default)
+    wanted = {_SIZE_FIELDS[name]: value for name, value in asdict(shape).items()} | {
+        "head_dim": shape.hidden_size // shape.n_heads,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "initializer_range": config.init_std,
+    }
+    for ours, theirs in _OTHER_NAMES.items():
+        wanted |= dict.fromkeys(theirs, wanted[ours])
     fields = {key: value for key, value in wanted.items() if key in known}
-    if "rope_theta" not in known and "rope_parameters" in known:
+    ropes = default.to_dict().get("rope_parameters") or {}
+    # An architecture whose layers differ keeps its own angles for each kind.
+    if (
+        "rope_theta" not in known
+        and "rope_parameters" in known
+        and not any(isinstance(v, dict) for v in ropes.values())
+    ):
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    architecture = AutoConfig.for_model(
+    if "decoder_start_token_id" in known or task.name == "seq2seq":
+        # As T5 has it: the decoder begins with the padding token.
+        fields["decoder_start_token_id"] = vocabulary.pad_id
+    return AutoConfig.for_model(
         config.name,
-        **fields | config.options,
+        **fields | task.config_fields() | config.options,
         vocab_size=vocabulary.size,
         bos_token_id=vocabulary.bos_id,
         eos_token_id=vocabulary.eos_id,
@@ -135,15 +187,27 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary) -> BuiltModel:
         tie_word_embeddings=config.tied,
         use_cache=False,
     )
-    attention = attention_name(config.attention, architecture)
-    module = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
-    if config.zero_outputs:
-        _zero_outputs(module)
-    module.generation_config.eos_token_id = vocabulary.eos_id
-    derived = {f"model.{name}": value for name, value in asdict(shape).items() if _SIZE_FIELDS[name] in known}
-    if attention == "eager" and config.attention != "eager":
-        derived["model.attention"] = "eager"
-    return BuiltModel(module, derived | {"model.n_params": count_params(module)})
+
+
+def _fitted_shape(config: ModelConfig, shape: Shape, vocabulary: Vocabulary, task: Task) -> tuple[Shape, Any]:
+    """The shape whose model, counted without its weights, comes nearest to `n_params`.
+
+    The formula that the dial is derived with is a decoder's. The others are counted, and the target is corrected by what it missed.
+    """
+    wanted = parse_count(str(config.n_params), "model.n_params")
+    best: tuple[float, Shape, Any] | None = None
+    aim = float(wanted)
+    for _ in range(4):
+        architecture = _architecture(config, shape, vocabulary, task)
+        with torch.device("meta"):
+            found = count_params(auto_class(task).from_config(architecture))
+        miss = abs(math.log(found / wanted))
+        if best is None or miss < best[0]:
+            best = (miss, shape, architecture)
+        aim *= wanted / found
+        shape = derive_shape(replace(config, n_params=str(int(aim))), vocabulary.size)
+    assert best is not None
+    return best[1], best[2]
 
 
 def _zero_outputs(module: nn.Module) -> None:

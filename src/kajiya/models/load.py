@@ -7,6 +7,7 @@ import torch
 
 from kajiya.errors import ConfigError, StoreError
 from kajiya.models.attention import attention_name
+from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.run.process import quiet_transformers
 
 
@@ -16,12 +17,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    task: Task = CAUSAL,
 ) -> Any:
-    """A causal language model in `dtype` on the CPU, in evaluation mode, from a folder or a hub name.
+    """A model with the task's head, in `dtype` on the CPU, in evaluation mode, from a folder or a hub name.
 
-    Raises `ConfigError` when there is no such model, `StoreError` when its weights are not safetensors or do not fit.
+    A head over a whole text that the weights lack begins at random, from torch's generator. Raises `ConfigError` when there is
+    no such model, `StoreError` when its weights are not safetensors or do not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -32,11 +35,14 @@ def load_model(
         architecture = AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        if not trust_remote_code:
+            require_architecture(task, architecture, "model.path")
+        loaded: Any = auto_class(task).from_pretrained(
             path,
+            **_head_fields(task, architecture),
             revision=revision or "main",
             dtype=dtype,
-            attn_implementation=attention_name(attention, architecture),
+            attn_implementation=attention_name(attention, architecture, task),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -48,12 +54,29 @@ def load_model(
         ) from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            names = ", ".join(sorted(str(name) for name in report[kind])[:3])
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[kind])
+        if task.has_new_head:
+            # Of a model of text, what lies outside its body is the old head or the new one.
+            names = [
+                name for name in names if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
+            ]
+        if names:
+            listed = ", ".join(names[:3])
             raise StoreError(
-                f"{path}: the weights do not fit the config: {len(report[kind])} {kind.replace('_', ' ')} ({names} …)"
+                f"{path}: the weights do not fit the config: {len(names)} {kind.replace('_', ' ')} ({listed} …)"
             )
     return model.eval()
+
+
+def _head_fields(task: Task, architecture: Any) -> dict[str, Any]:
+    """Fields of the head that are set over the folder's own: those of a folder that has such a head already are kept."""
+    saved = architecture.architectures or []
+    if task.name == "classes" and not task.labels:
+        return {}
+    is_same = any(name.endswith("ForSequenceClassification") for name in saved)
+    if is_same and task.name == "classes" and len(task.labels) == architecture.num_labels:
+        return {}
+    return task.config_fields()
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
