@@ -100,7 +100,7 @@ def make_workload(order: WorkOrder) -> WorkOrder:
                 build_model(config.model, vocabulary_of(tokenizer), config.seed).module, tokenizer, fresh / "model"
             )
             loader = open_loader(
-                data.shards.path, "train", row_tokens=order.tokens, rows=order.rows, seed=order.seed, isolate=False
+                data.shards.path, "train", Feed(order.tokens, isolate=False), batch=order.rows, seed=order.seed
             )
             batches = [loader.next() for _ in range(order.steps)]
             rows = [np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1) for batch in batches]

@@ -57,14 +57,19 @@ class Documents:
         """All texts, in order."""
         return (self.text(index) for index in range(len(self)))
 
-    def batches(self, n_bytes: int) -> Iterator[tuple[int, list[str]]]:
-        """Runs of documents of about `n_bytes` together (at least one document), each with its first index."""
-        start = 0
-        while start < len(self):
+    def spans(self, n_bytes: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Runs of documents of at most `n_bytes` together (at least one document) between two indices, in order."""
+        end = len(self) if stop is None else stop
+        while start < end:
             stop = int(np.searchsorted(self.offsets, self.offsets[start] + n_bytes, side="right")) - 1
-            stop = min(max(stop, start + 1), len(self))
-            yield start, [self.text(index) for index in range(start, stop)]
+            stop = min(max(stop, start + 1), end)
+            yield start, stop
             start = stop
+
+    def batches(self, n_bytes: int) -> Iterator[tuple[int, list[str]]]:
+        """The texts of these runs, each with its first index."""
+        for start, stop in self.spans(n_bytes):
+            yield start, [self.text(index) for index in range(start, stop)]
 
 
 class DocumentWriter:

@@ -1,36 +1,133 @@
-"""The order of documents: for every epoch a permutation that is a function of seed and epoch alone."""
+"""The order of rows: for every turn a permutation that is a function of seed and turn, found place by place.
 
-from dataclasses import dataclass
+Nothing is materialised: the permutation is a Feistel network over the row numbers (Luby & Rackoff, 1988), with numbers past
+the last row sent through it again until they fall among the rows (cycle walking; Black & Rogaway, 2002). So opening, and
+going to any row, cost the same for ten rows and for ten thousand million.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from kajiya.data.documents import cumulated
+_ROUNDS = 6
+_WINDOW_GROUPS = 64
+GROUP_ROWS = 64
+"""Rows of about one length that stay together in a `BucketedOrder`; a constant, so that no batch size changes the order."""
 
 
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of `n` things, int64 [n].
+class Order(Protocol):
+    """An endless order of n rows: turn after turn, each row once in each. Row r has the place t · n + r in turn t."""
 
-    Sorted by raw Philox numbers: NumPy promises that these stay the same from version to version, which it does not for
-    `Generator.permutation`. (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.)
-    """
-    numbers = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64)).random_raw(n)
-    order = np.argsort(numbers)
-    # Numbers that are all different have one sorted order, whichever algorithm finds it; the fast ones are not stable.
-    ranked = numbers[order]
-    return order if bool((ranked[1:] != ranked[:-1]).all()) else np.argsort(numbers, kind="stable")
+    @property
+    def n(self) -> int:
+        """Rows in a turn."""
+        ...
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """The places that come as these numbers, int64 → int64; numbers t · n … t · n + n − 1 give the places of turn t."""
+        ...
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One pass over the documents."""
+class ShuffledOrder:
+    """Each turn a permutation of its own."""
 
-    documents: np.ndarray
-    """Documents in the order of this epoch; int64 [n]."""
-    starts: np.ndarray
-    """Where each of them begins in the epoch's tokens, and the end; int64 [n + 1]."""
+    n: int
+    """Rows in a turn."""
+    seed: int
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """As `Order`'s."""
+        turns, places = np.divmod(numbers, self.n)
+        rows = np.empty_like(numbers)
+        for turn in np.unique(turns):
+            of_turn = turns == turn
+            rows[of_turn] = permuted(places[of_turn], self.n, self.seed, int(turn))
+        return turns * self.n + rows
 
 
-def epoch_order(offsets: np.ndarray, seed: int, epoch: int) -> Epoch:
-    """The order of one epoch over documents that lie at `offsets` (int64 [n + 1])."""
-    documents = permutation(len(offsets) - 1, seed, epoch)
-    return Epoch(documents, cumulated((offsets[1:] - offsets[:-1])[documents]))
+@dataclass(frozen=True)
+class BucketedOrder:
+    """Shuffled, then sorted by length within windows of 4096 rows, whose groups of 64 come in a random order.
+
+    Neighbours are of about one length, so that batches of them need little padding, and every turn brings other neighbours.
+    """
+
+    lengths: np.ndarray
+    """Tokens of each row; any integers [n]."""
+    seed: int
+    _windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def n(self) -> int:
+        """Rows in a turn."""
+        return len(self.lengths)
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """As `Order`'s."""
+        size = _WINDOW_GROUPS * GROUP_ROWS
+        turns, places = np.divmod(numbers, self.n)
+        rows = np.empty_like(numbers)
+        for index, (turn, place) in enumerate(zip(turns.tolist(), places.tolist(), strict=True)):
+            rows[index] = self._window(turn, place // size)[place % size]
+        return turns * self.n + rows
+
+    def _window(self, turn: int, number: int) -> np.ndarray:
+        key = (turn, number)
+        if key not in self._windows:
+            size = _WINDOW_GROUPS * GROUP_ROWS
+            places = np.arange(number * size, min((number + 1) * size, self.n))
+            rows = permuted(places, self.n, self.seed, turn)
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            n_groups = -(-len(rows) // GROUP_ROWS)
+            groups = permuted(np.arange(n_groups), n_groups, ~self.seed % 2**64, turn * 2**32 + number)
+            for old in [each for each in self._windows if each[0] != turn or abs(each[1] - number) > 1]:
+                del self._windows[old]
+            parts = [rows[group * GROUP_ROWS : (group + 1) * GROUP_ROWS] for group in groups.tolist()]
+            self._windows[key] = np.concatenate(parts)
+        return self._windows[key]
+
+
+@dataclass(frozen=True)
+class PlainOrder:
+    """The rows as they lie."""
+
+    n: int
+    """Rows in a turn."""
+
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """As `Order`'s."""
+        return numbers
+
+
+def permuted(places: np.ndarray, n: int, seed: int, turn: int) -> np.ndarray:
+    """Where a permutation of `n` things, keyed by seed and turn, sends each of `places`; int64 [m] in [0, n).
+
+    Six rounds, two more than a pseudo-random permutation is proved to need, since the halves are small.
+    """
+    half = max(1, -(-(n - 1).bit_length() // 2))
+    low = np.uint64(2**half - 1)
+    shift = np.uint64(half)
+    key = np.array([seed % 2**64], dtype=np.uint64)
+    keys = _mixed(_mixed(key) ^ np.uint64(turn % 2**64) ^ np.arange(_ROUNDS, dtype=np.uint64) * _ODD)
+    found = np.asarray(places).astype(np.uint64)
+    outside = np.ones(len(found), dtype=np.bool_)
+    while outside.any():
+        left, right = found[outside] >> shift, found[outside] & low
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & low)
+        found[outside] = left << shift | right
+        outside &= found >= n
+    return found.astype(np.int64)
+
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer (Steele, Lea & Flood, OOPSLA 2014): uint64 [n] to well-mixed uint64 [n]."""
+    mixed = numbers + _ODD  # an array's product wraps around silently, as it must here
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

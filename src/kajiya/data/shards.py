@@ -1,6 +1,12 @@
-"""Shards: every document tokenized once, as memory-mapped integers with the documents' boundaries."""
+"""Shards: every document tokenized once, as memory-mapped integers with the boundaries of its sequences.
+
+A document of text is one sequence. A structured row is rendered (`kajiya.data.examples`) into the k sequences of an example,
+with a weight for each target, and a label where its kind has one.
+"""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +16,10 @@ import numpy as np
 
 from kajiya.config.schema import DataConfig
 from kajiya.data.documents import SPLITS, Documents, cumulated, map_file, open_documents
-from kajiya.data.encode import encode_texts, open_encoder
+from kajiya.data.encode import open_encoder
+from kajiya.data.encoding import RowsEncoder, TextEncoder
+from kajiya.data.examples import Example
+from kajiya.data.parts import Encode, Part, Portions, link_parts, write_names, write_parts
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.errors import DataError, StoreError
 from kajiya.run.code import code_revision
@@ -19,46 +28,83 @@ from kajiya.run.store import Artifact, Store, produce
 
 STAGE = "shards"
 _INDEX = "shards.json"
-_BATCH_BYTES = 4 * 2**20
+_CHUNK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How the rows of a structured corpus become examples."""
+
+    open: Callable[[], Callable[[Any], Example]]
+    """Opens the function that renders a row (a JSON object); it may be sent to other processes."""
+    segments: int
+    """Sequences of an example, k."""
+    key: Any
+    """What the shards depend on beside corpus, tokenizer and code: the format, the template, the settings."""
+    code: tuple[str, ...]
+    """Modules that render."""
 
 
 def build_shards(
-    config: DataConfig, corpus: Artifact, tokenizer: Artifact, store: Store, on_event: OnEvent = silent
+    config: DataConfig,
+    corpus: Artifact,
+    tokenizer: Artifact,
+    store: Store,
+    on_event: OnEvent = silent,
+    rendering: Rendering | None = None,
 ) -> tuple[Artifact, bool]:
     """Tokenize both splits; returns the artifact, and whether it was there already.
 
-    Each document becomes begin-of-text + ids + end-of-text. Facts, for each split: `documents`, `tokens`, `bytes`,
-    `bytes_per_token`, `shards`. `row_tokens` is no part of the key; a corpus shorter than one row raises `DataError`.
+    Each document of text becomes begin-of-text + ids + end-of-text; with a `rendering`, each is a row that becomes an
+    example. Facts, for each split: `documents`, `tokens`, `bytes`, `bytes_per_token`, `shards`. `row_tokens` is no part of
+    the key; a text shorter than one row raises `DataError`. Killed, it goes on with the first part that is not finished.
     """
-    special = (int(tokenizer.facts["bos_id"]), int(tokenizer.facts["eos_id"]))
-    dtype = "<u2" if tokenizer.facts["vocab_size"] <= 2**16 else "<u4"
+    dtype = np.dtype("<u2" if tokenizer.facts["vocab_size"] <= 2**16 else "<u4")
+    segments = rendering.segments if rendering else 1
+    unfinished: list[Path] = []
 
     def make(folder: Path) -> dict[str, Any]:
-        encoder = open_encoder(tokenizer.path)
+        parts_folder = folder.with_name(folder.name.rpartition(".")[0] + ".parts")
+        unfinished.append(parts_folder)
         splits = {split: open_documents(corpus.path, split) for split in SPLITS}
         n_bytes = sum(documents.n_bytes for documents in splits.values())
-        require_space(folder, n_bytes * np.dtype(dtype).itemsize, "tokenizing")
+        made = sum(path.stat().st_size for path in parts_folder.glob("*")) if parts_folder.is_dir() else 0
+        require_space(folder, max(0, n_bytes * dtype.itemsize - made), "tokenizing")
         progress = Progress(on_event, STAGE, "bytes", n_bytes)
+        portions = Portions(config.shard_bytes, _CHUNK_BYTES, 1)
         facts: dict[str, Any] = {}
+        index: dict[str, Any] = {"dtype": dtype.str, "is_text": rendering is None, "segments": segments} | special
         for split, documents in splits.items():
-            with _ShardWriter(folder, split, np.dtype(dtype), config.shard_tokens) as writer:
-                lengths = _tokenize(documents, encoder, special, writer, progress)
-            facts[split] = _write_index(folder, split, documents, lengths) | {"shards": writer.n_files}
+            encode = _encoder(documents, tokenizer.path, dtype, special, rendering)
+            parts = write_parts(parts_folder, documents, encode, portions, progress)
+            index[split] = link_parts(parts, folder)
+            facts[split] = _write_index(folder, documents, parts, segments)
         progress.end()
-        index = {"dtype": dtype, "shard_tokens": config.shard_tokens, "bos_id": special[0], "eos_id": special[1]}
         write_json(folder / _INDEX, index)
-        return facts | index
+        return facts | {name: value for name, value in index.items() if name not in SPLITS}
 
+    special = {name: int(tokenizer.facts[name]) for name in ("bos_id", "eos_id", "pad_id")}
     artifact, reused = produce(
         store,
         STAGE,
-        code=code_revision("kajiya.data.shards"),
-        config={"shard_tokens": config.shard_tokens},
+        code=code_revision("kajiya.data.shards", *(rendering.code if rendering else ())),
+        config={"shard_bytes": config.shard_bytes} | ({"rendering": rendering.key} if rendering else {}),
         parents={"corpus": corpus, "tokenizer": tokenizer},
         make=make,
     )
-    _require_row(config.row_tokens, int(artifact.facts["train"]["tokens"]))
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
+    if rendering is None:
+        _require_row(config.row_tokens, int(artifact.facts["train"]["tokens"]))
     return artifact, reused
+
+
+def _encoder(
+    documents: Documents, tokenizer: Path, dtype: np.dtype, special: dict[str, int], rendering: Rendering | None
+) -> Encode:
+    if rendering is None:
+        return TextEncoder(documents, open_encoder(tokenizer), dtype, special["bos_id"], special["eos_id"])
+    return RowsEncoder(documents, rendering.open(), dtype, rendering.segments)
 
 
 # ---------------------------------------------------------------- reading
@@ -66,20 +112,29 @@ def build_shards(
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split, memory-mapped: documents one behind the other, cut into files of equal length."""
+    """The tokens of one split, memory-mapped: sequences one behind the other, cut into files."""
 
     folder: Path
     name: str
     files: tuple[np.ndarray, ...]
     """Tokens of each shard file, unsigned 16 or 32 bit."""
-    shard_tokens: int
-    """Tokens in each file but the last."""
     offsets: np.ndarray
-    """Where each document begins in the tokens, and the end; int64 [n_documents + 1]."""
+    """Where each sequence begins in the tokens, and the end; int64 [n_documents · segments + 1]."""
     document_bytes: np.ndarray
     """UTF-8 bytes of each document's text; int64 [n_documents]."""
     bos_id: int
     eos_id: int
+    pad_id: int
+    is_text: bool = True
+    """Documents of text; otherwise rendered examples."""
+    segments: int = 1
+    """Sequences of each document, k."""
+    codes: tuple[np.ndarray | None, ...] = ()
+    """For each file the number of each target's weight, uint8; `None` or nothing: all weights are 1."""
+    weights: tuple[np.ndarray | None, ...] = ()
+    """For each file what these numbers stand for, float32."""
+    labels: np.ndarray | None = None
+    """Label of each document, int64 or float64 [n_documents]."""
 
     @property
     def n_tokens(self) -> int:
@@ -88,12 +143,22 @@ class Split:
 
     @property
     def n_documents(self) -> int:
-        return len(self.offsets) - 1
+        return (len(self.offsets) - 1) // self.segments
 
     @property
     def n_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
         return int(self.document_bytes.sum())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights of targets are kept; otherwise all are 1."""
+        return any(table is not None for table in self.weights)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some target's weight is neither 0 nor 1."""
+        return any(table is not None and not np.isin(table, (0, 1)).all() for table in self.weights)
 
     @cached_property
     def names(self) -> list[str]:
@@ -101,34 +166,68 @@ class Split:
         names: list[str] = json.loads((self.folder / f"{self.name}.names.json").read_bytes())
         return names
 
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return cumulated([len(file) for file in self.files])
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens from `start` to before `stop`; a view where they lie in one file."""
-        pieces = []
-        for number in range(start // self.shard_tokens, -(-stop // self.shard_tokens)):
-            first = number * self.shard_tokens
-            pieces.append(self.files[number][max(0, start - first) : stop - first])
+        pieces = [self.files[number][part] for number, part in self._pieces(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.zeros(0, dtype=self.files[0].dtype)])
 
+    def read_weights(self, start: int, stop: int) -> np.ndarray:
+        """Weights of the tokens from `start` to before `stop` as targets, float32."""
+        pieces = [np.zeros(0, dtype=np.float32)]
+        for number, part in self._pieces(start, stop):
+            codes, weights = (self.codes[number], self.weights[number]) if self.codes else (None, None)
+            n = part.stop - part.start
+            pieces.append(np.ones(n, dtype=np.float32) if codes is None or weights is None else weights[codes[part]])
+        return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, slice]]:
+        """Which part of which files holds the tokens from `start` to before `stop`."""
+        pieces = []
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            first = int(self._starts[number])
+            end = min(stop, int(self._starts[number + 1]))
+            if end > start:
+                pieces.append((number, slice(start - first, end - first)))
+            start, number = end, number + 1
+        return pieces
+
     def document(self, index: int) -> np.ndarray:
-        """The tokens of one document, begin and end of text included."""
-        return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
+        """The tokens of one document, begin and end of text included; all of its sequences."""
+        first = index * self.segments
+        return self.read(int(self.offsets[first]), int(self.offsets[first + self.segments]))
 
 
 def open_split(folder: Path, split: str) -> Split:
     """The split `train` or `heldout` of the shards in `folder`."""
     index = read_json(folder / _INDEX)
-    paths = sorted(folder.glob(f"{split}-*.bin"))
-    if not paths:
+    if split not in index:
         raise StoreError(f"{folder}: no shards of a split {split!r} are there")
+    dtype = np.dtype(index["dtype"])
+    paths = [folder / each["name"] for each in index[split]]
+    tables = [each["weights"] for each in index[split]]
+    labels = folder / f"{split}.labels.npy"
     return Split(
         folder=folder,
         name=split,
-        files=tuple(map_file(path, np.dtype(index["dtype"])) for path in paths),
-        shard_tokens=index["shard_tokens"],
+        files=tuple(map_file(path, dtype) for path in paths),
         offsets=map_array(folder / f"{split}.offsets.npy"),
         document_bytes=map_array(folder / f"{split}.bytes.npy"),
         bos_id=index["bos_id"],
         eos_id=index["eos_id"],
+        pad_id=index["pad_id"],
+        is_text=index["is_text"],
+        segments=index["segments"],
+        codes=tuple(
+            None if table is None else map_file(path.with_suffix(".weights"), np.dtype(np.uint8))
+            for path, table in zip(paths, tables, strict=True)
+        ),
+        weights=tuple(None if table is None else np.array(table, dtype=np.float32) for table in tables),
+        labels=map_array(labels) if labels.is_file() else None,
     )
 
 
@@ -140,72 +239,22 @@ def map_array(path: Path) -> np.ndarray:
 # ---------------------------------------------------------------- writing
 
 
-class _ShardWriter:
-    """Writes a stream of tokens into files of exactly `shard_tokens`, the last one shorter."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
-        self._folder = folder
-        self._split = split
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self.n_files = 0
-        self._space = 0
-        self._open_next()
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Append tokens, int64 [n]."""
-        tokens = tokens.astype(self._dtype)
-        while len(tokens):
-            if not self._space:
-                self._handle.close()
-                self._open_next()
-            part, tokens = tokens[: self._space], tokens[self._space :]
-            self._handle.write(part.tobytes())
-            self._space -= len(part)
-
-    def __enter__(self) -> "_ShardWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.close()
-
-    def _open_next(self) -> None:
-        # Nine digits, so that sorting the names sorts the files.
-        self._handle = (self._folder / f"{self._split}-{self.n_files:09d}.bin").open("wb")
-        self.n_files += 1
-        self._space = self._shard_tokens
-
-
-def _tokenize(
-    documents: Documents, encoder: Any, special: tuple[int, int], writer: _ShardWriter, progress: Progress
-) -> list[int]:
-    """Write every document's tokens; returns their numbers. Memory holds one batch of documents."""
-    bos, eos = np.array(special[:1]), np.array(special[1:])
-    lengths: list[int] = []
-    for first, texts in documents.batches(_BATCH_BYTES):
-        encoded = encode_texts(encoder, texts)
-        for index, ids in enumerate(encoded, start=first):
-            if np.isin(ids, special).any():
-                raise DataError(
-                    f"{documents.names[index]}: its text is encoded to the special token {special[0]} or {special[1]}, "
-                    "which marks where documents begin and end.\nChoose another tokenizer, or train one."
-                )
-            lengths.append(len(ids) + 2)
-        writer.add(np.concatenate([part for ids in encoded for part in (bos, ids, eos)]))
-        progress.add(int(documents.offsets[first + len(texts)] - documents.offsets[first]))
-    return lengths
-
-
-def _write_index(folder: Path, split: str, documents: Documents, lengths: list[int]) -> dict[str, Any]:
+def _write_index(folder: Path, documents: Documents, parts: list[Part], segments: int) -> dict[str, Any]:
+    split = documents.split
+    lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(part.lengths for part in parts)])
+    assert len(lengths) == segments * len(documents), "sequences were lost"
     np.save(folder / f"{split}.offsets.npy", cumulated(lengths))
     np.save(folder / f"{split}.bytes.npy", np.diff(documents.offsets))
-    (folder / f"{split}.names.json").write_text(json.dumps(documents.names), encoding="utf-8")
-    n_tokens = sum(lengths)
+    write_names(folder / f"{split}.names.json", documents.names)
+    if any(part.has_labels for part in parts):
+        np.save(folder / f"{split}.labels.npy", np.concatenate([part.labels for part in parts]))
+    n_tokens = int(lengths.sum())
     return {
         "documents": len(documents),
         "tokens": n_tokens,
         "bytes": documents.n_bytes,
         "bytes_per_token": documents.n_bytes / n_tokens,
+        "shards": len(parts),
     }
 
 

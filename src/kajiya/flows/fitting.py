@@ -12,7 +12,7 @@ from torch import nn
 
 from kajiya.config.schema import Config
 from kajiya.data.bigrams import count_bigrams
-from kajiya.data.loader import heldout_rows, open_loader
+from kajiya.data.loader import Feed, heldout_rows, open_loader
 from kajiya.data.progress import OnEvent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
@@ -85,10 +85,9 @@ def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict
     loader = open_loader(
         shards.path,
         "train",
-        row_tokens=config.data.row_tokens,
-        rows=config.train.micro_batch,
+        feed_of(config),
+        batch=config.train.micro_batch,
         seed=config.seed,
-        isolate=config.data.isolate,
     )
     setup = Setup(
         model=model,
@@ -106,6 +105,11 @@ def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict
     )
     derived = built.derived | {"train.precision": precision.name, "train.device": str(device)}
     return Prepared(setup, derived, compiled)
+
+
+def feed_of(config: Config) -> Feed:
+    """The rows that this config trains on."""
+    return Feed(row_tokens=config.data.row_tokens, isolate=config.data.isolate)
 
 
 def plan_run(config: Config, prepared: Prepared, shards: Artifact, began: float) -> Plan:
@@ -246,10 +250,10 @@ def _hooks(
     kept = list(
         heldout_rows(
             shards.path,
-            row_tokens=config.data.row_tokens,
+            feed_of(config),
             rows=config.train.eval_rows,
             batch=config.train.micro_batch,
-            isolate=config.data.isolate,
+            seed=config.seed,
         )
     )
 
