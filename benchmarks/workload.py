@@ -70,7 +70,7 @@ def make_workload(order: WorkOrder) -> WorkOrder:
     """
     import numpy as np
 
-    from kajiya.data.loader import open_loader
+    from kajiya.data.loader import Feed, open_loader
     from kajiya.data.tokenizer import load_tokenizer
     from kajiya.flows.stages import Stages
     from kajiya.flows.train import prepare_data

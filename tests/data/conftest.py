@@ -48,9 +48,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(text.encode())
     store = Store(tmp_path_factory.mktemp("store"))
-    # Shards far smaller than the corpus, so that documents lie across files.
+    # Shards far smaller than the corpus, so that rows lie across files.
     config = DataConfig(
-        source=SourceConfig("stdlib", {"root": str(root)}), heldout_every=5, row_tokens=64, shard_tokens=10_007
+        source=SourceConfig("stdlib", {"root": str(root)}), heldout_every=5, row_tokens=64, shard_bytes=30_011
     )
     corpus, _ = build_corpus(config, store)
     tokenizer, _ = build_tokenizer(TokenizerConfig(vocab_size=1024), corpus, store)

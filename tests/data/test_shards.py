@@ -35,13 +35,16 @@ def test_text_never_becomes_a_special_token(small) -> None:
     assert "hard/special.py" in named
 
 
-def test_files_are_of_the_size_asked_for(small) -> None:
-    assert small.config.shard_tokens == 10_007
+def test_files_hold_whole_documents_up_to_the_size_asked_for(small) -> None:
+    assert small.config.shard_bytes == 30_011
     for split in ("train", "heldout"):
         shards = open_split(small.shards.path, split)
-        assert [len(file) for file in shards.files[:-1]] == [10_007] * (len(shards.files) - 1)
         assert sum(len(file) for file in shards.files) == shards.n_tokens
         assert {file.dtype for file in shards.files} == {np.dtype("<u2")}
+        begins = np.searchsorted(shards.offsets, np.cumsum([0, *(len(file) for file in shards.files)]))
+        assert shards.offsets[begins].tolist() == np.cumsum([0, *(len(file) for file in shards.files)]).tolist()
+        for first, last in zip(begins[:-1], begins[1:], strict=True):
+            assert last - first == 1 or shards.document_bytes[first:last].sum() <= 30_011
     assert len(open_split(small.shards.path, "train").files) > 3
 
 
@@ -53,9 +56,9 @@ def test_the_size_of_files_changes_no_token(small, tmp_path: Path) -> None:
         many, whole = open_split(small.shards.path, split), open_split(artifact.path, split)
         assert len(whole.files) == 1
         assert many.read(0, many.n_tokens).tolist() == whole.read(0, whole.n_tokens).tolist()
-        start, stop = 10_000, 20_020
-        assert many.read(start, stop).tolist() == whole.files[0][start:stop].tolist()
-        assert many.read(10_007, 20_014).tolist() == whole.files[0][10_007:20_014].tolist()
+        edge = len(many.files[0])
+        for start, stop in ((edge - 7, edge + 9), (edge, edge + 1), (edge - 1, edge), (3, 3)):
+            assert many.read(start, stop).tolist() == whole.files[0][start:stop].tolist()
 
 
 def test_facts(small) -> None:
@@ -71,7 +74,7 @@ def test_facts(small) -> None:
             "shards": len(shards.files),
         }
         assert (shards.n_documents, shards.n_bytes) == (ledger["documents"], ledger["bytes"])
-    assert (facts["dtype"], facts["bos_id"], facts["eos_id"]) == ("<u2", 0, 1)
+    assert (facts["dtype"], facts["bos_id"], facts["eos_id"], facts["is_text"]) == ("<u2", 0, 1, True)
 
 
 def test_a_large_vocabulary_takes_four_bytes(small, tmp_path: Path) -> None:
@@ -85,14 +88,14 @@ def test_a_large_vocabulary_takes_four_bytes(small, tmp_path: Path) -> None:
 
 
 def test_another_row_length_reuses_them(small) -> None:
-    longer = DataConfig(source=small.config.source, heldout_every=5, row_tokens=128, shard_tokens=10_007)
+    longer = DataConfig(source=small.config.source, heldout_every=5, row_tokens=128, shard_bytes=30_011)
     assert build_shards(longer, small.corpus, small.tokenizer, small.store) == (small.shards, True)
 
 
 def test_a_corpus_shorter_than_a_row_is_refused(small) -> None:
     n_tokens = small.shards.facts["train"]["tokens"]
     for row_tokens, fits in ((n_tokens - 1, True), (n_tokens, False)):
-        config = DataConfig(source=small.config.source, heldout_every=5, row_tokens=row_tokens, shard_tokens=10_007)
+        config = DataConfig(source=small.config.source, heldout_every=5, row_tokens=row_tokens, shard_bytes=30_011)
         if fits:
             build_shards(config, small.corpus, small.tokenizer, small.store)
         else:

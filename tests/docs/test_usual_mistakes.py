@@ -24,7 +24,7 @@ from kajiya.config.schema import Config, ModelConfig, SourceConfig
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import open_documents
-from kajiya.data.loader import Loader, heldout_rows, open_loader
+from kajiya.data.loader import Feed, Loader, heldout_rows, open_loader
 from kajiya.data.shards import build_shards, open_split
 from kajiya.data.tokenizer import build_tokenizer, load_tokenizer
 from kajiya.errors import ConfigError, StoreError, TrainingError
@@ -71,7 +71,7 @@ class Small:
     shards: Artifact
 
     def loader(self, rows: int = 4, row_tokens: int = 32, seed: int = 0) -> Loader:
-        return open_loader(self.shards.path, "train", row_tokens=row_tokens, rows=rows, seed=seed, isolate=True)
+        return open_loader(self.shards.path, "train", Feed(row_tokens), batch=rows, seed=seed)
 
     def setup(self, model: nn.Module, **changes: Any) -> Setup:
         model = SingleProcess(CPU, FP32).prepare(model)
@@ -217,7 +217,7 @@ def test_there_are_no_loader_workers(small: Small) -> None:
     loader = small.loader()
     loader.next()
     assert multiprocessing.active_children() == []
-    assert not loader.split.files[0].flags.owndata, "the tokens are mapped, not read"
+    assert not loader.rows.split.files[0].flags.owndata, "the tokens are mapped, not read"
 
 
 def test_rows_do_not_depend_on_the_batch_size(small: Small) -> None:
@@ -258,7 +258,7 @@ def test_layers_in_a_plain_list_are_refused(tmp_path: Path, monkeypatch: pytest.
 def test_dropout_is_off_while_scoring_and_the_mode_returns(small: Small) -> None:
     model = WithDropout().train()
     frozen = model.dropout  # a layer that someone keeps in evaluation mode on purpose
-    rows = list(heldout_rows(small.shards.path, row_tokens=32, rows=8))
+    rows = list(heldout_rows(small.shards.path, Feed(32), rows=8))
     ids = [open_split(small.shards.path, "heldout").document(0)[:200]]
 
     def score() -> float:

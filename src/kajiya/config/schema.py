@@ -66,8 +66,6 @@ class DataConfig:
     """How sequences share rows. best_fit: whole examples, as many as fit; concatenate: text, cut where a row is full;
     bucketed: a row each, batches of about one length. auto: concatenate for text, best_fit for all else, bucketed for a
     model that cannot keep the sequences of a row apart."""
-    on_long: str = setting("cut", choices=("cut", "drop", "error"))
-    """What an example longer than a row does: be cut at its end (counted), be dropped (counted), or stop the work."""
     shard_bytes: int = setting(67_108_864, ge=1024)
     """Text behind one shard file, bytes, about: a document is never divided."""
 

@@ -6,6 +6,7 @@ going to any row, cost the same for ten rows and for ten thousand million.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -109,13 +110,11 @@ def permuted(places: np.ndarray, n: int, seed: int, turn: int) -> np.ndarray:
     half = max(1, -(-(n - 1).bit_length() // 2))
     low = np.uint64(2**half - 1)
     shift = np.uint64(half)
-    key = np.array([seed % 2**64], dtype=np.uint64)
-    keys = _mixed(_mixed(key) ^ np.uint64(turn % 2**64) ^ np.arange(_ROUNDS, dtype=np.uint64) * _ODD)
     found = np.asarray(places).astype(np.uint64)
     outside = np.ones(len(found), dtype=np.bool_)
     while outside.any():
         left, right = found[outside] >> shift, found[outside] & low
-        for key in keys:
+        for key in _keys(seed, turn):
             left, right = right, left ^ (_mixed(right ^ key) & low)
         found[outside] = left << shift | right
         outside &= found >= n
@@ -123,6 +122,13 @@ def permuted(places: np.ndarray, n: int, seed: int, turn: int) -> np.ndarray:
 
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+@lru_cache(maxsize=64)
+def _keys(seed: int, turn: int) -> tuple[np.uint64, ...]:
+    """The keys of the rounds."""
+    key = np.array([seed % 2**64], dtype=np.uint64)
+    return tuple(_mixed(_mixed(key) ^ np.uint64(turn % 2**64) ^ np.arange(_ROUNDS, dtype=np.uint64) * _ODD))
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:

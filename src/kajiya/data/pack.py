@@ -104,8 +104,12 @@ def choose_packing(wanted: str, takes: str, is_text: bool, can_isolate: bool) ->
     """
     if takes == "seq2seq":
         if wanted not in ("auto", "bucketed"):
-            raise ConfigError("data.packing", f"{wanted}: the pairs of an encoder-decoder have a row each", "Set it to auto.")
-        return ChosenPacking("bucketed", "an encoder-decoder reads one pair a row; pairs of about one length go together")
+            raise ConfigError(
+                "data.packing", f"{wanted}: the pairs of an encoder-decoder have a row each", "Set it to auto."
+            )
+        return ChosenPacking(
+            "bucketed", "an encoder-decoder reads one pair a row; pairs of about one length go together"
+        )
     if wanted == "best_fit" and not can_isolate:
         raise ConfigError(
             "data.packing",
@@ -117,7 +121,9 @@ def choose_packing(wanted: str, takes: str, is_text: bool, can_isolate: bool) ->
     if wanted != "auto":
         return ChosenPacking(wanted, "set in the config")
     if not can_isolate:
-        return ChosenPacking("bucketed", "this model cannot keep sequences of a row apart, so each has a row of its own")
+        return ChosenPacking(
+            "bucketed", "this model cannot keep sequences of a row apart, so each has a row of its own"
+        )
     if is_text:
         return ChosenPacking("concatenate", "text is cut where a row is full")
     return ChosenPacking("best_fit", "whole examples share rows and do not see each other")

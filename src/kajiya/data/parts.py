@@ -75,7 +75,9 @@ class Portions:
     """Chunks in work at a time."""
 
 
-def write_parts(folder: Path, documents: Documents, encode: Encode, portions: Portions, progress: Progress) -> list[Part]:
+def write_parts(
+    folder: Path, documents: Documents, encode: Encode, portions: Portions, progress: Progress
+) -> list[Part]:
     """Every part of the split, in order: found finished in `folder`, or made."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -134,7 +136,9 @@ def _encoded(
     """The chunks of a part in order, a few of them in work at a time."""
     chunks = documents.spans(portions.chunk_bytes, *span)
     with ThreadPoolExecutor(portions.n_ahead) as pool:
-        waiting = [(chunk, pool.submit(encode, *chunk)) for _, chunk in zip(range(portions.n_ahead), chunks, strict=False)]
+        waiting = [
+            (chunk, pool.submit(encode, *chunk)) for _, chunk in zip(range(portions.n_ahead), chunks, strict=False)
+        ]
         while waiting:
             (start, stop), future = waiting.pop(0)
             encoded = future.result()

@@ -141,9 +141,7 @@ def document_starts(split: Split, start: int, stop: int) -> np.ndarray:
     return split.offsets[low:high] - start
 
 
-def text_batch(
-    tokens: np.ndarray, begins: np.ndarray, isolate: bool, has_target_BT: np.ndarray | None = None
-) -> Batch:
+def text_batch(tokens: np.ndarray, begins: np.ndarray, isolate: bool, has_target_BT: np.ndarray | None = None) -> Batch:
     """The batch of these tokens [B, T + 1], the last of each row a target only; `begins` marks documents' first tokens."""
     tokens_BT, begins_BT = tokens[:, :-1], begins[:, :-1]
     targets_BT = tokens[:, 1:].copy()

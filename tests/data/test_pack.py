@@ -1,0 +1,220 @@
+"""Packing against a slow best-fit-decreasing; it loses, doubles and divides nothing, and never overfills."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kajiya.config.schema import DataConfig
+from kajiya.data.examples import Example, Segment
+from kajiya.data.pack import best_fit, build_packing, choose_packing, cut_to, open_packing
+from kajiya.data.shards import Rendering, build_shards, open_split
+from kajiya.errors import ConfigError, DataError
+from kajiya.run.store import Store
+
+
+def rows_of(order: np.ndarray, rows: np.ndarray) -> list[list[int]]:
+    return [order[start:stop].tolist() for start, stop in zip(rows[:-1], rows[1:], strict=True)]
+
+
+def slow_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """As a textbook has it: one item at a time, longest first, into the fullest row that holds it."""
+    rooms: list[int] = []
+    rows: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [(room, row) for row, room in enumerate(rooms) if room >= lengths[item]]
+        if fitting:
+            _, row = min(fitting)
+            rooms[row] -= lengths[item]
+            rows[row].append(item)
+        else:
+            rooms.append(capacity - lengths[item])
+            rows.append([item])
+    return rows
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(1, 70))
+def test_nothing_is_lost_doubled_or_overfilled_and_rows_are_as_few_as_the_slow_ones(
+    data: st.DataObject, room: int
+) -> None:
+    lengths = data.draw(st.lists(st.integers(1, room), max_size=90))
+    packed = rows_of(*best_fit(np.array(lengths, dtype=np.int64), room))
+    assert sorted(item for row in packed for item in row) == list(range(len(lengths)))
+    assert all(row and row == sorted(row) and sum(lengths[item] for item in row) <= room for row in packed)
+    expected = slow_best_fit(lengths, room)
+    # Where two rows have the same room left, either may take the item.
+    assert sorted(sum(lengths[i] for i in row) for row in packed) == sorted(
+        sum(lengths[i] for i in row) for row in expected
+    )
+
+
+@pytest.mark.parametrize("room", [512, 2048])
+def test_real_lengths_fill_the_rows(room: int) -> None:
+    # Lengths of instruction data are about log-normal, with a mean of 119 tokens.
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.75, size=20_000).astype(np.int64).clip(1, room)
+    _, rows = best_fit(lengths, room)
+    assert lengths.sum() / ((len(rows) - 1) * room) > 0.99
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(4, 100))
+def test_a_cut_is_fair(lengths: list[int], room: int) -> None:
+    kept = cut_to(np.array(lengths), room)
+    assert (kept <= lengths).all()
+    assert kept.sum() == min(sum(lengths), room) or sum(lengths) - kept.sum() < sum(lengths)
+    assert kept.sum() <= room
+    assert (kept >= np.minimum(lengths, room // len(lengths))).all()
+    if sum(lengths) > room:
+        assert kept.sum() == room
+
+
+# ---------------------------------------------------------------- the artifact
+
+
+def words(row: dict[str, str]) -> Example:
+    """A rendering for tests: the prompt's characters, not trained, then the answer's."""
+    prompt, answer = row["prompt"], row["answer"]
+    ids = np.frombuffer((prompt + answer).encode(), dtype=np.uint8).astype(np.int64)
+    return Example((Segment(ids, np.array([0.0] * len(prompt) + [1.0] * len(answer), dtype=np.float32)),))
+
+
+def open_words():
+    return words
+
+
+RENDERING = Rendering(open_words, 1, {"format": "words"}, ("kajiya.data.examples",))
+
+
+@pytest.fixture
+def made(small, tmp_path: Path):
+    """Shards of rows with these (prompt, answer) lengths."""
+    from dataclasses import replace
+
+    from kajiya.config.schema import SourceConfig
+    from kajiya.data.corpus import build_corpus
+
+    def make(lengths: list[tuple[int, int]]):
+        import json
+
+        rows = [{"prompt": f"{i:03d}" + "p" * (p - 3), "answer": "a" * a} for i, (p, a) in enumerate(lengths)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": json.dumps(row)}) for row in rows))
+        config = replace(
+            DataConfig(),
+            source=SourceConfig("jsonl", {"files": str(tmp_path / "rows.jsonl")}),
+            heldout_every=3,
+            near_duplicate=None,
+            row_tokens=32,
+        )
+        store = Store(tmp_path / "store")
+        corpus, _ = build_corpus(config, store)
+        shards, _ = build_shards(config, corpus, small.tokenizer, store, rendering=RENDERING)
+        return config, shards, store
+
+    return make
+
+
+def test_shards_hold_the_examples(made) -> None:
+    import json
+
+    from kajiya.data.documents import open_documents
+
+    lengths = [(4 + i % 5, 1 + i % 7) for i in range(40)]
+    _, shards, store = made(lengths)
+    corpus = next(artifact for artifact in store.artifacts() if artifact.stage == "corpus")
+    for split in ("train", "heldout"):
+        documents, opened = open_documents(corpus.path, split), open_split(shards.path, split)
+        assert opened.n_documents == len(documents) == shards.facts[split]["documents"]
+        assert not opened.is_text
+        assert opened.has_weights
+        assert not opened.weighs
+        for index, text in enumerate(documents.texts()):
+            (segment,) = words(json.loads(text)).segments
+            start, stop = opened.offsets[index : index + 2].tolist()
+            assert opened.document(index).tolist() == segment.ids.tolist()
+            assert opened.read_weights(start, stop).tolist() == segment.weights.tolist()
+
+
+def test_what_is_too_long_is_cut_dropped_or_refused_and_counted(made) -> None:
+    from dataclasses import replace
+
+    # Rows of 32: the last three are too long, and of one the cut leaves no answer.
+    lengths = [(5, 6)] * 40 + [(10, 30)] * 20 + [(40, 5)] * 20
+    config, shards, store = made(lengths)
+    n = {split: shards.facts[split]["documents"] for split in ("train", "heldout")}
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d+: 45 tokens, more than a row of data\.row_tokens=32"):
+        build_packing(config, shards, store)
+    cut, reused = build_packing(replace(config, on_long="cut"), shards, store)
+    assert not reused
+    assert build_packing(replace(config, on_long="cut"), shards, store) == (cut, True)
+    dropped, _ = build_packing(replace(config, on_long="drop"), shards, store)
+    for split in ("train", "heldout"):
+        opened = open_split(shards.path, split)
+        totals = np.diff(opened.offsets)
+        n_hopeless, n_cut = int((totals == 45).sum()), int((totals == 40).sum())
+        assert n_hopeless and n_cut
+        facts = cut.facts[split]
+        assert (facts["long"], facts["dropped_examples"], facts["dropped_tokens"]) == (
+            n_hopeless + n_cut,
+            n_hopeless,
+            45 * n_hopeless,
+        )
+        assert (facts["cut_examples"], facts["cut_tokens"]) == (n_cut, 8 * n_cut)
+        assert facts["examples"] + facts["dropped_examples"] == n[split]
+        assert facts["tokens"] + facts["cut_tokens"] + facts["dropped_tokens"] == shards.facts[split]["tokens"]
+        facts = dropped.facts[split]
+        assert (facts["cut_tokens"], facts["dropped_examples"]) == (0, n_hopeless + n_cut)
+        packing = open_packing(dropped.path, split)
+        assert sorted(packing.examples.tolist()) == np.flatnonzero(totals <= 32).tolist()
+
+
+def test_long_documents_of_text_are_packed_in_pieces_and_no_target_is_lost(small) -> None:
+    from dataclasses import replace
+
+    packed, _ = build_packing(replace(small.config, packing="best_fit"), small.shards, small.store)
+    for split in ("train", "heldout"):
+        opened, packing = open_split(small.shards.path, split), open_packing(packed.path, split)
+        targets = np.concatenate(
+            [np.arange(s + 1, s + n) for (s,), (n,) in zip(packing.starts, packing.lengths, strict=True)]
+        )
+        firsts = set(opened.offsets[:-1].tolist())
+        assert sorted(targets.tolist()) == [i for i in range(opened.n_tokens) if i not in firsts]
+        assert packing.lengths.max() == 64
+        assert packed.facts[split]["fill"] > 0.98
+
+
+# ---------------------------------------------------------------- which packing
+
+
+@pytest.mark.parametrize(
+    ("wanted", "takes", "is_text", "can_isolate", "name"),
+    [
+        ("auto", "tokens", True, True, "concatenate"),
+        ("auto", "masked", True, True, "concatenate"),
+        ("auto", "tokens", False, True, "best_fit"),
+        ("auto", "preference", False, True, "best_fit"),
+        ("auto", "preference", False, False, "bucketed"),
+        ("auto", "tokens", True, False, "bucketed"),
+        ("auto", "seq2seq", False, True, "bucketed"),
+        ("best_fit", "tokens", True, True, "best_fit"),
+        ("concatenate", "tokens", True, False, "concatenate"),
+    ],
+)
+def test_the_packing_is_chosen_and_said(wanted: str, takes: str, is_text: bool, can_isolate: bool, name: str) -> None:
+    chosen = choose_packing(wanted, takes, is_text, can_isolate)
+    assert chosen.name == name
+    assert chosen.why
+
+
+@pytest.mark.parametrize(
+    ("wanted", "takes", "is_text", "can_isolate"),
+    [
+        ("best_fit", "tokens", False, False),
+        ("concatenate", "tokens", False, True),
+        ("best_fit", "seq2seq", False, True),
+    ],
+)
+def test_a_packing_that_cannot_be_is_refused(wanted: str, takes: str, is_text: bool, can_isolate: bool) -> None:
+    with pytest.raises(ConfigError, match=f"data.packing: {wanted}"):
+        choose_packing(wanted, takes, is_text, can_isolate)
