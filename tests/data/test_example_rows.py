@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.data.example_splits import PAD, example_split
+from tests.data.test_loader import split_of
 
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
 from kajiya.data.example_rows import ExampleKind, PackedRows, PaddedRows, PairRows
@@ -15,8 +17,6 @@ from kajiya.data.masking import MaskedRows, Masking
 from kajiya.data.order import BucketedOrder, ShuffledOrder
 from kajiya.data.pack import Packing, best_fit
 from kajiya.data.rows import TextRows
-from tests.data.example_splits import PAD, example_split
-from tests.data.test_loader import split_of
 
 TOKENS = ExampleKind(keeps_examples=False)
 EXAMPLES = ExampleKind(keeps_examples=True)

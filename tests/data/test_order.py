@@ -31,7 +31,8 @@ def test_every_permutation_of_four_comes_about_equally_often() -> None:
         counts[order] = counts.get(order, 0) + 1
     assert len(counts) == 24
     # 100 each are expected; six standard deviations are 59.
-    assert 41 <= min(counts.values()) and max(counts.values()) <= 159
+    assert min(counts.values()) >= 41
+    assert max(counts.values()) <= 159
 
 
 def test_neighbours_are_scattered() -> None:

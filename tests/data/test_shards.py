@@ -1,5 +1,6 @@
 """Shards: every document's ids between begin and end of text, whatever the file size; facts that are true."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_files_hold_whole_documents_up_to_the_size_asked_for(small) -> None:
         assert {file.dtype for file in shards.files} == {np.dtype("<u2")}
         begins = np.searchsorted(shards.offsets, np.cumsum([0, *(len(file) for file in shards.files)]))
         assert shards.offsets[begins].tolist() == np.cumsum([0, *(len(file) for file in shards.files)]).tolist()
-        for first, last in zip(begins[:-1], begins[1:], strict=True):
+        for first, last in itertools.pairwise(begins):
             assert last - first == 1 or shards.document_bytes[first:last].sum() <= 30_011
     assert len(open_split(small.shards.path, "train").files) > 3
 

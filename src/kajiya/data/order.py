@@ -25,6 +25,11 @@ class Order(Protocol):
         """Rows in a turn."""
         ...
 
+    @property
+    def seed(self) -> int:
+        """What the order is a function of, beside n."""
+        ...
+
     def places(self, numbers: np.ndarray) -> np.ndarray:
         """The places that come as these numbers, int64 → int64; numbers t · n … t · n + n − 1 give the places of turn t."""
         ...
@@ -45,7 +50,7 @@ class ShuffledOrder:
         for turn in np.unique(turns):
             of_turn = turns == turn
             rows[of_turn] = permuted(places[of_turn], self.n, self.seed, int(turn))
-        return turns * self.n + rows
+        return np.asarray(turns * self.n + rows)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class BucketedOrder:
         rows = np.empty_like(numbers)
         for index, (turn, place) in enumerate(zip(turns.tolist(), places.tolist(), strict=True)):
             rows[index] = self._window(turn, place // size)[place % size]
-        return turns * self.n + rows
+        return np.asarray(turns * self.n + rows)
 
     def _window(self, turn: int, number: int) -> np.ndarray:
         key = (turn, number)
@@ -88,18 +93,6 @@ class BucketedOrder:
             parts = [rows[group * GROUP_ROWS : (group + 1) * GROUP_ROWS] for group in groups.tolist()]
             self._windows[key] = np.concatenate(parts)
         return self._windows[key]
-
-
-@dataclass(frozen=True)
-class PlainOrder:
-    """The rows as they lie."""
-
-    n: int
-    """Rows in a turn."""
-
-    def places(self, numbers: np.ndarray) -> np.ndarray:
-        """As `Order`'s."""
-        return numbers
 
 
 def permuted(places: np.ndarray, n: int, seed: int, turn: int) -> np.ndarray:

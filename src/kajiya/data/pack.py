@@ -27,7 +27,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     """
     if len(lengths) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    assert 0 < lengths.min() and lengths.max() <= capacity, "an item that fits into no row, or fills nothing"
+    assert lengths.min() > 0, "an item that fills nothing"
+    assert lengths.max() <= capacity, "an item that fits into no row"
     items = np.argsort(-lengths, kind="stable")
     counts = np.bincount(lengths, minlength=capacity + 1)
     row_of = np.empty(len(lengths), dtype=np.int64)
