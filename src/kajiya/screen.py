@@ -73,6 +73,7 @@ class Screen:
             "metrics": self._metrics,
             "plan": self._plan,
             "started": self._started,
+            "ledger": self._ledger,
             "warning": self._warning,
         }
         if kind in shows:
@@ -124,6 +125,9 @@ class Screen:
     def _started(self, attempt: int, resumed_from: int | None) -> None:
         if resumed_from is not None:
             self.say(f"  going on from the checkpoint of step {resumed_from:,} (attempt {attempt})")
+
+    def _ledger(self, text: str, facts: dict[str, Any]) -> None:
+        self.say(f"[bold]Ledger[/bold]: {_escape(text)}")
 
     def _warning(self, text: str) -> None:
         self.say(f"  [yellow]warning:[/yellow] {_escape(text)}")

@@ -44,7 +44,9 @@ class Made:
         {"name": "f", "prompt": "def f():\n", "body": "    return 1\n", "completion": "    x"},
     )
     note: str | None = None
-    dropped: Mapping[str, int] = field(default_factory=lambda: {"empty": 3, "near-duplicate of a held-out document": 7})
+    dropped: Mapping[str, int] = field(
+        default_factory=lambda: {"nothing in it": 3, "near-duplicate of a held-out document": 7}
+    )
     command: tuple[str, ...] = ("kajiya", "train", "tiny", "optim.lr=1e-3")
     config: Config | None = None
     events: Sequence[tuple[str, dict[str, Any]]] = ()
@@ -102,7 +104,7 @@ def build_corpus(store: Store, made: Made) -> Artifact:
 
 def corpus_facts(made: Made) -> dict[str, Any]:
     dropped = {
-        reason: {"documents": count, "bytes": 10 * count, "examples": ["a.py"]}
+        reason: {"documents": count, "bytes": 10 * count, "examples": ["a.py"], "kind": KINDS_OF[reason]}
         for reason, count in made.dropped.items()
     }
     n_heldout = sum(size for _, size, _ in documents_of(made))
@@ -116,13 +118,21 @@ def corpus_facts(made: Made) -> dict[str, Any]:
     return {"source": {"name": "stdlib", "options": {"root": None}}, "heldout_every": 20, "ledger": ledger}
 
 
+KINDS_OF = {
+    "nothing in it": "empty",
+    "near-duplicate of a held-out document": "contaminated",
+    "unreadable": "lost",
+}
+
+
 def build_tokenizer(store: Store, made: Made) -> Artifact:
     return put(store, "tokenizer", made, {"trained": True, "vocab_size": 8192})
 
 
 def build_shards(store: Store, made: Made) -> Artifact:
     split = {"documents": 400, "tokens": 102_400, "bytes": 900_000}
-    return put(store, "shards", made, {"train": split, "heldout": split | {"documents": made.n_documents}})
+    heldout = {"documents": made.n_documents, "bytes": sum(size for _, size, _ in documents_of(made))}
+    return put(store, "shards", made, {"train": split, "heldout": split | heldout})
 
 
 def build_model(store: Store, made: Made) -> Artifact:
@@ -375,7 +385,7 @@ def test_ledger_adds_up(full: tuple[Reader, str, str, Path]) -> None:
     reader, _, markdown, _ = full
     rows = reader.tables["data"][1:7]
     assert [row[0] for row in rows] == [
-        "entered", "to train on", "held out", "dropped: empty", "dropped: near-duplicate of a held-out document",
+        "entered", "to train on", "held out", "empty: nothing in it", "contaminated: near-duplicate of a held-out document",
         "accounted for",
     ]  # fmt: skip
     for column in (1, 2):
@@ -389,13 +399,28 @@ def test_ledger_adds_up(full: tuple[Reader, str, str, Path]) -> None:
 
 def test_ledger_that_does_not_add_up_is_said_in_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose_two(store: Store, made: Made) -> Artifact:
-        part = {"documents": 10, "bytes": 100}
-        ledger = {"entered": {"documents": 22, "bytes": 230}, "train": part, "heldout": part, "dropped": {}}
-        return put(store, "corpus", made, {"source": {"name": "text"}, "heldout_every": 20, "ledger": ledger})
+        facts = corpus_facts(made)
+        entered = facts["ledger"]["entered"]
+        entered |= {"documents": entered["documents"] + 2, "bytes": entered["bytes"] + 30}
+        return put(store, "corpus", made, facts)
 
     monkeypatch.setitem(BUILDERS, "corpus", lose_two)
-    reader, _, _ = report_of(tmp_path, Made(n_documents=2))
-    assert reader.bad == ["The ledger does not add up: 2 documents, 30 bytes are unaccounted for."]
+    made = Made(n_documents=2)
+    entered = corpus_facts(made)["ledger"]["entered"]
+    reader, _, _ = report_of(tmp_path, made)
+    assert reader.bad == [
+        f"The ledger does not add up: {entered[unit] + more:,} {noun} entered, but {entered[unit]:,} accounted for."
+        for unit, noun, more in (("documents", "rows", 2), ("bytes", "bytes", 30))
+    ]
+
+
+def test_what_is_lost_is_said_and_red_past_the_limit(tmp_path: Path) -> None:
+    reader, _, _ = report_of(tmp_path / "few", Made(n_documents=2, dropped={"unreadable": 1}))
+    assert "Lost: 1 of 403 rows (0.25%)" in reader.words
+    assert reader.bad == []
+    reader, _, _ = report_of(tmp_path / "many", Made(n_documents=2, dropped={"unreadable": 50}))
+    assert len(reader.bad) == 1
+    assert reader.bad[0].startswith("Lost: 50 of 452 rows (11.06%)")
 
 
 def test_markdown_says_what_the_page_says(full: tuple[Reader, str, str, Path]) -> None:

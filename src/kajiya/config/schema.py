@@ -17,6 +17,16 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class HeldoutSourceConfig:
+    """Where the held-out rows come from, when not from the training rows' source."""
+
+    name: str | None = None
+    """Kind of source, as `data.source.name`; `None`: one in `data.heldout_every` of the training rows' source."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that source."""
+
+
+@dataclass(frozen=True)
 class RenderConfig:
     """How a row of messages, of a prompt and its answer, or of pairs becomes token ids, and which of them are trained."""
 
@@ -52,10 +62,26 @@ class DataConfig:
     """Longest sequence of a row that is no plain text, tokens; `None`: `row_tokens`."""
     on_long: str = setting("error", choices=("error", "drop", "cut"))
     """What a longer one does: stop the work, be dropped, or lose its end; counted in the ledger."""
+    heldout_source: HeldoutSourceConfig = field(default_factory=HeldoutSourceConfig)
+    """Where the held-out rows come from, when not from `source`."""
     heldout_every: int = setting(20, ge=2)
     """One document in this many, chosen by a hash of its name, is held out for evaluation."""
     near_duplicate: float | None = setting(0.5, gt=0, le=1)
     """A training document that shares this fraction of its lines, or more, with a held-out one is removed; `None`: off."""
+    duplicates: str = setting("exact", choices=("off", "exact", "minhash"))
+    """Doubles within the training documents: kept; removed where equal; or removed where nearly equal, too, and then also
+    those nearly equal to a held-out one. (A training document equal to a held-out one is always removed.)"""
+    minhash_similarity: float = setting(0.8, ge=0.3, le=1)
+    """Nearly equal: of the distinct word sequences of both, at least this fraction is common (Jaccard)."""
+    minhash_words: int = setting(5, ge=1, le=64)
+    """Words in such a sequence."""
+    contamination_words: int | None = setting(None, ge=1, le=64)
+    """A training document that holds sequences of this many words of a held-out one is removed (13 is usual); `None`: off."""
+    contamination_share: float = setting(0.0, ge=0, lt=1)
+    """It is removed when it holds more than this fraction of a held-out document's sequences; 0: when it holds any."""
+    max_lost_fraction: float = setting(0.01, ge=0, le=1)
+    """Largest fraction of the rows, bytes or tokens that may be lost: unreadable, too long, cut off. What is left out on
+    purpose (doubles, contamination, rows not drawn, empty texts) is counted apart."""
     on_unreadable: str = setting("error", choices=("error", "drop"))
     """What an unreadable or undecodable document does: stop the work, or be dropped and counted."""
     row_tokens: int = setting(512, ge=8)

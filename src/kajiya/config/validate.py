@@ -18,6 +18,7 @@ def validate(config: Config) -> None:
     """Raise `ConfigError` for the first thing that cannot be right."""
     check_bounds(config)
     check_choice("source", config.data.source.name, config.data.source.options, "data.source")
+    _check_heldout(config)
     check_choice("optimizer", config.optim.name, config.optim.options, "optim")
     check_choice("schedule", config.schedule.name, config.schedule.options, "schedule")
     check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
@@ -46,6 +47,14 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(
             "train.ema_decay", "schedule_free averages the weights by itself", "Set train.ema_decay=null."
         )
+
+
+def _check_heldout(config: Config) -> None:
+    heldout = config.data.heldout_source
+    if heldout.name is not None:
+        check_choice("source", heldout.name, heldout.options, "data.heldout_source")
+    elif heldout.options:
+        raise ConfigError("data.heldout_source.name", "is not set, but data.heldout_source.options are")
 
 
 def _check_length(config: Config) -> None:

@@ -21,7 +21,9 @@ class Match:
 class LineIndex:
     """For each distinct line, the documents that hold it. Memory grows with the held-out text alone."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], few_lines_of_text: int = 0) -> None:
+        """`few_lines_of_text`: a text that is compared counts as at least this long, too."""
+        self._few_lines = few_lines_of_text
         self._holders: dict[str, list[int]] = {}
         self._n_lines: list[int] = []
         for index, text in enumerate(texts):
@@ -35,7 +37,7 @@ class LineIndex:
 
         The share is |A ∩ B| / min(|A|, max(|B|, 20)), with A the text's and B the document's distinct lines.
         """
-        n_lines = len(distinct := distinct_lines(text))
+        n_lines = max(self._few_lines, len(distinct := distinct_lines(text)))
         found = sorted((self._holders[line] for line in distinct if line in self._holders), key=len)
         # A match shares at least this many lines, so it holds one of the others, however few of the commonest lines are
         # looked up; those (`else:`, `}`) are in so many documents that they would cost the most (prefix filtering,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kajiya.config.quantities import format_bytes, format_seconds
+from kajiya.data.ledger import DataLedger, data_ledger, ledger_table
 from kajiya.flows.figures import Bar, BarsData, draw_bars
 from kajiya.flows.report_facts import RunFacts
 from kajiya.flows.report_page import Block, Code, Column, Details, Heading, Notice, Section, Table, Text
@@ -61,36 +62,42 @@ def _ledger(run: RunFacts) -> Iterator[Block]:
     if corpus is None:
         yield Notice(f"No ledger: {why_missing(run, 'corpus')}.")
         return
-    ledger = corpus.facts["ledger"]
-    entered = ledger["entered"]
-    parts = [("to train on", ledger["train"]), ("held out", ledger["heldout"])]
-    parts += [(f"dropped: {reason}", tally) for reason, tally in ledger["dropped"].items()]
+    shards, packing = (run.parts[name].facts if name in run.parts else None for name in ("shards", "packing"))
+    ledger = data_ledger(corpus.facts, shards, packing)
+    total = ledger.bytes
 
-    def row(words: str, tally: dict[str, Any]) -> list[str]:
-        share = f"{tally['bytes'] / entered['bytes']:.1%}" if entered["bytes"] else "—"
-        return [words, f"{tally['documents']:,}", f"{tally['bytes']:,}", share]
+    def share(n_bytes: int) -> str:
+        return f"{n_bytes / total:.1%}" if total else "—"
 
-    total = {count: sum(tally[count] for _, tally in parts) for count in ("documents", "bytes")}
-    rows = [row("entered", entered), *(row(*part) for part in parts), row("accounted for", total)]
-    columns = [Column(""), Column("documents", "number"), Column("bytes", "number"), Column("share of bytes", "number")]
+    sizes = [total, *(line.bytes for line in ledger.lines), sum(line.bytes for line in ledger.lines)]
+    rows = [[*row, share(size)] for row, size in zip(ledger_table(ledger), sizes, strict=True)]
+    columns = [Column(""), *(Column(title, "number") for title in ("rows", "bytes", "tokens", "share of bytes"))]
     yield Text(_source_words(corpus.facts))
     yield Table(columns, rows, strong=frozenset({0, len(rows) - 1}))
-    if (total["documents"], total["bytes"]) == (entered["documents"], entered["bytes"]):
+    for problem in ledger.problems:
+        yield Notice(f"The ledger does not add up: {problem}.", "bad")
+    if not ledger.problems:
         yield Text(
-            "It adds up: every document that entered is to train on, held out, or dropped for a reason.", is_aside=True
+            "It adds up: every row that entered is to train on, held out, or left out for a reason, and every token made of "
+            "the former is in their rows or counted as lost. — : it went before it was tokenized.",
+            is_aside=True,
         )
-    else:
-        missing = (
-            f"{entered['documents'] - total['documents']:,} documents, {entered['bytes'] - total['bytes']:,} bytes"
-        )
-        yield Notice(f"The ledger does not add up: {missing} are unaccounted for.", "bad")
-    examples = [
-        [f"{reason}", each] for reason, tally in ledger["dropped"].items() for each in tally.get("examples", [])
-    ]
+    yield from _lost(run, ledger)
+    examples = [[line.what, each] for line in ledger.lines for each in line.examples]
     if examples:
-        yield Details(
-            "Examples of dropped documents", [Table([Column("reason"), Column("document", "code")], examples)]
-        )
+        yield Details("Examples of rows left out", [Table([Column("reason"), Column("row", "code")], examples)])
+
+
+def _lost(run: RunFacts, ledger: DataLedger) -> Iterator[Block]:
+    lost = {unit: (n, whole) for unit, (n, whole) in ledger.lost.items() if n}
+    limit = run.manifest["config"]["data"]["max_lost_fraction"]
+    if not lost:
+        yield Text(f"Nothing was lost (up to {limit:.2%} may be: data.max_lost_fraction).", is_aside=True)
+        return
+    words = ", ".join(f"{n:,} of {whole:,} {unit} ({n / whole:.2%})" for unit, (n, whole) in lost.items())
+    worst = max(n / whole for n, whole in lost.values())
+    level = "bad" if worst > limit else "info"
+    yield Notice(f"Lost: {words}. Up to {limit:.2%} may be lost (data.max_lost_fraction).", level)
 
 
 def _source_words(facts: dict[str, Any]) -> str:
@@ -99,7 +106,11 @@ def _source_words(facts: dict[str, Any]) -> str:
     options = source.pop("options", {})
     said = [f"{key}: {value}" for key, value in (flatten(source) | flatten(options)).items() if value is not None]
     details = f" ({'; '.join(said)})" if said else ""
-    return f"Source: {name}{details}. One document in {facts['heldout_every']} is held out, by a hash of its name."
+    if facts["heldout_every"] is None:
+        held = f"The held-out rows are of a source of their own: {facts['heldout_source']['name']}."
+    else:
+        held = f"One document in {facts['heldout_every']} is held out, by a hash of its name."
+    return f"Source: {name}{details}. {held}"
 
 
 def _tokens(run: RunFacts) -> Iterator[Block]:

@@ -68,6 +68,7 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
 
     stages.on_event = hear
     can_report = _can_report(hear)
+    run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
     run.record(process=process, command=list(command) or run.manifest()["command"])
     for name, artifact in (("corpus", data.corpus), ("tokenizer", data.tokenizer), ("shards", data.shards)):
         run.record_artifact(name, artifact)
@@ -119,15 +120,20 @@ def _can_report(hear: OnEvent) -> bool:
 def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     """Corpus, tokenizer and shards of the config, made or found."""
     from kajiya.data.corpus import build_corpus
+    from kajiya.data.ledger import data_ledger, ledger_words, require_kept
     from kajiya.data.shards import build_shards
     from kajiya.data.tokenizer import build_tokenizer
 
     tell = stages.on_event
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
+    require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
     tokenizer = stages.produce(
         "tokenizer", lambda: build_tokenizer(config.tokenizer, corpus, store, tell), _tokenizer_words
     )
     shards = stages.produce("shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell), _shards_words)
+    ledger = data_ledger(corpus.facts, shards.facts)
+    require_kept(ledger, config.data.max_lost_fraction)
+    tell("ledger", text=ledger_words(ledger), facts=ledger.facts())
     return Data(corpus, tokenizer, shards)
 
 
@@ -212,12 +218,11 @@ def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artif
 
 def _corpus_words(corpus: Artifact) -> str:
     ledger = corpus.facts["ledger"]
-    dropped = sum(part["documents"] for part in ledger["dropped"].values())
-    reasons = ", ".join(f"{part['documents']} {reason}" for reason, part in ledger["dropped"].items())
+    reasons = ", ".join(f"{part['documents']:,} {reason}" for reason, part in ledger["dropped"].items())
     return (
         f"{ledger['entered']['documents']:,} documents ({format_bytes(ledger['entered']['bytes'])}): "
         f"{ledger['train']['documents']:,} to train on, {ledger['heldout']['documents']:,} held out "
-        f"({ledger['heldout']['bytes']:,} bytes), {dropped:,} dropped" + (f" ({reasons})" if reasons else "")
+        f"({ledger['heldout']['bytes']:,} bytes)" + (f", {reasons}" if reasons else "")
     )
 
 

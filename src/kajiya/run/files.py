@@ -1,5 +1,6 @@
 """Files that are whole or absent: hash, write beside, fsync, rename."""
 
+import errno
 import hashlib
 import json
 import os
@@ -104,6 +105,22 @@ def new_folder(final: Path, keep: Path | None = None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def full_disk_said(folder: Path, purpose: str) -> Iterator[None]:
+    """Turn the system's refusal to write more (a full disk, a used-up quota) into a `StoreError` that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise StoreError(
+            f"{purpose}: the disk of {folder.parent} is full ({error.strerror}; {free / 2**20:.0f} MiB free). What was "
+            "half-written is removed, everything finished is kept.\nFree some space and run the same command again, or "
+            "put the store elsewhere with --store."
+        ) from error
 
 
 def sync_folder_entry(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kajiya.config.digest import digest, to_plain
 from kajiya.errors import StoreError
-from kajiya.run.files import check_files, hash_folder, new_folder, read_json, write_json
+from kajiya.run.files import check_files, full_disk_said, hash_folder, new_folder, read_json, write_json
 
 STORE_VARIABLE = "KAJIYA_STORE"
 _MANIFEST = "manifest.json"
@@ -85,6 +85,7 @@ def produce(
     """The artifact of this stage, and whether it was there already.
 
     `make(folder)` writes the files and returns the facts for the manifest. The folder appears whole or not at all.
+    Raises `StoreError` when the disk is full.
     """
     key = artifact_key(stage, code, config, parents)
     found = store.find(stage, key)
@@ -93,7 +94,8 @@ def produce(
     started = time.time()
     final = store.folder(stage, key)
     with new_folder(final, keep=final / _MANIFEST) as folder:
-        facts = make(folder)
+        with full_disk_said(folder, stage):
+            facts = make(folder)
         files = hash_folder(folder)
         write_json(
             folder / _MANIFEST,

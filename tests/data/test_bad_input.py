@@ -1,0 +1,125 @@
+"""Bad input, from the file to the message: it names file, line and remedy, and leaves nothing half-made."""
+
+import errno
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.data.corpus import build_corpus
+from kajiya.data.documents import DocumentWriter
+from kajiya.errors import DataError, KajiyaError, StoreError
+from kajiya.run.store import Store
+
+GOOD = [json.dumps({"text": f"row {number}"}) for number in range(40)]
+
+
+def lines(path: Path, *more: str | bytes, at: int = 20) -> DataConfig:
+    """A jsonl file of good lines with these in its middle, beginning on line `at` + 1."""
+    rows = [each.encode() if isinstance(each, str) else each for each in (*GOOD[:at], *more, *GOOD[at:])]
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    return DataConfig(source=SourceConfig("jsonl", {"files": str(path)}), heldout_every=5)
+
+
+def refusal(config: DataConfig, root: Path) -> str:
+    store = Store(root / "store")
+    with pytest.raises(KajiyaError) as caught:
+        build_corpus(config, store)
+    assert store.artifacts() == []
+    assert not [path for path in store.root.rglob("*") if path.is_file()]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "cut off', "is no JSON: Unterminated string"),
+        ('["a", "list"]', "is a JSON list"),
+        (b'{"text": "caf\xe9"}', "is not utf-8: byte 0xe9"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str | bytes, words: str) -> None:
+    said = refusal(lines(tmp_path / "rows.jsonl", line), tmp_path)
+    assert said.startswith("rows.jsonl:21: ")
+    assert words in said
+    assert "\nMend or remove it, or set data.on_unreadable=drop" in said
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
+    said = refusal(lines(tmp_path / "rows.jsonl", '{"question": "?"}'), tmp_path)
+    assert said.startswith("rows.jsonl:21: ")
+    assert "question" in said
+    assert "text" in said
+
+
+def test_broken_rows_are_counted_when_they_may_be_dropped(tmp_path: Path) -> None:
+    config = lines(tmp_path / "rows.jsonl", "{", '{"text": null}', b"\xff")
+    config = DataConfig(source=config.source, heldout_every=5, on_unreadable="drop")
+    corpus, _ = build_corpus(config, Store(tmp_path / "store"))
+    ledger = corpus.facts["ledger"]
+    assert ledger["entered"]["documents"] == len(GOOD) + 3
+    assert ledger["train"]["documents"] + ledger["heldout"]["documents"] == len(GOOD)
+    assert ledger["dropped"]["unreadable"]["documents"] == 3
+    assert [name.partition(": ")[0] for name in ledger["dropped"]["unreadable"]["examples"]] == [
+        f"rows.jsonl:{line}" for line in (21, 22, 23)
+    ]
+
+
+def test_a_file_that_vanishes_before_it_is_read(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(f"text {number}")
+    config = DataConfig(source=SourceConfig("text", {"files": f"{tmp_path}/*.txt"}), heldout_every=5)
+
+    def vanish(kind: str, **fields: Any) -> None:
+        (tmp_path / "39.txt").unlink(missing_ok=True)
+
+    store = Store(tmp_path / "store")
+    with pytest.raises(DataError, match=r"39.txt: vanished: it was listed and is no longer there\nMend or remove it"):
+        build_corpus(config, store, vanish)
+    assert store.artifacts() == []
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    finished, _ = build_corpus(lines(tmp_path / "rows.jsonl"), store)
+    add, n_added = DocumentWriter.add, 0
+
+    def full(self: DocumentWriter, name: str, raw: bytes) -> None:
+        nonlocal n_added
+        n_added += 1
+        if n_added == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, name, raw)
+
+    changed = lines(tmp_path / "rows.jsonl", json.dumps({"text": "one more"}))
+    monkeypatch.setattr(DocumentWriter, "add", full)
+    with pytest.raises(
+        StoreError, match=r"corpus: the disk of .* is full \(No space left on device; \d+ MiB free\).*\nFree"
+    ):
+        build_corpus(changed, store)
+    monkeypatch.undo()
+    assert store.artifacts() == [finished]
+    assert not list(store.root.rglob(".*"))
+    assert build_corpus(changed, store)[0].facts["ledger"]["entered"]["documents"] == len(GOOD) + 1
+
+
+@pytest.mark.slow
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """A file system of 256 KiB, where this process may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system here")
+    try:
+        config = lines(tmp_path / "rows.jsonl", json.dumps({"text": "long " * 100_000}))
+        store = Store(disk / "store")
+        with pytest.raises(StoreError, match=r"corpus: the disk of .* is full"):
+            build_corpus(config, store)
+        assert not [path for path in disk.rglob("*") if path.is_file()]
+        assert build_corpus(lines(tmp_path / "rows.jsonl"), store)[0].facts["ledger"]["train"]["documents"] > 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
