@@ -16,7 +16,7 @@ from kajiya.data.loader import Loader
 from kajiya.data.masking import MaskedRows, Masking
 from kajiya.data.order import BucketedOrder, ShuffledOrder
 from kajiya.data.pack import Packing, best_fit
-from kajiya.data.rows import TextRows
+from kajiya.data.text_rows import TextRows
 
 TOKENS = ExampleKind(keeps_examples=False)
 EXAMPLES = ExampleKind(keeps_examples=True)

@@ -13,8 +13,8 @@ from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.data.documents import cumulated
 from kajiya.data.loader import Feed, Loader, heldout_rows, open_loader
 from kajiya.data.order import ShuffledOrder
-from kajiya.data.rows import TextRows
 from kajiya.data.shards import Split, open_split
+from kajiya.data.text_rows import TextRows
 from kajiya.errors import StoreError
 
 Cell = tuple[int, int, int, int]

@@ -1,6 +1,9 @@
 """Packing against a slow best-fit-decreasing; it loses, doubles and divides nothing, and never overfills."""
 
 import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kajiya.config.schema import DataConfig
+from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.data.corpus import build_corpus
+from kajiya.data.documents import open_documents
 from kajiya.data.examples import Example, Segment
 from kajiya.data.pack import best_fit, build_packing, choose_packing, cut_to, open_packing
 from kajiya.data.shards import Rendering, build_shards, open_split
@@ -74,31 +79,26 @@ def test_a_cut_is_fair(lengths: list[int], room: int) -> None:
 # ---------------------------------------------------------------- the artifact
 
 
-def words(row: dict[str, str]) -> Example:
+def words(row: str) -> Example:
     """A rendering for tests: the prompt's characters, not trained, then the answer's."""
-    prompt, answer = row["prompt"], row["answer"]
+    prompt, answer = json.loads(row).values()
     ids = np.frombuffer((prompt + answer).encode(), dtype=np.uint8).astype(np.int64)
     return Example((Segment(ids, np.array([0.0] * len(prompt) + [1.0] * len(answer), dtype=np.float32)),))
 
 
-def open_words():
-    return words
+def render_words(rows: Iterable[tuple[str, str]]) -> Iterator[Example | str]:
+    for name, row in rows:
+        yield f"{name}: no answer" if "bad" in row else words(row)
 
 
-RENDERING = Rendering(open_words, 1, {"format": "words"}, ("kajiya.data.examples",))
+RENDERING = Rendering(lambda: render_words, 1, {"format": "words"}, ("kajiya.data.examples",))
 
 
 @pytest.fixture
 def made(small, tmp_path: Path):
     """Shards of rows with these (prompt, answer) lengths."""
-    from dataclasses import replace
-
-    from kajiya.config.schema import SourceConfig
-    from kajiya.data.corpus import build_corpus
 
     def make(lengths: list[tuple[int, int]]):
-        import json
-
         rows = [{"prompt": f"{i:03d}" + "p" * (p - 3), "answer": "a" * a} for i, (p, a) in enumerate(lengths)]
         (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": json.dumps(row)}) for row in rows))
         config = replace(
@@ -117,10 +117,6 @@ def made(small, tmp_path: Path):
 
 
 def test_shards_hold_the_examples(made) -> None:
-    import json
-
-    from kajiya.data.documents import open_documents
-
     lengths = [(4 + i % 5, 1 + i % 7) for i in range(40)]
     _, shards, store = made(lengths)
     corpus = next(artifact for artifact in store.artifacts() if artifact.stage == "corpus")
@@ -131,15 +127,13 @@ def test_shards_hold_the_examples(made) -> None:
         assert opened.has_weights
         assert not opened.weighs
         for index, text in enumerate(documents.texts()):
-            (segment,) = words(json.loads(text)).segments
+            (segment,) = words(text).segments
             start, stop = opened.offsets[index : index + 2].tolist()
             assert opened.document(index).tolist() == segment.ids.tolist()
             assert opened.read_weights(start, stop).tolist() == segment.weights.tolist()
 
 
 def test_what_is_too_long_is_cut_dropped_or_refused_and_counted(made) -> None:
-    from dataclasses import replace
-
     # Rows of 32: the last three are too long, and of one the cut leaves no answer.
     lengths = [(5, 6)] * 40 + [(10, 30)] * 20 + [(40, 5)] * 20
     config, shards, store = made(lengths)
@@ -172,8 +166,6 @@ def test_what_is_too_long_is_cut_dropped_or_refused_and_counted(made) -> None:
 
 
 def test_long_documents_of_text_are_packed_in_pieces_and_no_target_is_lost(small) -> None:
-    from dataclasses import replace
-
     packed, _ = build_packing(replace(small.config, packing="best_fit"), small.shards, small.store)
     for split in ("train", "heldout"):
         opened, packing = open_split(small.shards.path, split), open_packing(packed.path, split)
@@ -220,3 +212,36 @@ def test_the_packing_is_chosen_and_said(wanted: str, takes: str, is_text: bool, 
 def test_a_packing_that_cannot_be_is_refused(wanted: str, takes: str, is_text: bool, can_isolate: bool) -> None:
     with pytest.raises(ConfigError, match=f"data.packing: {wanted}"):
         choose_packing(wanted, takes, is_text, can_isolate)
+
+
+def test_rows_that_cannot_be_rendered_stop_the_work_or_are_counted(small, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i:03d}", "answer": "bad" if i % 10 == 0 else "fine"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": json.dumps(row)}) for row in rows))
+    source = SourceConfig("jsonl", {"files": str(tmp_path / "rows.jsonl")})
+    config = DataConfig(source=source, heldout_every=3, near_duplicate=None, row_tokens=32, shard_bytes=1024)
+    store = Store(tmp_path / "store")
+    corpus, _ = build_corpus(config, store)
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:\d+: no answer\nMend or remove it, or set data\.on_unreadable=drop"
+    ):
+        build_shards(config, corpus, small.tokenizer, store, rendering=RENDERING)
+    shards, _ = build_shards(replace(config, on_unreadable="drop"), corpus, small.tokenizer, store, rendering=RENDERING)
+    n_dropped = 0
+    for split in ("train", "heldout"):
+        documents, opened, facts = (
+            open_documents(corpus.path, split),
+            open_split(shards.path, split),
+            shards.facts[split],
+        )
+        good = [index for index, text in enumerate(documents.texts()) if "bad" not in text]
+        assert opened.names == [documents.names[index] for index in good]
+        assert [bytes(opened.document(place).tolist()).decode() for place in range(len(good))] == [
+            "".join(json.loads(documents.text(index)).values()) for index in good
+        ]
+        assert facts["documents"] == opened.n_documents == len(good)
+        lost = facts.get("dropped", {"documents": 0, "bytes": 0, "examples": []})
+        assert lost["documents"] == len(documents) - len(good)
+        assert facts["bytes"] + lost["bytes"] == documents.n_bytes
+        assert all("no answer" in example for example in lost["examples"])
+        n_dropped += lost["documents"]
+    assert n_dropped == 6

@@ -94,6 +94,8 @@ class DataConfig:
     model that cannot keep the sequences of a row apart."""
     shard_bytes: int = setting(67_108_864, ge=1024)
     """Text behind one shard file, bytes, about: a document is never divided."""
+    memory_mib: int = setting(4096, ge=128)
+    """Most memory that tokenizing takes, MiB, the whole process; a document too large for it is an error."""
 
 
 @dataclass(frozen=True)

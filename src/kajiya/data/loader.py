@@ -11,8 +11,8 @@ from kajiya.data.example_rows import ExampleKind, PackedRows, PaddedRows, PairRo
 from kajiya.data.masking import MaskedRows, Masking
 from kajiya.data.order import BucketedOrder, Order, ShuffledOrder
 from kajiya.data.pack import open_packing
-from kajiya.data.rows import HeldoutText, Rows, TextRows
 from kajiya.data.shards import Split, open_split
+from kajiya.data.text_rows import HeldoutText, Rows, TextRows
 from kajiya.errors import StoreError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kajiya.data.batch import NO_TARGET, Batch
-from kajiya.data.rows import Rows
+from kajiya.data.text_rows import Rows
 
 
 @dataclass(frozen=True)

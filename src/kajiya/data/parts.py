@@ -4,19 +4,20 @@ A part is one shard file: the tokens of a run of whole documents, and beside it 
 its targets and its labels where it has such. Its `.json` is written last: a part without it is none.
 """
 
-import json
+import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from kajiya.data.documents import Documents
 from kajiya.data.progress import Progress
-from kajiya.errors import DataError
+from kajiya.errors import DataError, StoreError
 from kajiya.run.files import read_json, write_json
 
 MAX_WEIGHTS = 256
@@ -35,6 +36,8 @@ class Encoded:
     """Weight of each token as a target, float32 [n]; `None`: all 1."""
     labels: np.ndarray | None = None
     """Label of each example, int64 or float64 [examples]."""
+    dropped: dict[int, str] = field(default_factory=dict)
+    """Documents that were left out, and why."""
 
 
 Encode = Callable[[int, int], Encoded]
@@ -51,6 +54,8 @@ class Part:
     weights: list[float] | None
     """What the bytes of `.weights` stand for; `None`: there are none, all are 1."""
     has_labels: bool
+    dropped: dict[int, str]
+    """Documents that were left out, and why."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -78,14 +83,17 @@ class Portions:
 def write_parts(
     folder: Path, documents: Documents, encode: Encode, portions: Portions, progress: Progress
 ) -> list[Part]:
-    """Every part of the split, in order: found finished in `folder`, or made."""
+    """Every part of the split, in order: found finished in `folder`, or made.
+
+    Raises `StoreError` when the disk is full; the finished parts stay, and the next attempt goes on behind them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for number, (start, stop) in enumerate(documents.spans(portions.part_bytes)):
         # Nine digits, so that sorting the names sorts the files.
         path = folder / f"{documents.split}-{number:09d}.bin"
         if not path.with_suffix(".json").is_file():
-            _write_part(path, documents, (start, stop), encode, portions, progress)
+            _make_part(path, _encoded(documents, (start, stop), encode, portions, progress))
         else:
             progress.add(int(documents.offsets[stop] - documents.offsets[start]))
         parts.append(_open_part(path))
@@ -94,58 +102,82 @@ def write_parts(
 
 def _open_part(path: Path) -> Part:
     meta = read_json(path.with_suffix(".json"))
-    return Part(path, meta["tokens"], meta["weights"], meta["labels"])
+    dropped = {int(index): reason for index, reason in meta["dropped"].items()}
+    return Part(path, meta["tokens"], meta["weights"], meta["labels"], dropped)
 
 
-def _write_part(
-    path: Path, documents: Documents, span: tuple[int, int], encode: Encode, portions: Portions, progress: Progress
-) -> None:
-    """Write one part beside its place and move it there; memory holds `n_ahead` chunks."""
+def _make_part(path: Path, chunks: Iterator[Encoded]) -> None:
+    """Write one part beside its place and move it there."""
     beside = path.with_suffix(f".{os.getpid()}")
+    weights_beside = beside.with_suffix(f"{beside.suffix}w")
+    try:
+        with beside.open("wb") as tokens_file, weights_beside.open("wb") as weights_file:
+            meta = _write_chunks(chunks, path, tokens_file, weights_file)
+            for handle in (tokens_file, weights_file):
+                handle.flush()
+                os.fsync(handle.fileno())
+        if meta["weights"] is not None:
+            weights_beside.replace(path.with_suffix(".weights"))
+        beside.replace(path)
+        write_json(path.with_suffix(".json"), meta)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"{path.parent}: the disk is full.\n"
+            "Free some space, or put the store elsewhere with --store; the parts already tokenized are kept."
+        ) from problem
+    finally:
+        for left in (beside, weights_beside):
+            left.unlink(missing_ok=True)
+
+
+def _write_chunks(
+    chunks: Iterator[Encoded], path: Path, tokens_file: BinaryIO, weights_file: BinaryIO
+) -> dict[str, Any]:
+    """Write tokens, weights, lengths and labels; returns what the part's `.json` holds."""
     table: dict[float, int] = {}
-    lengths, labels, n_tokens = [], [], 0
-    weights_beside = beside.with_name(beside.name + ".weights")
-    with beside.open("wb") as tokens_file, weights_beside.open("wb") as weights_file:
-        for start, stop, encoded in _encoded(documents, span, encode, portions):
-            encoded.tokens.tofile(tokens_file)
-            n_tokens += len(encoded.tokens)
-            lengths.append(encoded.lengths)
-            if encoded.weights is not None:
-                _codes(encoded.weights, table, path.name).tofile(weights_file)
-            if encoded.labels is not None:
-                labels.append(encoded.labels)
-            progress.add(int(documents.offsets[stop] - documents.offsets[start]))
-        for handle in (tokens_file, weights_file):
-            handle.flush()
-            os.fsync(handle.fileno())
-    np.save(path.with_suffix(".lengths.npy"), np.concatenate([np.zeros(0, dtype=np.int64), *lengths]))
+    dropped: dict[int, str] = {}
+    lengths, labels, n_tokens = [np.zeros(0, dtype=np.int64)], [], 0
+    for encoded in chunks:
+        # Not `tofile`, whose error on a full disk does not say so.
+        tokens_file.write(encoded.tokens.data)
+        n_tokens += len(encoded.tokens)
+        dropped |= encoded.dropped
+        lengths.append(encoded.lengths)
+        if encoded.weights is not None:
+            weights_file.write(_codes(encoded.weights, table, path.name).data)
+        if encoded.labels is not None:
+            labels.append(encoded.labels)
+    _save_synced(path.with_suffix(".lengths.npy"), np.concatenate(lengths))
     if labels:
-        np.save(path.with_suffix(".labels.npy"), np.concatenate(labels))
-    if table:
-        weights_beside.replace(path.with_suffix(".weights"))
-    else:
-        weights_beside.unlink()
-    beside.replace(path)
-    meta = {"tokens": n_tokens, "weights": list(table) or None, "labels": bool(labels)}
-    write_json(path.with_suffix(".json"), meta)
+        _save_synced(path.with_suffix(".labels.npy"), np.concatenate(labels))
+    return {"tokens": n_tokens, "weights": list(table) or None, "labels": bool(labels), "dropped": dropped}
+
+
+def _save_synced(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as handle:
+        np.save(handle, array)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _encoded(
-    documents: Documents, span: tuple[int, int], encode: Encode, portions: Portions
-) -> Iterator[tuple[int, int, Encoded]]:
+    documents: Documents, span: tuple[int, int], encode: Encode, portions: Portions, progress: Progress
+) -> Iterator[Encoded]:
     """The chunks of a part in order, a few of them in work at a time."""
     chunks = documents.spans(portions.chunk_bytes, *span)
     with ThreadPoolExecutor(portions.n_ahead) as pool:
-        waiting = [
-            (chunk, pool.submit(encode, *chunk)) for _, chunk in zip(range(portions.n_ahead), chunks, strict=False)
-        ]
+        first = [chunk for _, chunk in zip(range(portions.n_ahead), chunks, strict=False)]
+        waiting = [(chunk, pool.submit(encode, *chunk)) for chunk in first]
         while waiting:
             (start, stop), future = waiting.pop(0)
             encoded = future.result()
             following = next(chunks, None)
             if following is not None:
                 waiting.append((following, pool.submit(encode, *following)))
-            yield start, stop, encoded
+            yield encoded
+            progress.add(int(documents.offsets[stop] - documents.offsets[start]))
 
 
 def _codes(weights: np.ndarray, table: dict[float, int], name: str) -> np.ndarray:
@@ -155,7 +187,7 @@ def _codes(weights: np.ndarray, table: dict[float, int], name: str) -> np.ndarra
         table.setdefault(weight, len(table))
     if len(table) > MAX_WEIGHTS:
         raise DataError(
-            f"{name}: the messages have more than {MAX_WEIGHTS} different weights, and each is kept as one byte.\n"
+            f"{name}: its messages have more than {MAX_WEIGHTS} different weights, and each is kept as one byte.\n"
             "Round them, for example to hundredths."
         )
     codes = np.array([table[weight] for weight in found.tolist()], dtype=np.uint8)
@@ -176,11 +208,4 @@ def _link(path: Path, target: Path) -> None:
     try:
         os.link(path, target)
     except OSError:  # a disk without hard links
-        import shutil
-
         shutil.copyfile(path, target)
-
-
-def write_names(path: Path, names: list[str]) -> None:
-    """The documents' names, in order."""
-    path.write_text(json.dumps(names), encoding="utf-8")

@@ -6,7 +6,7 @@ with a weight for each target, and a label where its kind has one.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,10 @@ import numpy as np
 
 from kajiya.config.schema import DataConfig
 from kajiya.data.documents import SPLITS, Documents, cumulated, map_file, open_documents
-from kajiya.data.encode import open_encoder
-from kajiya.data.encoding import RowsEncoder, TextEncoder
-from kajiya.data.examples import Example
-from kajiya.data.parts import Encode, Part, Portions, link_parts, write_names, write_parts
+from kajiya.data.encode import open_bulk_encoder
+from kajiya.data.encoding import RenderMany, RowsEncoder, TextEncoder
+from kajiya.data.memory import FAST, PLAIN, peak_memory, portions_within
+from kajiya.data.parts import Encode, Part, link_parts, write_parts
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.errors import DataError, StoreError
 from kajiya.run.code import code_revision
@@ -28,15 +28,16 @@ from kajiya.run.store import Artifact, Store, produce
 
 STAGE = "shards"
 _INDEX = "shards.json"
-_CHUNK_BYTES = 4 * 2**20
+_SAMPLE_BYTES = 2**20
+_SAMPLE_DOCUMENT = 2**16
 
 
 @dataclass(frozen=True)
 class Rendering:
     """How the rows of a structured corpus become examples."""
 
-    open: Callable[[], Callable[[Any], Example]]
-    """Opens the function that renders a row (a JSON object); it may be sent to other processes."""
+    open: Callable[[], RenderMany]
+    """Opens the function that renders rows."""
     segments: int
     """Sequences of an example, k."""
     key: Any
@@ -56,8 +57,10 @@ def build_shards(
     """Tokenize both splits; returns the artifact, and whether it was there already.
 
     Each document of text becomes begin-of-text + ids + end-of-text; with a `rendering`, each is a row that becomes an
-    example. Facts, for each split: `documents`, `tokens`, `bytes`, `bytes_per_token`, `shards`. `row_tokens` is no part of
-    the key; a text shorter than one row raises `DataError`. Killed, it goes on with the first part that is not finished.
+    example. Facts, for each split: `documents`, `tokens`, `bytes`, `bytes_per_token`, `shards`, and of rows `dropped`
+    (documents, bytes, examples of reasons); `encoder` (which, and why); `peak_memory_bytes` (of the process, at the end).
+    `row_tokens` is no part of the key; a text shorter than one row raises `DataError`. Killed, it goes on with the first part
+    that is not finished.
     """
     dtype = np.dtype("<u2" if tokenizer.facts["vocab_size"] <= 2**16 else "<u4")
     segments = rendering.segments if rendering else 1
@@ -66,21 +69,31 @@ def build_shards(
     def make(folder: Path) -> dict[str, Any]:
         parts_folder = folder.with_name(folder.name.rpartition(".")[0] + ".parts")
         unfinished.append(parts_folder)
-        splits = {split: open_documents(corpus.path, split) for split in SPLITS}
-        n_bytes = sum(documents.n_bytes for documents in splits.values())
+        splits = [open_documents(corpus.path, split) for split in SPLITS]
+        n_bytes = sum(documents.n_bytes for documents in splits)
         made = sum(path.stat().st_size for path in parts_folder.glob("*")) if parts_folder.is_dir() else 0
         require_space(folder, max(0, n_bytes * dtype.itemsize - made), "tokenizing")
+        if rendering is None:
+            opened = open_bulk_encoder(tokenizer.path, _sample(splits))
+            appetite, words = (FAST if opened.is_fast else PLAIN), opened.words
+        else:
+            render, appetite, words = rendering.open(), PLAIN, "rendered row by row"
+        portions = portions_within(config.memory_mib, splits, appetite, config.shard_bytes)
         progress = Progress(on_event, STAGE, "bytes", n_bytes)
-        portions = Portions(config.shard_bytes, _CHUNK_BYTES, 1)
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"encoder": words}
         index: dict[str, Any] = {"dtype": dtype.str, "is_text": rendering is None, "segments": segments} | special
-        for split, documents in splits.items():
-            encode = _encoder(documents, tokenizer.path, dtype, special, rendering)
+        for documents in splits:
+            encode: Encode = (
+                TextEncoder(documents, opened.bulk, dtype, special["bos_id"], special["eos_id"])
+                if rendering is None
+                else RowsEncoder(documents, render, dtype, segments, drops=config.on_unreadable == "drop")
+            )
             parts = write_parts(parts_folder, documents, encode, portions, progress)
-            index[split] = link_parts(parts, folder)
-            facts[split] = _write_index(folder, documents, parts, segments)
+            index[documents.split] = link_parts(parts, folder)
+            facts[documents.split] = _write_index(folder, documents, parts, segments)
         progress.end()
         write_json(folder / _INDEX, index)
+        facts["peak_memory_bytes"] = peak_memory()
         return facts | {name: value for name, value in index.items() if name not in SPLITS}
 
     special = {name: int(tokenizer.facts[name]) for name in ("bos_id", "eos_id", "pad_id")}
@@ -99,12 +112,15 @@ def build_shards(
     return artifact, reused
 
 
-def _encoder(
-    documents: Documents, tokenizer: Path, dtype: np.dtype, special: dict[str, int], rendering: Rendering | None
-) -> Encode:
-    if rendering is None:
-        return TextEncoder(documents, open_encoder(tokenizer), dtype, special["bos_id"], special["eos_id"])
-    return RowsEncoder(documents, rendering.open(), dtype, rendering.segments)
+def _sample(splits: list[Documents]) -> Iterator[str]:
+    """Documents spread evenly, about a hundredth of the text and at most 1 MiB, on which two encoders are compared."""
+    for documents in splits:
+        left = min(documents.n_bytes // 100, _SAMPLE_BYTES // len(splits)) + _SAMPLE_DOCUMENT
+        for index in range(0, len(documents), max(1, len(documents) // 64)):
+            size = int(documents.offsets[index + 1] - documents.offsets[index])
+            if size <= min(left, _SAMPLE_DOCUMENT):
+                left -= size
+                yield documents.text(index)
 
 
 # ---------------------------------------------------------------- reading
@@ -241,21 +257,30 @@ def map_array(path: Path) -> np.ndarray:
 
 def _write_index(folder: Path, documents: Documents, parts: list[Part], segments: int) -> dict[str, Any]:
     split = documents.split
+    dropped = {index: reason for part in parts for index, reason in part.dropped.items()}
+    kept = np.ones(len(documents), dtype=np.bool_)
+    kept[list(dropped)] = False
+    sizes = np.diff(documents.offsets)
     lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(part.lengths for part in parts)])
-    assert len(lengths) == segments * len(documents), "sequences were lost"
+    assert len(lengths) == segments * int(kept.sum()), "sequences were lost"
     np.save(folder / f"{split}.offsets.npy", cumulated(lengths))
-    np.save(folder / f"{split}.bytes.npy", np.diff(documents.offsets))
-    write_names(folder / f"{split}.names.json", documents.names)
+    np.save(folder / f"{split}.bytes.npy", sizes[kept])
+    names = documents.names if not dropped else [documents.names[index] for index in np.flatnonzero(kept).tolist()]
+    (folder / f"{split}.names.json").write_text(json.dumps(names), encoding="utf-8")
     if any(part.has_labels for part in parts):
-        np.save(folder / f"{split}.labels.npy", np.concatenate([part.labels for part in parts]))
-    n_tokens = int(lengths.sum())
+        np.save(folder / f"{split}.labels.npy", np.concatenate([part.labels for part in parts if part.has_labels]))
+    n_tokens, n_bytes = int(lengths.sum()), int(sizes[kept].sum())
+    if not n_tokens:
+        first = next(iter(dropped.values()), "there are no rows")
+        raise DataError(f"data: no row of the split {split!r} can be rendered. The first: {first}")
+    lost = {"documents": len(dropped), "bytes": documents.n_bytes - n_bytes, "examples": list(dropped.values())[:5]}
     return {
-        "documents": len(documents),
+        "documents": int(kept.sum()),
         "tokens": n_tokens,
-        "bytes": documents.n_bytes,
-        "bytes_per_token": documents.n_bytes / n_tokens,
+        "bytes": n_bytes,
+        "bytes_per_token": n_bytes / n_tokens,
         "shards": len(parts),
-    }
+    } | ({"dropped": lost} if dropped else {})
 
 
 def _require_row(row_tokens: int, n_tokens: int) -> None:

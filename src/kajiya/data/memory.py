@@ -1,0 +1,56 @@
+"""How much memory preparing the data takes: what is held at once is cut so that the cap in the config is kept."""
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from kajiya.data.documents import Documents
+from kajiya.data.parts import Portions
+from kajiya.errors import DataError
+
+_LARGEST_CHUNK = 4 * 2**20
+_SMALLEST_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Appetite:
+    """What encoding takes, measured on code and on Chinese as one document of 10 to 100 MB."""
+
+    bytes_per_byte: int
+    """Bytes of memory for each byte of text in work, at the most."""
+    n_ahead: int
+    """Chunks in work at a time."""
+
+
+FAST = Appetite(32, 2)
+PLAIN = Appetite(120, 1)
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def portions_within(memory_mib: int, splits: list[Documents], appetite: Appetite, part_bytes: int) -> Portions:
+    """Portions whose encoding stays under the cap.
+
+    Raises `DataError` for a document that could not be encoded under it: a document is never divided.
+    """
+    budget = memory_mib * 2**20 - peak_memory()
+    for documents in splits:
+        if not len(documents):
+            continue
+        sizes = np.diff(documents.offsets)
+        largest = int(np.argmax(sizes))
+        needed = int(sizes[largest]) * appetite.bytes_per_byte
+        if max(needed, _SMALLEST_CHUNK * appetite.bytes_per_byte) > budget:
+            raise DataError(
+                f"{documents.names[largest]}: {sizes[largest] / 2**20:.1f} MiB of text, which may take "
+                f"{needed / 2**20:,.0f} MiB of memory beside the {peak_memory() / 2**20:,.0f} MiB that the process has; "
+                f"data.memory_mib={memory_mib}.\nRaise data.memory_mib, or divide the document."
+            )
+    chunk_bytes = budget // (appetite.bytes_per_byte * appetite.n_ahead)
+    return Portions(part_bytes, max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, chunk_bytes)), appetite.n_ahead)
