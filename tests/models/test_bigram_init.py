@@ -14,6 +14,7 @@ from kajiya.data.shards import open_split
 from kajiya.errors import ConfigError
 from kajiya.models.bigram_init import begin_from_bigrams, factorize
 from kajiya.models.build import Vocabulary, build_model
+from kajiya.models.induction_init import begin_with_induction
 
 
 def _bigrams(size: int = 40, n: int = 40_000) -> Bigrams:
@@ -57,6 +58,38 @@ def test_a_model_begins_as_the_bigram_model() -> None:
         after = model(torch.arange(40)[:, None], use_cache=False).logits[:, 0]
     assert _loss(before, bigrams) > np.log(40) - 0.2
     assert _loss(after, bigrams) < _entropy(bigrams) + 0.5
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2])
+def test_with_induction_it_begins_by_copying_as_well(n_kv_heads: int) -> None:
+    bigrams = _bigrams(size=400)
+    config = ModelConfig(
+        n_params=None,
+        hidden_size=128,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=n_kv_heads,
+        tied=False,
+        zero_outputs=True,
+        rope_theta=1e6,
+    )
+    model = build_model(config, Vocabulary(400, 0, 1, 2), 0).module.eval()
+    begin_with_induction(model, bigrams, 0)
+    once = torch.stack([torch.randperm(400, generator=torch.Generator().manual_seed(i))[:60] for i in range(4)])
+    twice = torch.cat([once, once], dim=1)
+    with torch.no_grad():
+        logits = model(twice, use_cache=False).logits
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), twice[:, 1:], reduction="none")
+    # The text is random, so that nothing but copying can tell what comes next.
+    assert nll[:, :59].mean() > 5
+    assert nll[:, 60:].mean() < 3
+
+
+def test_one_block_is_too_few_for_induction() -> None:
+    config = ModelConfig(n_params=None, hidden_size=128, n_layers=1, n_heads=2, tied=False, zero_outputs=True)
+    model = build_model(config, Vocabulary(40, 0, 1, 2), 0).module
+    with pytest.raises(ConfigError, match="two blocks"):
+        begin_with_induction(model, _bigrams(), 0)
 
 
 def test_tied_weights_are_refused() -> None:

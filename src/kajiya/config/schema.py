@@ -146,8 +146,9 @@ class ModelConfig:
     """Matrices that write into the residual stream begin at zero, so that every block begins as the identity."""
     tied: bool = True
     """Embedding and output head share their weights."""
-    init: str = setting("normal", choices=("normal", "bigram"))
-    """Random weights, or an embedding and a head that begin as a bigram model of the training text."""
+    init: str = setting("normal", choices=("normal", "bigram", "induction"))
+    """Random weights; an embedding and a head that begin as a bigram model of the training text; or both that and two
+    attention heads that begin by copying what followed a token's last occurrence."""
     init_std: float = setting(0.02, gt=0)
     """Standard deviation of the initial weights."""
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flex_attention", "flash_attention_2"))

@@ -1,13 +1,14 @@
 """What a config must satisfy beyond its types: bounds, choices, options of each chosen row, combinations."""
 
 from kajiya.config.quantities import parse_count
-from kajiya.config.schema import Config
+from kajiya.config.schema import Config, ModelConfig
 from kajiya.config.setting import check_bounds
 from kajiya.config.tables import check_choice
 from kajiya.errors import ConfigError
 
-_BIGRAM_KINDS = ("llama", "mistral", "qwen2", "qwen3")
-"""Architectures whose first logits are head · norm(embedding) when their blocks begin as the identity."""
+_BEGUN_KINDS = {"bigram": ("llama", "mistral", "qwen2", "qwen3"), "induction": ("llama", "mistral", "qwen2")}
+"""Architectures whose first logits are head · norm(embedding) when their blocks begin as the identity; and of these, those
+whose attention compares queries and keys as they are projected."""
 _CHECKS: tuple[str, ...] = ()
 """Names that preflight.skip can hold; there is no check yet that could be skipped."""
 _ROLES = ("matrix", "embedding", "head", "vector")
@@ -102,18 +103,8 @@ def _check_model(config: Config) -> None:
             f"{config.data.row_tokens} is longer than model.max_positions={model.max_positions}",
             "Raise model.max_positions or shorten the row.",
         )
-    if model.init == "bigram" and (model.tied or not model.zero_outputs or model.path is not None or ":" in model.name):
-        raise ConfigError(
-            "model.init",
-            "bigram is for a model from scratch whose blocks begin as the identity and whose head is its own",
-            "Set model.tied=false model.zero_outputs=true, or model.init=normal.",
-        )
-    if model.init == "bigram" and model.name not in _BIGRAM_KINDS:
-        raise ConfigError(
-            "model.init",
-            f"bigram is known to fit {', '.join(_BIGRAM_KINDS)}, not {model.name}",
-            "Set model.init=normal.",
-        )
+    if model.init != "normal":
+        _check_beginning(model)
     if model.hidden_size and model.n_heads and model.hidden_size % (2 * model.n_heads):
         raise ConfigError(
             "model.n_heads", f"model.hidden_size={model.hidden_size} is not an even multiple of {model.n_heads} heads"
@@ -121,4 +112,19 @@ def _check_model(config: Config) -> None:
     if model.n_heads and model.n_kv_heads and model.n_heads % model.n_kv_heads:
         raise ConfigError(
             "model.n_kv_heads", f"{model.n_kv_heads} does not divide model.n_heads={model.n_heads} evenly"
+        )
+
+
+def _check_beginning(model: ModelConfig) -> None:
+    if model.tied or not model.zero_outputs or model.path is not None or ":" in model.name:
+        raise ConfigError(
+            "model.init",
+            f"{model.init} is for a model from scratch whose blocks begin as the identity and whose head is its own",
+            "Set model.tied=false model.zero_outputs=true, or model.init=normal.",
+        )
+    if model.name not in _BEGUN_KINDS[model.init]:
+        raise ConfigError(
+            "model.init",
+            f"{model.init} is known to fit {', '.join(_BEGUN_KINDS[model.init])}, not {model.name}",
+            "Set model.init=normal.",
         )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kajiya.config.schema import Config
-from kajiya.data.bigrams import count_bigrams
+from kajiya.data.bigrams import Bigrams, count_bigrams
 from kajiya.data.loader import Feed, heldout_rows, open_loader
 from kajiya.data.progress import OnEvent
 from kajiya.data.shards import open_split
@@ -20,6 +20,7 @@ from kajiya.errors import StoreError
 from kajiya.evals.scoring import heldout_loss
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import build_model, vocabulary_of
+from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.save import save_model
 from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
@@ -46,6 +47,12 @@ _COMPILE_PAYS_STEPS = 1000
 _TIMES_A_RUN = 10
 _LONGEST_UNSAVED_S = 600.0
 """Evaluations and checkpoints of a run whose config does not say how often."""
+
+_BEGINNINGS: dict[str, Callable[[Any, Bigrams, int], object]] = {
+    "bigram": begin_from_bigrams,
+    "induction": begin_with_induction,
+}
+"""What sets the weights of a model from scratch beyond their random values."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict
     precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
     vocabulary = load_tokenizer(tokenizer.path)
     built = build_model(config.model, vocabulary_of(vocabulary), config.seed)
-    if config.model.init == "bigram":
-        begin_from_bigrams(built.module, count_bigrams(shards.path, len(vocabulary)), config.seed)
+    if config.model.init in _BEGINNINGS:
+        _BEGINNINGS[config.model.init](built.module, count_bigrams(shards.path, len(vocabulary)), config.seed)
     strategy = SingleProcess(device, precision)
     model = strategy.prepare(built.module)
     if config.train.gradient_checkpointing:
