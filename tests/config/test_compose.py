@@ -57,7 +57,7 @@ def test_the_config_is_frozen() -> None:
         ("model.n_params=null", "model.hidden_size and model.n_layers must both be set"),
         ("data.row_tokens=100000", "longer than model.max_positions"),
         ("model.n_heads=[8]", "model.n_heads"),
-        ("model.tied=true", "bigram is for a model from scratch"),
+        ("model.tied=true", "induction is for a model from scratch"),
         ("data.source.options.root=3", "3 is not of type str or none"),
         ("track.trackers=[mlfow]", "did you mean 'mlflow'?"),
         ("eval.baselines=[zip]", "not one of xz, xz-primed"),
