@@ -297,8 +297,8 @@ def test_a_users_own_function_must_yield_the_same_each_time(
         if steady:
             corpus, reused = build_corpus(config, store)
             assert not reused
-            # Read once for its fingerprint and once for its text.
-            assert len(sys.modules["own_rows"].calls) == 2
+            # Called for its first row, for its fingerprint and for its text.
+            assert len(sys.modules["own_rows"].calls) == 3
             assert corpus.facts["ledger"]["entered"]["documents"] == 100
             assert build_corpus(config, store) == (corpus, True)
         else:
@@ -339,10 +339,10 @@ def test_a_source_without_documents(tmp_path: Path) -> None:
 
 
 def test_all_rows_dropped_says_why(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": "x"}) for _ in range(3)))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": None}) for _ in range(3)))
     config = DataConfig(source=SourceConfig("jsonl", {"files": f"{tmp_path}/a.jsonl"}), on_unreadable="drop")
     with pytest.raises(
-        DataError, match=r"Dropped: 3 unreadable \(for example a.jsonl:1: has no key 'text' \(it has: body"
+        DataError, match=r"Dropped: 3 unreadable \(for example a.jsonl:1: holds nothing \(null\) under 'text'"
     ):
         build_corpus(config, Store(tmp_path / "store"))
 

@@ -8,21 +8,33 @@ from pathlib import Path
 
 import pytest
 
-from kajiya.config.options import HubSource, StdlibSource, TableSource, TextSource
-from kajiya.config.schema import SourceConfig
-from kajiya.data.entries import Document, Entry, Unreadable
-from kajiya.data.origin import from_function, open_source
-from kajiya.data.sources import csv_rows, hub, jsonl, parquet, stdlib, text
+from kajiya.config.options import HubSource, LinesSource, StdlibSource, TableSource, TextSource
+from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.data.columnar import hub, parquet
+from kajiya.data.entries import Document, Entry, Found, Row, Unreadable
+from kajiya.data.origin import Origin, Source, from_function, open_source
+from kajiya.data.reading import open_rows
+from kajiya.data.sources import csv_rows, jsonl, stdlib, text
 from kajiya.errors import ConfigError, DataError
 
 
-def documents(entries: list[Entry]) -> dict[str, str]:
+def read(name: str, text: str = "text", **options: object) -> list[Entry]:
+    """The documents of a source whose column `text` is a text."""
+    return list(texts_of(name, text, **options).read())
+
+
+def texts_of(name: str, text: str = "text", **options: object) -> Origin:
+    columns = {} if text == "text" else {"text": text}
+    return open_rows(DataConfig(source=SourceConfig(name, dict(options)), format="text", columns=columns))
+
+
+def documents(entries: list[Entry] | list[Found]) -> dict[str, str]:
     assert all(isinstance(entry, Document) for entry in entries)
     assert all(entry.n_bytes == len(entry.text.encode()) for entry in entries)
     return {entry.name: entry.text for entry in entries}
 
 
-def reasons(entries: list[Entry]) -> dict[str, str]:
+def reasons(entries: list[Entry] | list[Found]) -> dict[str, str]:
     return {entry.name: entry.reason for entry in entries if isinstance(entry, Unreadable)}
 
 
@@ -99,7 +111,7 @@ def test_an_empty_glob_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"matches no file in"):
         list(text(TextSource(f"{tmp_path}/*.txt")))
     with pytest.raises(ConfigError, match=r"is a folder"):
-        list(jsonl(TableSource(str(tmp_path))))
+        list(jsonl(LinesSource(str(tmp_path))))
 
 
 def test_a_vanished_file_is_said(tmp_path: Path) -> None:
@@ -130,7 +142,7 @@ def test_jsonl_rows(tmp_path: Path) -> None:
     rows = ["plain", "line\u2028separator \U0001f525", "", "a\r\nb"]
     lines = [json.dumps({"id": i, "body": row}, ensure_ascii=i % 2 == 0) for i, row in enumerate(rows)]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join([*lines[:2], "", *lines[2:]]), encoding="utf-8", newline="")
-    found = documents(list(jsonl(TableSource(f"{tmp_path}/*.jsonl", "body"))))
+    found = documents(read("jsonl", "body", files=f"{tmp_path}/*.jsonl"))
     assert found == {"a.jsonl:1": rows[0], "a.jsonl:2": rows[1], "a.jsonl:4": rows[2], "a.jsonl:5": rows[3]}
 
 
@@ -147,15 +159,15 @@ def test_jsonl_names_the_line_and_the_fault(tmp_path: Path) -> None:
         b'{"text": "\\udc80"}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    entries = list(jsonl(TableSource(f"{tmp_path}/a.jsonl")))
+    entries = read("jsonl", files=f"{tmp_path}/a.jsonl")
     assert len(entries) == len(lines)
     found = reasons(entries)
     assert found.pop("a.jsonl:2").startswith("is no JSON: Unterminated string")
     assert found == {
-        "a.jsonl:3": "has no key 'text' (it has: words, id)",
+        "a.jsonl:3": "has no column 'text' (it has: words, id)",
         "a.jsonl:4": "holds a value of type int under 'text', not text",
         "a.jsonl:5": "holds nothing (null) under 'text', not text",
-        "a.jsonl:6": "is a JSON list, not an object with a key 'text'",
+        "a.jsonl:6": "is a JSON list, not an object with columns",
         "a.jsonl:7": "holds a lone surrogate (\\ud800) under 'text'",
         "a.jsonl:8": "is not utf-8: byte 0xe9 at 13",
         "a.jsonl:9": "holds a lone surrogate (\\udc80) under 'text'",
@@ -167,7 +179,7 @@ def test_csv_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(
         b'\xef\xbb\xbfid,text\r\n1,plain\r\n2,"two\r\nlines, and ""quotes"""\r\n\r\n3,' + long.encode() + b"\r\n"
     )
-    assert documents(list(csv_rows(TableSource(f"{tmp_path}/a.csv")))) == {
+    assert documents(read("csv", files=f"{tmp_path}/a.csv")) == {
         "a.csv:2": "plain",
         "a.csv:3": 'two\r\nlines, and "quotes"',
         "a.csv:6": long,
@@ -176,15 +188,17 @@ def test_csv_rows(tmp_path: Path) -> None:
 
 def test_csv_names_the_line_and_the_fault(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'id,text\n1,good\n2\n3,caf\xe9\n4,good\n5,"never closed\n6,lost\n')
-    entries = list(csv_rows(TableSource(f"{tmp_path}/a.csv")))
+    entries = read("csv", files=f"{tmp_path}/a.csv")
     assert [entry.name for entry in entries if isinstance(entry, Document)] == ["a.csv:2", "a.csv:5"]
     assert reasons(entries) == {
         "a.csv:3": "has 1 fields, the header has 2",
-        "a.csv:4": "is not utf-8: byte 0xe9 on line 1",
+        "a.csv:4": "is not utf-8 under 'text': byte 0xe9 on line 1",
         "a.csv:6": "is broken CSV, and the rest of the file with it: unexpected end of data",
     }
-    with pytest.raises(ConfigError, match=r"data.source.options.column: a.csv has no column 'body'; it has: id, text"):
-        list(csv_rows(TableSource(f"{tmp_path}/a.csv", "body")))
+    with pytest.raises(ConfigError, match=r"data.columns.text: there is no column 'body'; there is: id, text"):
+        read("csv", "body", files=f"{tmp_path}/a.csv")
+    rows = [row for row in csv_rows(TableSource(f"{tmp_path}/a.csv")) if isinstance(row, Row)]
+    assert rows[0] == Row("a.csv:2", {"id": "1", "text": "good"}, 6, is_typed=False)
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
@@ -195,7 +209,7 @@ def test_parquet_rows(tmp_path: Path) -> None:
     rows[7] = None
     pq.write_table(pa.table({"text": rows, "n": list(range(3000))}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": pa.array(["x", "y", "x"]).dictionary_encode()}), tmp_path / "b.parquet")
-    entries = list(parquet(TableSource(f"{tmp_path}/*.parquet")))
+    entries = read("parquet", files=f"{tmp_path}/*.parquet")
     assert reasons(entries) == {"a.parquet:7": "holds nothing (null) under 'text', not text"}
     found = documents([entry for entry in entries if isinstance(entry, Document)])
     expected = {f"a.parquet:{i}": row for i, row in enumerate(rows) if row is not None}
@@ -210,15 +224,15 @@ def test_parquet_faults(tmp_path: Path) -> None:
     not_text = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"finecaf\xe9"))
     pq.write_table(pa.table({"text": not_text, "n": [1, 2]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
-    entries = list(parquet(TableSource(f"{tmp_path}/*.parquet")))
+    entries = read("parquet", files=f"{tmp_path}/*.parquet")
     found = reasons(entries)
     assert isinstance(entries[0], Document)
     assert found.pop("b.parquet").startswith("is no parquet file (")
-    assert found == {"a.parquet:1": "is not utf-8: byte 0xe9 on line 1"}
-    with pytest.raises(ConfigError, match=r"a.parquet has no column 'body'; it has: text, n"):
-        list(parquet(TableSource(f"{tmp_path}/a.parquet", "body")))
-    with pytest.raises(ConfigError, match=r"data.source.options.column: column 'n' of a.parquet holds int64, not text"):
-        list(parquet(TableSource(f"{tmp_path}/a.parquet", "n")))
+    assert found == {"a.parquet:1": "is not utf-8 under 'text': byte 0xe9 on line 1"}
+    assert reasons(read("parquet", "n", files=f"{tmp_path}/a.parquet")) == {
+        "a.parquet:0": "holds a value of type int under 'text', not text",
+        "a.parquet:1": "holds a value of type int under 'text', not text",
+    }
 
 
 # ---------------------------------------------------------------- datasets
@@ -230,14 +244,14 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a", "b", None], "n": [1, 2, 3]})
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": rows, "other": rows.select([1])}).save_to_disk(tmp_path / "many")
-    entries = list(hub(HubSource(str(tmp_path / "one"))))
+    entries = read("hub", path=str(tmp_path / "one"))
     assert documents(entries[:2]) == {"train:0": "a", "train:1": "b"}
     assert reasons(entries) == {"train:2": "holds nothing (null) under 'text', not text"}
-    assert documents(list(hub(HubSource(str(tmp_path / "many"), split="other")))) == {"other:0": "b"}
+    assert documents(read("hub", path=str(tmp_path / "many"), split="other")) == {"other:0": "b"}
     with pytest.raises(ConfigError, match=r"data.source.options.split: 'test' is not one of other, train in"):
         list(hub(HubSource(str(tmp_path / "many"), split="test")))
-    with pytest.raises(ConfigError, match=r"has no column 'body'; it has: text, n"):
-        list(hub(HubSource(str(tmp_path / "one"), column="body")))
+    with pytest.raises(ConfigError, match=r"there is no column 'body'; there is: text, n"):
+        read("hub", "body", path=str(tmp_path / "one"))
 
 
 def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
@@ -265,14 +279,12 @@ def test_a_hub_name_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = {"path": "someone/words", "revision": "main", "subset": "en", "streaming": True}
-    origin = open_source(SourceConfig("hub", options))
+    origin = texts_of("hub", **options)
     assert origin.facts["options"]["revision"] == "c0ffee"
     assert origin.settings["options"]["revision"] == "c0ffee"
     assert documents(list(origin.read())) == {"train:0": "a"}
-    assert asked == [
-        ("someone/words", "main", "dataset"),
-        ("someone/words", {"name": "en", "split": "train", "revision": "c0ffee", "streaming": True}),
-    ]
+    opened = ("someone/words", {"name": "en", "split": "train", "revision": "c0ffee", "streaming": True})
+    assert asked == [("someone/words", "main", "dataset"), opened, opened]
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,15 +314,15 @@ def test_a_users_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "    yield {'body': 'x'}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    origin = open_source(SourceConfig("own_source:rows", {"n": 3}))
+    origin = texts_of("own_source:rows", n=3)
     entries = list(origin.read())
     assert documents(entries[:4]) == {"00000000": "xxx", "its/name": "named", "00000002": "unnamed", "given": "text"}
     assert reasons(entries) == {
-        "00000004": "own_source:rows yielded int, not text",
-        "00000005": "own_source:rows yielded dict with body, not text",
+        "00000004": "own_source:rows yielded int, no row",
+        "00000005": "has no column 'text' (it has: body)",
     }
     assert origin.fingerprint() == origin.fingerprint()
-    assert origin.fingerprint() != open_source(SourceConfig("own_source:rows", {"n": 4})).fingerprint()
+    assert origin.fingerprint() != texts_of("own_source:rows", n=4).fingerprint()
     with pytest.raises(ConfigError, match=r"data.source.options.m: own_source:rows takes no such argument"):
         open_source(SourceConfig("own_source:rows", {"m": 3}))
     del sys.modules["own_source"]
@@ -318,7 +330,7 @@ def test_a_users_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_function_that_is_no_source() -> None:
     for returned in (None, "text", {"text": "x"}):
-        with pytest.raises(DataError, match=r"A source yields documents"):
+        with pytest.raises(DataError, match=r"A source yields rows"):
             list(from_function(lambda returned=returned: returned, {}))
 
 
@@ -333,6 +345,7 @@ def test_a_fingerprint_follows_names_and_bytes_and_not_places(tmp_path: Path) ->
 
     def opened(folder: str) -> object:
         origin = open_source(SourceConfig("text", {"files": f"{tmp_path}/{folder}/*.txt"}))
+        assert isinstance(origin, Source)
         return origin.settings, origin.fingerprint()
 
     assert opened("one") == opened("two")

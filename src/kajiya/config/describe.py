@@ -14,7 +14,15 @@ from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config
 from kajiya.config.tables import TABLES
 
-_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", tuple: "array"}
+_JSON_TYPES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    dict: "object",
+    tuple: "array",
+    list: "array",
+}
 _JSON_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 

@@ -1,6 +1,7 @@
 """Options of every row of every table: one small dataclass for each name a config can choose."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from kajiya.config.setting import setting
 
@@ -45,12 +46,20 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TableSource:
-    """Rows of jsonl, csv or parquet files."""
+    """Rows of csv, parquet or arrow files."""
 
     files: str = setting("")
     """Glob of the files, relative to the working directory."""
-    column: str = "text"
-    """Column (key) that holds the text."""
+
+
+@dataclass(frozen=True)
+class LinesSource:
+    """Rows of files with a JSON object in each line."""
+
+    files: str = setting("")
+    """Glob of the files, relative to the working directory."""
+    max_row_bytes: int = setting(67_108_864, ge=1024)
+    """Longest line that is read, bytes; a longer one is refused."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,38 @@ class HubSource:
     """Configuration of the data set, where it has several."""
     split: str = "train"
     """Split to read."""
-    column: str = "text"
-    """Column that holds the text."""
     revision: str | None = None
     """Commit, tag or branch on the hub; resolved to a commit and recorded."""
     streaming: bool = False
     """Read rows over the network as they are needed, without a local copy."""
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """Rows of several sources, drawn by weight without repeating any."""
+
+    parts: list[Any] = field(default_factory=list)
+    """Each `{source: {name, options}, columns, format, weight, max_rows, label}`; without weights every row is taken."""
+    seed: int = setting(0, ge=0)
+    """Seed of the draw."""
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One part of a mixture."""
+
+    source: dict[str, Any] = field(default_factory=dict)
+    """Name and options of its source, as `data.source`."""
+    label: str | None = None
+    """Name of the part, before the names of its rows; `None`: its number and its source's name."""
+    format: str = "auto"
+    """Kind of its rows, as `data.format`."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Names of its columns, as `data.columns`."""
+    weight: float | None = setting(None, gt=0)
+    """Share of the drawn rows, relative to the other parts'; all parts have one, or none has."""
+    max_rows: int | None = setting(None, ge=1)
+    """At most this many rows of the part; `None`: all."""
 
 
 # ---------------------------------------------------------------- losses (train.loss)

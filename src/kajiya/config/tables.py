@@ -39,10 +39,12 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "stdlib": Row("kajiya.data.sources:stdlib", o.StdlibSource),
         "stdlib_pairs": Row("kajiya.data.function_pairs:stdlib_pairs", o.StdlibPairsSource),
         "text": Row("kajiya.data.sources:text", o.TextSource),
-        "jsonl": Row("kajiya.data.sources:jsonl", o.TableSource),
+        "jsonl": Row("kajiya.data.sources:jsonl", o.LinesSource),
         "csv": Row("kajiya.data.sources:csv_rows", o.TableSource),
-        "parquet": Row("kajiya.data.sources:parquet", o.TableSource),
-        "hub": Row("kajiya.data.sources:hub", o.HubSource),
+        "parquet": Row("kajiya.data.columnar:parquet", o.TableSource),
+        "arrow": Row("kajiya.data.columnar:arrow", o.TableSource),
+        "hub": Row("kajiya.data.columnar:hub", o.HubSource),
+        "mixture": Row("kajiya.data.mixture:mix", o.MixtureSource),
     },
     "loss": {
         "next_token": Row("kajiya.training.losses.next_token:next_token", o.NextTokenLoss),
@@ -125,7 +127,7 @@ def check_choice(table: str, name: str, given: Mapping[str, Any], field: str) ->
             f"{name!r} is not one of {', '.join(sorted(rows))}" + (f"; {hint}" if hint else ""),
             "A function of your own is named `package.module:function`.",
         )
-    return _build_options(rows[name].options, given, f"{field}.options")
+    return check_options(rows[name].options, given, f"{field}.options")
 
 
 def import_target(target: str, field: str) -> Callable[..., Any]:
@@ -149,7 +151,10 @@ def import_target(target: str, field: str) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], found)
 
 
-def _build_options(options: type, given: Mapping[str, Any], path: str) -> Any:
+def check_options(options: type, given: Mapping[str, Any], path: str) -> Any:
+    """An instance of a dataclass of options from a mapping: names, types, bounds and choices checked."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(path, f"{given!r} is no mapping of settings")
     known = {item.name: item for item in fields(options)}
     hints = typing.get_type_hints(options)
     values = {}

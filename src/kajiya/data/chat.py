@@ -1,10 +1,50 @@
-"""A conversation as token ids: the tokenizer's own chat template, or a plain default where it has none."""
+"""A conversation as text and token ids: the one way for training, evaluation and the server.
 
+The text is what the tokenizer's own Jinja template makes of the messages (the packaged one where it has none). Where each
+answer begins and ends is found by rendering: the prompt of an answer, and the conversation as far as the answer, must each be
+what the whole conversation begins with. No string is searched for.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
+from kajiya.data.markup import Chunk, Draft, Markup
 from kajiya.errors import DataError
+
+Messages = Sequence[Mapping[str, Any]]
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class TemplateRefusalError(Exception):
+    """What a chat template cannot be asked to do."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where one message of the assistant lies in the text of its conversation, characters."""
+
+    message: int
+    """Its number."""
+    start: int | None
+    """Behind its prompt; `None`: the prompt is not what the conversation begins with."""
+    end: int | None
+    """Behind the special token that closes it, or behind all of it; `None`: as above."""
+    is_closed: bool = False
+    """Whether a special token closes it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rendered conversation."""
+
+    text: str
+    answers: tuple[Answer, ...]
+    cuts: tuple[int, ...]
+    """Where the text is cut into chunks, rising."""
 
 
 def default_template() -> str:
@@ -12,24 +52,165 @@ def default_template() -> str:
     return resources.files("kajiya.data").joinpath("chat.jinja").read_text(encoding="utf-8")
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[int]:
-    """Token ids of a conversation; with `add_generation_prompt` it ends where the assistant's next answer begins.
+def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool, tools: Any = None) -> list[int]:
+    """Token ids of one conversation, as `ChatTemplate.ids`; whoever has several keeps a `ChatTemplate`."""
+    return ChatTemplate(tokenizer).ids(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
-    Messages are `{"role": system, user or assistant; "content": text}`. Raises `DataError` for an order of roles, or
-    anything else, that the template refuses.
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    `template` goes before the tokenizer's own; `variables` are passed to it. With `is_timeless`, a template that asks for
+    the time is refused: rows rendered tomorrow would be others. Raises `DataError` for a syntax error in the template.
     """
-    from jinja2 import TemplateError
 
-    if not messages:
-        raise DataError("a conversation needs at least one message")
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=None if tokenizer.chat_template else default_template(),
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=False,
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        is_timeless: bool = False,
+    ) -> None:
+        self.markup = Markup(tokenizer)
+        self.name = "the given chat template"
+        if template is None:
+            template, self.name = (
+                tokenizer.chat_template,
+                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}",
+            )
+        if not template:
+            template, self.name = default_template(), "the packaged chat template"
+        named = template if isinstance(template, dict) else {"default": template}
+        self._sources = {kind: named[kind] for kind in ("default", "tool_use") if kind in named}
+        self._compiled = {kind: _compile(source, self.name) for kind, source in self._sources.items()}
+        self._eos: str = tokenizer.eos_token or ""
+        self._variables = {**tokenizer.special_tokens_map, **(variables or {})}
+        if is_timeless:
+            self._variables |= {"strftime_now": _refuse_time}
+
+    def ids(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation; with `add_generation_prompt` it ends where the assistant's next answer begins.
+
+        Raises `DataError` for an order of roles, or anything else, that the template refuses.
+        """
+        if not messages:
+            raise DataError("a conversation needs at least one message")
+        (messages, tools), names = self.markup.shield((messages, tools))
+        try:
+            layout = self.lay_out(messages, tools, add_generation_prompt)
+        except TemplateRefusalError as error:
+            raise DataError(f"the chat template refuses these messages: {error}") from error
+        chunks = [Chunk(text, 0.0) for text in pieces(layout.text, layout.cuts)]
+        ids: list[int] = self.markup.encode([Draft(chunks, names)])[0].ids.tolist()
+        return ids
+
+    def lay_out(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> Layout:
+        """The text of a conversation, and where the assistant's answers lie in it. Raises `TemplateRefusalError`."""
+        messages = [_with_reasoning(message) for message in messages]
+        text = self.text(messages, tools, add_generation_prompt)
+        answers = [
+            self._answer(messages, tools, index, text, add_generation_prompt)
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        cuts = {place for answer in answers for place in (answer.start, answer.end) if place is not None}
+        if any(answer.start is None or answer.end is None for answer in answers):
+            marked = self._marked(messages, tools, add_generation_prompt)
+            if len(marked) == len(answers):
+                answers = [
+                    self._closed(text, answer.message, start, end)
+                    for answer, (start, end) in zip(answers, marked, strict=True)
+                ]
+                cuts |= {place for answer in answers for place in (answer.start, answer.end) if place is not None}
+        return Layout(text, tuple(answers), tuple(sorted(cuts)))
+
+    def text(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> str:
+        """What the template makes of the messages. Raises `TemplateRefusalError`."""
+        from jinja2 import TemplateError
+
+        try:
+            rendered: str = self._template(tools).render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TemplateRefusalError(str(error) or type(error).__name__) from error
+        return rendered
+
+    def prefix(self, messages: Messages, tools: Any, text: str, add_generation_prompt: bool = False) -> int | None:
+        """Length of the rendered messages where `text` begins with them; `None` where it does not."""
+        if not messages:
+            return 0
+        try:
+            rendered = self.text(messages, tools, add_generation_prompt)
+        except TemplateRefusalError:
+            return None
+        # Some templates (Phi-3) close every text, and not each answer, with end-of-text.
+        rendered = rendered if text.startswith(rendered) else rendered.removesuffix(self._eos)
+        return len(rendered) if text.startswith(rendered) else None
+
+    def _answer(self, messages: Messages, tools: Any, index: int, text: str, is_prompt: bool) -> Answer:
+        start = self.prefix(messages[:index], tools, text, add_generation_prompt=True)
+        is_last = index + 1 == len(messages) and not is_prompt
+        end = len(text) if is_last else self.prefix(messages[: index + 1], tools, text)
+        if start is None or end is None or end < start:
+            return Answer(index, start, None)
+        return self._closed(text, index, start, end)
+
+    def _closed(self, text: str, index: int, start: int, end: int) -> Answer:
+        closed = self.markup.closed_end(text, start, end)
+        return Answer(index, start, end if closed is None else closed, closed is not None)
+
+    def _marked(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> list[tuple[int, int]]:
+        """What the template's `{% generation %}` blocks enclose, characters; none where it has no such block."""
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+
+        if not _MARKER.search(self._sources[self._kind(tools)]):
+            return []
+        _, found = _render_with_assistant_indices(
+            self._template(tools), list(messages), tools, None, add_generation_prompt, **self._variables
         )
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses these messages: {error}") from error
-    return ids
+        return [(int(start), int(end)) for start, end in found]
+
+    def _template(self, tools: Any) -> Any:
+        return self._compiled[self._kind(tools)]
+
+    def _kind(self, tools: Any) -> str:
+        return "tool_use" if tools and "tool_use" in self._compiled else "default"
+
+
+def pieces(text: str, cuts: Sequence[int]) -> list[str]:
+    """The text cut at these places, none empty."""
+    places = [0, *cuts, len(text)]
+    return [text[start:end] for start, end in pairwise(places) if start < end]
+
+
+def _compile(source: str, name: str) -> Any:
+    from jinja2 import TemplateSyntaxError
+
+    # Transformers' own environment, so that a template means here what it means there.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        return _compile_jinja_template(source)
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"{name} has a syntax error on line {error.lineno}: {error.message}\n"
+            "Mend it, or give another with data.render.template."
+        ) from error
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without this project's own keys, its reasoning also under the name that some templates read."""
+    kept = {key: value for key, value in message.items() if key != "weight"}
+    return kept | {"thinking": kept["reasoning_content"]} if "reasoning_content" in kept else kept
+
+
+def _refuse_time(_: str) -> str:
+    raise ValueError(
+        "it asks for today's date, with which the same row would become other tokens tomorrow; set the date it reads, for "
+        "example data.render.options.date_string"
+    )

@@ -1,6 +1,7 @@
 """The corpus: a source read once, split, cleaned of what the held-out side also holds; every document accounted for."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.config.tables import TABLES
 from kajiya.data.cleaning import clean
 from kajiya.data.documents import Documents, DocumentWriter, open_documents
-from kajiya.data.entries import Document, Entry, Unreadable
-from kajiya.data.ledger import LOST, CorpusLedger, Tally
-from kajiya.data.origin import EntriesDigest, Origin, open_source
+from kajiya.data.entries import Document, Entry, Omitted, Unreadable
+from kajiya.data.formats import class_names
+from kajiya.data.ledger import LOST, NOT_DRAWN, CorpusLedger, Tally
+from kajiya.data.origin import Origin
 from kajiya.data.progress import OnEvent, Progress, silent
+from kajiya.data.reading import open_rows
 from kajiya.errors import DataError
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
@@ -37,25 +40,24 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
     became of every document. Raises `DataError` for an unreadable document (unless `on_unreadable` is `drop`), for a
     source without documents, and for a split that stays empty.
     """
-    origins = {"source": open_source(config.source)}
-    if config.heldout_source.name is not None:
-        origins["heldout_source"] = open_source(SourceConfig(config.heldout_source.name, config.heldout_source.options))
+    origins = _open(config)
     fingerprints = {field: origin.fingerprint() for field, origin in origins.items()}
+    if config.format == "auto":
+        on_event("derived", values={f"data.{key}": value for key, value in origins["source"].form.items()})
 
     def make(folder: Path) -> dict[str, Any]:
-        entries = {field: EntriesDigest() for field in origins}
-        watched = {field: _watched(origin, entries[field]) for field, origin in origins.items()}
-        facts = _write(config, watched, folder, on_event)
+        facts = _write(config, origins, folder, on_event)
         for field, origin in origins.items():
-            # What a user's own function yields was hashed in passing, so that it is not called once more.
-            if (entries[field].hexdigest() if origin.is_own else origin.fingerprint()) != fingerprints[field]:
+            if origin.fingerprint() != fingerprints[field]:
                 raise DataError(
                     f"data.{field}: its content changed while it was read, or differs from one reading to the next.\n"
                     "Run it again when nothing writes to it; a source of your own must yield the same documents each time."
                 )
         return facts
 
-    names = [config.source.name] + ([config.heldout_source.name] if config.heldout_source.name else [])
+    parts = config.source.options["parts"] if config.source.name == "mixture" else []
+    names = [config.source.name, *(part["source"]["name"] for part in parts)]
+    names += [config.heldout_source.name] if config.heldout_source.name else []
     return produce(
         store,
         STAGE,
@@ -71,8 +73,14 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
     )
 
 
-def _watched(origin: Origin, entries: EntriesDigest) -> Origin:
-    return replace(origin, read=lambda: entries.follow(origin.read()))
+def _open(config: DataConfig) -> dict[str, Origin]:
+    """The rows of the source, and those of a source for the held-out side, which are of the same kind."""
+    origins = {"source": open_rows(config)}
+    if config.heldout_source.name is not None:
+        source = SourceConfig(config.heldout_source.name, config.heldout_source.options)
+        kind = origins["source"].form["format"]
+        origins["heldout_source"] = open_rows(replace(config, source=source, format=kind), "data.heldout_source")
+    return origins
 
 
 def source_modules(*names: str) -> list[str]:
@@ -91,14 +99,19 @@ def is_heldout(name: str, heldout_every: int) -> bool:
 def _write(config: DataConfig, origins: dict[str, Origin], folder: Path, on_event: OnEvent) -> dict[str, Any]:
     ledger = CorpusLedger()
     train, heldout = _read(config, origins, folder, ledger, Progress(on_event, STAGE, "bytes"))
-    clean(config, train, heldout, True, ledger)
+    clean(config, train, heldout, origins["source"].form["format"] == "text", ledger)
     kept = open_documents(folder, "train")
     assert (len(kept), kept.n_bytes) == (ledger.train.documents, ledger.train.bytes), "not what the ledger says"
     assert (len(heldout), heldout.n_bytes) == (ledger.heldout.documents, ledger.heldout.bytes), "not what it says"
     _require_documents(config, ledger)
-    facts = {field: origin.facts for field, origin in origins.items()}
+    form = origins["source"].form
     every = config.heldout_every if "heldout_source" not in origins else None
-    return facts | {"heldout_every": every, "ledger": ledger.facts()}
+    facts = {field: origin.facts for field, origin in origins.items()}
+    facts |= form | {"heldout_every": every, "ledger": ledger.facts()}
+    if form["format"] == "labelled":
+        labels = (json.loads(text)["label"] for documents in (kept, heldout) for text in documents.texts())
+        facts["classes"] = class_names(labels)
+    return facts
 
 
 def _read(
@@ -135,6 +148,8 @@ def _sort(
             writer, tally = side(entry)
             writer.add(entry.name, entry.text.encode())
             tally.add(entry.n_bytes)
+        elif isinstance(entry, Omitted):
+            ledger.drop(NOT_DRAWN, entry.reason, entry.n_bytes, entry.name)
         elif config.on_unreadable == "error":
             raise DataError(
                 f"{entry.name}: {entry.reason}\n"

@@ -1,13 +1,14 @@
-"""What a source yields: a document, or what could not be read and why; and how bytes, strings and JSON become one."""
+"""What a source yields: a document, a row of columns, or what could not be read and why; and how bytes become one."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document."""
+    """One document: a text, or the canonical JSON of a row."""
 
     name: str
     """Relative POSIX path, or `file:line` for a row of a file. The held-out split is a hash of it."""
@@ -17,6 +18,22 @@ class Document:
     """Length of the text in UTF-8, bytes; for a UTF-8 file, its size."""
     group: str | None = None
     """Documents of one group are on the same side of the split, which is then a hash of the group's name."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table, under the names that its source gives the columns."""
+
+    name: str
+    """As a `Document`'s."""
+    columns: Mapping[str, Any]
+    """What JSON can hold, by column; `bytes` stand for text that is not valid."""
+    n_bytes: int = 0
+    """Size in the source, bytes; 0 where it is not known."""
+    group: str | None = None
+    """As a `Document`'s."""
+    is_typed: bool = True
+    """Whether its values have types of their own; in CSV all are text, and `1` may be a number."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +48,25 @@ class Unreadable:
     """Size of what could not be read, bytes; 0 where it is not known."""
 
 
-Entry = Document | Unreadable
+@dataclass(frozen=True)
+class Omitted:
+    """A row that is left out on purpose, and counted."""
+
+    name: str
+    """As a `Document`'s."""
+    reason: str
+    """Why, as the ledger says it."""
+    n_bytes: int = 0
+    """As a `Document`'s."""
 
 
-def decode_entry(name: str, raw: bytes, encoding: str) -> Entry:
+Entry = Document | Unreadable | Omitted
+"""What a corpus is made of."""
+Found = Document | Row | Unreadable
+"""What a source yields."""
+
+
+def decode_entry(name: str, raw: bytes, encoding: str) -> Document | Unreadable:
     """The document of these bytes, decoded without any change; or which byte on which line is no text."""
     try:
         decoded = raw.decode(encoding)
@@ -47,23 +79,8 @@ def decode_entry(name: str, raw: bytes, encoding: str) -> Entry:
     return Document(name, decoded, n_bytes)
 
 
-def row_entry(name: str, value: Any, column: str) -> Entry:
-    """The document of a row whose text column holds `value`: a string, or its UTF-8 bytes."""
-    if isinstance(value, bytes):
-        return decode_entry(name, value, "utf-8")
-    if not isinstance(value, str):
-        held = "nothing (null)" if value is None else f"a value of type {type(value).__name__}"
-        return Unreadable(name, f"holds {held} under {column!r}, not text")
-    try:
-        return Document(name, value, len(value.encode()))
-    except UnicodeEncodeError as error:
-        n_bytes = len(value.encode(errors="surrogatepass"))
-        bad = ord(value[error.start])
-        return Unreadable(name, f"holds a lone surrogate (\\u{bad:04x}) under {column!r}", n_bytes)
-
-
-def json_entry(name: str, line: bytes, column: str) -> Entry:
-    """The document under the key `column` of a line's JSON object."""
+def json_row(name: str, line: bytes) -> Row | Unreadable:
+    """The row of a line that holds a JSON object."""
     try:
         row = json.loads(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
@@ -71,7 +88,5 @@ def json_entry(name: str, line: bytes, column: str) -> Entry:
     except (ValueError, RecursionError) as error:
         return Unreadable(name, f"is no JSON: {error}", len(line))
     if not isinstance(row, dict):
-        return Unreadable(name, f"is a JSON {type(row).__name__}, not an object with a key {column!r}", len(line))
-    if column not in row:
-        return Unreadable(name, f"has no key {column!r} (it has: {', '.join(row) or 'none'})", len(line))
-    return row_entry(name, row[column], column)
+        return Unreadable(name, f"is a JSON {type(row).__name__}, not an object with columns", len(line))
+    return Row(name, row, len(line))

@@ -1,14 +1,13 @@
 """Pairs for fine-tuning made from Python source: signature and docstring → body, and code → docstring."""
 
 import ast
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kajiya.config.options import StdlibPairsSource, StdlibSource
-from kajiya.data.entries import Document, Entry, Unreadable
+from kajiya.data.entries import Document, Found, Row, Unreadable
 from kajiya.data.sources import stdlib
 
 BODY, DOCSTRING = "body", "docstring"
@@ -47,10 +46,10 @@ class Pair:
     completion: str
 
 
-def stdlib_pairs(options: StdlibPairsSource) -> Iterator[Entry]:
+def stdlib_pairs(options: StdlibPairsSource) -> Iterator[Found]:
     """A row for each pair in the files of the source `stdlib`, named `file:qualname (kind)`; a file is a group."""
     for entry in stdlib(StdlibSource(options.root)):
-        if isinstance(entry, Unreadable):
+        if not isinstance(entry, Document):
             yield entry
             continue
         try:
@@ -59,9 +58,8 @@ def stdlib_pairs(options: StdlibPairsSource) -> Iterator[Entry]:
             yield Unreadable(entry.name, f"is no Python source: {error}", entry.n_bytes)
             continue
         for pair in pairs:
-            text = json.dumps(row_of(pair, options.rows), ensure_ascii=False)
             name = f"{entry.name}:{pair.function.qualname} ({pair.kind})"
-            yield Document(name, text, len(text.encode()), group=entry.name)
+            yield Row(name, row_of(pair, options.rows), group=entry.name)
 
 
 def row_of(pair: Pair, form: str) -> Mapping[str, Any]:

@@ -1,17 +1,20 @@
 """A source opened: how to read it, what identifies its content, and what a manifest says of it."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.digest import digest, to_plain
-from kajiya.config.options import HubSource, StdlibPairsSource, StdlibSource, TableSource, TextSource
+from kajiya.config.options import HubSource, LinesSource, MixtureSource, StdlibPairsSource, StdlibSource, TableSource, TextSource
 from kajiya.config.schema import SourceConfig
 from kajiya.config.tables import resolve
-from kajiya.data.entries import Document, Entry, Unreadable, row_entry
-from kajiya.data.sources import SourceFile, is_local, matching_files, stdlib_files
+from kajiya.data.columnar import is_local
+from kajiya.data.entries import Document, Entry, Found, Row, Unreadable
+from kajiya.data.sources import SourceFile, matching_files, stdlib_files
+from kajiya.data.values import RowError, text_of
 from kajiya.errors import DataError
 from kajiya.run.files import hash_file, list_files
 
@@ -20,41 +23,52 @@ _PLACES = frozenset({"root", "files", "path"})
 
 
 @dataclass(frozen=True)
-class Origin:
+class Source:
     """A source, ready to be read any number of times."""
 
-    read: Callable[[], Iterator[Entry]]
-    """Yields its entries from the first one."""
+    read: Callable[[], Iterator[Found]]
+    """Yields what it finds from the first row on."""
     fingerprint: Callable[[], str]
-    """Digest of its content as it is now: names and bytes."""
+    """Digest of its content as it is now: names and bytes; of a function of the user's own, of what it last yielded."""
     settings: dict[str, Any]
     """What the key of an artifact made from it holds, beside the fingerprint."""
     facts: dict[str, Any]
     """Name, options, and the commit that a hub name stood for."""
-    is_own: bool = False
-    """A function of the user's own: its fingerprint is `EntriesDigest` over all that it yields."""
 
 
-def open_source(config: SourceConfig) -> Origin:
-    """Check the source's options and find what identifies its content. Raises `ConfigError`, `DataError`."""
-    function, options = resolve("source", config.name, config.options, "data.source")
+@dataclass(frozen=True)
+class Origin:
+    """The rows of a source as documents, ready to be read any number of times."""
+
+    read: Callable[[], Iterator[Entry]]
+    """Yields its entries from the first one."""
+    fingerprint: Callable[[], str]
+    """As a `Source`'s."""
+    settings: dict[str, Any]
+    """As a `Source`'s, and how its rows are read."""
+    facts: dict[str, Any]
+    """As a `Source`'s."""
+    form: dict[str, Any]
+    """`format`: the kind of the rows; `columns`: our name of each column that makes it → the source's."""
+
+
+def open_source(config: SourceConfig, field: str = "data.source") -> Source | MixtureSource:
+    """Check the source's options and find what identifies its content; a mixture's parts are opened by `open_rows`.
+
+    Raises `ConfigError` naming `field`, and `DataError`.
+    """
+    function, options = resolve("source", config.name, config.options, field)
+    if isinstance(options, MixtureSource):
+        return options
     if isinstance(options, dict):
         own = options
 
-        def read() -> Iterator[Entry]:
-            return from_function(function, own)
-
-        def fingerprint() -> str:
-            hasher = EntriesDigest()
-            for _ in hasher.follow(read()):
-                pass
-            return hasher.hexdigest()
-
-        return Origin(read, fingerprint, to_plain(config), to_plain(config), is_own=True)
+        followed = _Followed(lambda: from_function(function, own))
+        return Source(followed.read, followed.fingerprint, to_plain(config), to_plain(config))
     if isinstance(options, HubSource) and options.path and not is_local(options):
         options = replace(options, revision=resolve_commit(options.path, options.revision, "dataset"))
     kept = {key: value for key, value in to_plain(options).items() if key not in _PLACES}
-    return Origin(
+    return Source(
         read=lambda: function(options),
         fingerprint=lambda: _fingerprint(options),
         settings={"name": config.name, "options": kept},
@@ -62,10 +76,36 @@ def open_source(config: SourceConfig) -> Origin:
     )
 
 
-def _fingerprint(options: StdlibSource | StdlibPairsSource | TextSource | TableSource | HubSource) -> str:
+class _Followed:
+    """What a function yields, hashed in passing, so that it is not called once more for its digest."""
+
+    def __init__(self, call: Callable[[], Iterator[Found]]) -> None:
+        self._call = call
+        self._digest: str | None = None
+
+    def read(self) -> Iterator[Found]:
+        hasher = hashlib.sha256()
+        for found in self._call():
+            content = json.dumps([type(found).__name__, to_plain(found)], sort_keys=True, default=repr)
+            hasher.update(content.encode() + b"\n")
+            yield found
+        self._digest = hasher.hexdigest()
+
+    def fingerprint(self) -> str:
+        if self._digest is None:
+            for _ in self.read():
+                pass
+        assert self._digest is not None
+        return self._digest
+
+
+_FileOptions = StdlibSource | StdlibPairsSource | TextSource | LinesSource | TableSource | HubSource
+
+
+def _fingerprint(options: _FileOptions) -> str:
     if isinstance(options, (StdlibSource, StdlibPairsSource)):
         return files_digest(stdlib_files(StdlibSource(options.root)))
-    if isinstance(options, (TextSource, TableSource)):
+    if isinstance(options, (TextSource, LinesSource, TableSource)):
         return files_digest(matching_files(options.files))
     if not is_local(options):
         # A commit is immutable: its name is as good as a hash of what it holds.
@@ -86,47 +126,32 @@ def files_digest(files: Iterable[SourceFile]) -> str:
     return hasher.hexdigest()
 
 
-def from_function(function: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[Entry]:
-    """What the user's own function yields: documents, strings, or dicts with `text` and perhaps `name`."""
+def from_function(function: Callable[..., Any], options: Mapping[str, Any]) -> Iterator[Found]:
+    """What the user's own function yields: texts, or rows as dicts of columns, one of which may be `name`."""
     where = f"{function.__module__}:{function.__qualname__}"
     found = function(**options)
     if not isinstance(found, Iterable) or isinstance(found, (str, bytes, Mapping)):
         raise DataError(
-            f"{where} returned {type(found).__name__}.\nA source yields documents: strings, dicts with 'text' and "
-            "perhaps 'name', or kajiya.data.entries.Document."
+            f"{where} returned {type(found).__name__}.\nA source yields rows: strings, dicts of columns (such as 'text') "
+            "and perhaps 'name', or kajiya.data.entries.Document."
         )
     for number, item in enumerate(found):
         name = f"{number:08d}"
-        if isinstance(item, (Document, Unreadable)):
-            yield row_entry(item.name, item.text, "text") if isinstance(item, Document) else item
-        elif isinstance(item, Mapping) and "text" in item:
-            yield row_entry(str(item["name"]) if "name" in item else name, item["text"], "text")
-        elif isinstance(item, str):
-            yield row_entry(name, item, "text")
+        if isinstance(item, (Row, Unreadable)):
+            yield item
+        elif isinstance(item, Mapping):
+            columns = {str(key): value for key, value in item.items() if key != "name"}
+            yield Row(str(item["name"]) if "name" in item else name, columns)
+        elif isinstance(item, (str, Document)):
+            given = item if isinstance(item, Document) else Document(name, item, 0)
+            try:
+                text = text_of(given.text, "text", is_empty_allowed=True)
+            except RowError as error:
+                yield Unreadable(given.name, str(error))
+            else:
+                yield replace(given, text=text, n_bytes=len(text.encode()))
         else:
-            has = f" with {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
-            yield Unreadable(name, f"{where} yielded {type(item).__name__}{has}, not text")
-
-
-class EntriesDigest:
-    """Hash of entries' names and texts, in order, taken as they pass."""
-
-    def __init__(self) -> None:
-        self._hasher = hashlib.sha256()
-
-    def follow(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """The same entries, each hashed."""
-        for entry in entries:
-            is_text = isinstance(entry, Document)
-            group = f"{entry.group}\0" if isinstance(entry, Document) and entry.group is not None else ""
-            content = (entry.text if isinstance(entry, Document) else entry.reason).encode(errors="backslashreplace")
-            head = f"{entry.name}\0{group}{is_text}\0{len(content)}\0"
-            self._hasher.update(head.encode(errors="backslashreplace") + content)
-            yield entry
-
-    def hexdigest(self) -> str:
-        """SHA-256 of what has passed, 64 hex digits."""
-        return self._hasher.hexdigest()
+            yield Unreadable(name, f"{where} yielded {type(item).__name__}, no row")
 
 
 def resolve_commit(path: str, revision: str | None, kind: str) -> str:
