@@ -1,7 +1,6 @@
 """Pairs of functions: true to the source, split by file."""
 
 import ast
-import json
 import sysconfig
 import textwrap
 from pathlib import Path
@@ -12,7 +11,7 @@ from kajiya.config.options import StdlibPairsSource
 from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.data.corpus import build_corpus, is_heldout
 from kajiya.data.documents import open_documents
-from kajiya.data.entries import Document, Unreadable
+from kajiya.data.entries import Row, Unreadable
 from kajiya.data.function_pairs import INSTRUCTIONS, documented_functions, function_pairs, stdlib_pairs
 from kajiya.run.store import Store
 
@@ -119,19 +118,19 @@ def test_rows_of_a_folder_and_what_is_no_python(tmp_path: Path) -> None:
     unreadable = [entry for entry in chat if isinstance(entry, Unreadable)]
     assert [entry.name for entry in unreadable] == ["broken.py", "nul.py"]
     assert unreadable[0].reason.startswith("is no Python source: invalid syntax")
-    rows = [entry for entry in chat if isinstance(entry, Document)]
+    rows = [entry for entry in chat if isinstance(entry, Row)]
     assert rows[0].name == "good.py:plain (body)"
     assert rows[1].name == "good.py:plain (docstring)"
     assert {row.group for row in rows} == {"good.py"}
-    assert [message["role"] for message in json.loads(rows[0].text)["messages"]] == ["user", "assistant"]
+    assert [message["role"] for message in rows[0].columns["messages"]] == ["user", "assistant"]
     plain_rows = [
         entry
         for entry in stdlib_pairs(StdlibPairsSource(root=str(tmp_path), rows="instruction"))
-        if isinstance(entry, Document)
+        if isinstance(entry, Row)
     ]
     for chat_row, row in zip(rows, plain_rows, strict=True):
-        contents = [message["content"] for message in json.loads(chat_row.text)["messages"]]
-        assert list(json.loads(row.text).values()) == contents
+        contents = [message["content"] for message in chat_row.columns["messages"]]
+        assert list(row.columns.values()) == contents
 
 
 def test_no_function_of_a_held_out_file_is_trained_on(tmp_path: Path) -> None:

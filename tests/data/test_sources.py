@@ -10,7 +10,7 @@ import pytest
 
 from kajiya.config.options import HubSource, LinesSource, StdlibSource, TableSource, TextSource
 from kajiya.config.schema import DataConfig, SourceConfig
-from kajiya.data.columnar import hub, parquet
+from kajiya.data.columnar import hub
 from kajiya.data.entries import Document, Entry, Found, Row, Unreadable
 from kajiya.data.origin import Origin, Source, from_function, open_source
 from kajiya.data.reading import open_rows

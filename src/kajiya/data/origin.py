@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.config.digest import digest, to_plain
-from kajiya.config.options import HubSource, LinesSource, MixtureSource, StdlibPairsSource, StdlibSource, TableSource, TextSource
+from kajiya.config.options import (
+    HubSource,
+    LinesSource,
+    MixtureSource,
+    StdlibPairsSource,
+    StdlibSource,
+    TableSource,
+    TextSource,
+)
 from kajiya.config.schema import SourceConfig
 from kajiya.config.tables import resolve
 from kajiya.data.columnar import is_local
