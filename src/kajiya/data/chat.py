@@ -5,6 +5,7 @@ answer begins and ends is found by rendering: the prompt of an answer, and the c
 what the whole conversation begins with. No string is searched for.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class ChatTemplate:
 
     def lay_out(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> Layout:
         """The text of a conversation, and where the assistant's answers lie in it. Raises `TemplateRefusalError`."""
-        messages = [_with_reasoning(message) for message in messages]
+        messages = [_for_template(message) for message in messages]
         text = self.text(messages, tools, add_generation_prompt)
         answers = [
             self._answer(messages, tools, index, text, add_generation_prompt)
@@ -203,10 +204,29 @@ def _compile(source: str, name: str) -> Any:
         ) from error
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+class _Arguments(dict[str, Any]):
+    """Arguments of a tool call: a mapping for templates that write it as JSON, and JSON for those that join it to text."""
+
+    def __radd__(self, text: str) -> str:
+        return text + str(self)
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message without this project's own keys, its reasoning also under the name that some templates read."""
     kept = {key: value for key, value in message.items() if key != "weight"}
-    return kept | {"thinking": kept["reasoning_content"]} if "reasoning_content" in kept else kept
+    if "reasoning_content" in kept:
+        kept["thinking"] = kept["reasoning_content"]
+    if kept.get("tool_calls"):
+        kept["tool_calls"] = [_call_for_template(call) for call in kept["tool_calls"]]
+    return kept
+
+
+def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": _Arguments(function["arguments"])}}
 
 
 def _refuse_time(_: str) -> str:
