@@ -108,9 +108,17 @@ FAMILIES = {
     ),
     "deepseek-v3": Family(
         "deepseek_v3",
-        ("<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>")
-        + ("<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>")
-        + ("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
+        (
+            *(
+                "<｜User｜>",
+                "<｜Assistant｜>",
+                "<｜tool▁calls▁begin｜>",
+                "<｜tool▁calls▁end｜>",
+                "<｜tool▁call▁begin｜>",
+            ),
+            *("<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"),
+            *("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
+        ),
         "<｜end▁of▁sentence｜>",
         "<｜begin▁of▁sentence｜>",
         _deepseek,

@@ -42,7 +42,7 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
     """
     origins = _open(config)
     fingerprints = {field: origin.fingerprint() for field, origin in origins.items()}
-    if config.format == "auto":
+    if config.format == "auto" and origins["source"].form["columns"]:
         on_event("derived", values={f"data.{key}": value for key, value in origins["source"].form.items()})
 
     def make(folder: Path) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _write(config: DataConfig, origins: dict[str, Origin], folder: Path, on_even
     _require_documents(config, ledger)
     form = origins["source"].form
     every = config.heldout_every if "heldout_source" not in origins else None
-    facts = {field: origin.facts for field, origin in origins.items()}
+    facts: dict[str, Any] = {field: origin.facts for field, origin in origins.items()}
     facts |= form | {"heldout_every": every, "ledger": ledger.facts()}
     if form["format"] == "labelled":
         labels = (json.loads(text)["label"] for documents in (kept, heldout) for text in documents.texts())

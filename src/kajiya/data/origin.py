@@ -57,7 +57,7 @@ class Origin:
     facts: dict[str, Any]
     """As a `Source`'s."""
     form: dict[str, Any]
-    """`format`: the kind of the rows; `columns`: our name of each column that makes it → the source's."""
+    """`format`: the kind of the rows; `columns`: our name of each column that makes it → the source's; none of texts."""
 
 
 def open_source(config: SourceConfig, field: str = "data.source") -> Source | MixtureSource:

@@ -45,7 +45,8 @@ def _open(source: Source, wanted: str, mapping: Mapping[str, str], where: str) -
         for found in source.read():
             yield _entry(found, kind, variant, mapping)
 
-    form = {"format": kind, "columns": {ours: mapping.get(ours, ours) for ours in sorted(variant)}}
+    read_as = {ours: mapping.get(ours, ours) for ours in sorted(variant)} if there is not None else {}
+    form = {"format": kind, "columns": read_as}
     return Origin(
         read=read,
         fingerprint=source.fingerprint,
