@@ -125,7 +125,7 @@ def test_the_package_reads_one_variable_of_the_environment() -> None:
 
 def test_every_address_and_parameter_of_the_server_is_on_the_page(finished: Any) -> None:
     from kajiya.serving.api import create_app
-    from kajiya.serving.engine import load_engine
+    from kajiya.serving.loading import load_engine
     from kajiya.serving.protocol import ChatBody, CompletionBody, EmbeddingBody
 
     folder = finished.trained.model.path

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 
 from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
-from kajiya.serving.engine import Engine, load_engine
+from kajiya.serving.engine import Engine
+from kajiya.serving.loading import load_engine
 from kajiya.serving.server import bind, url_of
 
 CONTEXT = 192
@@ -118,8 +119,9 @@ def is_greedy(model: Any, prompt: list[int], answer: list[int]) -> bool:
     return bool(answer) and best == answer
 
 
-def open_engine(folder: Path, max_batch: int = 4, max_waiting: int = 64) -> Engine:
-    return load_engine(folder, precision="fp32", device="cpu", max_batch=max_batch, max_waiting=max_waiting)
+def open_engine(folder: Path, max_batch: int = 4, max_waiting: int = 64, runner: str = "auto", **more: Any) -> Engine:
+    given = {"precision": "fp32", "device": "cpu", "max_batch": max_batch, "max_waiting": max_waiting} | more
+    return load_engine(folder, runner=runner, **given)
 
 
 @pytest.fixture

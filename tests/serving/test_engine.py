@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from kajiya.errors import ConfigError, KajiyaError, RequestError
-from kajiya.serving.engine import Engine, EngineError, load_engine
+from kajiya.serving.engine import Engine, EngineError
+from kajiya.serving.loading import load_engine
+from kajiya.serving.rows import Rows
+from kajiya.serving.runner import TransformersRunner
 from kajiya.serving.sequence import Output, Request, SamplingParams
 
-from .conftest import is_greedy
+from .conftest import is_greedy, open_engine
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 
@@ -65,7 +68,7 @@ def test_requests_that_join_and_leave_between_steps(engine: Engine, reference: A
 
 
 def test_long_prompts_are_read_in_chunks_beside_running_answers(engine: Engine, reference: Any) -> None:
-    engine.scheduler.prefill_tokens = 13
+    engine.scheduler.step_tokens = 13
     prompts = _prompts([150, 4, 40, 66, 1], seed=3)
     found = engine.generate(
         prompts, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=True)
@@ -75,7 +78,7 @@ def test_long_prompts_are_read_in_chunks_beside_running_answers(engine: Engine, 
     assert [len(one.prompt_logprobs or ()) for one in found] == [len(prompt) for prompt in prompts]
 
 
-def test_the_cache_grows_past_its_first_capacity(tmp_path: Path, model_folder: Path, reference: Any) -> None:
+def test_texts_longer_than_the_first_positions(tmp_path: Path, model_folder: Path, reference: Any) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     config = reference.config.__class__(**reference.config.to_dict() | {"max_position_embeddings": 1024})
@@ -211,22 +214,30 @@ def test_a_failing_step_leaves_an_engine_that_works(
     assert all(is_greedy(reference, prompt, one.token_ids) for prompt, one in zip(prompts, found, strict=True))
 
 
+def _poisoned(rows: Rows) -> Rows:
+    return Rows(rows.logits * float("nan"), rows.best, [float("nan")] * len(rows.best))
+
+
+@pytest.mark.parametrize("runner", ["native", "transformers"])
 def test_output_that_is_not_finite_fails_its_request_only(
-    engine: Engine, reference: Any, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, runner: str
 ) -> None:
+    engine = open_engine(model_folder, runner=runner)
     prompts = _prompts([7, 9, 11], seed=10)
     real = engine.runner.run
 
-    def poisoned(plan: Any) -> dict[str, torch.Tensor]:
-        logits = real(plan)
-        if "1" in logits:
-            logits["1"] = logits["1"] * float("nan")
-            row = engine.scheduler.running["1"].row
-            for tensor in engine.runner.cache._tensors():
-                tensor[row] = float("nan")
-        return logits
+    def run(plan: Any) -> dict[str, Rows]:
+        rows = real(plan)
+        if "1" in rows:
+            rows["1"] = _poisoned(rows["1"])
+            if isinstance(engine.runner, TransformersRunner):
+                with torch.inference_mode():
+                    for tensor in engine.runner.cache._tensors():
+                        for block in engine.scheduler.running["1"].blocks:
+                            tensor[block * 16 : block * 16 + 16] = float("nan")
+        return rows
 
-    monkeypatch.setattr(engine.runner, "run", poisoned)
+    monkeypatch.setattr(engine.runner, "run", run)
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=24, temperature=0.0 if i != 1 else 1.0, top_k=5)
         engine.add(Request(str(i), tuple(prompt), params))
@@ -236,7 +247,7 @@ def test_output_that_is_not_finite_fails_its_request_only(
     for i in (0, 2):
         assert is_greedy(reference, prompts[i], _tokens(outputs, str(i)))
     monkeypatch.undo()
-    # The poisoned row is clean again for whoever comes next.
+    # The poisoned blocks are clean again for whoever comes next.
     again = _prompts([100, 30, 20, 10], seed=11)
     found = engine.generate(again, GREEDY)
     assert all(is_greedy(reference, prompt, one.token_ids) for prompt, one in zip(again, found, strict=True))
@@ -246,9 +257,7 @@ def test_generate_raises_and_leaves_nothing_when_the_engine_fails(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = engine.runner.run
-    monkeypatch.setattr(
-        engine.runner, "run", lambda plan: {name: rows * float("nan") for name, rows in real(plan).items()}
-    )
+    monkeypatch.setattr(engine.runner, "run", lambda plan: {name: _poisoned(rows) for name, rows in real(plan).items()})
     with pytest.raises(EngineError, match="not finite"):
         engine.generate(_prompts([4, 5]), GREEDY)
     assert engine.is_idle

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kajiya.serving.rows import rows_of
 from kajiya.serving.sampler import Sampler, choose, with_logprobs
 from kajiya.serving.sequence import SamplingParams
 
@@ -94,17 +95,19 @@ def test_agrees_with_the_filters_of_transformers() -> None:
 
 
 def test_logprobs_are_of_the_unmodified_distribution() -> None:
-    rows = torch.tensor([LOGITS, LOGITS])
-    first, second = with_logprobs(rows, torch.tensor([4, 3]), [3, 0])
+    rows = rows_of(torch.tensor([LOGITS, LOGITS]))
+    first, second = with_logprobs(rows, [4, 3], 3)
     log_total = math.log(sum(math.exp(x) for x in LOGITS))
     assert first.logprob == pytest.approx(0.0 - log_total)
     assert [token for token, _ in first.top] == [3, 0, 5]
     assert [value for _, value in first.top] == pytest.approx([3 - log_total, 2 - log_total, 1 - log_total])
-    assert second.top == ()
+    assert second.top == first.top
+    assert second.logprob == pytest.approx(3.0 - log_total)
+    assert all(one.top == () for one in with_logprobs(rows, [3, 3], 0))
 
 
 def test_a_seeded_stream_is_repeatable_and_its_own() -> None:
-    logits = torch.zeros(2, 1000)
+    rows = [rows_of(torch.zeros(1, 1000)), rows_of(torch.zeros(1, 1000))]
     params = [SamplingParams(seed=5), SamplingParams(seed=6)]
 
     def draws(company: bool) -> list[int]:
@@ -112,7 +115,28 @@ def test_a_seeded_stream_is_repeatable_and_its_own() -> None:
         sampler.begin("a", 5)
         sampler.begin("b", 6)
         n = 2 if company else 1
-        return [sampler.draw(["a", "b"][:n], logits[:n], params[:n])[0].token for _ in range(20)]
+        found = []
+        for _ in range(20):
+            found.append(sampler.draw(["a", "b"][:n], rows[:n], params[:n])[0][0].token)
+            sampler.used("a", 1)
+        return found
 
     assert draws(company=True) == draws(company=False)
     assert len(set(draws(company=False))) > 15
+
+
+def test_looking_ahead_draws_what_would_have_been_drawn_one_by_one() -> None:
+    one, five = rows_of(torch.zeros(1, 1000)), rows_of(torch.zeros(5, 1000))
+    params = [SamplingParams(seed=5)]
+    plain, ahead = Sampler(), Sampler()
+    plain.begin("a", 5)
+    ahead.begin("a", 5)
+    expected = []
+    for _ in range(12):
+        expected.append(plain.draw(["a"], [one], params)[0][0].token)
+        plain.used("a", 1)
+    found: list[int] = []
+    for n_confirmed in (1, 5, 2, 4):
+        found += [each.token for each in ahead.draw(["a"], [five], params)[0][:n_confirmed]]
+        ahead.used("a", n_confirmed)
+    assert found == expected

@@ -91,7 +91,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "wandb": Row("kajiya.run.trackers.wandb:WandbTracker", o.WandbOptions),
     },
     "engine": {
-        "torch": Row("kajiya.serving.engine:load_engine", o.NoOptions),
+        "torch": Row("kajiya.serving.loading:load_engine", o.NoOptions),
     },
 }
 """Every table of names. A name with a colon, `my_pkg.mod:fn`, stands for the user's own function in any of them."""

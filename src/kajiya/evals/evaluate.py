@@ -89,7 +89,7 @@ def _evaluate(
     if config.samples and module is not None:
         note = "no samples: the engine serves models that Transformers can load, and this module is the user's own"
     elif config.samples:
-        from kajiya.serving.engine import load_engine
+        from kajiya.serving.loading import load_engine
 
         functions = unseen_functions(documents, config.samples)
         engine = load_engine(

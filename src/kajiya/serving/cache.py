@@ -1,8 +1,11 @@
-"""The key-value cache, one row for each running sequence, and the attention that reads it.
+"""The paged key-value cache in torch, and the attention that reads it through Transformers' interface.
 
-Shape letters: R rows in the batch, N query heads, K key heads, T new tokens of a row, L cached positions, H head width.
+Shape letters: R sequences of one token each, N query heads, K key heads, T tokens of the step, L cached positions, H head
+width, S slots (blocks × positions of a block).
 """
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,165 +13,144 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kajiya.serving.slots import Move
-
-SLOT_ATTENTION = "kajiya_slots"
-"""Name under which Transformers finds `slot_attention`."""
-
-_FIRST_CAPACITY = 256
+_NUMBERS = itertools.count()
 
 
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: [rows, K, capacity + 1, H]; the last position takes what is written for padding."""
+@dataclass(frozen=True)
+class Span:
+    """A chunk of a sequence in the flat step: columns `first … first+count−1`, which see `slots` [L] up to their own place."""
+
+    first: int
+    count: int
+    start: int
+    slots: torch.Tensor
+
+
+@dataclass
+class Place:
+    """Where the tokens of the present forward pass go and what they see; one object shared by all layers."""
+
+    n_slots: int
+    slots: torch.Tensor
+    """Where each token of the step is written [T]."""
+    singles: torch.Tensor
+    """Columns [R] of the sequences that read one token."""
+    tables: torch.Tensor
+    """Their slots [R, L], padded."""
+    mask: torch.Tensor
+    """Which of those are no padding [R, 1, 1, L]."""
+    spans: tuple[Span, ...] = ()
+
+
+class _PagedLayer(CacheLayerMixin):
+    """Keys and values of one layer: [S, K, H]."""
 
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, place: "_Place") -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
         self.place = place
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        shape = (self.place.n_rows, key_states.shape[1], self.place.capacity + 1)
         # Zeros, not empty memory: what is masked is multiplied by zero, which a NaN would survive.
-        self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[3]))
+        _, n_heads, _, width = key_states.shape
+        self.keys = key_states.new_zeros((self.place.n_slots, n_heads, width))
+        self.values = value_states.new_zeros((self.place.n_slots, value_states.shape[1], value_states.shape[3]))
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new [R, K, T, H] and return everything visible to this batch, [R, K, L, H], without a copy."""
+        """Write the new [1, K, T, H]; returns the whole [S, K, H], from which the attention takes what it needs."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        place = self.place
-        self.keys[place.rows_RT, :, place.positions_RT] = key_states.transpose(1, 2)
-        self.values[place.rows_RT, :, place.positions_RT] = value_states.transpose(1, 2)
-        rows = slice(place.first_row, place.end_row)
-        return self.keys[rows, :, : place.visible], self.values[rows, :, : place.visible]
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Keys and values, once there are any."""
-        return [tensor for tensor in (self.keys, self.values) if tensor is not None]
-
-    def grow(self, old_capacity: int, capacity: int) -> None:
-        """Make room for more positions, the old ones kept."""
-        if self.is_initialized:
-            self.keys, self.values = (_grown(tensor, old_capacity, capacity) for tensor in self.tensors())
-
-    def drop(self) -> None:
-        """Free the memory."""
-        self.keys = self.values = None
-        self.is_initialized = False
+        self.keys.index_copy_(0, self.place.slots, key_states[0].transpose(0, 1))
+        self.values.index_copy_(0, self.place.slots, value_states[0].transpose(0, 1))
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        return self.place.visible
+        return 0
 
     def get_max_length(self) -> int:
-        return self.place.capacity
+        return self.place.n_slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.place.visible, 0
+        return query_length, 0
 
 
-class _Place:
-    """Where the tokens of the present forward pass go; one object shared by all layers."""
+class PagedCache(Cache):
+    """Blocks of every layer. `attention` is the name under which Transformers finds the attention over this cache."""
 
-    def __init__(self, n_rows: int) -> None:
-        self.n_rows = n_rows
-        self.capacity = _FIRST_CAPACITY
-        self.first_row = 0
-        self.end_row = 0
-        self.visible = 0
-        self.rows_RT = torch.empty(0)
-        self.positions_RT = torch.empty(0)
-
-
-class SlotCache(Cache):
-    """A cache of `n_rows` rows whose sequences have different lengths; it grows by doubling up to what is needed."""
-
-    def __init__(self, n_rows: int, n_layers: int) -> None:
-        self.place = _Place(n_rows)
-        self._layers = [_SlotLayer(self.place) for _ in range(n_layers)]
+    def __init__(self, n_blocks: int, block_tokens: int, n_layers: int) -> None:
+        none = torch.empty(0, dtype=torch.long)
+        self.block_tokens = block_tokens
+        self.place = Place(n_blocks * block_tokens, none, none, none, torch.empty(0))
+        self._layers = [_PagedLayer(self.place) for _ in range(n_layers)]
+        self.attention = f"kajiya_paged_{next(_NUMBERS)}"
+        AttentionInterface.register(self.attention, _Attention(self.place))
         super().__init__(layers=[*self._layers])
 
-    def aim(self, first_row: int, positions_RT: torch.Tensor, visible: int) -> None:
-        """Send the next forward pass to rows `first_row …` at `positions_RT` (−1: padding); `visible` positions are read."""
-        self._reserve(visible)
-        place = self.place
-        n_rows = positions_RT.shape[0]
-        device = positions_RT.device
-        place.first_row, place.end_row, place.visible = first_row, first_row + n_rows, visible
-        place.rows_RT = torch.arange(first_row, first_row + n_rows, device=device)[:, None].expand_as(positions_RT)
-        place.positions_RT = torch.where(positions_RT < 0, place.capacity, positions_RT)
+    @torch.inference_mode()
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in every layer."""
+        size = self.block_tokens
+        for tensor in self._tensors():
+            tensor[target * size : (target + 1) * size] = tensor[source * size : (source + 1) * size]
 
     @torch.inference_mode()
-    def move(self, move: Move) -> None:
-        """Copy one row's cached positions to another row."""
-        for keys_or_values in self._tensors():
-            keys_or_values[move.target, :, : move.length] = keys_or_values[move.source, :, : move.length]
-
-    @torch.inference_mode()
-    def clear(self, row: int) -> None:
-        """Zero a row whose content is not finite."""
-        for keys_or_values in self._tensors():
-            keys_or_values[row] = 0
-
-    def drop(self) -> None:
-        """Free the memory of all rows."""
-        for layer in self._layers:
-            layer.drop()
-        self.place.capacity = _FIRST_CAPACITY
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks whose content is not finite."""
+        for tensor in self._tensors():
+            for block in blocks:
+                tensor[block * self.block_tokens : (block + 1) * self.block_tokens] = 0
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [tensor for layer in self._layers for tensor in layer.tensors()]
-
-    def _reserve(self, length: int) -> None:
-        capacity = self.place.capacity
-        if length <= capacity:
-            return
-        while capacity < length:
-            capacity *= 2
-        for layer in self._layers:
-            layer.grow(self.place.capacity, capacity)
-        self.place.capacity = capacity
+        found = [tensor for layer in self._layers for tensor in (layer.keys, layer.values)]
+        return [tensor for tensor in found if tensor is not None]
 
 
-def _grown(old: torch.Tensor, old_capacity: int, capacity: int) -> torch.Tensor:
-    rows, heads, _, width = old.shape
-    new = old.new_zeros((rows, heads, capacity + 1, width))
-    new[:, :, :old_capacity] = old[:, :, :old_capacity]
-    return new
+class _Attention:
+    """Attention of the flat query [1, N, T, H] over the cache; returns [1, T, N, H]."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        place = self._place
+        query_TNH = query[0].transpose(0, 1)
+        result_TNH = query_TNH.new_empty((*query_TNH.shape[:2], value.shape[-1]))
+        if len(place.singles):
+            query_RN1H = query_TNH[place.singles].unsqueeze(2)
+            keys, values = key[place.tables].transpose(1, 2), value[place.tables].transpose(1, 2)
+            found = _attend(query_RN1H, keys, values, place.mask, scaling)
+            result_TNH[place.singles] = found.squeeze(2)
+        for span in place.spans:
+            columns = slice(span.first, span.first + span.count)
+            keys, values = key[span.slots].transpose(0, 1), value[span.slots].transpose(0, 1)
+            positions = torch.arange(span.start, span.start + span.count, device=query.device)
+            mask = torch.arange(len(span.slots), device=query.device) <= positions[:, None]
+            found = _attend(query_TNH[columns].transpose(0, 1)[None], keys[None], values[None], mask, scaling)
+            result_TNH[columns] = found[0].transpose(0, 1)
+        return result_TNH[None], None
 
 
-def register_slot_attention() -> None:
-    """Make `slot_attention` known to Transformers; calling it again changes nothing."""
-    AttentionInterface.register(SLOT_ATTENTION, slot_attention)
-
-
-def slot_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of query [R, N, T, H] over key and value [R, K, L, H], `attention_mask` [R, 1, T, L] added to the scores.
-
-    Returns [R, T, N, H].
-    """
-    rows, n_heads, n_tokens, _ = query.shape
-    groups = n_heads // key.shape[1]
-    if groups > 1 and n_tokens == 1:
-        # One token a row: the query heads that share a key head stand in for tokens, and no key is repeated.
-        query = query.reshape(rows, key.shape[1], groups, query.shape[3])
-    elif groups > 1:
-        key = key.repeat_interleave(groups, dim=1)
-        value = value.repeat_interleave(groups, dim=1)
-    result = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return result.reshape(rows, n_heads, n_tokens, -1).transpose(1, 2).contiguous(), None
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 
 from kajiya.errors import KajiyaError, RequestError
+from kajiya.serving.adapters import read_adapter
+from kajiya.serving.blocks import BlockPool
+from kajiya.serving.drafts import Drafter, within
+from kajiya.serving.rows import Rows as Logits
 from kajiya.serving.runner import Runner
 from kajiya.serving.sampler import Sampler, with_logprobs
 from kajiya.serving.scheduler import Chunk, Scheduler
@@ -19,30 +24,52 @@ from kajiya.serving.sequence import (
     Output,
     Request,
     SamplingParams,
+    Sequence,
     TokenLogprob,
     derive_seed,
     new_sequence,
 )
+from kajiya.serving.shaping import Grammars, shaped
 
 
 class EngineError(KajiyaError):
     """The engine could not finish a request through no fault of the request."""
 
 
-class Engine:
-    """Continuous batching over one causal language model.
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the engine knows of its model beside the runner that computes it."""
 
-    Requests join and leave between steps; the answer to one does not depend on the others (up to rounding in low
-    precision). Not thread-safe: `serving.worker` gives it a thread of its own.
+    context_tokens: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Weight names with their shapes, against which adapters are checked."""
+    note: str = ""
+    """Which runner drives the model, and why, in words."""
+
+
+class Engine:
+    """Continuous batching over one causal language model and its adapters.
+
+    Requests join and leave between steps; the answer to one does not depend on the others (to the bit with the native
+    runner, up to rounding with the others). Not thread-safe: `serving.worker` gives it a thread of its own.
     """
 
-    def __init__(self, model: Any, eos_ids: frozenset[int], max_batch: int, max_waiting: int) -> None:
-        config = model.config.get_text_config()
-        self.context_tokens: int = config.max_position_embeddings
-        self.vocab_size: int = config.vocab_size
-        self.eos_ids = eos_ids
-        self.scheduler = Scheduler(max_batch, max_waiting)
-        self.runner = Runner(model, max_batch)
+    def __init__(
+        self, runner: Runner, facts: ModelFacts, max_batch: int, max_waiting: int, drafter: Drafter | None = None
+    ) -> None:
+        self.context_tokens = facts.context_tokens
+        self.vocab_size = facts.vocab_size
+        self.eos_ids = facts.eos_ids
+        self.facts = facts
+        self.runner = runner
+        self.scheduler = Scheduler(BlockPool(runner.n_blocks, runner.block_tokens), max_batch, max_waiting)
+        self.adapters: dict[str, Path] = {}
+        self.n_drafted = 0
+        self.n_confirmed = 0
+        self._drafter = drafter
+        self._grammars: Grammars | None = None
         self._sampler = Sampler()
         self._cancelled: list[Output] = []
         self._active: set[str] = set()
@@ -53,18 +80,21 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; its outputs come from `step`.
 
-        Raises `RequestError`: a parameter out of range, a token id that is none, a prompt that does not fit the context
-        (400), a full queue (429).
+        Raises `RequestError`: a parameter out of range, a token id that is none, a prompt that does not fit the context or
+        the cache, an unknown adapter (400), a full queue (429).
         """
         self._check(request)
         if request.id in self._active:
             raise RequestError(f"a request with the id {request.id!r} is running already", param="id")
-        self.scheduler.add(new_sequence(request, self.eos_ids))
+        sequence = new_sequence(request, self.eos_ids)
+        if request.params.grammar is not None:
+            sequence.matcher = self._require_grammars().matcher(request.params.grammar)
+        self.scheduler.add(sequence)
         self._active.add(request.id)
         self._sampler.begin(request.id, request.params.seed)
 
     def cancel(self, request_id: str) -> bool:
-        """Take a request back and free its row at once; the next step reports it. `False` when it is not here (any more)."""
+        """Take a request back and free its blocks at once; the next step reports it. `False` when it is not here (any more)."""
         if not self.scheduler.cancel(request_id):
             return False
         self._forget(request_id)
@@ -82,27 +112,24 @@ class Engine:
         return sum(sequence.n_cached for sequence in self.scheduler.running.values())
 
     def step(self) -> list[Output]:
-        """Compute one step; outputs of the requests that got a token, read their prompt, or ended.
+        """Compute one step; outputs of the requests that got tokens, read their prompt, or ended.
 
         When this raises, nothing is certain about what was running: call `fail_all`.
         """
         outputs, self._cancelled = self._cancelled, []
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._guess)
         if not plan.chunks:
             return outputs
-        with torch.inference_mode():
-            logits = self.runner.run(plan)
-            prompt_logprobs = self._prompt_logprobs(plan.chunks, logits)
-            ready = [chunk for chunk in plan.chunks if chunk.is_last]
-            drawn = self._draw(ready, logits)
+        rows = self.runner.run(plan)
+        drawn = self._draw([chunk for chunk in plan.chunks if chunk.is_last], rows)
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if chunk.start < sequence.n_prompt and sequence.request.params.prompt_logprobs:
-                sequence.prompt_logprobs.extend(prompt_logprobs[sequence.request.id])
+            if sequence.wants_prompt:
+                sequence.prompt_logprobs.extend(_prompt_logprobs(chunk, rows[sequence.request.id]))
             if chunk.is_last:
-                outputs.append(self._advance(chunk, drawn.get(sequence.request.id)))
+                outputs += self._advance(chunk, drawn.get(sequence.request.id, []))
             else:
-                self.scheduler.advance(chunk, None)
+                self.scheduler.advance(chunk, ())
         return outputs
 
     def fail_all(self, reason: str) -> list[Output]:
@@ -111,12 +138,59 @@ class Engine:
         for sequence in self.scheduler.drop_all():
             self._forget(sequence.request.id)
             outputs.append(Output(sequence.request.id, finish_reason=FINISHED_ERROR, error=reason))
-        self.runner.cache.drop()
+        self.runner.clear(list(range(self.runner.n_blocks)))
+        if self._drafter is not None:
+            self._drafter.reset()
         return outputs
+
+    # ---------------------------------------------------------------- weights, adapters, grammars
+
+    def set_weights(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
+        """Go on with new weights, named as in the Transformers model's `state_dict`.
+
+        What is cached is forgotten; requests that run go on with the new weights behind what they have said.
+        """
+        self.runner.set_weights(tensors)
+        self.scheduler.renew(version)
+        if self._drafter is not None:
+            self._drafter.reset()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve the LoRA adapter that PEFT has saved in `folder` to requests that name it.
+
+        Raises `RequestError` for a name that is taken, `ConfigError` for a folder that does not fit.
+        """
+        if name in self.adapters:
+            raise RequestError(f"an adapter with the name {name!r} is loaded already", param="name", status=409)
+        self.runner.load_adapter(name, read_adapter(folder, self.facts.shapes))
+        self.adapters[name] = folder
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `RequestError` while requests use it, or when there is none of that name."""
+        if name not in self.adapters:
+            raise RequestError(f"no adapter {name!r} is loaded", param="name", status=404)
+        held = [*self.scheduler.running.values(), *self.scheduler.waiting]
+        n_using = sum(sequence.request.adapter == name for sequence in held)
+        if n_using:
+            raise RequestError(f"{n_using} requests use the adapter {name!r}; try again", param="name", status=409)
+        self.runner.unload_adapter(name)
+        self.scheduler.pool.forget_root((name, self.scheduler.version))
+        del self.adapters[name]
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Have grammars for requests that ask for one; an engine in token ids alone knows none."""
+        self._grammars = Grammars(tokenizer, self.vocab_size, self.eos_ids)
+
+    def _require_grammars(self) -> Grammars:
+        if self._grammars is None:
+            raise RequestError("this engine has no tokenizer to bind a grammar to", param="response_format")
+        return self._grammars
 
     # ---------------------------------------------------------------- conveniences
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, adapter: str | None = None
+    ) -> list[Completion]:
         """Continue all prompts, as many at once as the batch holds; answers in the order of the prompts.
 
         With a seed, the i-th prompt draws from its own stream derived from it. Raises `RequestError` for a prompt that
@@ -130,6 +204,7 @@ class Engine:
                 f"generate-{self._n_generate_calls}-{i}",
                 tuple(prompt),
                 _with_seed(params, derive_seed(params.seed, i)),
+                adapter,
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -151,80 +226,122 @@ class Engine:
             raise
         return [partial[request.id].completion() for request in requests]
 
-    def score(self, ids: Rows[int]) -> list[float]:
+    def score(self, ids: Rows[int], adapter: str | None = None) -> list[float]:
         """Natural log-probability of each token given those before it; one shorter than `ids`, which are at least 2."""
-        self.check_ids(ids, "ids")
         if len(ids) < 2:
+            self.check_ids(ids, "ids")
             raise RequestError("score needs at least 2 tokens", param="ids")
-        with torch.inference_mode():
-            logits_TV = self.runner.all_logits(list(ids))[:-1]
-            logprobs_TV = logits_TV.float().log_softmax(dim=-1)
-            targets_T1 = torch.tensor(ids[1:], device=logprobs_TV.device).unsqueeze(1)
-            scores: list[float] = logprobs_TV.gather(1, targets_T1).squeeze(1).tolist()
-        return scores
+        return self.score_all([ids], adapter)[0]
 
-    def embed(self, ids: Rows[int]) -> list[float]:
-        """The mean over tokens of the last hidden state, scaled to length 1; as many numbers as the model is wide."""
+    def score_all(self, texts: Rows[Rows[int]], adapter: str | None = None) -> list[list[float]]:
+        """`score` of many texts, batched."""
+        params = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=True)
+        found = self.generate([list(ids) for ids in texts], params, adapter)
+        return [[one.logprob for one in each.prompt_logprobs or () if one is not None] for each in found]
+
+    def embed(self, ids: Rows[int], adapter: str | None = None) -> list[float]:
+        """The mean over tokens of the last hidden state, scaled to length 1; as many numbers as the model is wide.
+
+        Raises `RequestError` with status 429 when running requests hold the blocks that it needs for a moment.
+        """
         self.check_ids(ids, "input")
-        with torch.inference_mode():
-            mean_D = self.runner.hidden(list(ids)).mean(dim=0)
-            vector: list[float] = torch.nn.functional.normalize(mean_D, dim=0).tolist()
+        request = Request("embed", tuple(ids), SamplingParams(max_tokens=0), adapter)
+        sequence = new_sequence(request, self.eos_ids)
+        pool = self.scheduler.pool
+        if not self.scheduler.fits(len(ids)):
+            raise RequestError(f"input has {len(ids)} tokens, more than the cache holds", param="input")
+        n_blocks = -(-len(ids) // pool.block_tokens)
+        if n_blocks > pool.n_free:
+            raise RequestError("The server is busy. Try again shortly.", code="queue_full", status=429)
+        sequence.blocks = [pool.take() for _ in range(n_blocks)]
+        try:
+            hidden_TD = self.runner.hidden(Chunk(sequence, 0, tuple(ids)))
+        finally:
+            pool.release(sequence.blocks)
+        vector: list[float] = torch.nn.functional.normalize(hidden_TD.mean(dim=0), dim=0).tolist()
         return vector
 
     # ---------------------------------------------------------------- inside a step
 
-    def _prompt_logprobs(
-        self, chunks: tuple[Chunk, ...], logits: dict[str, torch.Tensor]
-    ) -> dict[str, list[TokenLogprob]]:
-        """Log-probabilities of the prompt tokens that each chunk predicts."""
-        found: dict[str, list[TokenLogprob]] = {}
+    def _guess(self, sequences: list[Sequence]) -> dict[str, tuple[int, ...]]:
+        if self._drafter is None:
+            return {}
+        wanted = [each for each in sequences if each.request.params.is_plain]
+        return within(self._drafter.guess(wanted), wanted) if wanted else {}
+
+    def _draw(self, ready: list[Chunk], rows: dict[str, Logits]) -> dict[str, list[TokenLogprob]]:
+        """The next tokens of each sequence that is read to its end; with guesses, as many as they confirm and one more."""
+        chunks = [chunk for chunk in ready if chunk.sequence.request.params.max_tokens]
+        if not chunks:
+            return {}
+        given = []
         for chunk in chunks:
-            sequence = chunk.sequence
-            params = sequence.request.params
-            if not params.prompt_logprobs or chunk.start >= sequence.n_prompt:
-                continue
-            targets = sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
-            rows = logits[sequence.request.id][: len(targets)]
-            tokens = torch.tensor(targets, dtype=torch.long, device=rows.device)
-            found[sequence.request.id] = with_logprobs(rows, tokens, [params.n_logprobs] * len(targets))
+            sequence, n = chunk.sequence, chunk.n_drafts + 1
+            mine = rows[sequence.request.id]
+            mine = Logits(mine.logits[-n:], mine.best[-n:], mine.log_sums[-n:])
+            given.append(mine if sequence.request.params.is_plain else shaped(sequence, mine))
+        ids = [chunk.sequence.request.id for chunk in chunks]
+        drawn = self._sampler.draw(ids, given, [chunk.sequence.request.params for chunk in chunks])
+        found = {}
+        for chunk, request_id, tokens in zip(chunks, ids, drawn, strict=True):
+            guesses = chunk.tokens[chunk.count - chunk.n_drafts :]
+            n_same = next((i for i, guess in enumerate(guesses) if guess != tokens[i].token), chunk.n_drafts)
+            self.n_drafted += chunk.n_drafts
+            self.n_confirmed += n_same
+            found[request_id] = tokens[: n_same + 1]
+            self._sampler.used(request_id, n_same + 1)
         return found
 
-    def _draw(self, ready: list[Chunk], logits: dict[str, torch.Tensor]) -> dict[str, TokenLogprob]:
-        requests = [chunk.sequence.request for chunk in ready if chunk.sequence.request.params.max_tokens]
-        if not requests:
-            return {}
-        ids = [request.id for request in requests]
-        rows = torch.stack([logits[request_id][-1] for request_id in ids])
-        return dict(zip(ids, self._sampler.draw(ids, rows, [request.params for request in requests]), strict=True))
-
-    def _advance(self, chunk: Chunk, token: TokenLogprob | None) -> Output:
-        """Record the drawn token (`None`: none was asked for) and end the sequence if it is complete."""
+    def _advance(self, chunk: Chunk, tokens: list[TokenLogprob]) -> list[Output]:
+        """Record the drawn tokens (none: none was asked for) and end the sequence if it is complete."""
         sequence = chunk.sequence
         request_id = sequence.request.id
-        if token is not None and math.isnan(token.logprob):
-            assert sequence.row is not None
-            self.runner.cache.clear(sequence.row)
+        if any(math.isnan(token.logprob) for token in tokens):
+            self.runner.clear(sequence.blocks)
             self.scheduler.finish(sequence)
+            self.scheduler.pool.forget_all()
             self._forget(request_id)
-            return Output(request_id, finish_reason=FINISHED_ERROR, error="the model's output is not finite")
-        is_first = chunk.start < sequence.n_prompt
-        self.scheduler.advance(chunk, token.token if token else None)
-        reason = sequence.finish_reason()
+            return [Output(request_id, finish_reason=FINISHED_ERROR, error="the model's output is not finite")]
+        prompt = None
+        if sequence.wants_prompt:
+            prompt = tuple(sequence.prompt_logprobs)
+        sequence.is_reported = True
+        kept: list[TokenLogprob] = []
+        reason = None
+        for token in tokens:
+            kept.append(token)
+            reason = sequence.finish_reason([one.token for one in kept])
+            if sequence.matcher is not None:
+                sequence.matcher.take(token.token)
+            if reason:
+                break
+        if not tokens:
+            reason = sequence.finish_reason([])
+        self.scheduler.advance(chunk, tuple(token.token for token in kept))
         if reason:
             self.scheduler.finish(sequence)
             self._forget(request_id)
-        with_prompt = is_first and sequence.request.params.prompt_logprobs
-        return Output(request_id, token, tuple(sequence.prompt_logprobs) if with_prompt else None, reason)
+        if not kept:
+            return [Output(request_id, None, prompt, reason)]
+        last = len(kept) - 1
+        return [
+            Output(request_id, token, prompt if i == 0 else None, reason if i == last else None)
+            for i, token in enumerate(kept)
+        ]
 
     def _forget(self, request_id: str) -> None:
         self._active.discard(request_id)
         self._sampler.end(request_id)
+        if self._drafter is not None:
+            self._drafter.end(request_id)
 
     # ---------------------------------------------------------------- checks
 
     def _check(self, request: Request) -> None:
         self.check_ids(request.prompt, "prompt")
         request.params.check(self.vocab_size)
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise RequestError(f"no adapter {request.adapter!r} is loaded", param="model", status=404)
         n_prompt, n_answer = len(request.prompt), request.params.max_tokens
         if n_prompt + n_answer > self.context_tokens:
             raise RequestError(
@@ -277,15 +394,10 @@ def _with_seed(params: SamplingParams, seed: int | None) -> SamplingParams:
     return dataclasses.replace(params, seed=seed)
 
 
-def load_engine(folder: Path, *, precision: str, device: str, max_batch: int, max_waiting: int) -> Engine:
-    """An engine over the model in `folder` (anything that plain `from_pretrained` loads; safetensors only).
-
-    `precision` is auto, fp32 or bf16; `device` auto, cpu, cuda, cuda:0 or mps. Raises `KajiyaError` for a folder that
-    does not load or a model that the engine cannot drive exactly.
-    """
-    from kajiya.serving.loading import check_drivable, end_tokens, load_for_serving
-
-    model = load_for_serving(folder, precision, device)
-    engine = Engine(model, end_tokens(folder, model), max_batch, max_waiting)
-    check_drivable(engine.runner)
-    return engine
+def _prompt_logprobs(chunk: Chunk, rows: Logits) -> list[TokenLogprob]:
+    """Log-probabilities of the prompt's tokens that a chunk predicts; rows of guesses are behind them."""
+    sequence = chunk.sequence
+    targets = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.count + 1, sequence.n_prompt)]
+    n = len(targets)
+    first = Logits(rows.logits[:n], rows.best[:n], rows.log_sums[:n])
+    return with_logprobs(first, targets, sequence.request.params.n_logprobs)

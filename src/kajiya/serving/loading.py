@@ -1,33 +1,140 @@
-"""Loading a model for the engine, and the proof that the engine drives it as Transformers would."""
+"""From a folder to an engine: the runner that drives its model, and the proof that it does so as Transformers would."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kajiya.errors import ConfigError, KajiyaError
-from kajiya.serving.cache import SLOT_ATTENTION, register_slot_attention
-from kajiya.serving.runner import Runner
+from kajiya.serving.drafts import Drafter, PromptLookup
+from kajiya.serving.engine import Engine, ModelFacts
+from kajiya.serving.runner import BLOCK_TOKENS, PlainRunner, Runner, TransformersRunner
 from kajiya.serving.scheduler import Chunk, Plan
 from kajiya.serving.sequence import Request, SamplingParams, new_sequence
 
-_PROBE_TOKENS = 12
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Largest root mean square difference between the engine's logits and the plain model's, in standard deviations of the
-logits. A wrong mask or position makes it about 1; rounding in bf16 reaches a tenth of the tolerance in trained models."""
+_PROBE_TOKENS = 23
+_PROBE_CHUNKS = (7, 4, 1, 10, 1)
+_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "int8": 0.15, "int4": 1.0}
+"""Largest root mean square difference between the runner's logits and the plain model's, in standard deviations of the
+logits. A wrong mask or position makes it about 1.4; rounding to bf16 reaches a tenth of its tolerance in trained models.
+In 4 bits a model of random weights may be off by half, so there the same runner is proven in fp32 first."""
+_CACHE_BYTES = 4 << 30
 
 
-def load_for_serving(folder: Path, precision: str, device: str) -> Any:
-    """The causal language model in `folder`, on its device, in evaluation mode."""
-    from kajiya.models.load import load_model
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is loaded and driven."""
 
+    precision: str = "auto"
+    """auto, fp32 or bf16: of the weights, where they are not quantized."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0 or mps."""
+    max_batch: int = 16
+    """Sequences computed together."""
+    max_waiting: int = 256
+    """Requests that may wait."""
+    quantize: str = "none"
+    """none, int8 or int4: weights on a CPU, in groups of 32."""
+    cache_precision: str = "auto"
+    """auto (that of the weights), fp32, bf16 or int8: keys and values."""
+    cache_tokens: int | None = None
+    """Positions in the key-value cache; `None`: the batch at full length, in 4 GiB at most."""
+    guesses: int = 0
+    """Tokens guessed from the text so far and confirmed together; 0: none."""
+
+
+def load_engine(folder: Path, *, options: EngineOptions | None = None, runner: str = "auto", **settings: Any) -> Engine:
+    """An engine over the model in `folder` (anything that plain `from_pretrained` loads; safetensors only).
+
+    `settings` are fields of `EngineOptions`, for those who do not hold one. `runner` is auto (native, else
+    transformers), native, transformers or plain. Raises `KajiyaError` for a folder that does not load or a model that the
+    runner cannot drive exactly.
+    """
+    opts = options or EngineOptions(**settings)
     if not (folder / "config.json").is_file():
         raise ConfigError("model", f"{str(folder)!r} is no folder with a saved model (config.json is missing)")
-    register_slot_attention()
-    target = pick_device(device)
-    model = load_model(folder, dtype=pick_dtype(precision, target), attention="eager").to(target)
-    _refuse_unsupported(model.config.get_text_config())
-    return model
+    from kajiya.models.load import load_model
+
+    device = pick_device(opts.device)
+    model = load_model(folder, dtype=pick_dtype(opts.precision, device), attention="eager").to(device)
+    return engine_of(model, end_tokens(folder, model), opts, runner)
+
+
+def engine_of(model: Any, eos_ids: frozenset[int], opts: EngineOptions, runner: str = "auto") -> Engine:
+    """An engine over a Transformers model in memory; the native runner packs its weights and lets go of it."""
+    config = model.config.get_text_config()
+    if runner != "plain":
+        _refuse_unsupported(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, note = _choose_runner(model, config, opts, runner)
+    context = getattr(config, "max_position_embeddings", None) or found.n_blocks * found.block_tokens
+    facts = ModelFacts(context, config.vocab_size, eos_ids, shapes, note)
+    drafter: Drafter | None = PromptLookup(opts.guesses) if opts.guesses else None
+    return Engine(found, facts, opts.max_batch, opts.max_waiting, drafter)
+
+
+def _choose_runner(model: Any, config: Any, opts: EngineOptions, runner: str) -> tuple[Runner, str]:
+    why = ""
+    if runner in ("auto", "native"):
+        try:
+            return _native(model, config, opts)
+        except KajiyaError as error:
+            if runner == "native" or opts.quantize != "none" or opts.cache_precision == "int8":
+                needs = "" if runner == "native" else " (weights and caches in 8 or 4 bits need it)"
+                raise KajiyaError(f"The native decoder cannot drive this model{needs}: {error}") from error
+            why = str(error)
+    kind = {"plain": PlainRunner}.get(runner, TransformersRunner)
+    n_blocks = _n_blocks(config, opts, _torch_block_bytes(config, model.dtype))
+    # What the plain model says, before its attention is exchanged for the cache's.
+    plain_TV = None if runner == "plain" else _plain_logits(model)
+    try:
+        found: Runner = kind(model, n_blocks)
+        if plain_TV is not None:
+            _compare(found, plain_TV, _precision(model.dtype), config.model_type)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise KajiyaError(f"The engine cannot drive a {config.model_type} model: {error}\n{_FALLBACK}") from error
+    return found, f"{found.name}: {why}" if why else found.name
+
+
+_FALLBACK = "serve.runner=plain serves it without a cache, slowly; serve.engine=vllm hands it to vLLM."
+
+
+def _native(model: Any, config: Any, opts: EngineOptions) -> tuple[Runner, str]:
+    from kajiya.serving.native.model import NativeModel, NotNativeError, cache_bytes, require_native
+    from kajiya.serving.native.runner import NativeRunner
+
+    if model.device.type != "cpu":
+        raise NotNativeError(f"it computes on a CPU, not on {model.device}")
+    require_native(config)
+    precision = _precision(model.dtype)
+    weights = precision if opts.quantize == "none" else opts.quantize
+    cache = precision if opts.cache_precision == "auto" else opts.cache_precision
+    n_blocks = _n_blocks(config, opts, cache_bytes(config, cache))
+    native = NativeModel(config, model.model.rotary_emb, weights, cache, n_blocks)
+    native.load(model.state_dict())
+    runner = NativeRunner(native, n_blocks)
+    worst = max((weights, "bf16" if cache != "fp32" else "fp32"), key=lambda name: _TOLERANCE[name])
+    _compare(runner, _plain_logits(model), worst, config.model_type)
+    return runner, f"native, weights in {weights}, cache in {cache}"
+
+
+def _n_blocks(config: Any, opts: EngineOptions, block_bytes: int) -> int:
+    if opts.cache_tokens is not None:
+        return -(-opts.cache_tokens // BLOCK_TOKENS)
+    context = getattr(config, "max_position_embeddings", None) or 4096
+    per_sequence = -(-context // BLOCK_TOKENS)
+    return max(min(opts.max_batch * per_sequence, _CACHE_BYTES // block_bytes), min(per_sequence, 64))
+
+
+def _torch_block_bytes(config: Any, dtype: torch.dtype) -> int:
+    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * n_heads * width * BLOCK_TOKENS * dtype.itemsize)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def pick_device(device: str) -> torch.device:
@@ -74,7 +181,7 @@ def _refuse_unsupported(config: Any) -> None:
     values = config.to_dict()
     if "max_position_embeddings" not in values and "max_position_embeddings" not in config.attribute_map:
         raise KajiyaError(
-            f"The engine cannot serve a {config.model_type} model: it declares no max_position_embeddings."
+            f"The engine cannot serve a {config.model_type} model: it declares no max_position_embeddings.\n{_FALLBACK}"
         )
     kinds = set(values.get("layer_types") or ()) - {"full_attention"}
     window = values.get("sliding_window")
@@ -83,42 +190,43 @@ def _refuse_unsupported(config: Any) -> None:
     if kinds:
         raise KajiyaError(
             f"The engine cannot serve this {config.model_type} model: it has layers of kind {', '.join(sorted(kinds))}, "
-            "and only full attention is supported."
+            f"and only full attention is supported.\n{_FALLBACK}"
         )
+
+
+# ---------------------------------------------------------------- the proof
+
+
+def _probe_ids(vocab_size: int) -> list[int]:
+    return [(7 + 31 * i) % vocab_size for i in range(_PROBE_TOKENS)]
 
 
 @torch.inference_mode()
-def check_drivable(runner: Runner) -> None:
-    """Read a few tokens through the cache, in chunks, beside another row, and compare with the plain model.
+def _plain_logits(model: Any) -> torch.Tensor:
+    ids = _probe_ids(model.config.get_text_config().vocab_size)
+    logits_TV: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    return logits_TV.float()
 
-    Raises `KajiyaError` when the two disagree: the model's architecture does something that the cache or the
-    attention of the engine does not know, and would answer wrongly without a sign.
+
+def _compare(runner: Runner, plain_TV: torch.Tensor, precision: str, kind: str) -> None:
+    """Read a few tokens through the cache, in chunks, and compare with the plain model.
+
+    Raises `KajiyaError` when the two disagree: the model's architecture does something that the runner does not know, and
+    would answer wrongly without a sign.
     """
-    model = runner.model
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = [(7 + 31 * i) % vocab_size for i in range(_PROBE_TOKENS)]
-    plain_TV = model(input_ids=torch.tensor([ids], device=runner.device), use_cache=False).logits[0].float()
-    kind = model.config.model_type
-    try:
-        model.set_attn_implementation(SLOT_ATTENTION)
-        found_TV = _read_in_chunks(runner, ids).float()
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise KajiyaError(f"The engine cannot drive a {kind} model: {error}") from error
-    finally:
-        runner.cache.drop()
-    difference = ((found_TV - plain_TV).square().mean().sqrt() / plain_TV.std().clamp(min=1e-6)).item()
-    if not difference <= _TOLERANCE[runner.dtype]:
-        raise KajiyaError(
-            f"The engine cannot drive a {kind} model: its logits differ from the plain model's by {difference:.2g} "
-            f"standard deviations (allowed: {_TOLERANCE[runner.dtype]:g})."
-        )
-
-
-def _read_in_chunks(runner: Runner, ids: list[int]) -> torch.Tensor:
+    ids = _probe_ids(plain_TV.shape[1])
     request = Request("probe", tuple(ids), SamplingParams(max_tokens=0, prompt_logprobs=True))
     sequence = new_sequence(request, frozenset())
-    sequence.row = min(1, runner.cache.place.n_rows - 1)
-    pieces = []
-    for start, count in ((0, 7), (7, 4), (11, 1)):
-        pieces.append(runner.run(Plan((), (Chunk(sequence, start, count),)))["probe"])
-    return torch.cat(pieces)
+    # Not in order, as blocks come after a while.
+    sequence.blocks = [min(1, runner.n_blocks - 1), 0]
+    pieces, start = [], 0
+    for count in _PROBE_CHUNKS:
+        chunk = Chunk(sequence, start, tuple(ids[start : start + count]))
+        pieces.append(runner.run(Plan((), (chunk,)))["probe"].logits)
+        start += count
+    difference = (torch.cat(pieces) - plain_TV).square().mean().sqrt() / plain_TV.std().clamp(min=1e-6)
+    if not difference.item() <= _TOLERANCE[precision]:
+        raise KajiyaError(
+            f"The engine cannot drive a {kind} model: its logits differ from the plain model's by "
+            f"{difference.item():.2g} standard deviations (allowed: {_TOLERANCE[precision]:g}).\n{_FALLBACK}"
+        )

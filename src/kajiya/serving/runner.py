@@ -1,129 +1,233 @@
-"""The torch side of a step: reads the planned tokens with a Transformers model and its slot cache.
+"""The torch side of a step: Transformers' own forward over a paged cache, and one without any cache.
 
-Shape letters: R rows in the batch, T tokens of a row, L cached positions, V vocabulary, D width.
+Shape letters: R sequences, T tokens of the step, L cached positions, V vocabulary, D width, O outputs.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 
-from kajiya.serving.cache import SlotCache
+from kajiya.serving.adapters import LoraAdapter, LowRank
+from kajiya.serving.cache import PagedCache, Place, Span
+from kajiya.serving.rows import Rows, rows_of
 from kajiya.serving.scheduler import Chunk, Plan
 
+BLOCK_TOKENS = 16
 
-class Runner:
-    """Drives one causal language model; rows of the batch are sequences of different lengths."""
 
-    def __init__(self, model: Any, max_batch: int) -> None:
+class Runner(Protocol):
+    """What computes a step."""
+
+    name: str
+    block_tokens: int
+    n_blocks: int
+    device: torch.device
+
+    def run(self, plan: Plan) -> dict[str, Rows]:
+        """Copy blocks, read the chunks; by request id, the logits behind the places that each chunk asks for."""
+
+    def hidden(self, chunk: Chunk) -> torch.Tensor:
+        """The last hidden state of each token of a chunk, fp32 [T, D]."""
+
+    def clear(self, blocks: list[int]) -> None:
+        """Take what is not finite out of these blocks."""
+
+    def set_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Use new weights, named as in the Transformers model's `state_dict`."""
+
+    def load_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        """Make an adapter known under a name."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+
+
+class TransformersRunner:
+    """Drives a causal language model through Transformers: one flat forward pass a step, whatever it mixes."""
+
+    name = "transformers"
+    block_tokens = BLOCK_TOKENS
+
+    def __init__(self, model: Any, n_blocks: int) -> None:
         self.model = model
+        self.n_blocks = n_blocks
         self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.dtype
-        self.cache = SlotCache(max_batch, model.config.get_text_config().num_hidden_layers)
+        self.cache = PagedCache(n_blocks, BLOCK_TOKENS, model.config.get_text_config().num_hidden_layers)
+        self._patches = _Patches(model)
+        model.set_attn_implementation(self.cache.attention)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> dict[str, torch.Tensor]:
-        """Read the planned chunks; logits by request id.
-
-        [1, V] behind the last token of a chunk, or [count, V] where the request asks for prompt log-probabilities and
-        the chunk belongs to the prompt. Sequences in the middle of a long prompt are left out unless they ask.
-        """
-        for move in plan.moves:
-            self.cache.move(move)
-        logits: dict[str, torch.Tensor] = {}
-        for group in _groups(plan.chunks):
-            logits.update(self._read(group))
-        return logits
-
-    def _read(self, group: list[Chunk]) -> dict[str, torch.Tensor]:
-        rows = [_row(chunk) for chunk in group]
-        first_row, n_rows = min(rows), max(rows) - min(rows) + 1
-        width = max(chunk.count for chunk in group)
-        visible = max(chunk.start + chunk.count for chunk in group)
-        # Padding is on the left, so that the last token of every row is in the last column. A row between two of the
-        # group that is not of it is all padding.
-        ids = [[0] * width for _ in range(n_rows)]
-        positions = [[-1] * width for _ in range(n_rows)]
-        for chunk, row in zip(group, rows, strict=True):
-            end = chunk.start + chunk.count
-            ids[row - first_row][width - chunk.count :] = chunk.sequence.tokens[chunk.start : end]
-            positions[row - first_row][width - chunk.count :] = range(chunk.start, end)
-        ids_RT = torch.tensor(ids, device=self.device)
-        positions_RT = torch.tensor(positions, device=self.device)
-        wants_all = any(_wants_all(chunk) for chunk in group)
-        self.cache.aim(first_row, positions_RT, visible)
-        logits_RTV = self.model(
-            input_ids=ids_RT,
-            position_ids=positions_RT.clamp(min=0),
-            attention_mask=self._mask(positions_RT, visible),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=0 if wants_all else 1,
-        ).logits
-        kept = {}
-        for chunk, row in zip(group, rows, strict=True):
-            if _wants_all(chunk):
-                kept[chunk.sequence.request.id] = logits_RTV[row - first_row, -chunk.count :]
-            elif chunk.is_last:
-                kept[chunk.sequence.request.id] = logits_RTV[row - first_row, -1:]
-        return kept
-
-    def _mask(self, positions_RT: torch.Tensor, visible: int) -> torch.Tensor | None:
-        """Added to the attention scores, [R, 1, T, L]: 0 where a token may look, the lowest number elsewhere."""
-        if positions_RT.shape == (1, 1):
-            return torch.zeros((1, 1, 1, visible), dtype=self.dtype, device=self.device)
-        seen_RTL = torch.arange(visible, device=self.device) <= positions_RT.clamp(min=0)[:, :, None]
-        mask_RTL = torch.zeros(seen_RTL.shape, dtype=self.dtype, device=self.device)
-        return mask_RTL.masked_fill_(~seen_RTL, torch.finfo(self.dtype).min).unsqueeze(1)
+    def run(self, plan: Plan) -> dict[str, Rows]:
+        for copy in plan.copies:
+            self.cache.copy_block(copy.source, copy.target)
+        chunks = plan.chunks
+        wanted, first = [], 0
+        for chunk in chunks:
+            wanted += [first + place for place in chunk.outputs]
+            first += chunk.count
+        if not first:
+            return {}
+        # Logits of one token are computed even where none are wanted: Transformers has no word for none.
+        keep_O = torch.tensor(wanted or [0], device=self.device)
+        logits_OV = self._forward(self.model, chunks, logits_to_keep=keep_O).logits[0].float()
+        rows, first = {}, 0
+        for chunk in chunks:
+            n = len(chunk.outputs)
+            rows[chunk.sequence.request.id] = rows_of(logits_OV[first : first + n])
+            first += n
+        return rows
 
     @torch.inference_mode()
-    def hidden(self, ids: list[int]) -> torch.Tensor:
-        """The last hidden state of each token, fp32 [T, D], without the cache."""
-        ids_1T = torch.tensor([ids], device=self.device)
-        positions_1T = torch.arange(len(ids), device=self.device).unsqueeze(0)
-        output = self.model.base_model(
-            input_ids=ids_1T,
-            position_ids=positions_1T,
-            attention_mask=self._mask(positions_1T, len(ids)),
-            use_cache=False,
-        )
+    def hidden(self, chunk: Chunk) -> torch.Tensor:
+        output = self._forward(self.model.base_model, (chunk,))
         hidden_TD: torch.Tensor = output.last_hidden_state[0].float()
         return hidden_TD
 
+    def clear(self, blocks: list[int]) -> None:
+        self.cache.clear(blocks)
+
+    def set_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.model.load_state_dict(tensors)
+
+    def load_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        self._patches.load(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        self._patches.unload(name)
+
+    def _forward(self, module: Any, chunks: tuple[Chunk, ...], **extra: Any) -> Any:
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        positions = [place for chunk in chunks for place in range(chunk.start, chunk.start + chunk.count)]
+        self._aim(chunks)
+        with self._patches.aimed(chunks):
+            return module(
+                input_ids=torch.tensor([tokens], device=self.device),
+                position_ids=torch.tensor([positions], device=self.device),
+                # Any four-dimensional mask is taken as it is; the attention makes its own.
+                attention_mask=torch.zeros((1, 1, 1, 1), dtype=self.model.dtype, device=self.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                **extra,
+            )
+
+    def _aim(self, chunks: tuple[Chunk, ...]) -> None:
+        slots: list[int] = []
+        singles: list[tuple[int, list[int]]] = []
+        spans = []
+        for chunk in chunks:
+            end = chunk.start + chunk.count
+            blocks = chunk.sequence.blocks[: -(-end // BLOCK_TOKENS)]
+            seen = [block * BLOCK_TOKENS + i for block in blocks for i in range(BLOCK_TOKENS)][:end]
+            if chunk.count == 1:
+                singles.append((len(slots), seen))
+            else:
+                spans.append(Span(len(slots), chunk.count, chunk.start, torch.tensor(seen, device=self.device)))
+            slots += seen[chunk.start :]
+        longest = max((len(seen) for _, seen in singles), default=0)
+        tables = [seen + [seen[0]] * (longest - len(seen)) for _, seen in singles]
+        mask = [[i < len(seen) for i in range(longest)] for _, seen in singles]
+        place: Place = self.cache.place
+        place.slots = torch.tensor(slots, device=self.device)
+        place.singles = torch.tensor([column for column, _ in singles], dtype=torch.long, device=self.device)
+        place.tables = torch.tensor(tables, dtype=torch.long, device=self.device)
+        place.mask = torch.tensor(mask, dtype=torch.bool, device=self.device)[:, None, None]
+        place.spans = tuple(spans)
+
+
+class PlainRunner:
+    """Reads every sequence anew at every step, without a cache: slow, and right for any causal model of Transformers."""
+
+    name = "plain"
+    block_tokens = BLOCK_TOKENS
+
+    def __init__(self, model: Any, n_blocks: int) -> None:
+        self.model = model
+        self.n_blocks = n_blocks
+        self.device: torch.device = model.device
+        self._patches = _Patches(model)
+
     @torch.inference_mode()
-    def all_logits(self, ids: list[int]) -> torch.Tensor:
-        """Logits behind each token, [T, V], without the cache."""
-        ids_1T = torch.tensor([ids], device=self.device)
-        positions_1T = torch.arange(len(ids), device=self.device).unsqueeze(0)
-        mask = self._mask(positions_1T, len(ids))
-        output = self.model(input_ids=ids_1T, position_ids=positions_1T, attention_mask=mask, use_cache=False)
-        logits_TV: torch.Tensor = output.logits[0]
-        return logits_TV
+    def run(self, plan: Plan) -> dict[str, Rows]:
+        rows = {}
+        for chunk in plan.chunks:
+            if chunk.outputs:
+                logits_TV = self._read(self.model, chunk).logits[0, chunk.start :]
+                rows[chunk.sequence.request.id] = rows_of(logits_TV[list(chunk.outputs)])
+        return rows
+
+    @torch.inference_mode()
+    def hidden(self, chunk: Chunk) -> torch.Tensor:
+        hidden_TD: torch.Tensor = self._read(self.model.base_model, chunk).last_hidden_state[0].float()
+        return hidden_TD
+
+    def clear(self, blocks: list[int]) -> None:
+        """Nothing to do: nothing is cached."""
+
+    def set_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.model.load_state_dict(tensors)
+
+    def load_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        self._patches.load(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        self._patches.unload(name)
+
+    def _read(self, module: Any, chunk: Chunk) -> Any:
+        ids = [*chunk.sequence.tokens[: chunk.start], *chunk.tokens]
+        whole = Chunk(chunk.sequence, 0, tuple(ids))
+        with self._patches.aimed((whole,)):
+            return module(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
 
 
-def _row(chunk: Chunk) -> int:
-    assert chunk.sequence.row is not None
-    return chunk.sequence.row
+class _Patches:
+    """Adapters over a Transformers model: each changed module adds B (A x) to the tokens of the sequences that ask for it."""
 
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._parts: dict[str, dict[str, LowRank]] = {}
+        self._columns: dict[str, torch.Tensor] = {}
+        self._hooked: set[str] = set()
 
-def _wants_all(chunk: Chunk) -> bool:
-    return chunk.sequence.request.params.prompt_logprobs and chunk.start < chunk.sequence.n_prompt
+    def load(self, name: str, adapter: LoraAdapter) -> None:
+        to = {"dtype": self._model.dtype, "device": self._model.device}
+        self._parts[name] = {
+            module: LowRank(part.a.to(**to), part.b.to(**to), part.scale) for module, part in adapter.parts.items()
+        }
+        for module in adapter.parts:
+            if module not in self._hooked:
+                self._hooked.add(module)
+                self._model.get_submodule(module).register_forward_hook(self._hook(module))
 
+    def unload(self, name: str) -> None:
+        del self._parts[name]
 
-def _groups(chunks: tuple[Chunk, ...]) -> Iterator[list[Chunk]]:
-    """Chunks that are read by one forward pass: all that decode, then prompts of like length in rows side by side."""
-    decoding = [chunk for chunk in chunks if chunk.count == 1]
-    if decoding:
-        yield decoding
-    group: list[Chunk] = []
-    for chunk in sorted((chunk for chunk in chunks if chunk.count > 1), key=_row):
-        grown = [*group, chunk]
-        n_rows = _row(chunk) - _row(grown[0]) + 1
-        padded = n_rows * max(member.count for member in grown)
-        # Past a third of padding, a forward pass of its own is cheaper.
-        if group and padded > 1.5 * sum(member.count for member in grown):
-            yield group
-            group = []
-        group.append(chunk)
-    if group:
-        yield group
+    @contextlib.contextmanager
+    def aimed(self, chunks: tuple[Chunk, ...]) -> Iterator[None]:
+        """Within, the tokens of these chunks are where the adapters find them."""
+        columns: dict[str, list[int]] = {}
+        first = 0
+        for chunk in chunks:
+            name = chunk.sequence.request.adapter
+            if name is not None:
+                columns.setdefault(name, []).extend(range(first, first + chunk.count))
+            first += chunk.count
+        self._columns = {name: torch.tensor(found, device=self._model.device) for name, found in columns.items()}
+        try:
+            yield
+        finally:
+            self._columns = {}
+
+    def _hook(self, module: str) -> Any:
+        def add(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            # Some modules see [1, T, K], some flattened [T, K].
+            given, changed = inputs[0].reshape(-1, inputs[0].shape[-1]), output.reshape(-1, output.shape[-1])
+            for name, columns in self._columns.items():
+                part = self._parts[name].get(module)
+                if part is not None:
+                    change = (given[columns] @ part.a.T) @ part.b.T
+                    changed = changed.index_add(0, columns, change, alpha=part.scale)
+            return changed.reshape(output.shape)
+
+        return add

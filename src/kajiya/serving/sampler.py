@@ -1,13 +1,16 @@
 """Draws the next token of each row from its logits.
 
-Shape letters: R rows, V vocabulary, S sorted candidates.
+Shape letters: R rows, O rows of one request, V vocabulary, S sorted candidates, N alternatives.
 """
 
 import random
+from collections import deque
 from collections.abc import Sequence as Rows
+from itertools import islice
 
 import torch
 
+from kajiya.serving.rows import Rows as Logits
 from kajiya.serving.sequence import SamplingParams, TokenLogprob
 
 
@@ -15,24 +18,55 @@ class Sampler:
     """The random streams of the running requests, one for each, so that a request's draws do not depend on its company."""
 
     def __init__(self) -> None:
-        self._streams: dict[str, random.Random] = {}
+        self._streams: dict[str, _Stream] = {}
 
     def begin(self, request_id: str, seed: int | None) -> None:
         """Start the stream of a request."""
-        self._streams[request_id] = random.Random(seed)
+        self._streams[request_id] = _Stream(seed)
 
     def end(self, request_id: str) -> None:
         """Forget the stream of a request."""
         self._streams.pop(request_id, None)
 
-    def draw(self, request_ids: Rows[str], logits_RV: torch.Tensor, params: Rows[SamplingParams]) -> list[TokenLogprob]:
-        """One token for each row, with its log-probability in the unmodified distribution."""
-        uniforms = [
-            self._streams[request_id].random() if one.temperature > 0 else 0.0
-            for request_id, one in zip(request_ids, params, strict=True)
-        ]
-        tokens_R = choose(logits_RV, params, uniforms)
-        return with_logprobs(logits_RV, tokens_R, [one.n_logprobs for one in params])
+    def used(self, request_id: str, n_tokens: int) -> None:
+        """That many of the tokens that were last drawn for a request are its answer; the others were never drawn."""
+        self._streams[request_id].use(n_tokens)
+
+    def draw(
+        self, request_ids: Rows[str], rows: Rows[Logits], params: Rows[SamplingParams]
+    ) -> list[list[TokenLogprob]]:
+        """A token for each row of each request, with its log-probability in the unmodified distribution.
+
+        The i-th row of a request draws with the i-th number of its stream; `used` says how many of them count.
+        """
+        chosen = [list(each.best) for each in rows]
+        n_top = [one.n_logprobs for one in params]
+        wants = [i for i, one in enumerate(params) if one.temperature > 0]
+        if wants:
+            logits_RV = torch.cat([rows[i].logits for i in wants])
+            repeated = [params[i] for i in wants for _ in rows[i].best]
+            uniforms = [u for i in wants for u in self._streams[request_ids[i]].ahead(len(rows[i].best))]
+            tokens = iter(choose(logits_RV, repeated, uniforms).tolist())
+            for i in wants:
+                chosen[i] = [next(tokens) for _ in rows[i].best]
+        return [with_logprobs(each, tokens, n) for each, tokens, n in zip(rows, chosen, n_top, strict=True)]
+
+
+class _Stream:
+    """Numbers in [0, 1) that can be looked at before they are used."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._random = random.Random(seed)
+        self._ahead: deque[float] = deque()
+
+    def ahead(self, n: int) -> list[float]:
+        while len(self._ahead) < n:
+            self._ahead.append(self._random.random())
+        return list(islice(self._ahead, n))
+
+    def use(self, n: int) -> None:
+        for _ in range(min(n, len(self._ahead))):
+            self._ahead.popleft()
 
 
 def choose(logits_RV: torch.Tensor, params: Rows[SamplingParams], uniforms: Rows[float]) -> torch.Tensor:
@@ -88,16 +122,24 @@ def _first_above(mass_RS: torch.Tensor, u_R1: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(total_RS, goal_R1, right=True).squeeze(1).clamp(max=mass_RS.shape[1] - 1)
 
 
-def with_logprobs(logits_RV: torch.Tensor, tokens_R: torch.Tensor, n_top: Rows[int]) -> list[TokenLogprob]:
+def with_logprobs(rows: Logits, tokens: Rows[int], n_top: int) -> list[TokenLogprob]:
     """Each row's token with its log-probability and its `n_top` most probable alternatives."""
-    logprobs_RV = logits_RV.float().log_softmax(dim=-1)
-    chosen = logprobs_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1).tolist()
-    tokens = tokens_R.tolist()
-    if not any(n_top):
-        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, chosen, strict=True)]
-    values, ids = logprobs_RV.topk(max(n_top), dim=-1)
-    top = [list(zip(row_ids, row, strict=True)) for row_ids, row in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [
-        TokenLogprob(token, logprob, tuple(best[:n]))
-        for token, logprob, best, n in zip(tokens, chosen, top, n_top, strict=True)
-    ]
+    if not tokens:
+        return []
+    if list(tokens) == rows.best or len(tokens) == 1:
+        # One number a row: read one by one, without a kernel for each.
+        values = [rows.logits[place, token].item() for place, token in enumerate(tokens)]
+    else:
+        index_O1 = torch.tensor(tokens, dtype=torch.long, device=rows.logits.device).unsqueeze(1)
+        values = rows.logits.gather(1, index_O1).squeeze(1).tolist()
+    logprobs = [value - log_sum for value, log_sum in zip(values, rows.log_sums, strict=True)]
+    if not n_top:
+        return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+    best_ON, ids_ON = rows.logits.topk(n_top, dim=-1)
+    found = []
+    for token, logprob, ids, best, log_sum in zip(
+        tokens, logprobs, ids_ON.tolist(), best_ON.tolist(), rows.log_sums, strict=True
+    ):
+        top = tuple((one, value - log_sum) for one, value in zip(ids, best, strict=True))
+        found.append(TokenLogprob(token, logprob, top))
+    return found

@@ -1,8 +1,10 @@
 """What the engine is asked, what it answers, and the state of a request in between; free of tensors."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from kajiya.errors import RequestError
+from kajiya.serving.blocks import Node
 
 FINISHED_STOP = "stop"
 """The model ended its answer with an end-of-sequence token (or one of the request's stop tokens)."""
@@ -36,6 +38,19 @@ class SamplingParams:
     """Tokens that end the answer beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on past end-of-sequence tokens until `max_tokens`."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the answer has it."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the answer has."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids with what is added to their logits."""
+    grammar: str | None = None
+    """A JSON schema (as JSON text) that the answer must fulfil; `None`: any text."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits are drawn from as the model gives them."""
+        return not (self.frequency_penalty or self.presence_penalty or self.logit_bias or self.grammar)
 
     def check(self, vocab_size: int) -> None:
         """Raise `RequestError` naming the first parameter out of range."""
@@ -44,11 +59,18 @@ class SamplingParams:
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more", self.temperature),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1", self.top_k),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1", self.top_p),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2", self.frequency_penalty),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2", self.presence_penalty),
             ("n_logprobs", 0 <= self.n_logprobs <= vocab_size, f"from 0 to {vocab_size}", self.n_logprobs),
         )
         for name, holds, words, value in bounds:
             if not holds:
                 raise RequestError(f"{name} must be {words}, not {value}", param=name)
+        wrong = next((token for token, _ in self.logit_bias if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"logit_bias: {wrong} is no token id; they go from 0 to {vocab_size - 1}", param="logit_bias"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,8 @@ class Request:
     """Token ids, at least one."""
     params: SamplingParams = field(default_factory=SamplingParams)
     """How the answer is drawn."""
+    adapter: str | None = None
+    """Name of a loaded adapter; `None`: the model alone."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +128,24 @@ class Completion:
 
 @dataclass
 class Sequence:
-    """State of one request in the engine: its tokens, how many of them the cache holds, and its row of the batch."""
+    """State of one request in the engine: its tokens, how many of them the cache holds, and in which blocks."""
 
     request: Request
     eos_ids: frozenset[int]
     tokens: list[int]
     n_cached: int = 0
-    row: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    node: Node | None = None
+    """The place in the tree of prefixes behind the blocks that are remembered."""
+    n_remembered: int = 0
+    """Blocks that the tree knows."""
+    n_shared: int = 0
+    """Prompt tokens that were found in the cache when the sequence was last admitted."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    is_reported: bool = False
+    """Whether the prompt has been read once: its log-probabilities are not wanted again after a preemption."""
+    matcher: Any = None
+    """State of the grammar, where there is one."""
 
     @property
     def n_prompt(self) -> int:
@@ -126,14 +160,19 @@ class Sequence:
         """Tokens that the model has not read yet; 1 for a sequence that is being decoded."""
         return len(self.tokens) - self.n_cached
 
-    def finish_reason(self) -> str | None:
-        """Why the sequence is complete, or `None` while it is not."""
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be found."""
+        return self.request.params.prompt_logprobs and not self.is_reported
+
+    def finish_reason(self, drawn: list[int]) -> str | None:
+        """Why the sequence is complete with these tokens drawn, or `None` while it is not."""
         params = self.request.params
-        if self.n_generated:
-            last = self.tokens[-1]
+        if drawn:
+            last = drawn[-1]
             if last in params.stop_token_ids or (last in self.eos_ids and not params.ignore_eos):
                 return FINISHED_STOP
-        return FINISHED_LENGTH if self.n_generated >= params.max_tokens else None
+        return FINISHED_LENGTH if self.n_generated + len(drawn) >= params.max_tokens else None
 
 
 def new_sequence(request: Request, eos_ids: frozenset[int]) -> Sequence:

@@ -1,0 +1,103 @@
+"""LoRA adapters as PEFT saves them, read without PEFT."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kajiya.errors import ConfigError, StoreError
+from kajiya.run.files import read_json
+
+_PREFIX = "base_model.model."
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (None, False),
+    "bias": (None, "none"),
+    "modules_to_save": (None, []),
+    "fan_in_fan_out": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "lora_bias": (None, False),
+    "use_qalora": (None, False),
+}
+"""Settings of PEFT that the server does not compute, with the values that ask for nothing."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """y += scale · B (A x), with A [rank, n_in] and B [n_out, rank] (Hu et al. 2021, §4.1)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """The low-rank parts of an adapter by the full name of the module that each changes."""
+
+    folder: Path
+    parts: Mapping[str, LowRank]
+    """Module name, for example `model.layers.0.self_attn.q_proj`, → its part."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether this is a folder that PEFT has saved an adapter in."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> LoraAdapter:
+    """The adapter in `folder`; `shapes` has the model's weight names and shapes.
+
+    Raises `ConfigError` for a folder that is none, a kind of adapter that is not plain LoRA, or one made for another model.
+    """
+    from safetensors.torch import load_file
+
+    if not is_adapter(folder):
+        raise ConfigError(
+            "adapter", f"{str(folder)!r} has no adapter_config.json", "Give a folder that PEFT has saved."
+        )
+    settings = read_json(folder / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(
+            "adapter",
+            f"{folder}: {settings.get('peft_type')} adapters are not served",
+            "Merge it into its model (kajiya merge) and serve that.",
+        )
+    for name, neutral in _NEUTRAL.items():
+        if settings.get(name) not in neutral:
+            raise ConfigError(
+                "adapter",
+                f"{folder}: {name}={settings[name]!r} is not served beside other adapters",
+                "Merge it into its model (kajiya merge) and serve that.",
+            )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise StoreError(f"{folder}: adapter_model.safetensors is missing; only safetensors are loaded")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    parts = {}
+    for name in sorted(tensors):
+        if not name.endswith(".lora_A.weight"):
+            if not name.endswith(".lora_B.weight"):
+                raise ConfigError("adapter", f"{folder}: it has {name!r}, which is no part of a plain LoRA adapter")
+            continue
+        module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        expected = shapes.get(f"{module}.weight")
+        if expected != (b.shape[0], a.shape[1]):
+            has = "has no such module" if expected is None else f"has {list(expected)} there"
+            raise ConfigError(
+                "adapter",
+                f"{folder}: it changes {module} of shape {[b.shape[0], a.shape[1]]}, but the model {has}",
+                "Serve it with the model that it was made for.",
+            )
+        parts[module] = LowRank(a, b, _scale(settings, module, a.shape[0]))
+    return LoraAdapter(folder, parts)
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = next((value for key, value in patterns.items() if module == key or module.endswith(f".{key}")), None)
+    alpha = float(settings["lora_alpha"] if alpha is None else alpha)
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

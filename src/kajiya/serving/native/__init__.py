@@ -1,0 +1,1 @@
+"""The decoder step in C++: built at first use, loaded with ctypes."""

@@ -1,0 +1,408 @@
+// One step of a Llama-like decoder in one call: any mixture of prompt chunks and single tokens of many sequences.
+//
+// Every token is computed in the same order of operations whatever comes with it, so that its result is the same, to the
+// bit, alone and in a batch, in one chunk or many, from a shared prefix or its own.
+#include <algorithm>
+#include <cstdlib>
+#include <omp.h>
+
+#include "attention.h"
+#include "linear.h"
+#include "phases.h"
+
+using namespace kajiya;
+
+extern "C" {
+
+struct Layer {
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;  // the last two may be null
+    Linear qkv, out, gate_up, down;
+    LayerCache cache;
+};
+
+struct Model {
+    int32_t n_layers, width, n_query, n_key, head_width, rotary, mlp_width, vocab;
+    int32_t cache_kind, is_integer, embedding_kind, max_positions;
+    float epsilon, attention_scale;
+    const void* embedding;   // [vocab][width], fp32 or bf16
+    const float *cos, *sin;  // [position][rotary]
+    const float* final_norm;
+    Linear head;
+    Layer* layers;
+};
+
+// One part of an adapter: y[offset …] += B (A x); A [rank][n_in], B transposed [rank][n_out], its scale multiplied in.
+struct Patch {
+    int32_t layer, target, rank, n_in, offset, n_out;  // target: 0 qkv, 1 out, 2 gate_up, 3 down
+    const float *a, *b;
+};
+
+struct Adapter {
+    int32_t n_patches, padding;
+    const Patch* patches;
+};
+
+struct Step {
+    int32_t n_tokens, n_sequences, table_stride, n_outputs, n_threads, n_hidden;
+    const int32_t *tokens, *positions;   // [n_tokens], a sequence's tokens side by side and ascending
+    const int32_t *starts;               // [n_sequences + 1]: where each sequence's tokens begin
+    const int32_t* tables;               // [n_sequences][table_stride]: blocks of each sequence
+    const Adapter* const* adapters;      // [n_sequences], null for none
+    const int32_t* outputs;              // [n_outputs]: tokens whose logits are wanted
+    const int32_t* hidden_rows;          // [n_hidden]: tokens whose last hidden state is wanted
+    float* logits;                       // [n_outputs][vocab]
+    float* hidden;                       // [n_hidden][width]
+};
+}
+
+namespace {
+
+struct Buffer {
+    float* at = nullptr;
+    explicit Buffer(int64_t n) : at((float*)std::aligned_alloc(64, (n * 4 + 127) / 64 * 64)) {}
+    ~Buffer() { std::free(at); }
+    Buffer(const Buffer&) = delete;
+};
+
+// Activations of all tokens with their integers, where the weights are integers.
+struct Activations {
+    int64_t stride, groups;
+    bool is_integer;
+    Buffer values, scales, sums, bytes;
+    Activations(int64_t n_tokens, int64_t n, bool integers)
+        : stride(n), groups(n_groups(n)), is_integer(integers), values(n_tokens * n),
+          scales(integers ? n_tokens * groups : 1), sums(integers ? n_tokens * groups : 1),
+          bytes(integers ? n_tokens * groups * kGroup / 4 : 1) {}
+    float* row(int64_t t) { return values.at + t * stride; }
+    void seal(int64_t t) {
+        if (is_integer)
+            quantize_row(row(t), stride, (int8_t*)bytes.at + t * groups * kGroup, scales.at + t * groups,
+                         (int32_t*)sums.at + t * groups);
+    }
+    Rows rows() const {
+        return {values.at, stride, (const int8_t*)bytes.at, scales.at, (const int32_t*)sums.at};
+    }
+};
+
+void normalize(const float* x, const float* weight, int64_t n, float epsilon, float* to) {
+    Floats total{};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Floats v = load<Floats>(x + i);
+        total += v * v;
+    }
+    for (int64_t j = i; j < n; ++j) rest += x[j] * x[j];
+    float scale = 1.0f / std::sqrt((sum(total) + rest) / float(n) + epsilon);
+    for (int64_t j = 0; j < n; ++j) to[j] = x[j] * scale * weight[j];
+}
+
+void rotate(const Model& model, float* head, int64_t position) {
+    int half = model.rotary / 2;
+    const float *cos = model.cos + position * model.rotary, *sin = model.sin + position * model.rotary;
+    for (int i = 0; i < half; ++i) {
+        float a = head[i], b = head[i + half];
+        head[i] = a * cos[i] - b * sin[i];
+        head[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+void patch(const Adapter* adapter, int layer, int target, const float* x, float* y) {
+    if (!adapter) return;
+    for (int p = 0; p < adapter->n_patches; ++p) {
+        const Patch& part = adapter->patches[p];
+        if (part.layer != layer || part.target != target) continue;
+        float* to = y + part.offset;
+        for (int r = 0; r < part.rank; ++r) {
+            const float *a = part.a + int64_t(r) * part.n_in, *b = part.b + int64_t(r) * part.n_out;
+            Floats total{};
+            float z = 0;
+            int64_t i = 0;
+            for (; i + kLanes <= part.n_in; i += kLanes) total += load<Floats>(a + i) * load<Floats>(x + i);
+            for (; i < part.n_in; ++i) z += a[i] * x[i];
+            z += sum(total);
+            for (int64_t n = 0; n < part.n_out; ++n) to[n] += z * b[n];
+        }
+    }
+}
+
+// Up to four queries of one key head of one sequence.
+struct Work {
+    int32_t sequence, head, token, n_tokens;
+};
+
+struct Run {
+    const Model& model;
+    const Step& step;
+    Heads heads;
+    int64_t n, qkv_width, query_width, padded, longest;
+    Buffer stream, qkv, delta, gates, queries, scratch;
+    Activations normed, mixed, gated, last;
+    Work* work = nullptr;
+    int64_t n_work = 0;
+    int32_t* sequence_of = nullptr;
+    bool has_adapters = false;
+    int64_t tokens_each;
+    Phases phases;
+
+    Run(const Model& m, const Step& s)
+        : model(m), step(s), heads{m.n_query, m.n_key, m.head_width, (m.head_width + 15) / 16 * 16, m.cache_kind},
+          n(s.n_tokens), qkv_width((m.n_query + 2 * m.n_key) * int64_t(m.head_width)),
+          query_width(m.n_query * int64_t(m.head_width)), padded(heads.padded), longest(context(s)),
+          stream(n * m.width), qkv(n * qkv_width), delta(n * m.width), gates(n * 2 * m.mlp_width),
+          queries(n * m.n_query * padded), scratch(s.n_threads * 4 * longest), normed(n, m.width, m.is_integer),
+          mixed(n, query_width, m.is_integer), gated(n, m.mlp_width, m.is_integer),
+          last(std::max(1, s.n_outputs), m.width, m.is_integer),
+          tokens_each(std::max<int64_t>(1, n / (4 * s.n_threads))), phases(16 * m.n_layers + 4) {
+        plan();
+    }
+    ~Run() {
+        std::free(work);
+        std::free(sequence_of);
+    }
+
+    static int64_t context(const Step& s) {
+        int32_t most = 0;
+        for (int t = 0; t < s.n_tokens; ++t) most = std::max(most, s.positions[t]);
+        return (most + 1 + kBlock - 1) / kBlock * kBlock;
+    }
+
+    void plan() {
+        int group = model.n_query / model.n_key, together = std::max(1, 4 / group);
+        work = (Work*)std::malloc(sizeof(Work) * n * model.n_key);
+        sequence_of = (int32_t*)std::malloc(sizeof(int32_t) * n);
+        for (int s = 0; s < step.n_sequences; ++s) {
+            has_adapters |= step.adapters[s] != nullptr;
+            for (int t = step.starts[s]; t < step.starts[s + 1]; t += together) {
+                int count = std::min(together, step.starts[s + 1] - t);
+                for (int i = 0; i < count; ++i) sequence_of[t + i] = s;
+                for (int head = 0; head < model.n_key; ++head) work[n_work++] = {s, head, t, count};
+            }
+        }
+    }
+
+    // ---------------------------------------------------------------- parts of a layer, each run by all threads
+
+    void embed(int64_t& phase) {
+        phases.share(phase, n, tokens_each, [&](int64_t t) {
+            int64_t start = int64_t(step.tokens[t]) * model.width;
+            float* to = stream.at + t * model.width;
+            for (int64_t i = 0; i < model.width; ++i)
+                to[i] = model.embedding_kind == kFloat32 ? ((const float*)model.embedding)[start + i]
+                                                         : bf16_value(((const uint16_t*)model.embedding)[start + i]);
+        });
+    }
+
+    void add_and_normalize(int64_t& phase, bool adds, const float* weight) {
+        phases.share(phase, n, tokens_each, [&](int64_t t) {
+            float* x = stream.at + t * model.width;
+            const float* d = delta.at + t * model.width;
+            if (adds)
+                for (int64_t i = 0; i < model.width; ++i) x[i] += d[i];
+            normalize(x, weight, model.width, model.epsilon, normed.row(t));
+            normed.seal(t);
+        });
+    }
+
+    void multiply(int64_t& phase, const Linear& w, const Activations& x, float* y, int64_t rows) {
+        int64_t panels = n_panels(w), chunk = std::max<int64_t>(1, panels / (step.n_threads * 4));
+        Rows given = x.rows();
+        phases.share(phase, panels, chunk, [&](int64_t panel) { product(given, rows, w, panel, y, w.n_out); });
+    }
+
+    void adapt(int64_t& phase, int layer, int target, Activations& x, float* y, int64_t width) {
+        if (!has_adapters) return;
+        phases.share(phase, n, tokens_each, [&](int64_t t) {
+            patch(step.adapters[sequence_of[t]], layer, target, x.row(t), y + t * width);
+        });
+    }
+
+    void place(int64_t& phase, Layer& layer) {
+        int64_t width = model.head_width;
+        phases.share(phase, n, tokens_each, [&](int64_t t) {
+            float* row = qkv.at + t * qkv_width;
+            int64_t position = step.positions[t];
+            for (int h = 0; h < model.n_query + model.n_key; ++h) {
+                const float* norm = h < model.n_query ? layer.query_norm : layer.key_norm;
+                if (norm) normalize(row + h * width, norm, width, model.epsilon, row + h * width);
+                rotate(model, row + h * width, position);
+            }
+            for (int h = 0; h < model.n_query; ++h) {
+                float* to = queries.at + (t * model.n_query + h) * padded;
+                for (int64_t i = 0; i < padded; ++i)
+                    to[i] = i < width ? row[h * width + i] * model.attention_scale : 0.0f;
+            }
+            int64_t block = step.tables[int64_t(sequence_of[t]) * step.table_stride + position / kBlock];
+            const float *keys = row + query_width, *values = keys + model.n_key * width;
+            for (int h = 0; h < model.n_key; ++h)
+                remember(heads, layer.cache, block, h, position % kBlock, keys + h * width, values + h * width);
+        });
+    }
+
+    void attend_all(int64_t& phase, Layer& layer) {
+        int group = model.n_query / model.n_key;
+        float* mine = scratch.at + omp_get_thread_num() * 4 * longest;
+        phases.share(phase, n_work, 1, [&](int64_t item) {
+            const Work& w = work[item];
+            const int32_t* table = step.tables + int64_t(w.sequence) * step.table_stride;
+            int total = w.n_tokens * group;
+            for (int first = 0; first < total; first += 4) {
+                const float* from[4];
+                float* to[4];
+                int64_t lengths[4];
+                int count = std::min(4, total - first);
+                for (int q = 0; q < count; ++q) {
+                    int64_t t = w.token + (first + q) / group, head = w.head * group + (first + q) % group;
+                    from[q] = queries.at + (t * model.n_query + head) * padded;
+                    to[q] = mixed.row(t) + head * model.head_width;
+                    lengths[q] = step.positions[t] + 1;
+                }
+                if (model.cache_kind == kCacheFloat32)
+                    attend<kCacheFloat32>(from, lengths, count, heads, layer.cache, w.head, table, mine, longest, to);
+                else if (model.cache_kind == kCacheBFloat16)
+                    attend<kCacheBFloat16>(from, lengths, count, heads, layer.cache, w.head, table, mine, longest, to);
+                else
+                    attend<kCacheInt8>(from, lengths, count, heads, layer.cache, w.head, table, mine, longest, to);
+            }
+        });
+        if (model.is_integer) {
+            phases.share(phase, n, tokens_each, [&](int64_t t) { mixed.seal(t); });
+        }
+    }
+
+    void gate(int64_t& phase) {
+        int64_t width = model.mlp_width;
+        phases.share(phase, n, tokens_each, [&](int64_t t) {
+            const float *g = gates.at + t * 2 * width, *u = g + width;
+            float* to = gated.row(t);
+            int64_t i = 0;
+            for (; i + kLanes <= width; i += kLanes) {
+                Floats v = load<Floats>(g + i);
+                store(to + i, v / (1.0f + exponential(-v)) * load<Floats>(u + i));
+            }
+            for (; i < width; ++i) to[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
+            gated.seal(t);
+        });
+    }
+
+    void finish(int64_t& phase) {
+        phases.share(phase, step.n_outputs + step.n_hidden, 1, [&](int64_t i) {
+            bool is_output = i < step.n_outputs;
+            int64_t t = is_output ? step.outputs[i] : step.hidden_rows[i - step.n_outputs];
+            float* x = stream.at + t * model.width;
+            float* to = is_output ? last.row(i) : step.hidden + (i - step.n_outputs) * model.width;
+            // The stream is not written here: a token may be wanted twice.
+            for (int64_t j = 0; j < model.width; ++j) to[j] = x[j] + delta.at[t * model.width + j];
+            normalize(to, model.final_norm, model.width, model.epsilon, to);
+            if (is_output) last.seal(i);
+        });
+        if (step.n_outputs) multiply(phase, model.head, last, step.logits, step.n_outputs);
+    }
+
+    void all_layers() {
+        int64_t phase = 0;
+        embed(phase);
+        for (int i = 0; i < model.n_layers; ++i) {
+            Layer& layer = model.layers[i];
+            add_and_normalize(phase, i > 0, layer.attention_norm);
+            multiply(phase, layer.qkv, normed, qkv.at, n);
+            adapt(phase, i, 0, normed, qkv.at, qkv_width);
+            place(phase, layer);
+            attend_all(phase, layer);
+            multiply(phase, layer.out, mixed, delta.at, n);
+            adapt(phase, i, 1, mixed, delta.at, model.width);
+            add_and_normalize(phase, true, layer.mlp_norm);
+            multiply(phase, layer.gate_up, normed, gates.at, n);
+            adapt(phase, i, 2, normed, gates.at, 2 * model.mlp_width);
+            gate(phase);
+            multiply(phase, layer.down, gated, delta.at, n);
+            adapt(phase, i, 3, gated, delta.at, model.width);
+        }
+        finish(phase);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t kajiya_packed_bytes(int32_t kind, int64_t n_out, int64_t n_in) { return packed_bytes(kind, n_out, n_in); }
+
+// Packs fp32 weights [n_out][n_in]; scales are [panels][groups][32] and unused in 16 and 32 bits.
+void kajiya_pack(const float* weights, int32_t kind, int32_t n_out, int32_t n_in, void* to, uint16_t* scales, int32_t n_threads) {
+    Linear shape{kind, n_out, n_in, 0, to, scales, nullptr};
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (int64_t panel = 0; panel < n_panels(shape); ++panel) pack_panel(weights, shape, panel, (uint8_t*)to, scales);
+}
+
+// y [n][n_out] = W x: the product alone, for tests and measurements.
+void kajiya_product(const Linear* w, const float* x, int64_t n, float* y, int32_t n_threads) {
+    Activations rows(n, w->n_in, w->kind >= kInt8);
+    for (int64_t t = 0; t < n; ++t) {
+        std::memcpy(rows.row(t), x + t * w->n_in, w->n_in * 4);
+        rows.seal(t);
+    }
+    Rows given = rows.rows();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
+    for (int64_t panel = 0; panel < n_panels(*w); ++panel) product(given, n, *w, panel, y, w->n_out);
+}
+
+void kajiya_step(const Model* model, const Step* step) {
+    Run run(*model, *step);
+#pragma omp parallel num_threads(step->n_threads)
+    run.all_layers();
+}
+
+// Copies a block of every layer.
+void kajiya_copy_block(const Model* model, int32_t source, int32_t target) {
+    int64_t padded = (model->head_width + 15) / 16 * 16, cells = model->n_key * padded * kBlock;
+    int64_t bytes = cells * cell_bytes(model->cache_kind), scales = int64_t(model->n_key) * kBlock;
+    for (int i = 0; i < model->n_layers; ++i) {
+        LayerCache& cache = model->layers[i].cache;
+        std::memcpy(cache.keys + target * bytes, cache.keys + source * bytes, bytes);
+        std::memcpy(cache.values + target * bytes, cache.values + source * bytes, bytes);
+        if (cache.key_scales) {
+            std::memcpy(cache.key_scales + target * scales, cache.key_scales + source * scales, scales * 4);
+            std::memcpy(cache.value_scales + target * scales, cache.value_scales + source * scales, scales * 4);
+        }
+    }
+}
+// Of each row of logits: its largest entry's index, and the logarithm of the sum of exponentials (NaN where it is not finite).
+void kajiya_choose(const float* logits, int64_t n, int64_t vocab, int32_t* best, float* log_sum, int32_t n_threads) {
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+    for (int64_t row = 0; row < n; ++row) {
+        const float* x = logits + row * vocab;
+        float peak = x[0];
+        int32_t at = 0;
+        bool is_finite = true;
+        for (int64_t i = 0; i < vocab; i += 1024) {
+            int64_t end = std::min(vocab, i + 1024), j = i;
+            Floats highest = all(-INFINITY), product{};
+            for (; j + kLanes <= end; j += kLanes) {
+                Floats v = load<Floats>(x + j);
+                highest = larger(highest, v);
+                product += v * 0.0f;  // 0, or NaN where an entry is not finite
+            }
+            float top = largest(highest), rest = sum(product);
+            for (; j < end; ++j) {
+                top = std::fmax(top, x[j]);
+                rest += x[j] * 0.0f;
+            }
+            is_finite &= rest == 0.0f;
+            if (top > peak)
+                for (j = i; j < end; ++j)
+                    if (x[j] == top) {
+                        peak = top;
+                        at = int32_t(j);
+                        break;
+                    }
+        }
+        double total = 0;
+        int64_t i = 0;
+        for (; i + kLanes <= vocab; i += kLanes) total += sum(exponential(load<Floats>(x + i) - peak));
+        for (; i < vocab; ++i) total += std::exp(x[i] - peak);
+        best[row] = at;
+        log_sum[row] = is_finite ? float(peak + std::log(total)) : NAN;
+    }
+}
+}

@@ -1,0 +1,114 @@
+"""The structures of `decoder.cpp`, field by field, and the signatures of its functions."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+"""How weights are stored, by the decoder's number."""
+CACHE_KINDS = {"fp32": 0, "bf16": 1, "int8": 2}
+"""How keys and values are stored, by the decoder's number."""
+TARGETS = ("qkv", "out", "gate_up", "down")
+"""The four products of a layer, in the decoder's order."""
+BLOCK_TOKENS = 16
+"""Positions of a block of the cache (kBlock)."""
+PANEL = 32
+"""Outputs of a panel of packed weights (kPanel)."""
+GROUP = 32
+"""Inputs that share a scale (kGroup)."""
+
+
+class Linear(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("kind", "n_out", "n_in", "padding")),
+        *((name, c_void_p) for name in ("weights", "scales", "bias")),
+    )
+
+
+class LayerCache(Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales"))
+
+
+class Layer(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, Linear) for name in TARGETS),
+        ("cache", LayerCache),
+    )
+
+
+_MODEL_INTEGERS = (
+    "n_layers",
+    "width",
+    "n_query",
+    "n_key",
+    "head_width",
+    "rotary",
+    "mlp_width",
+    "vocab",
+    "cache_kind",
+    "is_integer",
+    "embedding_kind",
+    "max_positions",
+)
+
+
+class Model(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in _MODEL_INTEGERS),
+        ("epsilon", c_float),
+        ("attention_scale", c_float),
+        *((name, c_void_p) for name in ("embedding", "cos", "sin", "final_norm")),
+        ("head", Linear),
+        ("layers", POINTER(Layer)),
+    )
+
+
+class Patch(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("layer", "target", "rank", "n_in", "offset", "n_out")),
+        ("a", c_void_p),
+        ("b", c_void_p),
+    )
+
+
+class Adapter(Structure):
+    _fields_ = (("n_patches", c_int32), ("padding", c_int32), ("patches", POINTER(Patch)))
+
+
+class Step(Structure):
+    _fields_ = (
+        *(
+            (name, c_int32)
+            for name in ("n_tokens", "n_sequences", "table_stride", "n_outputs", "n_threads", "n_hidden")
+        ),
+        *(
+            (name, c_void_p)
+            for name in (
+                "tokens",
+                "positions",
+                "starts",
+                "tables",
+                "adapters",
+                "outputs",
+                "hidden_rows",
+                "logits",
+                "hidden",
+            )
+        ),
+    )
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Give the functions of the library their types."""
+    library.kajiya_packed_bytes.argtypes = [c_int32, c_int64, c_int64]
+    library.kajiya_packed_bytes.restype = c_int64
+    library.kajiya_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32]
+    library.kajiya_pack.restype = None
+    library.kajiya_product.argtypes = [POINTER(Linear), c_void_p, c_int64, c_void_p, c_int32]
+    library.kajiya_product.restype = None
+    library.kajiya_step.argtypes = [POINTER(Model), POINTER(Step)]
+    library.kajiya_step.restype = None
+    library.kajiya_copy_block.argtypes = [POINTER(Model), c_int32, c_int32]
+    library.kajiya_copy_block.restype = None
+    library.kajiya_choose.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32]
+    library.kajiya_choose.restype = None

@@ -1,0 +1,187 @@
+"""A Llama-like model's weights, packed for the C++ decoder, with its paged cache.
+
+Shape letters: N outputs, K inputs, P positions, R rotary width, V vocabulary, D width.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kajiya.errors import KajiyaError
+from kajiya.serving.native import layout
+from kajiya.serving.native.build import load_library
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s whose layers the decoder computes: RMSNorm, rotary attention (biases and norms of queries and keys
+allowed), SwiGLU."""
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+_FIRST_POSITIONS = 512
+
+
+class NotNativeError(KajiyaError):
+    """The decoder does not compute this model; the message says why."""
+
+
+class NativeModel:
+    """Packed weights and cache. `tensors` are named as in the Transformers model's `state_dict`."""
+
+    def __init__(self, config: Any, rotary: Any, weights: str, cache: str, n_blocks: int) -> None:
+        require_native(config)
+        self._library = load_library()
+        self.config = config
+        self.weights = weights
+        self._rotary = rotary
+        self._kept: dict[str, Any] = {}
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.layers = (layout.Layer * config.num_hidden_layers)()
+        self.model = layout.Model(
+            n_layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            n_query=config.num_attention_heads,
+            n_key=config.num_key_value_heads,
+            head_width=head_width,
+            mlp_width=config.intermediate_size,
+            vocab=config.vocab_size,
+            cache_kind=layout.CACHE_KINDS[cache],
+            is_integer=weights in ("int8", "int4"),
+            epsilon=config.rms_norm_eps,
+            attention_scale=head_width**-0.5,
+            layers=self.layers,
+        )
+        self.reach(_FIRST_POSITIONS)
+        self._reserve_cache(cache, n_blocks, head_width)
+
+    # ---------------------------------------------------------------- weights
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Pack these weights in place of the present ones."""
+        table = tensors["model.embed_tokens.weight"]
+        table = table.detach().to(torch.float32 if self.weights == "fp32" else torch.bfloat16).contiguous()
+        self._kept["embedding"] = table
+        self.model.embedding = table.data_ptr()
+        self.model.embedding_kind = 0 if table.dtype == torch.float32 else 1
+        self.model.final_norm = self._floats("norm", tensors["model.norm.weight"])
+        head = tensors["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+        self.model.head = self._linear("head", [head], [None])
+        for number, layer in enumerate(self.layers):
+            self._load_layer(number, layer, tensors)
+
+    def _load_layer(self, number: int, layer: layout.Layer, tensors: Mapping[str, torch.Tensor]) -> None:
+        prefix = f"model.layers.{number}."
+        norms = {
+            "attention_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "query_norm": "self_attn.q_norm",
+            "key_norm": "self_attn.k_norm",
+        }
+        for field, name in norms.items():
+            weight = tensors.get(f"{prefix}{name}.weight")
+            if weight is not None:
+                setattr(layer, field, self._floats(f"{number}.{field}", weight))
+        for field, names in PARTS.items():
+            matrices = [tensors[f"{prefix}{name}.weight"] for name in names]
+            biases = [tensors.get(f"{prefix}{name}.bias") for name in names]
+            setattr(layer, field, self._linear(f"{number}.{field}", matrices, biases))
+
+    def _floats(self, key: str, tensor: torch.Tensor) -> int:
+        kept = tensor.detach().float().contiguous().clone()
+        self._kept[key] = kept
+        return kept.data_ptr()
+
+    def _linear(self, key: str, matrices: list[torch.Tensor], biases: list[torch.Tensor | None]) -> layout.Linear:
+        """The matrices [N, K], one under the other, packed into memory that stays where it is when weights change."""
+        matrix = torch.cat([one.detach() for one in matrices]).float().contiguous()
+        n_out, n_in = matrix.shape
+        kind = layout.KINDS[self.weights]
+        if f"{key}.packed" not in self._kept:
+            size = self._library.kajiya_packed_bytes(kind, n_out, n_in)
+            panels, groups = -(-n_out // layout.PANEL), -(-n_in // layout.GROUP)
+            self._kept[f"{key}.packed"] = torch.empty(size, dtype=torch.uint8)
+            n_scales = panels * groups * layout.PANEL if self.model.is_integer else 0
+            self._kept[f"{key}.scales"] = torch.empty(n_scales, dtype=torch.int16)
+        packed, scales = self._kept[f"{key}.packed"], self._kept[f"{key}.scales"]
+        self._library.kajiya_pack(
+            matrix.data_ptr(), kind, n_out, n_in, packed.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+        )
+        bias = None
+        if any(one is not None for one in biases):
+            parts = [
+                torch.zeros(rows.shape[0]) if one is None else one.detach().float()
+                for rows, one in zip(matrices, biases, strict=True)
+            ]
+            bias = self._floats(f"{key}.bias", torch.cat(parts))
+        return layout.Linear(
+            kind=kind, n_out=n_out, n_in=n_in, weights=packed.data_ptr(), scales=scales.data_ptr(), bias=bias
+        )
+
+    # ---------------------------------------------------------------- positions and cache
+
+    def reach(self, n_positions: int) -> None:
+        """Have the rotation of the first `n_positions` positions at hand."""
+        if n_positions <= self.model.max_positions:
+            return
+        n_positions = max(n_positions, min(2 * self.model.max_positions, self.config.max_position_embeddings))
+        with torch.inference_mode():
+            cos_1PR, sin_1PR = self._rotary(torch.zeros(1), torch.arange(n_positions).unsqueeze(0))
+        for name, values in (("cos", cos_1PR), ("sin", sin_1PR)):
+            kept = values[0].float().contiguous()
+            self._kept[name] = kept
+            setattr(self.model, name, kept.data_ptr())
+        self.model.rotary = cos_1PR.shape[-1]
+        self.model.max_positions = n_positions
+
+    def _reserve_cache(self, cache: str, n_blocks: int, head_width: int) -> None:
+        padded = -(-head_width // 16) * 16
+        cells = n_blocks * self.model.n_key * layout.BLOCK_TOKENS
+        widths = {"fp32": 4, "bf16": 2, "int8": 1}
+        for layer in self.layers:
+            layer.cache.keys = self._zeros(cells * padded * widths[cache])
+            layer.cache.values = self._zeros(cells * padded * widths[cache])
+            if cache == "int8":
+                layer.cache.key_scales = self._zeros(cells * 4)
+                layer.cache.value_scales = self._zeros(cells * 4)
+
+    def _zeros(self, size: int) -> int:
+        # Pages of zeros that take memory only once they are written: an idle server holds what it has used, no more.
+        pages = mmap.mmap(-1, max(size, 1))
+        self._kept[f"pages {len(self._kept)}"] = pages
+        return ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+    def step(self, step: layout.Step) -> None:
+        """Compute one step; the cache is written."""
+        self._library.kajiya_step(ctypes.byref(self.model), ctypes.byref(step))
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in every layer."""
+        self._library.kajiya_copy_block(ctypes.byref(self.model), source, target)
+
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""The modules that each of a layer's four products joins, in order."""
+
+
+def cache_bytes(config: Any, cache: str) -> int:
+    """Bytes of one block of the cache, all layers."""
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    padded = -(-head_width // 16) * 16
+    per_head = padded * {"fp32": 4, "bf16": 2, "int8": 1}[cache] + (4 if cache == "int8" else 0)
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * layout.BLOCK_TOKENS * per_head)
+
+
+def require_native(config: Any) -> None:
+    """Raise `NotNativeError`, which says why, unless the decoder computes models of this config."""
+    if config.model_type not in ARCHITECTURES:
+        raise NotNativeError(f"{config.model_type} is not among {', '.join(ARCHITECTURES)}")
+    if config.hidden_act not in ("silu", "swish"):
+        raise NotNativeError(f"its activation is {config.hidden_act}, not silu")
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope not in _FIXED_ROPE:
+        raise NotNativeError(f"its positions are scaled by {rope!r}, which depends on the length")

@@ -1,0 +1,111 @@
+// Sixteen lanes at a time, in the compiler's own vector types: AVX-512 where there is AVX-512, else what the machine has.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace kajiya {
+
+constexpr int kLanes = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+template <class Vector>
+inline Vector load(const void* from) {
+    Vector value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class Vector>
+inline void store(void* to, Vector value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
+inline Floats all(float value) { return Floats{} + value; }
+
+inline Floats as_floats(Words bits) { return (Floats)bits; }
+
+// bf16 is the upper half of a float.
+inline Floats from_bf16(const uint16_t* from) {
+    return as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+
+inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // stays a NaN
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);                 // nearest, ties to even
+}
+
+inline float bf16_value(uint16_t half) {
+    uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Each lane: acc + Σ over four bytes of weight (unsigned) × activation (signed).
+inline Ints dot4(Ints acc, Words weights, int32_t activations) {
+#ifdef __AVX512VNNI__
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, _mm512_set1_epi32(activations));
+#else
+    for (int byte = 0; byte < 4; ++byte) {
+        Ints weight = (Ints)(weights >> (8 * byte) & 0xffu);
+        acc += weight * int32_t(int8_t(activations >> (8 * byte)));
+    }
+    return acc;
+#endif
+}
+
+inline float sum(Floats value) {
+    // A fixed tree, so that the result depends on nothing but the value.
+    float lanes[kLanes];
+    store(lanes, value);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+inline float largest(Floats value) {
+    float lanes[kLanes], best;
+    store(lanes, value);
+    best = lanes[0];
+    for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
+    return best;
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats magnitude(Floats value) { return as_floats((Words)value & 0x7fffffffu); }
+
+// e^x to 2 units in the last place (Cephes' expf polynomial); 0 below −87, and x is taken as 88 above it.
+inline Floats exponential(Floats x) {
+    Floats low = all(-87.0f), high = all(88.0f);
+    auto vanishes = x < low;
+    Floats y = x > high ? high : x;
+    y = vanishes ? low : y;
+    Floats shifted = y * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: rounds to the nearest integer
+    Floats n = shifted - 12582912.0f;
+    Floats r = y - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Floats p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats result = p * (Floats)exponent;
+    // A NaN compares false everywhere and comes through.
+    return vanishes ? Floats{} : result;
+}
+
+}  // namespace kajiya

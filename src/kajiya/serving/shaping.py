@@ -1,0 +1,90 @@
+"""What a request asks to be done to its logits before a token is drawn: penalties, biases, a grammar.
+
+Shape letters: V vocabulary.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from kajiya.errors import MissingExtraError, RequestError
+from kajiya.serving.rows import Rows
+from kajiya.serving.sequence import Sequence
+
+
+def shaped(sequence: Sequence, rows: Rows) -> Rows:
+    """The one row of a sequence whose request asks for more than the model's own distribution.
+
+    Its log-normalizer stays that of the model's own, so that log-probabilities are the model's.
+    """
+    params = sequence.request.params
+    logits_V = rows.logits[-1].clone()
+    answer = sequence.tokens[sequence.n_prompt :]
+    if answer and (params.frequency_penalty or params.presence_penalty):
+        counts = Counter(answer)
+        ids = torch.tensor(list(counts), device=logits_V.device)
+        times = torch.tensor(list(counts.values()), dtype=logits_V.dtype, device=logits_V.device)
+        logits_V[ids] -= params.frequency_penalty * times + params.presence_penalty
+    if params.logit_bias:
+        ids = torch.tensor([token for token, _ in params.logit_bias], device=logits_V.device)
+        logits_V[ids] += torch.tensor([bias for _, bias in params.logit_bias], device=logits_V.device)
+    if sequence.matcher is not None:
+        logits_V = sequence.matcher.masked(logits_V)
+    return Rows(logits_V.unsqueeze(0), [int(logits_V.argmax())], rows.log_sums[-1:])
+
+
+class Grammars:
+    """Compiles JSON schemas for one tokenizer, by llguidance."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        try:
+            import llguidance.hf
+        except ImportError as error:
+            raise MissingExtraError("llguidance", "serve", "response_format with a JSON schema") from error
+        self._vocab_size = vocab_size
+        self._eos_ids = sorted(eos_ids)
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(eos_ids)
+        # Its own vocabulary may be smaller than the model's, which is padded.
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+
+    def matcher(self, schema: str) -> "Matcher":
+        """The state of an answer that has not begun. Raises `RequestError` for a schema that is not understood."""
+        import llguidance
+
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+        except ValueError as error:
+            raise RequestError(f"the JSON schema is not supported: {error}", param="response_format") from error
+        found = llguidance.LLMatcher(self._tokenizer, grammar)
+        if found.is_error():
+            raise RequestError(f"the JSON schema is not supported: {found.get_error()}", param="response_format")
+        return Matcher(found, self._vocab_size, self._eos_ids)
+
+
+class Matcher:
+    """Which tokens may follow in one answer."""
+
+    def __init__(self, matcher: Any, vocab_size: int, eos_ids: list[int]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+
+    def masked(self, logits_V: torch.Tensor) -> torch.Tensor:
+        """The logits, −∞ where a token would break the grammar; behind its end only end-of-sequence tokens are left."""
+        import llguidance.torch
+
+        if self._matcher.is_stopped():
+            allowed_V = torch.zeros(self._vocab_size, dtype=torch.bool)
+            allowed_V[self._eos_ids] = True
+        else:
+            bits = llguidance.torch.allocate_token_bitmask(1, self._vocab_size)
+            llguidance.torch.fill_next_token_bitmask(self._matcher, bits, 0)
+            places = torch.arange(self._vocab_size)
+            allowed_V = (bits[0][places // 32] >> (places % 32) & 1).bool()
+        return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
+
+    def take(self, token: int) -> None:
+        """Go on behind a token of the answer."""
+        if not self._matcher.is_stopped() and token not in self._eos_ids:
+            self._matcher.consume_token(token)

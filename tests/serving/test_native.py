@@ -1,0 +1,290 @@
+"""The C++ decoder against torch: products, bit-equality in any company, precisions, adapters of many in one batch."""
+
+import ctypes
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kajiya.errors import KajiyaError
+from kajiya.serving.engine import Engine
+from kajiya.serving.native import layout
+from kajiya.serving.native.build import load_library
+from kajiya.serving.sequence import Request, SamplingParams
+
+from .conftest import is_greedy, open_engine
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+
+
+def _prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(1, 512) for _ in range(length)] for length in lengths]
+
+
+def _product(
+    kind: str, weights_NK: torch.Tensor, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    library = load_library()
+    n_out, n_in = weights_NK.shape
+    number = layout.KINDS[kind]
+    packed = torch.empty(library.kajiya_packed_bytes(number, n_out, n_in), dtype=torch.uint8)
+    scales = torch.empty(-(-n_out // 32) * -(-n_in // 32) * 32, dtype=torch.int16)
+    library.kajiya_pack(weights_NK.data_ptr(), number, n_out, n_in, packed.data_ptr(), scales.data_ptr(), 1)
+    linear = layout.Linear(
+        kind=number,
+        n_out=n_out,
+        n_in=n_in,
+        weights=packed.data_ptr(),
+        scales=scales.data_ptr(),
+        bias=bias_N.data_ptr() if bias_N is not None else None,
+    )
+    y_TN = torch.full((len(x_TK), n_out), torch.nan)
+    library.kajiya_product(ctypes.byref(linear), x_TK.data_ptr(), len(x_TK), y_TN.data_ptr(), 2)
+    return y_TN
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("fp32", 1e-6), ("bf16", 3e-3), ("int8", 1e-2), ("int4", 0.12)])
+@pytest.mark.parametrize(("n_out", "n_in"), [(32, 64), (33, 40), (96, 31), (7, 257)])
+def test_products_are_those_of_torch_within_their_precision(kind: str, bound: float, n_out: int, n_in: int) -> None:
+    generator = torch.Generator().manual_seed(n_out)
+    weights = torch.randn(n_out, n_in, generator=generator)
+    x = torch.randn(29, n_in, generator=generator)
+    bias = torch.randn(n_out, generator=generator)
+    exact = (x.double() @ weights.double().T + bias).float()
+    found = _product(kind, weights, x, bias)
+    assert ((found - exact).norm() / exact.norm()).item() < bound
+    # Each token's product is the same, to the bit, alone and with any number of others.
+    for n in (1, 2, 5, 12, 13, 29):
+        assert torch.equal(_product(kind, weights, x[:n].clone(), bias), found[:n])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_that_the_integers_hold_exactly_are_kept(kind: str) -> None:
+    """Multiples of a power of two come back as they are, but for the rounding of activations, which here are such too."""
+    limit = 127 if kind == "int8" else 7
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-limit, limit + 1, (40, 64), generator=generator).float()
+    weights[:, ::32] = -8.0 if kind == "int4" else 127.0
+    x = torch.randint(-127, 128, (3, 64), generator=generator).float()
+    x[:, ::32] = 127.0
+    assert torch.equal(_product(kind, weights, x), x @ weights.T)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16"},
+        {"quantize": "int8"},
+        {"quantize": "int4"},
+        {"cache_precision": "int8"},
+    ],
+)
+def test_an_answer_is_the_same_to_the_bit_in_any_company(model_folder: Path, settings: dict[str, str]) -> None:
+    """Alone, in a batch, in small chunks, over a shared prefix, with guesses, after a preemption: the same log-probabilities."""
+    shared = _prompts([50], seed=1)[0]
+    prompts = [[*shared, *one] for one in _prompts([1, 30, 7, 64], seed=2)] + _prompts([5, 90], seed=3)
+
+    def answers(engine: Engine, prompts: list[list[int]]) -> list[list[tuple[int, float]]]:
+        found = engine.generate(prompts, GREEDY)
+        return [[(one.token, one.logprob) for one in each.logprobs] for each in found]
+
+    alone = [answers(open_engine(model_folder, **settings), [prompt])[0] for prompt in prompts]
+    batched = open_engine(model_folder, max_batch=8, **settings)
+    assert answers(batched, prompts) == alone
+    # Once more, the prompts now being in the cache.
+    assert answers(batched, prompts) == alone
+    assert batched.scheduler.n_shared_tokens > sum(map(len, prompts)) * 0.8
+    small = open_engine(model_folder, max_batch=8, **settings)
+    small.scheduler.step_tokens = 7
+    assert answers(small, prompts) == alone
+    guessing = open_engine(model_folder, max_batch=8, guesses=5, **settings)
+    assert answers(guessing, prompts) == alone
+    tight = open_engine(model_folder, max_batch=8, cache_tokens=192, **settings)
+    assert answers(tight, prompts) == alone
+    assert tight.scheduler.n_preemptions > 0
+    assert tight.scheduler.pool.n_free == tight.scheduler.pool.n_blocks
+
+
+def test_guesses_are_confirmed_and_change_nothing(model_folder: Path, reference: Any) -> None:
+    engine = open_engine(model_folder, guesses=6)
+    # A text that repeats itself, so that looking it up is right at times.
+    pattern = _prompts([9], seed=4)[0]
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    prompt = pattern * 6
+    answer = engine.generate([prompt], params)[0].token_ids
+    assert len(answer) == 60
+    assert is_greedy(reference, prompt, answer)
+    assert engine.n_drafted > 0
+    for temperature in (0.0, 1.0):
+        drawn = SamplingParams(max_tokens=40, temperature=temperature, seed=3, top_k=3)
+        plain = open_engine(model_folder).generate([prompt, pattern], drawn)
+        guessed = open_engine(model_folder, guesses=6).generate([prompt, pattern], drawn)
+        assert [one.token_ids for one in guessed] == [one.token_ids for one in plain]
+        assert [one.finish_reason for one in guessed] == [one.finish_reason for one in plain]
+
+
+@pytest.mark.parametrize(("settings", "bound"), [({"quantize": "int8"}, 0.25), ({"cache_precision": "int8"}, 0.1)])
+def test_eight_bits_stay_near_the_reference(
+    model_folder: Path, reference: Any, settings: dict[str, str], bound: float
+) -> None:
+    """Log-probabilities are off by a part of their spread; a wrong scale makes it 1, and these sharp weights are hard."""
+    engine = open_engine(model_folder, **settings)
+    for prompt in _prompts([60, 130], seed=5):
+        with torch.no_grad():
+            logprobs = reference(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        exact = logprobs.gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
+        error = (torch.tensor(engine.score(prompt)) - exact).square().mean().sqrt() / exact.std()
+        assert 0 < error.item() < bound
+
+
+def test_new_weights_take_hold_and_forget_what_was_cached(model_folder: Path, reference: Any) -> None:
+    import copy
+
+    engine = open_engine(model_folder)
+    prompt = _prompts([60], seed=6)[0]
+    assert is_greedy(reference, prompt, engine.generate([prompt], GREEDY)[0].token_ids)
+    changed = copy.deepcopy(reference)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    # One request is under way: what it says from now on is of the new weights.
+    engine.add(Request("running", tuple(prompt), GREEDY))
+    begun = [output.token.token for _ in range(5) for output in engine.step() if output.token]
+    engine.set_weights(changed.state_dict(), version=1)
+    rest = []
+    while not engine.is_idle:
+        rest += [output.token.token for output in engine.step() if output.token]
+    assert len(begun) + len(rest) == GREEDY.max_tokens
+    assert is_greedy(changed, [*prompt, *begun], rest)
+    assert is_greedy(changed, prompt, engine.generate([prompt], GREEDY)[0].token_ids)
+    assert not is_greedy(reference, prompt, engine.generate([prompt], GREEDY)[0].token_ids)
+
+
+def test_what_only_the_native_decoder_can_do_is_refused_elsewhere(tmp_path: Path, model_folder: Path) -> None:
+    with pytest.raises(KajiyaError, match="need"):
+        open_engine(_gpt2(tmp_path, model_folder), quantize="int8")
+
+
+def _gpt2(folder: Path, tokenizer_folder: Path) -> Path:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=None, eos_token_id=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@contextmanager
+def _peft_quiet() -> Iterator[None]:
+    """PEFT asks the model by a name that Transformers is about to drop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+@pytest.fixture(scope="module")
+def adapter_folders(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> list[Path]:
+    """Three adapters as PEFT saves them: of several ranks, scales and modules."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    kinds: list[dict[str, Any]] = [
+        {"r": 4, "target_modules": "all-linear"},
+        {"r": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+        {"r": 2, "target_modules": ["down_proj", "k_proj"], "lora_alpha": 32},
+    ]
+    folders = []
+    for number, kind in enumerate(kinds):
+        torch.manual_seed(20 + number)
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        with _peft_quiet():
+            tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **kind))
+        folders.append(tmp_path_factory.mktemp(f"adapter-{number}"))
+        tuned.save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.mark.parametrize("runner", ["native", "transformers", "plain"])
+def test_adapters_mixed_in_one_batch_answer_as_peft_does(
+    model_folder: Path, reference: Any, adapter_folders: list[Path], runner: str
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    engine = open_engine(model_folder, max_batch=8, runner=runner)
+    for number, folder in enumerate(adapter_folders):
+        engine.load_adapter(f"a{number}", folder)
+    # The same prompts for all, so that a prefix shared by mistake would show.
+    prompts = _prompts([40, 9], seed=7)
+    names = [None, "a0", "a1", "a2"]
+    found: dict[str, list[int]] = {}
+    for name in names:
+        for i, prompt in enumerate(prompts):
+            engine.add(Request(f"{name} {i}", tuple(prompt), GREEDY, name))
+    while not engine.is_idle:
+        for output in engine.step():
+            if output.token:
+                found.setdefault(output.id, []).append(output.token.token)
+    models = [reference]
+    for folder in adapter_folders:
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        with _peft_quiet():
+            models.append(PeftModel.from_pretrained(base, folder).eval())
+    for name, model in zip(names, models, strict=True):
+        for i, prompt in enumerate(prompts):
+            answer = found[f"{name} {i}"]
+            assert len(answer) == 24
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer, name
+    assert len({tuple(answer) for answer in found.values()}) == len(found)
+
+
+def test_adapters_come_and_go(model_folder: Path, adapter_folders: list[Path]) -> None:
+    from kajiya.errors import ConfigError, RequestError
+
+    engine = open_engine(model_folder)
+    prompt = _prompts([40], seed=8)[0]
+    engine.load_adapter("one", adapter_folders[0])
+    first = engine.generate([prompt], GREEDY, adapter="one")[0].token_ids
+    with pytest.raises(RequestError, match="loaded already"):
+        engine.load_adapter("one", adapter_folders[1])
+    engine.add(Request("using", tuple(prompt), GREEDY, "one"))
+    with pytest.raises(RequestError, match="1 requests use"):
+        engine.unload_adapter("one")
+    engine.cancel("using")
+    engine.step()
+    engine.unload_adapter("one")
+    with pytest.raises(RequestError, match="no adapter"):
+        engine.generate([prompt], GREEDY, adapter="one")
+    # Another one under the same name: nothing of the first one's cache is found.
+    engine.load_adapter("one", adapter_folders[2])
+    second = engine.generate([prompt], GREEDY, adapter="one")[0].token_ids
+    fresh = open_engine(model_folder)
+    fresh.load_adapter("x", adapter_folders[2])
+    assert second == fresh.generate([prompt], GREEDY, adapter="x")[0].token_ids != first
+    with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+        engine.load_adapter("two", model_folder)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tmp_path: Path, model_folder: Path, adapter_folders: list[Path]
+) -> None:
+    from kajiya.errors import ConfigError
+
+    engine = open_engine(_gpt2(tmp_path, model_folder))
+    with pytest.raises(ConfigError, match="no such module"):
+        engine.load_adapter("one", adapter_folders[0])
