@@ -69,9 +69,16 @@ class Generation:
                 request = Request(f"{uuid.uuid4().hex}-{index}", tuple(prompt.ids), seeded)
                 self._choices[request.id] = _Choice(index, Answer(tokenizer, prompt.ids, stops, prompt.echo))
                 requests.append(request)
-        self._ticket = await self._worker.submit(requests)
+        # Before the engine sees them: its first token may come before this coroutine goes on.
         for request in requests:
-            self._metrics.begin(request.id, len(request.prompt))
+            self._metrics.begin(request.id)
+        try:
+            self._ticket = await self._worker.submit(requests)
+        except BaseException:
+            for request in requests:
+                self._metrics.forget(request.id)
+            raise
+        self._metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
 
     async def reply(self, http: HttpRequest) -> Response:
         """The whole reply; the requests are taken back when the client goes away first."""

@@ -41,10 +41,13 @@ class Metrics:
         self._begun: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
-    def begin(self, request_id: str, n_prompt: int) -> None:
-        """A sequence has been taken in."""
-        self.prompt_tokens.inc(n_prompt)
+    def begin(self, request_id: str) -> None:
+        """A sequence is about to be taken in."""
         self._begun[request_id] = time.perf_counter()
+
+    def forget(self, request_id: str) -> None:
+        """A sequence was refused."""
+        self._begun.pop(request_id, None)
 
     def step(self, engine: Engine, outputs: list[Output]) -> None:
         """The engine has made a step."""
