@@ -1,0 +1,77 @@
+"""The loss and its metrics on held-out batches, of any kind: during training, and as the evaluation of a finished model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from kajiya.evals.scoring import evaluation_mode
+from kajiya.evals.statistics import ratio_interval
+from kajiya.training.fit import numbered
+from kajiya.training.losses import Loss, Measure
+from kajiya.training.precision import Precision
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scores a model: its loss, on a device, in a precision."""
+
+    loss: Loss
+    measure: Measure | None
+    device: torch.device
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A metric over held-out batches."""
+
+    totals: np.ndarray
+    """Sum of each batch, float64 [batches]."""
+    counts: np.ndarray
+    """What it is a sum over, float64 [batches]."""
+
+    @property
+    def mean(self) -> float:
+        """Σ totals / Σ counts."""
+        return float(self.totals.sum() / self.counts.sum())
+
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the mean, whole batches resampled; `None` from a single batch, which cannot vary."""
+        return None if len(self.totals) < 2 else ratio_interval(self.totals, self.counts)
+
+
+def score_batches(model: Any, batches: Sequence[Any], scorer: Scorer) -> dict[str, Sums]:
+    """Each metric of the loss over the batches, the loss itself among them; the model is in evaluation mode for it.
+
+    What the loss measures over a whole group, it measures over all of the batches.
+    """
+    rows: dict[str, list[tuple[float, float]]] = {}
+    # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
+    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in _measured(model, batches, scorer):
+            given = batch.to(scorer.device)
+            with scorer.precision.context(scorer.device):
+                terms, metrics = scorer.loss(model, given)
+            for name, (total, count) in numbered(terms | metrics, given.counts).items():
+                rows.setdefault(name, []).append((float(total), float(count)))
+    arrays = {name: np.array(pairs, dtype=np.float64).T for name, pairs in rows.items()}
+    return {name: Sums(totals, counts) for name, (totals, counts) in arrays.items() if counts.sum()}
+
+
+def _measured(model: Any, batches: Sequence[Any], scorer: Scorer) -> Sequence[Any]:
+    if scorer.measure is None:
+        return batches
+    sums: dict[str, list[float]] = {}
+    for batch in batches:
+        given = batch.to(scorer.device)
+        with scorer.precision.context(scorer.device):
+            terms = scorer.measure(model, given)
+        for name, (total, count) in numbered(terms, given.counts).items():
+            so_far = sums.setdefault(name, [0.0, 0.0])
+            so_far[0] += float(total)
+            so_far[1] += count
+    measured = {name: total / count for name, (total, count) in sums.items()}
+    return [replace(batch, measured=measured) for batch in batches]

@@ -1,0 +1,162 @@
+"""Prints `compared <loss> <ours> <TRL's>` for each loss that TRL has, on the same log-probabilities."""
+
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402
+from trl import DPOTrainer, KTOTrainer, RewardTrainer  # noqa: E402
+from trl.experimental.cpo import CPOTrainer  # noqa: E402
+from trl.experimental.gkd import GKDTrainer  # noqa: E402
+from trl.experimental.orpo import ORPOTrainer  # noqa: E402
+
+from kajiya.config.schema import LossConfig  # noqa: E402
+from kajiya.data.batch import Batch, ExampleBatch  # noqa: E402
+from kajiya.training.losses import distill as distilling  # noqa: E402
+from kajiya.training.losses import (  # noqa: E402
+    feedback,
+    load_loss,
+    preference,
+)
+
+E, T = 5, 9
+
+
+class Accelerator:
+    """Of one process: what is gathered is what there was."""
+
+    device = torch.device("cpu")
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    gather_for_metrics = gather
+
+    def unwrap_model(self, model: Any) -> Any:
+        return model
+
+
+class Metrics(dict[str, Any]):
+    """Lists that begin empty."""
+
+    def __missing__(self, key: str) -> list[float]:
+        self[key] = []
+        return self[key]  # type: ignore[no-any-return]
+
+
+def _trainer(**fields: Any) -> Any:
+    return SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=Accelerator(),
+        aux_loss_enabled=False,
+        _metrics={"train": Metrics()},
+        _total_train_tokens=0,
+        _tp_size=1,
+        precompute_ref_logps=True,
+        **fields,
+    )
+
+
+def _outputs(log_probs: torch.Tensor) -> Any:
+    """What TRL's fused head returns for sequences whose first token is the prompt."""
+    rest = torch.zeros_like(log_probs)
+    return SimpleNamespace(log_probs=log_probs, entropy=rest, mean_logits=rest, is_top1=rest.bool())
+
+
+def _tell(name: str, ours: float, theirs: float) -> None:
+    sys.stdout.write(f"compared {name} {ours} {theirs}\n")
+
+
+def _our(name: str, options: dict[str, Any], module: Any, values: Any, batch: Any) -> float:
+    """Our loss with these log-probabilities and lengths of the sequences in place of a model's."""
+    with mock.patch.object(module, "sequence_log_probs", return_value=values):
+        ((total, unit),) = load_loss(LossConfig(name, options))(None, batch)[0].values()
+    return float(total) / batch.counts[unit]
+
+
+def _batch(n: int, reference: torch.Tensor | None = None, **more: Any) -> ExampleBatch:
+    empty = torch.zeros(1, 1, dtype=torch.int64)
+    return ExampleBatch(
+        Batch(empty, empty, empty, empty, 1), empty, torch.arange(n), torch.arange(E), reference=reference, **more
+    )
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    lengths = torch.randint(3, T, (2 * E,))
+    # TRL puts the chosen sequences first, ours alternate.
+    mask = (torch.arange(T) < lengths[:, None]).long()
+    mask = torch.cat([torch.zeros(2 * E, 1, dtype=torch.int64), mask], dim=1)
+    log_probs = -torch.rand(2 * E, T) * 2 * mask[:, 1:]
+    sums = log_probs.sum(dim=1)
+    reference = sums + torch.randn(2 * E) * 2
+    order = torch.arange(2 * E).reshape(2, E).T.reshape(-1)
+    ours = (sums[order], lengths[order].float())
+    inputs = {
+        "input_ids": torch.ones(2 * E, T + 1, dtype=torch.int64),
+        "attention_mask": torch.ones(2 * E, T + 1, dtype=torch.int64),
+        "completion_mask": mask,
+        "ref_chosen_logps": reference[:E],
+        "ref_rejected_logps": reference[E:],
+    }
+    for kind in ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"):
+        smoothing = 0.1 if kind == "robust" else 0.0
+        trainer = _trainer(
+            loss_types=[kind], loss_weights=[1.0], beta=0.3, label_smoothing=smoothing, ld_alpha=None,
+            f_divergence_type="reverse_kl", use_weighting=False,
+        )  # fmt: skip
+        theirs = DPOTrainer._compute_loss(trainer, lambda **_: _outputs(log_probs), dict(inputs), False)
+        options = {"kind": kind, "beta": 0.3, "label_smoothing": smoothing}
+        _tell(f"dpo-{kind}", _our("dpo", options, preference, ours, _batch(2 * E, reference[order])), float(theirs))
+
+    mean = sums / lengths
+    simpo = SimpleNamespace(
+        alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=2.5, label_smoothing=0.0, accelerator=Accelerator()
+    )
+    theirs = CPOTrainer.cpo_loss(simpo, mean[:E], mean[E:])[0].mean()
+    _tell("simpo", _our("simpo", {"beta": 2.5, "gamma": 0.7}, preference, ours, _batch(2 * E)), float(theirs))
+    odds = ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.4, accelerator=Accelerator()), mean[:E], mean[E:])[0]
+    theirs = -mean[:E].mean() - odds.mean()
+    _tell("orpo", _our("orpo", {"beta": 0.4}, preference, ours, _batch(2 * E)), float(theirs))
+
+    labels = torch.tensor([True, False, True, False, False])
+    kl = torch.tensor([1.0, 0.3, -0.2, 0.8, 0.4])
+    trainer = _trainer(calculate_KL=True, loss_type="kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.5)
+    trainer._compute_kl_logps = lambda *_: kl
+    given = {
+        "input_ids": inputs["input_ids"][:E], "attention_mask": inputs["attention_mask"][:E], "completion_mask": mask[:E],
+        "label": labels, "ref_logps": reference[:E], "ref_KL_logps": torch.zeros(E),
+    }  # fmt: skip
+    theirs = KTOTrainer._compute_loss(trainer, lambda **_: _outputs(log_probs[:E]), given, False)
+    options = {"beta": 0.2, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+    batch = _batch(E, reference[:E], labels=labels.float(), measured={"kl": float(kl.mean())})
+    _tell("kto", _our("kto", options, feedback, (sums[:E], lengths[:E].float()), batch), float(theirs))
+
+    rewards, margins = torch.randn(2 * E, 1), torch.rand(E)
+    trainer = _trainer(args=SimpleNamespace(center_rewards_coefficient=0.05))
+    outputs = SimpleNamespace(logits=rewards)
+    theirs = RewardTrainer.compute_loss(
+        trainer, lambda **_: outputs, {"margin": margins, "attention_mask": inputs["attention_mask"]}
+    )
+    with mock.patch.object(preference, "sequence_logits", return_value=rewards[order]):
+        ((total, _),) = load_loss(LossConfig("reward", {"centering": 0.05}))(None, _batch(2 * E, labels=margins))[
+            0
+        ].values()
+    _tell("reward", float(total) / E, float(theirs))
+
+    student, teacher = torch.randn(1, 7, 11), torch.randn(1, 7, 11)
+    for divergence, beta, share in (("forward", 0.0, 0.5), ("jsd", 0.3, 0.3)):
+        theirs = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=2.0, reduction="sum")
+        log_p, log_q = (torch.log_softmax(each[0] / 2.0, dim=1) for each in (teacher, student))
+        _tell(
+            f"distill-{divergence}",
+            float(distilling._DIVERGENCES[divergence](log_p, log_q, share).sum()),
+            float(theirs),
+        )
+
+
+main()
