@@ -47,7 +47,7 @@ def train(order: WorkOrder, record: Record) -> None:
     from kajiya.training.state import TrainState
 
     data = prepare_data(config, store, Stages(silent))
-    prepared = prepare(config, data.shards, data.tokenizer, {})
+    prepared = prepare(config, data, store, {})
     setup = with_schedule(prepared.setup, config, order.steps)
     setup = replace(setup, loader=NotingLoader(setup.loader, record))
     initial = float(sum(weight.detach().float().abs().sum() for weight in setup.model.parameters()))

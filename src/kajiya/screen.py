@@ -26,12 +26,15 @@ _STAGE_WORDS = {
     "corpus": "Reading, deduplicating and splitting the text",
     "tokenizer": "Training the tokenizer",
     "shards": "Tokenizing into shards",
+    "packing": "Packing whole examples into rows",
     "plan": "Planning: measuring a few steps",
     "train": "Training",
     "baselines": "Measuring the compressors on the same bytes",
     "evaluation": "Evaluating on the held-out text",
     "report": "Writing the report",
 }
+_SHOWN = ("eval/accuracy", "eval/rewards/accuracies", "eval/absolute_error")
+"""Held-out figures that are shown beside the loss."""
 
 
 class Screen:
@@ -111,7 +114,12 @@ class Screen:
         if "train/nll" in values:
             speed = values["train/tokens_per_second"]
             self._note = f"loss {values['train/nll']:.3f} · {speed:,.0f} tokens/s"
-        if "eval/nll" in values:
+        elif "train/loss" in values:
+            self._note = f"loss {values['train/loss']:.3f} · {values['train/tokens_per_second']:,.0f} tokens/s"
+        if "eval/loss" in values:
+            rest = "".join(f", {name.removeprefix('eval/')} {values[name]:.3f}" for name in _SHOWN if name in values)
+            self.say(f"  step {step:,}: held-out loss {values['eval/loss']:.3f}{rest}")
+        elif "eval/nll" in values:
             self.say(f"  step {step:,}: held-out loss {values['eval/nll']:.3f} nats per token")
 
     def _plan(self, facts: dict[str, Any]) -> None:

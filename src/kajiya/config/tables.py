@@ -97,6 +97,11 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
 """Every table of names. A name with a colon, `my_pkg.mod:fn`, stands for the user's own function in any of them."""
 
 
+def loss_row(name: str) -> Row:
+    """The row of a loss; a user's own takes packed tokens of a causal model."""
+    return Row(name, o.NoOptions) if ":" in name else TABLES["loss"][name]
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """A sentence that suggests the known word nearest to `word`, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

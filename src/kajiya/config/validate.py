@@ -3,7 +3,7 @@
 from kajiya.config.quantities import parse_count
 from kajiya.config.schema import Config, ModelConfig
 from kajiya.config.setting import check_bounds
-from kajiya.config.tables import check_choice
+from kajiya.config.tables import TABLES, check_choice, loss_row
 from kajiya.errors import ConfigError
 
 _BEGUN_KINDS = {"bigram": ("llama", "mistral", "qwen2", "qwen3"), "induction": ("llama", "mistral", "qwen2")}
@@ -12,6 +12,15 @@ whose attention compares queries and keys as they are projected."""
 _CHECKS: tuple[str, ...] = ()
 """Names that preflight.skip can hold; there is no check yet that could be skipped."""
 _ROLES = ("matrix", "embedding", "head", "vector")
+_FORMATS = {
+    "tokens": ("text", "instruction", "chat"),
+    "masked": ("text",),
+    "preference": ("preference",),
+    "feedback": ("feedback",),
+    "labelled": ("labelled",),
+    "seq2seq": ("seq2seq",),
+}
+"""Formats of rows by what a loss takes."""
 _LENGTHS = ("steps", "epochs", "minutes")
 
 
@@ -34,6 +43,7 @@ def validate(config: Config) -> None:
     _check_optimizer(config)
     _check_length(config)
     _check_growth(config)
+    _check_kind(config)
     _check_model(config)
     for name in config.eval.baselines:
         if name not in ("xz", "xz-primed"):
@@ -66,6 +76,36 @@ def _check_length(config: Config) -> None:
             "train",
             f"exactly one of {', '.join(f'train.{name}' for name in _LENGTHS)} says how long; given: {said}",
             "Set the others to null, for example train.steps=200 train.minutes=null.",
+        )
+
+
+def _check_kind(config: Config) -> None:
+    takes = loss_row(config.train.loss.name).takes
+    if config.data.format != "auto":
+        require_format(config.train.loss.name, config.data.format, "data.format")
+    if config.train.row_growth and takes != "tokens":
+        raise ConfigError(
+            "train.row_growth",
+            f"cuts rows of text, and the loss {config.train.loss.name} takes whole examples",
+            "Set train.row_growth=[].",
+        )
+    if config.model.init == "bigram" and loss_row(config.train.loss.name).task != "causal":
+        raise ConfigError(
+            "model.init",
+            f"bigram is for a model that says the next token, and the loss {config.train.loss.name} trains another",
+            "Set model.init=normal.",
+        )
+
+
+def require_format(loss: str, form: str, field: str) -> None:
+    """Raise `ConfigError` naming `field` where the loss is no function of rows of that format."""
+    takes = loss_row(loss).takes
+    if form not in _FORMATS[takes]:
+        fitting = sorted(name for name, row in TABLES["loss"].items() if form in _FORMATS[row.takes])
+        raise ConfigError(
+            field,
+            f"{form} rows are nothing that the loss {loss} can learn from; it takes {' or '.join(_FORMATS[takes])}",
+            f"For {form} rows set train.loss.name to one of {', '.join(fitting)}.",
         )
 
 

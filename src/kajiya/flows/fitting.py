@@ -12,19 +12,20 @@ from torch import nn
 
 from kajiya.config.schema import Config
 from kajiya.data.bigrams import Bigrams, count_bigrams
-from kajiya.data.loader import Feed, heldout_rows, open_loader
 from kajiya.data.progress import OnEvent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import StoreError
-from kajiya.evals.scoring import heldout_loss
+from kajiya.flows.feeding import Data, Feeding, build_reference, open_feeding, task_of
+from kajiya.flows.heldout import heldout_values
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import build_model, vocabulary_of
 from kajiya.models.induction_init import begin_with_induction
+from kajiya.models.outputs import decoder_start
 from kajiya.models.save import save_model
 from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
-from kajiya.run.store import Artifact
+from kajiya.run.store import Artifact, Store
 from kajiya.training.checkpoint import (
     checkpoint_name,
     disown_checkpoint,
@@ -35,7 +36,7 @@ from kajiya.training.checkpoint import (
 )
 from kajiya.training.compile import compile_blocks, compiler_problem
 from kajiya.training.fit import Hook, Setup, StepReport, drain_window, fit
-from kajiya.training.losses import load_loss
+from kajiya.training.losses import load_loss, load_measure
 from kajiya.training.optimizers import load_optimizer
 from kajiya.training.precision import resolve_device, resolve_precision
 from kajiya.training.state import TrainState
@@ -62,6 +63,8 @@ class Prepared:
     setup: Setup
     derived: dict[str, Any]
     compiled: str
+    feeding: Feeding
+    reference: Artifact | None
 
 
 @dataclass(frozen=True)
@@ -73,33 +76,31 @@ class Fitted:
     derived: dict[str, Any]
 
 
-def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict[str, Any]) -> Prepared:
+def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -> Prepared:
     """Model, optimizer, loader and loss of the config; its length is not settled yet (`steps=1`).
 
-    `settled` holds derived values of an earlier attempt of the same run, which are kept.
+    `settled` holds derived values of an earlier attempt of the same run, which are kept. What the loss compares with is
+    computed with the model as it is before training, or found in the store.
     """
     device = resolve_device(config.train.device, "train.device")
     precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
-    vocabulary = load_tokenizer(tokenizer.path)
-    built = build_model(config.model, vocabulary_of(vocabulary), config.seed)
+    vocabulary = load_tokenizer(data.tokenizer.path)
+    built = build_model(config.model, vocabulary_of(vocabulary), config.seed, task_of(config, data.corpus))
     if config.model.init in _BEGINNINGS:
-        _BEGINNINGS[config.model.init](built.module, count_bigrams(shards.path, len(vocabulary)), config.seed)
+        _BEGINNINGS[config.model.init](built.module, count_bigrams(data.shards.path, len(vocabulary)), config.seed)
     strategy = SingleProcess(device, precision)
     model = strategy.prepare(built.module)
     if config.train.gradient_checkpointing:
         _recompute_activations(model)
     compiled = _compile(config, model, device)
-    loader = open_loader(
-        shards.path,
-        "train",
-        feed_of(config),
-        batch=config.train.micro_batch,
-        seed=config.seed,
-    )
+    made = build_reference(config, data, model, precision, store)
+    reference = None if made is None else made[0]
+    feeding = open_feeding(config, data, reference, start_id=decoder_start(model))
     setup = Setup(
         model=model,
-        loss=load_loss(config.train.loss),
-        loader=loader,
+        loss=load_loss(config.train.loss, device),
+        measure=load_measure(config.train.loss),
+        loader=feeding.loader(),
         optimizer=load_optimizer(config.optim, model, config.train.ema_decay),
         strategy=strategy,
         precision=precision,
@@ -111,17 +112,15 @@ def prepare(config: Config, shards: Artifact, tokenizer: Artifact, settled: dict
         row_growth=config.train.row_growth,
     )
     derived = built.derived | {"train.precision": precision.name, "train.device": str(device)}
-    return Prepared(setup, derived, compiled)
+    return Prepared(setup, derived, compiled, feeding, reference)
 
 
-def feed_of(config: Config) -> Feed:
-    """The rows that this config trains on."""
-    return Feed(row_tokens=config.data.row_tokens, isolate=config.data.isolate)
-
-
-def plan_run(config: Config, prepared: Prepared, shards: Artifact, began: float) -> Plan:
+def plan_run(config: Config, prepared: Prepared, data: Data, began: float) -> Plan:
     """The plan, its steps measured; `began` is when the time of `train.minutes` began (`time.perf_counter()`)."""
-    tokens = open_split(shards.path, "train").n_tokens
+    if data.packing is None:
+        tokens = open_split(data.shards.path, "train").n_tokens
+    else:
+        tokens = prepared.feeding.loader().rows_per_epoch * config.data.row_tokens
     spent = time.perf_counter() - began
     return make_plan(config, prepared.setup, tokens_per_epoch=tokens, spent_s=spent, compiled=prepared.compiled)
 
@@ -129,8 +128,7 @@ def plan_run(config: Config, prepared: Prepared, shards: Artifact, began: float)
 def fit_run(
     config: Config,
     run: Run,
-    shards: Artifact,
-    tokenizer: Artifact,
+    data: Data,
     key: str,
     hear: OnEvent,
     should_stop: Callable[[], bool],
@@ -139,9 +137,11 @@ def fit_run(
     began = time.perf_counter()
     settled = dict(run.manifest().get("derived") or {})
     hear("stage", name="plan", state="begun", seconds=0.0, text="")
-    prepared = prepare(config, shards, tokenizer, settled)
+    prepared = prepare(config, data, run.store, settled)
+    if prepared.reference is not None:
+        run.record_artifact("reference", prepared.reference)
     if "train.steps" not in settled:
-        plan = plan_run(config, prepared, shards, began)
+        plan = plan_run(config, prepared, data, began)
         settled = prepared.derived | _lengths(config, plan)
         seconds = time.perf_counter() - began
         run.record(
@@ -159,7 +159,7 @@ def fit_run(
     run.record(attempts=run.manifest()["attempts"] + 1, status="running")
     hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if resumed else None)
     hear("stage", name="train", state="begun", seconds=0.0, text="")
-    hooks = _hooks(config, run, shards, setup, state, key, hear)
+    hooks = _hooks(config, run, prepared.feeding, setup, state, key, hear)
     fit(setup, state, hooks, should_stop)
     finished = state.step == setup.steps
     if not finished:
@@ -252,17 +252,9 @@ def _recompute_activations(model: nn.Module) -> None:
 
 
 def _hooks(
-    config: Config, run: Run, shards: Artifact, setup: Setup, state: TrainState, key: str, hear: OnEvent
+    config: Config, run: Run, feeding: Feeding, setup: Setup, state: TrainState, key: str, hear: OnEvent
 ) -> list[Hook]:
-    kept = list(
-        heldout_rows(
-            shards.path,
-            feed_of(config),
-            rows=config.train.eval_rows,
-            batch=config.train.micro_batch,
-            seed=config.seed,
-        )
-    )
+    kept = list(feeding.heldout(config.train.eval_rows))
 
     def progress(report: StepReport) -> None:
         hear("progress", stage="train", done=report.state.step, total=setup.steps, unit="steps")
@@ -281,8 +273,9 @@ def _hooks(
 
     def evaluate(report: StepReport) -> None:
         with setup.optimizer.averaged():
-            loss = heldout_loss(setup.model, kept, setup.strategy.device)
-        hear("metrics", step=report.state.step, values={"eval/nll": loss})
+            values = heldout_values(config.train.loss.name, setup, kept)
+        loss = next(iter(values.values()))
+        hear("metrics", step=report.state.step, values=values)
         if math.isfinite(loss) and (report.state.best_loss is None or loss < report.state.best_loss):
             report.state.best_loss, report.state.best_step = loss, report.state.step
             save(report)
@@ -321,9 +314,9 @@ def _save(run: Run, setup: Setup, state: TrainState, key: str, hear: OnEvent) ->
     hear("checkpoint", step=state.step, path=str(folder.relative_to(run.folder)), bytes=size)
 
 
-def plan_only(config: Config, shards: Artifact, tokenizer: Artifact) -> tuple[Plan, dict[str, Any]]:
+def plan_only(config: Config, data: Data, store: Store) -> tuple[Plan, dict[str, Any]]:
     """The plan of a config without a run, and the values that were derived."""
     began = time.perf_counter()
-    prepared = prepare(config, shards, tokenizer, {})
-    plan = plan_run(config, prepared, shards, began)
+    prepared = prepare(config, data, store, {})
+    plan = plan_run(config, prepared, data, began)
     return plan, prepared.derived | _lengths(config, plan)

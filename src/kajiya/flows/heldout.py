@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kajiya.evals.scoring import evaluation_mode
+from kajiya.config.tables import loss_row
+from kajiya.evals.scoring import evaluation_mode, heldout_loss
 from kajiya.evals.statistics import ratio_interval
-from kajiya.training.fit import numbered
+from kajiya.training.fit import Setup, numbered
 from kajiya.training.losses import Loss, Measure
 from kajiya.training.precision import Precision
 
@@ -59,6 +60,18 @@ def score_batches(model: Any, batches: Sequence[Any], scorer: Scorer) -> dict[st
                 rows.setdefault(name, []).append((float(total), float(count)))
     arrays = {name: np.array(pairs, dtype=np.float64).T for name, pairs in rows.items()}
     return {name: Sums(totals, counts) for name, (totals, counts) in arrays.items() if counts.sum()}
+
+
+def heldout_values(name: str, setup: Setup, batches: Sequence[Any]) -> dict[str, float]:
+    """Figures of the model in training on held-out batches, the one that is to fall first.
+
+    Of losses of the next token, `eval/nll`, nats per target whatever the loss adds to it; else all that the loss tells.
+    """
+    if loss_row(name).takes == "tokens":
+        return {"eval/nll": heldout_loss(setup.model, list(batches), setup.strategy.device)}
+    scorer = Scorer(setup.loss, setup.measure, setup.strategy.device, setup.precision)
+    figures = score_batches(setup.model, batches, scorer)
+    return {f"eval/{each}": sums.mean for each, sums in figures.items()}
 
 
 def _measured(model: Any, batches: Sequence[Any], scorer: Scorer) -> Sequence[Any]:

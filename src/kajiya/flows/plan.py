@@ -19,7 +19,7 @@ def plan_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dic
     data = prepare_data(config, store, Stages(on_event))
     on_event("stage", name="plan", state="begun", seconds=0.0, text="")
     began = time.perf_counter()
-    plan, derived = plan_only(config, data.shards, data.tokenizer)
+    plan, derived = plan_only(config, data, store)
     facts = plan_facts(plan)
     on_event("plan", facts=facts)
     on_event("stage", name="plan", state="done", seconds=time.perf_counter() - began, text="")

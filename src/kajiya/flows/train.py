@@ -9,6 +9,7 @@ from kajiya.config.quantities import format_bytes, format_count
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
+from kajiya.flows.feeding import Data, pack
 from kajiya.flows.fitting import fit_run, save_fitted
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
@@ -16,7 +17,7 @@ from kajiya.flows.stopping import stop_on_signals
 from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, open_run
 from kajiya.run.process import set_up_process
-from kajiya.run.store import Artifact, Store, artifact_key, produce
+from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
 from kajiya.run.trackers.dispatch import start_trackers
 
 
@@ -28,15 +29,6 @@ class Trained:
     model: Artifact | None
     report: Path | None
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Data:
-    """The artifacts that training reads."""
-
-    corpus: Artifact
-    tokenizer: Artifact
-    shards: Artifact
 
 
 def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event: OnEvent = silent) -> Trained:
@@ -70,7 +62,7 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
     can_report = _can_report(hear)
     run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
     run.record(process=process, command=list(command) or run.manifest()["command"])
-    for name, artifact in (("corpus", data.corpus), ("tokenizer", data.tokenizer), ("shards", data.shards)):
+    for name, artifact in {"corpus": data.corpus, **data.parents()}.items():
         run.record_artifact(name, artifact)
     trackers = start_trackers(run, config.track)
 
@@ -131,15 +123,17 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
         "tokenizer", lambda: build_tokenizer(config.tokenizer, corpus, store, tell), _tokenizer_words
     )
     shards = stages.produce("shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell), _shards_words)
+    packed = pack(config, corpus, shards, store)
+    packing = None if packed is None else stages.produce("packing", lambda: packed, _packing_words)
     ledger = data_ledger(corpus.facts, shards.facts)
     require_kept(ledger, config.data.max_lost_fraction)
     tell("ledger", text=ledger_words(ledger), facts=ledger.facts())
-    return Data(corpus, tokenizer, shards)
+    return Data(corpus, tokenizer, shards, packing)
 
 
 def training_key(config: Config, data: Data) -> str:
     """Key of the model that this config would train on these data."""
-    return artifact_key("model", _training_code(), _training_section(config), _parents(data))
+    return artifact_key("model", _training_code(), _training_section(config), data.parents())
 
 
 def _training_code() -> str:
@@ -161,10 +155,6 @@ def _training_section(config: Config) -> dict[str, Any]:
     }
 
 
-def _parents(data: Data) -> dict[str, Artifact]:
-    return {"tokenizer": data.tokenizer, "shards": data.shards}
-
-
 def _model(
     config: Config, store: Store, run: Run, data: Data, key: str, stages: Stages, hear: OnEvent
 ) -> Artifact | None:
@@ -172,7 +162,7 @@ def _model(
     found = store.find("model", key)
     if found is None:
         with stop_on_signals() as stop:
-            fitted = fit_run(config, run, data.shards, data.tokenizer, key, hear, stop)
+            fitted = fit_run(config, run, data, key, hear, stop)
         if fitted is None:
             return None
         made, _ = produce(
@@ -180,7 +170,7 @@ def _model(
             "model",
             code=_training_code(),
             config=_training_section(config),
-            parents=_parents(data),
+            parents=data.parents(),
             make=lambda folder: save_fitted(fitted, data.tokenizer, folder),
         )
     else:
@@ -191,8 +181,20 @@ def _model(
 
 def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artifact, stages: Stages) -> None:
     from kajiya.evals.evaluate import evaluate_model, measure_baselines
+    from kajiya.flows.kind_evaluation import evaluate_kind, is_judged_by_bits
     from kajiya.flows.own_module import rebuild_own_module
 
+    step = model.facts["steps"]
+    if not is_judged_by_bits(config, data):
+        listed = run.manifest()["artifacts"]
+        reference = open_artifact(store.root / listed["reference"]["path"]) if "reference" in listed else None
+        judged = stages.produce(
+            "evaluation", lambda: evaluate_kind(config, model, data, reference, store), _figures_words
+        )
+        run.record_artifact("evaluation", judged)
+        values = {f"test/{name}": row["value"] for name, row in judged.facts["figures"].items()}
+        run.events.emit("metrics", step=step, values=values)
+        return
     baselines = stages.produce(
         "baselines", lambda: measure_baselines(config.eval.baselines, data.corpus, store), _baseline_words
     )
@@ -212,8 +214,11 @@ def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artif
     )
     run.record_artifact("evaluation", evaluation)
     figures = {name: evaluation.facts[name] for name in ("bits_per_byte", "perplexity")}
-    step = model.facts["steps"]
     run.events.emit("metrics", step=step, values={f"test/{name}": value for name, value in figures.items()})
+
+
+def _figures_words(evaluation: Artifact) -> str:
+    return "held out: " + ", ".join(f"{name} {row['value']:.3f}" for name, row in evaluation.facts["figures"].items())
 
 
 def _corpus_words(corpus: Artifact) -> str:
@@ -233,6 +238,11 @@ def _tokenizer_words(tokenizer: Artifact) -> str:
 def _shards_words(shards: Artifact) -> str:
     train = shards.facts["train"]
     return f"{format_count(train['tokens'])} tokens, {train['bytes'] / train['tokens']:.2f} bytes a token"
+
+
+def _packing_words(packing: Artifact) -> str:
+    train = packing.facts["train"]
+    return f"{train['examples']:,} examples in {train['rows']:,} rows, {train['fill']:.1%} full"
 
 
 def _model_words(model: Artifact) -> str:

@@ -45,6 +45,16 @@ def seq2seq_logits(model: Any, batch: Seq2SeqBatch) -> torch.Tensor:
     ).logits
 
 
+def decoder_start(model: Any) -> int | None:
+    """The token that an encoder–decoder's decoder reads first; `None` of any other model."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not model.config.is_encoder_decoder:
+        return None
+    start = model.config.decoder_start_token_id
+    return int(model.config.pad_token_id if start is None else start)
+
+
 def sequence_logits(model: Any, batch: ExampleBatch) -> torch.Tensor:
     """The head's outputs [S, C] for each sequence, or those of a user's own `forward(tokens [S, L], mask [S, L])`.
 

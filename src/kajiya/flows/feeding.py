@@ -1,0 +1,246 @@
+"""What a run's loss is fed with: the artifacts it reads, its batches of training and of evaluation, its reference."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kajiya.config.schema import Config
+from kajiya.config.tables import Row, check_choice, loss_row
+from kajiya.config.validate import require_format
+from kajiya.data.loader import Feed, Loader, heldout_rows, open_loader
+from kajiya.data.masking import Masking
+from kajiya.data.mismatch import add_mismatched
+from kajiya.data.pack import build_packing, choose_packing, open_packing
+from kajiya.data.shards import open_split
+from kajiya.data.tokenizer import load_tokenizer
+from kajiya.errors import ConfigError
+from kajiya.models.tasks import Task
+from kajiya.run.code import code_revision
+from kajiya.run.store import Artifact, Store, produce
+from kajiya.training.precision import Precision
+from kajiya.training.reference import (
+    add_reference,
+    compute_reference,
+    open_reference,
+    save_reference,
+    weights_digest,
+)
+
+MASK = "<|mask|>"
+"""The mask token of a tokenizer that does not name one."""
+_ALL = 2**62
+"""More rows than there are."""
+Enrich = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The artifacts that training reads."""
+
+    corpus: Artifact
+    tokenizer: Artifact
+    shards: Artifact
+    packing: Artifact | None = None
+    """Whole examples in rows; `None` for text that is cut where a row is full."""
+
+    def parents(self) -> dict[str, Artifact]:
+        """Those that the trained model comes from, by name."""
+        parents = {"tokenizer": self.tokenizer, "shards": self.shards}
+        return parents if self.packing is None else parents | {"packing": self.packing}
+
+
+def format_of(corpus: Artifact) -> str:
+    """The format of the corpus's rows."""
+    return str(corpus.facts["format"]) if "format" in corpus.facts else "text"
+
+
+def pack(config: Config, corpus: Artifact, shards: Artifact, store: Store) -> tuple[Artifact, bool] | None:
+    """The packing of the shards for the config's loss, and whether it was there; `None` where none is needed.
+
+    Raises `ConfigError` where the rows are of a format that the loss does not take.
+    """
+    form = format_of(corpus)
+    require_format(config.train.loss.name, form, "data.format")
+    if _packing(config, form) == "concatenate":
+        return None
+    return build_packing(config.data, shards, store)
+
+
+def task_of(config: Config, corpus: Artifact) -> Task:
+    """The head that the config's loss needs. Raises `ConfigError` for labels of the other kind."""
+    name = loss_row(config.train.loss.name).task
+    if format_of(corpus) != "labelled":
+        return Task(name)
+    classes = corpus.facts["classes"]
+    if name == "classes" and classes is None:
+        raise ConfigError(
+            "train.loss.name", "classify needs classes, and the labels are numbers", "Set train.loss.name=regress."
+        )
+    if name == "score" and classes is not None:
+        shown = ", ".join(map(str, classes[:3]))
+        raise ConfigError(
+            "train.loss.name",
+            f"regress needs numbers, and the labels are classes ({shown} …)",
+            "Set train.loss.name=classify.",
+        )
+    return Task(name, tuple(map(str, classes or ())))
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """Opens the batches of both splits for one config."""
+
+    shards: Path
+    feed: Feed
+    seed: int
+    micro_batch: int
+    enrich: Callable[[str], Enrich]
+    """What is added to each batch of a split."""
+
+    def loader(self, *, batch: int | None = None, rank: int = 0, world: int = 1) -> "EnrichedLoader":
+        """Training batches of `batch` rows (`None`: the config's micro-batch), from the beginning."""
+        loader = open_loader(
+            self.shards, "train", self.feed, batch=batch or self.micro_batch, seed=self.seed, rank=rank, world=world
+        )
+        return EnrichedLoader(loader, self.enrich("train"))
+
+    def heldout(self, rows: int | None = None) -> Iterator[Any]:
+        """Batches of held-out rows, spread evenly over the split; `None`: all of them."""
+        batches = heldout_rows(
+            self.shards, self.feed, rows=_ALL if rows is None else rows, batch=self.micro_batch, seed=self.seed
+        )
+        return map(self.enrich("heldout"), batches)
+
+
+class EnrichedLoader:
+    """A loader that adds to each batch what its loss looks up."""
+
+    def __init__(self, loader: Loader, enrich: Enrich) -> None:
+        self.loader = loader
+        self.enrich = enrich
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """As `Loader`'s."""
+        return self.loader.rows_per_epoch
+
+    def next(self) -> Any:
+        """The next micro-batch."""
+        return self.enrich(self.loader.next())
+
+    def at(self, row: int) -> Any:
+        """The micro-batch of rows from number `row` on; the position stays."""
+        return self.enrich(self.loader.at(row))
+
+    def state(self) -> dict[str, int]:
+        """As `Loader`'s."""
+        return self.loader.state()
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """As `Loader`'s."""
+        self.loader.load_state(state)
+
+
+def open_feeding(config: Config, data: Data, reference: Artifact | None, start_id: int | None = None) -> Feeding:
+    """The batches of the config's loss; `start_id` is what an encoder–decoder's decoder reads first."""
+    row = loss_row(config.train.loss.name)
+    feed = Feed(
+        row_tokens=config.data.row_tokens,
+        isolate=config.data.isolate,
+        takes=row.takes,
+        packing=_packing(config, format_of(data.corpus)),
+        packed=None if data.packing is None else data.packing.path,
+        is_causal=row.task == "causal",
+        masking=_masking(data.tokenizer) if row.takes == "masked" else None,
+        start_id=start_id,
+    )
+    table = None if reference is None else open_reference(reference.path)
+
+    def enrich(split: str) -> Enrich:
+        steps = _mismatched(row, data, split, config.data.row_tokens)
+        if table is not None:
+            steps.append(add_reference(table, split))
+        return lambda batch: _through(steps, batch)
+
+    return Feeding(data.shards.path, feed, config.seed, config.train.micro_batch, enrich)
+
+
+def build_reference(
+    config: Config, data: Data, model: Any, precision: Precision, store: Store
+) -> tuple[Artifact, bool] | None:
+    """The log-probabilities of every example under `model` as it is now, and whether they were there already.
+
+    `None` where the loss compares with none, or with the model's own base (its adapter off).
+    """
+    row = loss_row(config.train.loss.name)
+    if not row.has_reference:
+        return None
+    options = check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
+
+    def make(folder: Path) -> dict[str, Any]:
+        feeding = open_feeding(config, data, None)
+        loader = feeding.loader().loader
+        places = range(0, loader.rows_per_epoch, config.train.micro_batch)
+        all_places = (
+            np.arange(first, min(first + config.train.micro_batch, loader.rows_per_epoch)) for first in places
+        )
+        train = (feeding.enrich("train")(loader.rows.batch(each)) for each in all_places)
+        device = next(model.parameters()).device
+        table: dict[str, Any] = {}
+        for split, batches in (("train", train), ("heldout", feeding.heldout())):
+            table |= compute_reference(model, batches, split, device, precision, options.chunk_tokens)
+        save_reference(table, folder)
+        return {"examples": {split: len(rows) for split, rows in table.items()}}
+
+    return produce(
+        store,
+        "reference",
+        code=code_revision("kajiya.training.reference", "kajiya.flows.feeding", "kajiya.data.mismatch"),
+        config={
+            "weights": weights_digest(model),
+            "precision": precision.name,
+            "row_tokens": config.data.row_tokens,
+            "takes": row.takes,
+        },
+        parents=data.parents(),
+        make=make,
+    )
+
+
+def _packing(config: Config, form: str) -> str:
+    takes = loss_row(config.train.loss.name).takes
+    # A module of the user's own is not known to keep the sequences of a row apart.
+    can_isolate = ":" not in config.model.name
+    if form == "text" and not can_isolate and config.data.packing == "auto":
+        return "concatenate"
+    return choose_packing(config.data.packing, takes, form == "text", can_isolate).name
+
+
+def _mismatched(row: Row, data: Data, split: str, row_tokens: int) -> list[Enrich]:
+    if row.takes != "feedback" or row.measure is None or data.packing is None:
+        return []
+    return [add_mismatched(open_split(data.shards.path, split), open_packing(data.packing.path, split), row_tokens)]
+
+
+def _through(steps: list[Enrich], batch: Any) -> Any:
+    for step in steps:
+        batch = step(batch)
+    return batch
+
+
+def _masking(tokenizer: Artifact) -> Masking:
+    vocabulary = load_tokenizer(tokenizer.path)
+    mask_id = vocabulary.mask_token_id
+    if mask_id is None and MASK in vocabulary.get_vocab():
+        mask_id = vocabulary.get_vocab()[MASK]
+    if mask_id is None:
+        raise ConfigError(
+            "tokenizer",
+            "has no mask token, which masked_lm hides tokens with",
+            f"Set tokenizer.add_special_tokens=['{MASK}'].",
+        )
+    special = sorted({*vocabulary.all_special_ids, mask_id})
+    return Masking(mask_id=int(mask_id), vocab_size=len(vocabulary), special_ids=tuple(special))

@@ -1,0 +1,68 @@
+"""The evaluation of a model that is not judged by the bits of a text: its loss and metrics on all held-out rows."""
+
+from pathlib import Path
+from typing import Any
+
+from kajiya.config.schema import Config
+from kajiya.config.tables import loss_row
+from kajiya.flows.feeding import Data, format_of, open_feeding, task_of
+from kajiya.flows.heldout import Scorer, score_batches
+from kajiya.flows.own_module import rebuild_own_module
+from kajiya.models.load import load_model, stored_dtype
+from kajiya.models.outputs import decoder_start
+from kajiya.run.code import code_revision
+from kajiya.run.files import write_json
+from kajiya.run.store import Artifact, Store, produce
+from kajiya.training.losses import load_loss, load_measure
+from kajiya.training.precision import resolve_device, resolve_precision
+
+_LAST = ("logps/chosen", "logps/rejected")
+"""Metrics that say nothing by themselves stand behind the others."""
+
+
+def is_judged_by_bits(config: Config, data: Data) -> bool:
+    """Whether the model is one of plain text, whose figure is bits per byte."""
+    row = loss_row(config.train.loss.name)
+    return row.takes == "tokens" and format_of(data.corpus) == "text"
+
+
+def evaluate_kind(
+    config: Config, model: Artifact, data: Data, reference: Artifact | None, store: Store
+) -> tuple[Artifact, bool]:
+    """The loss and its metrics on all held-out rows, and whether they were there already.
+
+    `figures.json`: of each metric its mean, its 95 % interval (whole batches resampled; `null` from one batch) and the number of
+    units that it is a mean over.
+    """
+
+    def make(folder: Path) -> dict[str, Any]:
+        module = rebuild_own_module(config, model, data.tokenizer)
+        if module is None:
+            module = load_model(model.path, dtype=stored_dtype(model.path), task=task_of(config, data.corpus))
+        device = resolve_device(config.train.device, "train.device")
+        precision = resolve_precision(str(model.facts["derived"]["train.precision"]), device)
+        module = module.to(device)
+        feeding = open_feeding(config, data, reference, decoder_start(module))
+        scorer = Scorer(load_loss(config.train.loss, device), load_measure(config.train.loss), device, precision)
+        batches = list(feeding.heldout())
+        sums = score_batches(module, batches, scorer)
+        figures = {
+            name: {"value": each.mean, "interval": each.interval(), "n": float(each.counts.sum())}
+            for name, each in sorted(sums.items(), key=lambda item: item[0] in _LAST)
+        }
+        write_json(folder / "figures.json", figures)
+        return {"loss": config.train.loss.name, "n_batches": len(batches), "figures": figures, "note": None}
+
+    parents = data.parents() | {"model": model}
+    return produce(
+        store,
+        "evaluation",
+        code=code_revision("kajiya.flows.kind_evaluation"),
+        config={
+            "loss": config.train.loss,
+            "micro_batch": config.train.micro_batch,
+            "row_tokens": config.data.row_tokens,
+        },
+        parents=parents if reference is None else parents | {"reference": reference},
+        make=make,
+    )
