@@ -89,10 +89,10 @@ def _check_kind(config: Config) -> None:
             f"cuts rows of text, and the loss {config.train.loss.name} takes whole examples",
             "Set train.row_growth=[].",
         )
-    if config.model.init == "bigram" and loss_row(config.train.loss.name).task != "causal":
+    if config.model.init != "normal" and loss_row(config.train.loss.name).task != "causal":
         raise ConfigError(
             "model.init",
-            f"bigram is for a model that says the next token, and the loss {config.train.loss.name} trains another",
+            f"{config.model.init} is for a model that says the next token, and the loss {config.train.loss.name} trains another",
             "Set model.init=normal.",
         )
 

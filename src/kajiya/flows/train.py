@@ -125,7 +125,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     shards = stages.produce("shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell), _shards_words)
     packed = pack(config, corpus, shards, store)
     packing = None if packed is None else stages.produce("packing", lambda: packed, _packing_words)
-    ledger = data_ledger(corpus.facts, shards.facts)
+    ledger = data_ledger(corpus.facts, shards.facts, None if packing is None else packing.facts)
     require_kept(ledger, config.data.max_lost_fraction)
     tell("ledger", text=ledger_words(ledger), facts=ledger.facts())
     return Data(corpus, tokenizer, shards, packing)
