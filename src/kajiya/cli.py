@@ -78,6 +78,43 @@ def train(
 
 
 @app.command()
+def tune(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    wandb_sweep: Annotated[Path | None, typer.Option(help="A W&B sweep file, read as it is.")] = None,
+    config_dir: ConfigDir = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Search over settings: 'optim.lr=tag(log,interval(1e-4,1e-2))' 'model.n_layers=choice(4,6,8)' tune.trials=40."""
+    from kajiya.config.wandb_sweep import read_wandb_sweep
+    from kajiya.flows.stopping import sigterm_as_interrupt
+    from kajiya.flows.tune import tune as tune_flow
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    swept, passed_over = read_wandb_sweep(wandb_sweep) if wandb_sweep else ([], [])
+    for name in passed_over:
+        console.print(f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used", highlight=False)
+    command = ["kajiya", *sys.argv[1:]]
+    try:
+        with sigterm_as_interrupt(), Screen(console) as screen:
+            asked = [*swept, *(overrides or [])]
+            tuned = tune_flow(
+                recipe, asked, default_store(store), config_dir=config_dir, command=command, on_event=screen.on_event
+            )
+    except KeyboardInterrupt:
+        console.print("Interrupted. Nothing is lost: the same command goes on where it was.")
+        raise typer.Exit(0) from None
+    if as_json:
+        _print_json({"study": tuned.run.id, "best": tuned.best, "report": tuned.report, "trials": tuned.counts})
+        return
+    for words, path in (("Study:  ", tuned.run.folder), ("Best:   ", tuned.best), ("Report: ", tuned.report)):
+        console.print(f"{words}{path}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,

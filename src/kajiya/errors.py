@@ -23,6 +23,10 @@ class StoreError(KajiyaError):
     """An artifact, run folder or checkpoint that is missing, incomplete, or not what its manifest says."""
 
 
+class RunBusyError(StoreError):
+    """A run that another process works on right now."""
+
+
 class MissingExtraError(KajiyaError):
     """An optional dependency that a verb needs; names the extra to install."""
 

@@ -32,6 +32,8 @@ _STAGE_WORDS = {
     "baselines": "Measuring the compressors on the same bytes",
     "evaluation": "Evaluating on the held-out text",
     "report": "Writing the report",
+    "search": "Searching",
+    "confirm": "The best two and the recipe over fresh seeds",
 }
 _SHOWN = ("eval/accuracy", "eval/rewards/accuracies", "eval/absolute_error")
 """Held-out figures that are shown beside the loss."""
@@ -78,6 +80,7 @@ class Screen:
             "started": self._started,
             "ledger": self._ledger,
             "warning": self._warning,
+            "trial": self._trial,
         }
         if kind in shows:
             shows[kind](**fields)
@@ -136,6 +139,12 @@ class Screen:
 
     def _ledger(self, text: str, facts: dict[str, Any]) -> None:
         self.say(f"[bold]Ledger[/bold]: {_escape(text)}")
+
+    def _trial(
+        self, number: int, status: str, values: list[float] | None, problem: str | None, run: str | None, seconds: float
+    ) -> None:
+        said = ", ".join(f"{value:.5g}" for value in values) if values else problem or ""
+        self.say(f"  trial {number}: {status} {_escape(said)} · {format_seconds(seconds)}")
 
     def _warning(self, text: str) -> None:
         self.say(f"  [yellow]warning:[/yellow] {_escape(text)}")

@@ -398,3 +398,103 @@ class WandbOptions:
     """Account or team."""
     online: bool = False
     """Send while training; otherwise kept in the run folder for `wandb sync`."""
+
+
+# ---------------------------------------------------------------- samplers (tune.sampler)
+
+
+@dataclass(frozen=True)
+class TPEOptions:
+    """Tree-structured Parzen estimator (Bergstra et al., 2011; Watanabe, arXiv:2304.11127)."""
+
+    startup_trials: int = setting(10, ge=0)
+    """Random trials before the first proposal."""
+    multivariate: bool = True
+    """Model the settings together."""
+
+
+@dataclass(frozen=True)
+class CMAESOptions:
+    """Covariance matrix adaptation (Hansen, arXiv:1604.00772); numbers alone, choices are drawn at random."""
+
+    startup_trials: int = setting(1, ge=0)
+    """Random trials before the first proposal."""
+
+
+@dataclass(frozen=True)
+class GPOptions:
+    """Gaussian process with expected improvement."""
+
+    startup_trials: int = setting(10, ge=0)
+    """Random trials before the first proposal."""
+
+
+@dataclass(frozen=True)
+class NSGA2Options:
+    """Non-dominated sorting genetic algorithm for several objectives (Deb et al., 2002)."""
+
+    population: int = setting(16, ge=2)
+    """Trials in a generation."""
+
+
+# ---------------------------------------------------------------- pruners (tune.pruner)
+
+
+@dataclass(frozen=True)
+class MedianPruner:
+    """A trial ends when it is worse than the median of the earlier ones at the same evaluation."""
+
+    startup_trials: int = setting(5, ge=0)
+    """Finished trials before anything is pruned."""
+    warmup_evals: int = setting(1, ge=0)
+    """Evaluations of each trial that are left alone."""
+
+
+@dataclass(frozen=True)
+class ASHAPruner:
+    """Asynchronous successive halving (Li et al., arXiv:1810.05934): only the best go on from each rung.
+
+    A trial that was ended at a rung and is among its best later on goes on from its checkpoint.
+    """
+
+    min_evals: int = setting(1, ge=1)
+    """Evaluations to the first rung."""
+    reduction: int = setting(3, ge=2)
+    """One in this many goes on from a rung; the next is this many times further."""
+
+
+@dataclass(frozen=True)
+class HyperbandPruner:
+    """Successive halving in several brackets (Li et al., arXiv:1603.06560)."""
+
+    min_evals: int = setting(1, ge=1)
+    """Evaluations to the first rung of the most eager bracket."""
+    max_evals: int = setting(10, ge=1)
+    """Evaluations of a whole trial."""
+    reduction: int = setting(3, ge=2)
+    """One in this many goes on from a rung."""
+
+
+@dataclass(frozen=True)
+class WilcoxonPruner:
+    """A trial ends when a signed-rank test against the best one, evaluation by evaluation, says that it is worse."""
+
+    p_threshold: float = setting(0.1, ge=0, le=1)
+    """Smaller p-values end a trial."""
+    warmup_evals: int = setting(2, ge=0)
+    """Evaluations of each trial that are left alone."""
+
+
+# ---------------------------------------------------------------- launchers (tune.launcher)
+
+
+@dataclass(frozen=True)
+class RayLauncher:
+    """Ray, on this machine or on a cluster whose machines share the store's folder."""
+
+    address: str | None = None
+    """Address of a running cluster (`auto` finds one on this machine); `None` starts one here."""
+    cpus: float = setting(1.0, gt=0)
+    """Processor cores that Ray reserves for each."""
+    gpus: float = setting(0.0, ge=0)
+    """Accelerators that Ray reserves for each."""

@@ -302,6 +302,68 @@ class TrackConfig:
 
 
 @dataclass(frozen=True)
+class SamplerConfig:
+    """What proposes the next trial."""
+
+    name: str = "tpe"
+    """grid, random, tpe, cmaes, gp, nsga2, or `my_pkg.mod:fn` that returns an Optuna sampler."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that sampler."""
+
+
+@dataclass(frozen=True)
+class PrunerConfig:
+    """What ends a trial that will not come to much; it is asked after every evaluation during training."""
+
+    name: str = "none"
+    """none, median, asha, hyperband, wilcoxon, or `my_pkg.mod:fn` that returns an Optuna pruner."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that pruner; its resources are counted in evaluations."""
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    """What runs several things at once."""
+
+    name: str = "joblib"
+    """process (plain worker processes), joblib (loky workers), ray (a cluster)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that launcher."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """The search over settings (`kajiya tune`); nothing here changes a run of its own."""
+
+    trials: int = setting(20, ge=1)
+    """Configurations that are tried, failed and pruned ones among them."""
+    parallel: int = setting(1, ge=1)
+    """Trials at the same time; the processor's cores are shared out among them."""
+    objectives: tuple[str, ...] = ("eval/nll",)
+    """Metrics that a run logs, to be minimized; `max:` before a name maximizes it. Names under `test/` cost an evaluation."""
+    value: str = setting("last", choices=("last", "best"))
+    """Which value of a metric that is logged several times counts."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """What proposes the next trial."""
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    """What ends a hopeless trial early."""
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    """What runs trials side by side, and the runs of `kajiya train -m`."""
+    storage: str | None = None
+    """Where the study is kept: `None` is SQLite in the store, `journal` a log file there, else a database URL."""
+    space: str | None = None
+    """Function `my_pkg.mod:fn(trial, values)` that returns further settings as a mapping: spaces with conditions."""
+    trial_minutes: float | None = setting(None, gt=0)
+    """Longest time of one trial; past it the trial has failed."""
+    trial_memory_gb: float | None = setting(None, gt=0)
+    """Address space of a trial's process, GiB; past it the trial is out of memory."""
+    minutes: float | None = setting(None, gt=0)
+    """Time after which no further trial is begun."""
+    confirm_seeds: int = setting(3, ge=0)
+    """Fresh seeds over which the best two, and the recipe as it was, are run again; 0: not, and 1 shows no noise."""
+
+
+@dataclass(frozen=True)
 class PreflightConfig:
     """Checks before the first step."""
 
@@ -335,5 +397,7 @@ class Config:
     """Server."""
     track: TrackConfig = field(default_factory=TrackConfig)
     """Trackers."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """Search over settings."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     """Checks before the first step."""

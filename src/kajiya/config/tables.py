@@ -90,6 +90,26 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "tensorboard": Row("kajiya.run.trackers.tensorboard:TensorBoardTracker", o.TensorBoardOptions),
         "wandb": Row("kajiya.run.trackers.wandb:WandbTracker", o.WandbOptions),
     },
+    "sampler": {
+        "grid": Row("kajiya.flows.tune_search:random", o.NoOptions),
+        "random": Row("kajiya.flows.tune_search:random", o.NoOptions),
+        "tpe": Row("kajiya.flows.tune_search:tpe", o.TPEOptions),
+        "cmaes": Row("kajiya.flows.tune_search:cmaes", o.CMAESOptions),
+        "gp": Row("kajiya.flows.tune_search:gp", o.GPOptions),
+        "nsga2": Row("kajiya.flows.tune_search:nsga2", o.NSGA2Options),
+    },
+    "pruner": {
+        "none": Row("kajiya.flows.tune_search:no_pruner", o.NoOptions),
+        "median": Row("kajiya.flows.tune_search:median", o.MedianPruner),
+        "asha": Row("kajiya.flows.tune_search:asha", o.ASHAPruner),
+        "hyperband": Row("kajiya.flows.tune_search:hyperband", o.HyperbandPruner),
+        "wilcoxon": Row("kajiya.flows.tune_search:wilcoxon", o.WilcoxonPruner),
+    },
+    "launcher": {
+        "process": Row("kajiya.flows.launch:by_process", o.NoOptions),
+        "joblib": Row("kajiya.flows.launch:by_joblib", o.NoOptions),
+        "ray": Row("kajiya.flows.launch:by_ray", o.RayLauncher),
+    },
     "engine": {
         "torch": Row("kajiya.serving.loading:load_engine", o.NoOptions),
     },

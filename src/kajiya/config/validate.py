@@ -33,6 +33,9 @@ def validate(config: Config) -> None:
     check_choice("schedule", config.schedule.name, config.schedule.options, "schedule")
     check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
     check_choice("engine", config.serve.engine, {}, "serve.engine")
+    check_choice("sampler", config.tune.sampler.name, config.tune.sampler.options, "tune.sampler")
+    check_choice("pruner", config.tune.pruner.name, config.tune.pruner.options, "tune.pruner")
+    check_choice("launcher", config.tune.launcher.name, config.tune.launcher.options, "tune.launcher")
     for name, options in config.track.options.items():
         check_choice("tracker", name, options, "track")
     for name in config.track.trackers:
@@ -45,6 +48,7 @@ def validate(config: Config) -> None:
     _check_growth(config)
     _check_kind(config)
     _check_model(config)
+    _check_tune(config)
     for name in config.eval.baselines:
         if name not in ("xz", "xz-primed"):
             raise ConfigError("eval.baselines", f"{name!r} is not one of xz, xz-primed")
@@ -118,6 +122,20 @@ def _check_growth(config: Config) -> None:
         raise ConfigError(
             "train.row_growth",
             f"data.row_tokens={config.data.row_tokens} cannot be cut into {pieces} rows of one length",
+        )
+
+
+def _check_tune(config: Config) -> None:
+    names = [name.removeprefix("min:").removeprefix("max:") for name in config.tune.objectives]
+    if not names or len(set(names)) < len(names) or not all(names):
+        raise ConfigError(
+            "tune.objectives", f"{list(config.tune.objectives)} are not one metric or several different ones"
+        )
+    if len(names) > 1 and config.tune.pruner.name != "none":
+        raise ConfigError(
+            "tune.pruner.name",
+            f"{config.tune.pruner.name} compares one figure, and there are {len(names)} objectives",
+            "Set tune.pruner.name=none, or tune.objectives to one metric.",
         )
 
 

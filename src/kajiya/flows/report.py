@@ -55,14 +55,20 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     facts = gather(runs)
     recipes = {run.label: "recipe.yaml" if len(facts) == 1 else f"recipe-{run.label}.yaml" for run in facts}
     page = build_page(facts, recipes)
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in facts:
+        _write(folder / recipes[run.label], recipe_text(run).encode())
+    return write_page(page, folder)
+
+
+def write_page(page: Page, folder: Path) -> Path:
+    """Write a page as `report.html`, the HTML last, as `report.md`, and the figures of the latter; returns the HTML's path."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files: dict[str, tuple[str, str]] = {}
     for plot in _plots(page):
         files[plot.name] = (f"figures/{plot.name}.svg", f"figures/{plot.name}-dark.svg")
         for name, palette in zip(files[plot.name], (LIGHT, DARK), strict=True):
             _write(folder / name, standalone_svg(plot.wide, palette).encode())
-    for run in facts:
-        _write(folder / recipes[run.label], recipe_text(run).encode())
     _write(folder / "report.md", render_markdown(page, files).encode())
     html = fill_in(render_html(page, _variables()), css_variables())
     _write(folder / "report.html", html.encode())

@@ -1,7 +1,7 @@
 """From a config to a trained, evaluated, documented model: data, plan, fit, save, evaluate, report; each result an artifact."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,35 @@ class Trained:
     warnings: tuple[str, ...] = ()
 
 
-def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event: OnEvent = silent) -> Trained:
+@dataclass(frozen=True)
+class Scope:
+    """How much of the flow is wanted: a trial of a study needs neither baselines and samples nor a report."""
+
+    is_evaluated: bool = True
+    is_reported: bool = True
+    threads: int | None = None
+    """Threads of torch; `None`: one for each usable core."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the run's manifest says of where it belongs."""
+
+
+_WHOLE = Scope()
+
+
+def train(
+    config: Config,
+    store: Store,
+    *,
+    command: Sequence[str] = (),
+    on_event: OnEvent = silent,
+    scope: Scope = _WHOLE,
+) -> Trained:
     """Everything from the rows to the report. Run again with the same config, it goes on where it was, or reuses what is done.
 
     `on_event(kind, **fields)` hears what the event log hears, and `progress` events besides.
     SIGTERM and SIGINT end it after the step at hand, with a checkpoint.
     """
-    process = set_up_process(config.seed, store.root, config.train.deterministic)
+    process = set_up_process(config.seed, store.root, config.train.deterministic, scope.threads)
     early: list[tuple[str, dict[str, Any]]] = []
 
     def hear_early(kind: str, **fields: Any) -> None:
@@ -50,6 +72,7 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
     key = training_key(config, data)
     # A key to the server is no business of manifests, logs and trackers.
     run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command))
+    on_event("run", id=run.id)
     for kind, fields in early:
         run.events.emit(kind, **fields)
 
@@ -59,9 +82,9 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
             run.events.emit(kind, **fields)
 
     stages.on_event = hear
-    can_report = _can_report(hear)
+    can_report = scope.is_reported and _can_report(hear)
     run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
-    run.record(process=process, command=list(command) or run.manifest()["command"])
+    run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
     for name, artifact in {"corpus": data.corpus, **data.parents()}.items():
         run.record_artifact(name, artifact)
     trackers = start_trackers(run, config.track)
@@ -80,7 +103,8 @@ def train(config: Config, store: Store, *, command: Sequence[str] = (), on_event
     try:
         model = _model(config, store, run, data, key, stages, hear_and_watch)
         if model is not None:
-            _evaluation(config, store, run, data, model, stages)
+            if scope.is_evaluated:
+                _evaluation(config, store, run, data, model, stages)
             run.record(timings=run.manifest().get("timings", {}) | stages.timings, status="finished")
             if can_report:
                 report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config
-from kajiya.errors import StoreError
+from kajiya.errors import RunBusyError, StoreError
 from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.events import EventLog
 from kajiya.run.files import read_json, write_json
@@ -56,7 +56,7 @@ class Run:
 def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
     """The run of that key: begun now, or gone on with where an earlier attempt left it.
 
-    The manifest's `owner` is this process from now on. Raises `StoreError` while another one works on the run.
+    The manifest's `owner` is this process from now on. Raises `RunBusyError` while another one works on the run.
     """
     folder = store.runs / f"{config.name}-{key[:10]}"
     run = Run(folder, store, EventLog(folder))
@@ -89,7 +89,7 @@ def _refuse_second(run: Run) -> None:
     manifest = run.manifest()
     owner = manifest["owner"]
     if manifest["status"] == "running" and owner["pid"] != os.getpid() and is_alive(owner):
-        raise StoreError(
+        raise RunBusyError(
             f"Run {run.id} is in progress in process {owner['pid']} on {owner['host']}.\n"
             "Wait for it or stop it; another seed or config is another run."
         )

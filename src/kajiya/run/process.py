@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 
-def set_up_process(seed: int, store_root: Path, deterministic: bool = False) -> dict[str, Any]:
+def set_up_process(
+    seed: int, store_root: Path, deterministic: bool = False, threads: int | None = None
+) -> dict[str, Any]:
     """Prepare this process for training and say what was set, for the manifest.
 
     Seeds Python, NumPy and torch; keeps large blocks in the C allocator; puts the compile cache into the store;
-    turns the hub's and the tokenizers' chatter off.
+    turns the hub's and the tokenizers' chatter off. `threads`: of torch; `None` takes every usable core.
     """
     import numpy as np
     import torch
 
     from kajiya.run.provenance import usable_cores
 
-    done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": usable_cores()}
+    done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": threads or usable_cores()}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(store_root / "compile-cache")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(done["threads"])
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,18 @@ def replay(run_folder: Path, name: str, options: Mapping[str, Any], timeout_s: f
 
     Returns how far the tracker is. Raises `StoreError` with the reason when it failed or took longer than `timeout_s`.
     """
-    process = _spawn(run_folder, name, options, [])
+    replay_all([run_folder], name, options, timeout_s)
+    return load_position(position_file(run_folder, name))
+
+
+def replay_all(
+    run_folders: Sequence[Path], name: str, options: Mapping[str, Any], timeout_s: float | None = None
+) -> None:
+    """The same for several runs, one behind the other in one process; a tracker's packages are then loaded once."""
+    if not run_folders:
+        return
+    run_folder = run_folders[0]
+    process = _spawn(run_folder, name, options, ["--more", *(str(folder) for folder in run_folders[1:])])
     try:
         code = process.wait(timeout_s)
     except subprocess.TimeoutExpired as error:
@@ -96,8 +107,13 @@ def replay(run_folder: Path, name: str, options: Mapping[str, Any], timeout_s: f
         _end(process)
         raise
     if code != 0:
-        raise StoreError(f"{run_folder.name}: tracker {name} {_reason(run_folder, name, code)}")
-    return load_position(position_file(run_folder, name))
+        behind = next((each for each in run_folders if not _is_delivered(each, name)), run_folder)
+        raise StoreError(f"{behind.name}: tracker {name} {_reason(behind, name, code)}")
+
+
+def _is_delivered(folder: Path, name: str) -> bool:
+    path = position_file(folder, name)
+    return path.is_file() and load_position(path).closed
 
 
 def _spawn(folder: Path, name: str, options: Mapping[str, Any], words: list[str]) -> subprocess.Popen[bytes]:

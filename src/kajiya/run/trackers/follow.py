@@ -167,6 +167,9 @@ def main(words: list[str]) -> int:
     parser.add_argument("--begun", type=int, default=0, help="size of the event log when that process began, bytes")
     parser.add_argument("--limit", type=float, default=20.0, help="longest life after that process, seconds")
     parser.add_argument("--options", default="{}", help="the tracker's options as JSON; `-` reads them from stdin")
+    parser.add_argument(
+        "--more", type=Path, nargs="*", default=[], help="further run folders, replayed after the first"
+    )
     given = parser.parse_args(words)
     options = json.loads(sys.stdin.read() if given.options == "-" else given.options)
     is_parent_alive = None if given.parent is None else parent_probe(given.parent)
@@ -174,6 +177,8 @@ def main(words: list[str]) -> int:
         threading.Thread(target=_end_after_parent, args=(is_parent_alive, given.limit), daemon=True).start()
     try:
         follow(given.folder.resolve(), given.name, options, is_parent_alive, given.begun)
+        for folder in given.more:
+            follow(folder.resolve(), given.name, options)
     except Exception as error:
         traceback.print_exception(error)
         return 1

@@ -1,0 +1,314 @@
+"""A search over a recipe's settings: trials in processes of their own, a study that outlives every interruption, a verdict."""
+
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kajiya.config.compose import find_recipe
+from kajiya.config.digest import digest, to_plain
+from kajiya.config.sweep import check_space, grid, split_sweep
+from kajiya.data.progress import OnEvent, silent
+from kajiya.errors import ConfigError, StoreError
+from kajiya.flows.launch import launch
+from kajiya.flows.stages import Stages
+from kajiya.flows.train import prepare_data
+from kajiya.flows.tune_confirm import confirm
+from kajiya.flows.tune_jobs import Outcome, StudyPlan, go_on, run_ticket, trial_config
+from kajiya.flows.tune_report import write_study_report
+from kajiya.flows.tune_results import count_trials, finished, write_best
+from kajiya.flows.tune_search import ASHA, open_study, suggest
+from kajiya.run.alive import is_alive, process_facts
+from kajiya.run.code import own_code
+from kajiya.run.events import EventLog
+from kajiya.run.files import read_json, write_json
+from kajiya.run.folder import Run
+from kajiya.run.provenance import collect_provenance
+from kajiya.run.store import Store
+from kajiya.run.trackers.dispatch import start_trackers
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+_PROBES = 8
+"""Draws of a space with a function of the user's that are composed before the first trial."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search leaves."""
+
+    run: Run
+    """The study's folder: manifest, event log, storage, report."""
+    best: Path | None
+    """The best settings as a recipe; `None` when no trial came to an end."""
+    report: Path | None
+    counts: dict[str, int]
+    """Trials by how they ended."""
+
+
+def tune(
+    recipe: str,
+    overrides: Sequence[str],
+    store: Store,
+    *,
+    config_dir: Path | None = None,
+    command: Sequence[str] = (),
+    on_event: OnEvent = silent,
+) -> Tuned:
+    """Search; run again with the same recipe and overrides, it goes on where it was, with more trials if more are asked for.
+
+    Raises `ConfigError` before the first trial for a space that the schema refuses.
+    """
+    plan = plan_study(recipe, overrides, store, config_dir)
+    run = _open(plan, store, list(command))
+    hear = _teller(run, on_event)
+    with _alone(run):
+        trackers = start_trackers(run, plan.base.track)
+        status = "failed"
+        try:
+            prepare_data(plan.base, store, Stages(hear))
+            _search(plan, hear)
+            study = open_study(plan.base.tune, plan.folder, plan.id, plan.base.seed)
+            best = write_best(plan, study)
+            if best is not None and plan.base.tune.confirm_seeds and len(study.directions) == 1:
+                run.record(confirmed=confirm(plan, study, hear))
+            report = write_study_report(run, study, plan.metrics)
+            hear("report", path=str(report))
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            run.record(status=status)
+            run.events.emit("ended", status=status, error=None)
+            warnings = trackers.finish()
+            if status == "finished":
+                warnings += deliver_trials(plan, run)
+            for text in warnings:
+                on_event("warning", text=text)
+    return Tuned(run, best, report, count_trials(study))
+
+
+def plan_study(recipe: str, overrides: Sequence[str], store: Store, config_dir: Path | None) -> StudyPlan:
+    """The study of these words, its space checked against the schema; nothing runs."""
+    fixed, dimensions = split_sweep(overrides)
+    base = check_space(recipe, fixed, dimensions, config_dir)
+    if not dimensions and base.tune.space is None:
+        raise ConfigError(
+            "tune", "nothing varies", "For example: kajiya tune RECIPE 'optim.lr=tag(log,interval(1e-4,1e-2))'"
+        )
+    if any(each.key.startswith("tune.") for each in dimensions):
+        raise ConfigError("tune", "the settings of the search itself cannot be searched")
+    if base.tune.sampler.name == "grid":
+        grid(dimensions)
+    section = to_plain(base)
+    asked = section.pop("tune")
+    key = digest(
+        {
+            "recipe": section,
+            "dimensions": to_plain(dimensions),
+            "search": {name: asked[name] for name in ("objectives", "value", "sampler", "pruner", "space")},
+            "own_code": own_code((base.tune.space,)) if base.tune.space else {},
+        }
+    )
+    name = f"{base.name}-{key[:10]}"
+    path = find_recipe(recipe, config_dir)
+    plan = StudyPlan(
+        id=name,
+        folder=store.root / "studies" / name,
+        store=store.root,
+        recipe=str(path.resolve()) if recipe.endswith((".yaml", ".yml")) else recipe,
+        config_dir=None if config_dir is None else str(config_dir.resolve()),
+        fixed=tuple(fixed),
+        dimensions=dimensions,
+        base=base,
+        deadline=None if base.tune.minutes is None else time.time() + 60 * base.tune.minutes,
+    )
+    if base.tune.space is not None:
+        _probe_own_space(plan)
+    return plan
+
+
+def _probe_own_space(plan: StudyPlan) -> None:
+    """Draw from the user's function and compose what it returns, so that its mistakes show before the first trial."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(_PROBES):
+        trial_config(plan, suggest(study.ask(), plan.dimensions, plan.base.tune.space))
+
+
+# ---------------------------------------------------------------- the search
+
+
+def _search(plan: StudyPlan, hear: OnEvent) -> None:
+    tune = plan.base.tune
+    study = open_study(tune, plan.folder, plan.id, plan.base.seed)
+    _recover(study)
+    if tune.sampler.name == "grid":
+        _queue_grid(study, plan)
+    n_missing = _n_wanted(plan) - _n_tried(study)
+    tickets = range(max(n_missing, sum(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))))
+    hear("stage", name="search", state="begun", seconds=0.0, text="")
+    began, best = time.time(), _best_value(study)
+    for outcomes in launch(tune.launcher, partial(run_ticket, plan), list(tickets), tune.parallel):
+        for outcome in outcomes:
+            best = _tell(study, outcome, plan, best, hear)
+    while isinstance(study.pruner, ASHA) and study.pruner.promotable(study):
+        candidate = study.pruner.promotable(study)[0]
+        go_on(study, candidate.number, candidate.params, "promoted")
+        for outcome in run_ticket(plan, 0):
+            best = _tell(study, outcome, plan, best, hear)
+    words = ", ".join(f"{count} {state}" for state, count in count_trials(study).items())
+    hear("stage", name="search", state="done", seconds=time.time() - began, text=words)
+
+
+def _n_wanted(plan: StudyPlan) -> int:
+    n_grid = len(grid(plan.dimensions)) if plan.base.tune.sampler.name == "grid" else None
+    return plan.base.tune.trials if n_grid is None else min(n_grid, plan.base.tune.trials)
+
+
+def _n_tried(study: "Study") -> int:
+    """Configurations that came to an end; one that was taken up again counts once."""
+    return sum(
+        trial.state.is_finished()
+        and trial.user_attrs.get("problem") != "interrupted"
+        and trial.user_attrs.get("reason") != "promoted"
+        for trial in study.get_trials(deepcopy=False)
+    )
+
+
+def _queue_grid(study: "Study", plan: StudyPlan) -> None:
+    known = [trial.user_attrs.get("grid") for trial in study.get_trials(deepcopy=False)]
+    for number, values in enumerate(grid(plan.dimensions)[: plan.base.tune.trials]):
+        if number not in known:
+            study.enqueue_trial(values, user_attrs={"grid": number})
+
+
+def _recover(study: "Study") -> None:
+    """Trials whose process is gone are queued again: their runs go on from their checkpoints."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get("owner")
+        if owner is not None and is_alive(owner):
+            continue
+        study._storage.set_trial_user_attr(trial._trial_id, "problem", "interrupted")
+        study.tell(trial.number, state=TrialState.FAIL)
+        reason = "promoted" if trial.user_attrs.get("reason") == "promoted" else "interrupted"
+        params = trial.system_attrs.get("fixed_params") or trial.params
+        if params:
+            kept = {name: trial.user_attrs[name] for name in ("grid",) if name in trial.user_attrs}
+            study.enqueue_trial(params, user_attrs=kept | {"continues": trial.number, "reason": reason})
+
+
+def _tell(study: "Study", outcome: Outcome, plan: StudyPlan, best: float | None, hear: OnEvent) -> float | None:
+    """Events of one ended trial; returns the best figure so far."""
+    hear("trial", **to_plain(outcome))
+    if outcome.values is None:
+        return best
+    names = plan.metrics
+    values = {f"trial/{name}": value for name, value in zip(names, outcome.values, strict=True)}
+    if len(names) == 1:
+        sign = -1 if plan.base.tune.objectives[0].startswith("max:") else 1
+        best = outcome.values[0] if best is None or sign * outcome.values[0] < sign * best else best
+        values[f"best/{names[0]}"] = best
+    hear("metrics", step=outcome.number, values=values)
+    return best
+
+
+def _best_value(study: "Study") -> float | None:
+    done = finished(study)
+    return study.best_value if done and len(study.directions) == 1 else None
+
+
+# ---------------------------------------------------------------- what it leaves
+
+
+def deliver_trials(plan: StudyPlan, run: Run) -> list[str]:
+    """Bring the event logs of all trials into the trackers; returns a warning line for each tracker that failed."""
+    from kajiya.run.trackers.dispatch import replay_all
+
+    folders = sorted(
+        path.parent
+        for path in run.store.runs.glob("*/manifest.json")
+        if read_json(path).get("study") == plan.id and not is_alive_run(path)
+    )
+    warnings = []
+    for name in plan.base.track.trackers:
+        try:
+            replay_all(folders, name, plan.base.track.options.get(name) or {})
+        except StoreError as problem:
+            warnings.append(str(problem))
+    return warnings
+
+
+def is_alive_run(manifest: Path) -> bool:
+    """Whether a process works on the run of that manifest."""
+    content: dict[str, Any] = read_json(manifest)
+    return content["status"] == "running" and is_alive(content["owner"])
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _open(plan: StudyPlan, store: Store, command: list[str]) -> Run:
+    run = Run(plan.folder, store, EventLog(plan.folder))
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    config = to_plain(replace(plan.base, serve=replace(plan.base.serve, api_key=None)))
+    if not (plan.folder / "manifest.json").is_file():
+        run.events.emit("config", config=config)
+        write_json(
+            plan.folder / "manifest.json",
+            {
+                "run": plan.id,
+                "name": plan.base.name,
+                "key": plan.id,
+                "created": time.time(),
+                "command": command,
+                "status": "running",
+                "attempts": 0,
+                "artifacts": {},
+                "provenance": collect_provenance(),
+                "recipe": plan.recipe,
+                "fixed": list(plan.fixed),
+            },
+        )
+    run.record(
+        config=config,
+        dimensions=to_plain(plan.dimensions),
+        status="running",
+        owner=process_facts(),
+        command=command,
+        attempts=run.manifest()["attempts"] + 1,
+    )
+    run.events.emit("opened", pid=process_facts()["pid"])
+    return run
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Hold the study's lock, which falls with the process. Raises `StoreError` while another search has it."""
+    with (run.folder / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"Study {run.id} is being searched by another process.\nWait for it or stop it."
+            ) from error
+        yield
+
+
+def _teller(run: Run, on_event: OnEvent) -> OnEvent:
+    def hear(kind: str, **fields: Any) -> None:
+        on_event(kind, **fields)
+        if kind != "progress":
+            run.events.emit(kind, **fields)
+
+    return hear

@@ -1,0 +1,213 @@
+"""Figures of a study: its course, what mattered, parallel coordinates, pairs of settings, the rungs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kajiya.flows.figure_files import Palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_NAMES = 12
+"""Distinct values of a setting that an axis names one by one."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trial with a figure."""
+
+    number: int
+    value: float
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HistoryData:
+    """Figures in the order of the trials."""
+
+    metric: str
+    points: Sequence[Point]
+    is_lower_better: bool
+    ended_early: Sequence[int]
+    """Numbers of trials without a figure."""
+
+
+@dataclass(frozen=True)
+class SpaceData:
+    """Trials in the space of their settings."""
+
+    metric: str
+    points: Sequence[Point]
+    keys: Sequence[str]
+    log_keys: frozenset[str]
+    is_lower_better: bool
+
+
+@dataclass(frozen=True)
+class RungsData:
+    """The course of each trial over its evaluations."""
+
+    metric: str
+    courses: Sequence[tuple[int, Sequence[tuple[int, float]], bool]]
+    """Number, (evaluation, value) and whether it came to its end."""
+    rungs: Sequence[int]
+
+
+def draw_history(figure: "Figure", data: HistoryData, palette: Palette, is_narrow: bool) -> None:
+    """Every trial's figure, and the best until then."""
+    figure.set_size_inches(figure.get_figwidth(), (300 if is_narrow else 320) / 72)
+    axes = figure.subplots()
+    numbers, values = [p.number for p in data.points], [p.value for p in data.points]
+    best = np.minimum.accumulate(values) if data.is_lower_better else np.maximum.accumulate(values)
+    axes.plot(numbers, values, "o", color=palette["series0"], markersize=5.5, label="a trial")
+    axes.step(numbers, best, where="post", color=palette["series1"], linewidth=2.2, label="the best so far")
+    if data.ended_early:
+        low = axes.get_ylim()[0]
+        axes.plot(data.ended_early, [low] * len(data.ended_early), "|", color=palette["neutral"], markersize=11,
+                  markeredgewidth=2, label="pruned or failed", clip_on=False)  # fmt: skip
+    axes.set_xlabel("trial")
+    axes.set_ylabel(data.metric)
+    axes.legend(loc="best")
+
+
+def draw_parallel(figure: "Figure", data: SpaceData, palette: Palette, is_narrow: bool) -> None:
+    """One line a trial through all of its settings; the better, the stronger its colour."""
+    figure.set_size_inches(figure.get_figwidth(), (360 if is_narrow else 380) / 72)
+    axes = figure.subplots()
+    columns = [_axis([p.settings.get(key) for p in data.points], key in data.log_keys) for key in data.keys]
+    columns.append(_axis([p.value for p in data.points], False))
+    ranks = _ranks(data)
+    for row in np.argsort(ranks):
+        share = 1 - ranks[row] / max(1, len(ranks) - 1)  # 1 for the best
+        colour = palette["series1"] if ranks[row] == 0 else palette["series0"]
+        axes.plot(range(len(columns)), [places[row] for places, _ in columns], color=colour,
+                  alpha=0.15 + 0.85 * share**2, linewidth=2.6 if ranks[row] == 0 else 1.4, zorder=2 + share)  # fmt: skip
+    names = [*data.keys, data.metric]
+    for x, (_, ticks) in enumerate(columns):
+        axes.axvline(x, color=palette["faint"], linewidth=1.4, zorder=1)
+        for place, text in ticks:
+            axes.annotate(text, (x, place), xytext=(4, 0), textcoords="offset points", va="center",
+                          fontsize=8.5 if is_narrow else 10, color=palette["ink"], zorder=9)  # fmt: skip
+    words = [name.rpartition(".")[2] if is_narrow else name for name in names]
+    axes.set_xticks(range(len(columns)), words, fontsize=8.5 if is_narrow else 11)
+    axes.set_xlim(-0.15, len(columns) - 1 + (0.75 if is_narrow else 0.4))
+    axes.set_yticks([])
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def draw_contour(figure: "Figure", data: SpaceData, palette: Palette, is_narrow: bool) -> None:
+    """The two settings that mattered most against each other; the surface between the trials is interpolated."""
+    figure.set_size_inches(figure.get_figwidth(), (340 if is_narrow else 380) / 72)
+    axes = figure.subplots()
+    keys = list(data.keys[:2])
+    (x, x_ticks), (y, y_ticks) = (
+        _axis([p.settings.get(key) for p in data.points], key in data.log_keys) for key in keys
+    )
+    values = np.array([p.value for p in data.points])
+    ranks = _ranks(data)
+    shades = 1 - ranks / max(1, len(ranks) - 1)
+    # A figure whose colours are roles cannot hold a colour map: depth is opacity of one colour.
+    if len(set(x)) > 2 and len(set(y)) > 2:
+        for level in np.quantile(values, (0.25, 0.5, 0.75)):
+            for segment in _isolines(x, y, values, float(level)):
+                axes.plot(segment[:, 0], segment[:, 1], color=palette["neutral"], linewidth=1.1, zorder=1)
+    for row in range(len(values)):
+        axes.plot(x[row], y[row], "o", color=palette["series1" if ranks[row] == 0 else "series0"],
+                  alpha=0.2 + 0.8 * float(shades[row]) ** 2, markersize=7 + 6 * float(shades[row]))  # fmt: skip
+    axes.set_xticks([place for place, _ in x_ticks], [text for _, text in x_ticks])
+    axes.set_yticks([place for place, _ in y_ticks], [text for _, text in y_ticks])
+    axes.set_xlabel(keys[0])
+    axes.set_ylabel(keys[1])
+
+
+def draw_rungs(figure: "Figure", data: RungsData, palette: Palette, is_narrow: bool) -> None:
+    """The course of every trial by evaluations; pruned ones end in a cross."""
+    figure.set_size_inches(figure.get_figwidth(), (320 if is_narrow else 340) / 72)
+    axes = figure.subplots()
+    for _, points, is_whole in data.courses:
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        colour = palette["series0"] if is_whole else palette["neutral"]
+        axes.plot(xs, ys, color=colour, linewidth=1.8 if is_whole else 1.2, marker="." if len(xs) == 1 else "")
+        if not is_whole:
+            axes.plot(xs[-1], ys[-1], "x", color=palette["series1"], markersize=6, markeredgewidth=1.8)
+    for rung in data.rungs:
+        axes.axvline(rung, color=palette["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=0)
+    _whole_numbers(axes)
+    axes.set_xlabel("evaluation" + (" (dotted: rungs)" if data.rungs else ""))
+    axes.set_ylabel(data.metric)
+
+
+def draw_front(figure: "Figure", data: SpaceData, palette: Palette, is_narrow: bool) -> None:
+    """Two objectives against each other; `keys` name them among the points' settings, and the points on the front have value 0."""
+    figure.set_size_inches(figure.get_figwidth(), (320 if is_narrow else 360) / 72)
+    axes = figure.subplots()
+    for is_front, colour in ((False, "neutral"), (True, "series1")):
+        chosen = [p.settings for p in data.points if (p.value == 0) == is_front]
+        label = "no other is better in both" if is_front else "other trials"
+        axes.plot([s[data.keys[0]] for s in chosen], [s[data.keys[1]] for s in chosen], "o", color=palette[colour],
+                  markersize=6.5, label=label)  # fmt: skip
+    axes.set_xlabel(data.keys[0])
+    axes.set_ylabel(data.keys[1])
+    axes.legend(loc="best")
+
+
+def _ranks(data: SpaceData) -> np.ndarray:
+    """0 for the best trial, 1 for the next …"""
+    values = np.array([p.value for p in data.points])
+    order = np.argsort(values if data.is_lower_better else -values, kind="stable")
+    ranks = np.empty(len(values))
+    ranks[order] = np.arange(len(values))
+    return ranks
+
+
+def _axis(values: Sequence[Any], is_log: bool) -> tuple[np.ndarray, list[tuple[float, str]]]:
+    """Places between 0 and 1, and ticks; numbers by size, anything else by name."""
+    is_number = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    if is_number and len(set(values)) > 1:
+        numbers = np.array(values, dtype=np.float64)
+        scaled = np.log(numbers) if is_log else numbers
+        low, high = scaled.min(), scaled.max()
+        places = (scaled - low) / (high - low)
+        distinct = sorted(set(numbers.tolist()))
+        if len(distinct) <= 5:
+            marks = distinct
+        else:
+            even = np.linspace(low, high, 4)
+            marks = [float(np.exp(mark)) if is_log else float(mark) for mark in even]
+        ticks = [((np.log(mark) if is_log else mark) - low) / (high - low) for mark in marks]
+        return places, [(float(tick), f"{mark:.3g}") for tick, mark in zip(ticks, marks, strict=True)]
+    names = list(dict.fromkeys(str(v) for v in values))[:_MOST_NAMES]
+    at = {name: (0.5 if len(names) == 1 else i / (len(names) - 1)) for i, name in enumerate(names)}
+    return np.array([at.get(str(v), 0.5) for v in values]), [(place, name) for name, place in at.items()]
+
+
+def _isolines(x: np.ndarray, y: np.ndarray, values: np.ndarray, level: float) -> list[np.ndarray]:
+    """Lines of equal value of the piecewise linear surface through the trials, as marching triangles draw them."""
+    from matplotlib.tri import Triangulation
+
+    try:
+        triangles = Triangulation(x, y).triangles
+    except (RuntimeError, ValueError):  # all trials on one line have no surface
+        return []
+    lines = []
+    for corners in triangles:
+        crossed = []
+        for a, b in ((0, 1), (1, 2), (2, 0)):
+            i, j = corners[a], corners[b]
+            if (values[i] < level) != (values[j] < level):
+                share = (level - values[i]) / (values[j] - values[i])
+                crossed.append((x[i] + share * (x[j] - x[i]), y[i] + share * (y[j] - y[i])))
+        if len(crossed) == 2:
+            lines.append(np.array(crossed))
+    return lines
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

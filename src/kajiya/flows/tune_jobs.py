@@ -1,0 +1,291 @@
+"""The study's side of a trial: starts its process, passes its evaluations to the pruner, and files how it ended."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kajiya.config.compose import compose
+from kajiya.config.digest import to_plain
+from kajiya.config.schema import Config
+from kajiya.config.sweep import Dimension, Value, as_override
+from kajiya.errors import ConfigError
+from kajiya.flows.tune_search import ASHA, metric_of, open_study, suggest
+from kajiya.run.alive import process_facts
+from kajiya.run.provenance import usable_cores
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+_END_S = 60.0
+"""Longest wait for a trial that was asked to save its state and stop, seconds."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """All that a worker, on whatever machine, needs to run a trial of the study."""
+
+    id: str
+    folder: Path
+    store: Path
+    recipe: str
+    config_dir: str | None
+    fixed: tuple[str, ...]
+    dimensions: tuple[Dimension, ...]
+    base: Config
+    """The recipe with every dimension at its first value."""
+    deadline: float | None = None
+    """Unix seconds after which no trial is begun."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the objectives' metrics."""
+        return [metric_of(objective) for objective in self.base.tune.objectives]
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    """How a trial's process ended."""
+
+    status: str
+    """finished, pruned, interrupted, failed, out of memory, not finite, timed out."""
+    run: str | None
+    values: dict[str, list[float]]
+    """Every value of each objective, in order of steps."""
+    problem: str | None
+    seconds: float
+    to_first_step: float | None
+    """From the start of the process to the start of its training loop, seconds."""
+
+    def figures(self, names: Sequence[str], which: str, signs: Sequence[int]) -> list[float]:
+        """The figure of each objective: the last value, or the best."""
+        pick = {"last": lambda values, _: values[-1], "best": lambda values, s: s * min(s * v for v in values)}[which]
+        return [pick(self.values[name], sign) for name, sign in zip(names, signs, strict=True)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job tells the study about one trial."""
+
+    number: int
+    status: str
+    values: list[float] | None
+    problem: str | None
+    run: str | None
+    seconds: float
+
+
+def run_ticket(plan: StudyPlan, _ticket: int) -> list[Outcome]:
+    """Run the next trial of the study, and after it every trial that successive halving has promoted meanwhile."""
+    if plan.deadline is not None and time.time() > plan.deadline:
+        return []
+    tune = plan.base.tune
+    study = open_study(tune, plan.folder, plan.id, plan.base.seed)
+    outcomes = [run_trial(plan, study)]
+    while isinstance(study.pruner, ASHA):
+        candidates = study.pruner.promotable(study)
+        if not candidates:
+            break
+        go_on(study, candidates[0].number, candidates[0].params, "promoted")
+        outcomes.append(run_trial(plan, open_study(tune, plan.folder, plan.id, plan.base.seed)))
+    return outcomes
+
+
+def go_on(study: "Study", number: int, params: dict[str, Any], reason: str) -> None:
+    """Queue the settings of a trial again: its run goes on from its checkpoint."""
+    study.enqueue_trial(params, user_attrs={"continues": number, "reason": reason})
+
+
+def run_trial(plan: StudyPlan, study: "Study") -> Outcome:
+    """Ask for settings, run them, tell what came of it. Nothing that a trial does ends the study."""
+    from optuna.trial import TrialState
+
+    trial = study.ask()
+    trial.set_user_attr("owner", process_facts())
+    try:
+        values = suggest(trial, plan.dimensions, plan.base.tune.space)
+        config = trial_config(plan, values)
+    except ConfigError as problem:
+        trial.set_user_attr("problem", str(problem).splitlines()[0])
+        study.tell(trial, state=TrialState.FAIL)
+        return Outcome(trial.number, "failed", None, str(problem), None, 0.0)
+    trial.set_user_attr("settings", {key: to_plain(value) for key, value in values.items()})
+    end = execute(plan, config, f"{trial.number:05d}", _Judge(study, trial), {"trial": trial.number})
+    for name, value in (("run", end.run), ("seconds", end.seconds), ("to_first_step", end.to_first_step)):
+        trial.set_user_attr(name, value)
+    if end.status == "finished":
+        signs = [-1 if each.startswith("max:") else 1 for each in plan.base.tune.objectives]
+        figures = end.figures(plan.metrics, plan.base.tune.value, signs)
+        study.tell(trial, figures)
+        return Outcome(trial.number, "finished", figures, None, end.run, end.seconds)
+    if end.problem or end.status != "pruned":
+        trial.set_user_attr("problem", end.problem or end.status)
+    trial.set_user_attr("status", end.status)
+    study.tell(trial, state=TrialState.PRUNED if end.status == "pruned" else TrialState.FAIL)
+    return Outcome(trial.number, end.status, None, end.problem, end.run, end.seconds)
+
+
+def trial_config(plan: StudyPlan, values: dict[str, Value]) -> Config:
+    """The config of a trial: the recipe, what is fixed, its own settings; nothing in it that only a person would look at."""
+    chosen = [as_override(key, value) for key, value in values.items()]
+    config = compose(plan.recipe, [*plan.fixed, *chosen], plan.config_dir)
+    return trimmed(config)
+
+
+def trimmed(config: Config) -> Config:
+    """The same training, without samples, baselines and trackers (which get the trials' event logs afterwards)."""
+    return replace(
+        config,
+        eval=replace(config.eval, samples=0, baselines=()),
+        track=replace(config.track, trackers=()),
+        serve=replace(config.serve, api_key=None),
+    )
+
+
+class _Judge:
+    """Tells Optuna each evaluation, under its number, and asks whether the trial goes on."""
+
+    def __init__(self, study: "Study", trial: "Trial") -> None:
+        self._trial = trial
+        self._is_asked = len(study.directions) == 1
+        self._seen: set[int] = set()
+
+    def __call__(self, step: int, value: float, is_past: bool) -> bool:
+        """Whether the trial goes on after this evaluation; of one that it had before, nobody is asked."""
+        if step in self._seen or not self._is_asked:
+            return True
+        self._seen.add(step)
+        if not math.isfinite(value):
+            self._trial.set_user_attr("problem", f"the evaluation at step {step} is {value}")
+            return False
+        self._trial.report(value, len(self._seen))
+        return is_past or not self._trial.should_prune()
+
+
+def everything_goes_on(_step: int, _value: float, _is_past: bool) -> bool:
+    """A judge that ends no run."""
+    return True
+
+
+# ---------------------------------------------------------------- the process
+
+
+def execute(
+    plan: StudyPlan, config: Config, name: str, judge: Callable[[int, float, bool], bool], facts: dict[str, Any]
+) -> TrialEnd:
+    """Run a config in a process of its own, its output in `trials/<name>.log` of the study's folder."""
+    tune = plan.base.tune
+    order = {
+        "config": to_plain(config),
+        "store": str(plan.store),
+        "objectives": plan.metrics,
+        "command": [],
+        "threads": max(1, usable_cores() // tune.parallel),
+        "memory_bytes": None if tune.trial_memory_gb is None else int(tune.trial_memory_gb * 2**30),
+        "facts": {"study": plan.id} | facts,
+    }
+    log = plan.folder / "trials" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    told: dict[str, Any] = {}
+    with log.open("ab") as output, _process(output) as process, _limit(process, tune.trial_minutes) as expired:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            _say(process, json.dumps(order))
+        for line in process.stdout:
+            said = json.loads(line)
+            told |= said
+            for step, value in said.get("history", []):
+                judge(step, float(value), True)
+            if "step" in said:
+                _say(process, "go" if judge(said["step"], float(said["value"]), False) else "prune")
+        process.wait()
+    seconds = time.time() - began
+    status, problem = told.get("status"), told.get("problem")
+    if expired.is_set():
+        status, problem = "timed out", f"not done after {tune.trial_minutes:g} min"
+    elif status is None:
+        status, problem = _unsaid(process.returncode, log)
+    started = told.get("started")
+    return TrialEnd(
+        str(status), told.get("run"), told.get("values") or {}, problem, seconds, started and started - began
+    )
+
+
+def _say(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+
+
+@contextmanager
+def _process(output: Any) -> Iterator["subprocess.Popen[str]"]:
+    """The trial's process; when the block is left early, it is asked to save its state, waited for, and in the end killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "kajiya.flows.tune_trial"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=output,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for the study, which passes it on
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+@contextmanager
+def _limit(process: "subprocess.Popen[str]", minutes: float | None) -> Iterator[threading.Event]:
+    """An event that is set when the process was killed because its time was up."""
+    expired = threading.Event()
+
+    def end() -> None:
+        expired.set()
+        process.kill()
+
+    timer = threading.Timer(minutes * 60, end) if minutes is not None else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield expired
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _unsaid(code: int, log: Path) -> tuple[str, str]:
+    """Of a process that ended without a last word: what it seems to have died of."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else "it said nothing"
+    if code == -signal.SIGTERM:
+        return "interrupted", "ended by SIGTERM"
+    if code == -signal.SIGKILL:
+        return "out of memory", "killed (SIGKILL), as the kernel does when memory runs out"
+    if code < 0:
+        return "failed", f"killed by {signal.Signals(-code).name}: {last}"
+    return "failed", f"exit status {code}: {last}"

@@ -1,0 +1,264 @@
+"""The report of a study: the verdict, the best settings, what mattered, every trial."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kajiya.config.quantities import format_seconds
+from kajiya.flows.figures import Bar, BarsData, draw_bars
+from kajiya.flows.report import write_page
+from kajiya.flows.report_page import Block, Code, Column, Details, Notice, Page, Section, Table, Text, Tiles
+from kajiya.flows.report_results import plot
+from kajiya.flows.report_settings import moment, public_command
+from kajiya.flows.tune_figures import (
+    HistoryData,
+    Point,
+    RungsData,
+    SpaceData,
+    draw_contour,
+    draw_front,
+    draw_history,
+    draw_parallel,
+    draw_rungs,
+)
+from kajiya.flows.tune_results import best_trials, count_trials, finished
+from kajiya.flows.tune_search import ASHA
+from kajiya.run.folder import Run
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+_FEWEST_FOR_IMPORTANCE = 4
+
+
+def write_study_report(run: Run, study: "Study", metrics: Sequence[str]) -> Path:
+    """Write `report/report.html` and `report.md` in the study's folder; returns the HTML's path."""
+    manifest = run.manifest()
+    counts = count_trials(study)
+    n = sum(counts.values())
+    sections = [
+        Section("asked", "What was asked", list(_asked(manifest))),
+        Section("best", "The best", list(_best(study, metrics, run))),
+        Section("confirmed", "Beyond the noise?", list(_confirmed(manifest))),
+        Section("course", "Course", list(_course(study, metrics))),
+        Section("settings", "What mattered", list(_mattered(study, metrics, manifest))),
+        Section("trials", "Trials", list(_trials(study, metrics))),
+    ]
+    page = Page(
+        title=f"{manifest['name']}: search",
+        status="finished",
+        status_words="searched",
+        subtitle=f"{run.id} · begun {moment(manifest['created'])}",
+        verdict=_verdict(study, metrics, manifest),
+        blocks=[Tiles([(str(n), "configurations tried"), *((str(count), state) for state, count in counts.items())])],
+        sections=sections,
+        footer=f"Written by Kajiya on {moment(time.time())}, from the study's storage and the runs' manifests.",
+    )
+    return write_page(page, run.folder / "report")
+
+
+def _verdict(study: "Study", metrics: Sequence[str], manifest: dict[str, Any]) -> list[str]:
+    ranked = best_trials(study)
+    if not ranked:
+        return ["No trial came to an end: there is nothing to choose from."]
+    best = ranked[0]
+    if len(metrics) > 1:
+        return [f"{len(ranked)} trials are not beaten in all of {', '.join(metrics)} by any other."]
+    said = [f"Trial {best.number} is the best of {len(finished(study))}: {metrics[0]} = {best.value:.5g}."]
+    confirmed = manifest.get("confirmed")
+    return said + [f"{text[0].upper()}{text[1:]}." for text in (confirmed["verdicts"] if confirmed else [])]
+
+
+def _asked(manifest: dict[str, Any]) -> Iterator[Block]:
+    tune = manifest["config"]["tune"]
+    yield Code(public_command(manifest["command"]) if manifest["command"] else "(started from Python)", "sh")
+    yield Text(
+        f"Objective: {', '.join(tune['objectives'])} ({tune['value']} value). Sampler {tune['sampler']['name']}, "
+        f"pruner {tune['pruner']['name']}, {tune['parallel']} at once by {tune['launcher']['name']}."
+    )
+    columns = [Column("setting", "code"), Column("varies over"), Column("scale")]
+    rows = [
+        [each["key"], _range_words(each), "logarithmic" if each["is_log"] else ""] for each in manifest["dimensions"]
+    ]
+    if rows:
+        yield Table(columns, rows)
+    if tune["space"]:
+        yield Text(f"Further settings come from {tune['space']}.")
+
+
+def _range_words(dimension: dict[str, Any]) -> str:
+    if dimension["choices"]:
+        return ", ".join(str(choice) for choice in dimension["choices"])
+    kind = "whole numbers" if dimension["is_int"] else "numbers"
+    step = f" in steps of {dimension['step']:g}" if dimension["step"] else ""
+    return f"{kind} from {dimension['low']:g} to {dimension['high']:g}{step}"
+
+
+def _best(study: "Study", metrics: Sequence[str], run: Run) -> Iterator[Block]:
+    ranked = best_trials(study)[:5]
+    if not ranked:
+        yield Notice("No trial came to an end.", "bad")
+        return
+    yield Table(*_trial_table(ranked, metrics), strong=frozenset({0} if len(metrics) == 1 else ()))
+    yield Text("The best settings are written as a recipe; this trains, evaluates and reports it:")
+    yield Code(f"kajiya train {run.folder / 'best.yaml'}", "sh")
+
+
+def _confirmed(manifest: dict[str, Any]) -> Iterator[Block]:
+    found = manifest.get("confirmed")
+    if found is None:
+        yield Notice(
+            "Not run again over fresh seeds (tune.confirm_seeds is 0, there are several objectives, or no best)."
+        )
+        return
+    for text in found["verdicts"]:
+        yield Text(f"{text[0].upper()}{text[1:]}.")
+    rows = [
+        [name, str(len(values)), f"{sum(values) / len(values):.5g}", ", ".join(f"{v:.5g}" for v in values)]
+        for name, values in found["values"].items()
+        if values
+    ]
+    yield Table([Column(""), Column("seeds", "number"), Column("mean", "number"), Column("values")], rows)
+    if found["noise"] is not None:
+        yield Text(
+            f"The noise floor, the standard deviation over seeds of the best: {found['noise']:.3g}.", is_aside=True
+        )
+    yield Text(
+        "The search chose the best on its own seed, which flatters it; these seeds are fresh. The test is Welch's t-test.",
+        is_aside=True,
+    )
+    for text in found["failed"]:
+        yield Notice(f"Left out: {text}", "warn")
+
+
+def _course(study: "Study", metrics: Sequence[str]) -> Iterator[Block]:
+    done = finished(study)
+    if not done:
+        yield Notice("There is no finished trial to draw.")
+        return
+    if len(metrics) > 1:
+        front = {trial.number for trial in study.best_trials}
+        points = [
+            Point(t.number, 0.0 if t.number in front else 1.0, dict(zip(metrics, t.values or [], strict=True)))
+            for t in done
+        ]
+        yield plot(
+            "front",
+            draw_front,
+            SpaceData("", points, metrics, frozenset(), True),
+            "Objectives",
+            "Every finished trial.",
+        )
+        return
+    without = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name in ("PRUNED", "FAIL")]
+    data = HistoryData(metrics[0], _points(done), _is_lower_better(study), without)
+    yield plot(
+        "history", draw_history, data, f"{metrics[0]} by trial", "The figure of each finished trial, in their order."
+    )
+    courses = [
+        (t.number, sorted(t.intermediate_values.items()), t.state.name == "COMPLETE")
+        for t in study.get_trials(deepcopy=False)
+        if t.intermediate_values
+    ]
+    if courses:
+        last = max(points[-1][0] for _, points, _ in courses)
+        rungs = study.pruner.rungs(last) if isinstance(study.pruner, ASHA) else []
+        yield plot("rungs", draw_rungs, RungsData(metrics[0], courses, rungs), "Trials over evaluations",
+                   "The evaluations of every trial during its training; a cross is where one was ended.")  # fmt: skip
+
+
+def _mattered(study: "Study", metrics: Sequence[str], manifest: dict[str, Any]) -> Iterator[Block]:
+    done = finished(study)
+    keys = [
+        key
+        for key in dict.fromkeys(k for t in done for k in t.params)
+        if len({str(t.params.get(key)) for t in done}) > 1
+    ]
+    if len(done) < _FEWEST_FOR_IMPORTANCE or not keys:
+        yield Notice(f"Too few finished trials ({len(done)}) to say what mattered.")
+        return
+    if len(metrics) > 1:
+        yield Notice(
+            "With several objectives, what mattered depends on which; see Optuna's own dashboard on the study."
+        )
+        return
+    shares = _importance(study, keys)
+    if shares:
+        bars = [Bar(key, share, f"{share:.0%}", 0) for key, share in shares.items()]
+        said = ", ".join(f"{bar.label} {bar.text}" for bar in bars)
+        caption = "Share of the figure's variance that each setting explains among the finished trials (fANOVA)."
+        yield plot("importance", draw_bars, BarsData("share of the variance", bars), f"Importance: {said}", caption)
+        keys = list(shares)
+    log_keys = frozenset(each["key"] for each in manifest["dimensions"] if each["is_log"])
+    complete = [t for t in done if all(key in t.params for key in keys)]
+    data = SpaceData(metrics[0], _points(complete), keys, log_keys, _is_lower_better(study))
+    if len(complete) > 1:
+        yield plot("parallel", draw_parallel, data, "Parallel coordinates of the trials",
+                   "One line a finished trial; the better, the stronger. The best stands out.")  # fmt: skip
+    if len(keys) > 1 and len(complete) > 1:
+        yield plot("contour", draw_contour, data, f"{keys[0]} against {keys[1]}",
+                   "The two settings that mattered most; larger and stronger is better, lines join equal figures.")  # fmt: skip
+
+
+def _importance(study: "Study", keys: Sequence[str]) -> dict[str, float]:
+    """fANOVA (Hutter et al., 2014) over the settings that every finished trial has; empty where there are none."""
+    import importlib.util
+
+    import optuna
+
+    common = [key for key in keys if all(key in trial.params for trial in finished(study))]
+    if not common or importlib.util.find_spec("sklearn") is None:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    try:
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=common))
+    except (RuntimeError, ValueError):  # trials that all came out the same have no variance to share out
+        return {}
+
+
+def _trials(study: "Study", metrics: Sequence[str]) -> Iterator[Block]:
+    trials = study.get_trials(deepcopy=False)
+    starts = sorted(t.user_attrs["to_first_step"] for t in trials if t.user_attrs.get("to_first_step"))
+    if starts:
+        middle = starts[len(starts) // 2]
+        yield Text(
+            f"From the start of a trial's process to its first step: {format_seconds(middle)} (median).", is_aside=True
+        )
+    yield Details(f"All {len(trials)} trials", [Table(*_trial_table(trials, metrics))])
+    problems = [[str(t.number), str(t.user_attrs["problem"])] for t in trials if "problem" in t.user_attrs]
+    if problems:
+        yield Text("What went wrong:")
+        yield Table([Column("trial", "number"), Column("problem")], problems)
+
+
+def _trial_table(trials: "Sequence[FrozenTrial]", metrics: Sequence[str]) -> tuple[list[Column], list[list[str]]]:
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.user_attrs.get("settings", {})))
+    columns = [Column("trial", "number"), Column("ended"), *(Column(name, "number") for name in metrics)]
+    columns += [*(Column(key, "number") for key in keys), Column("time", "number"), Column("run", "code")]
+    rows = []
+    for trial in trials:
+        values = [f"{value:.5g}" for value in trial.values] if trial.values else ["—"] * len(metrics)
+        settings = trial.user_attrs.get("settings", {})
+        chosen = [_short(settings[key]) if key in settings else "—" for key in keys]
+        seconds = trial.user_attrs.get("seconds")
+        ended = {"COMPLETE": "finished", "PRUNED": "pruned"}.get(trial.state.name)
+        ended = ended or trial.user_attrs.get("status") or trial.user_attrs.get("problem") or trial.state.name.lower()
+        if "continues" in trial.user_attrs:
+            ended += f" (went on from {trial.user_attrs['continues']})"
+        span = format_seconds(seconds) if seconds else "—"
+        rows.append([str(trial.number), ended, *values, *chosen, span, str(trial.user_attrs.get("run") or "—")])
+    return columns, rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _points(trials: "Sequence[FrozenTrial]") -> list[Point]:
+    return [Point(t.number, float(t.value or 0.0), dict(t.params)) for t in trials]
+
+
+def _is_lower_better(study: "Study") -> bool:
+    return study.direction.name != "MAXIMIZE"

@@ -1,0 +1,69 @@
+"""What a study has come to: trials by how they ended, the best of them, its config as a recipe."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kajiya.config.compose import compose
+from kajiya.config.digest import to_plain
+from kajiya.config.schema import Config
+from kajiya.config.sweep import Value, as_override
+from kajiya.flows.report_settings import public_config
+from kajiya.flows.tune_jobs import StudyPlan
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+
+def finished(study: "Study") -> "list[FrozenTrial]":
+    """Trials that came to their end with a figure."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+
+
+def count_trials(study: "Study") -> dict[str, int]:
+    """Configurations by how they ended: finished, pruned, failed and why, waiting."""
+    trials = study.get_trials(deepcopy=False)
+    gone_on = {trial.user_attrs.get("continues") for trial in trials}
+    counts: dict[str, int] = {}
+    for trial in trials:
+        if trial.number in gone_on:
+            continue
+        status = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}.get(trial.state.name, "not ended")
+        status = trial.user_attrs.get("status", status) if status == "failed" else status
+        counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+def best_trials(study: "Study") -> "list[FrozenTrial]":
+    """Finished trials, the best first, each configuration once; of several objectives, those that no other beats in all."""
+    if not finished(study):
+        return []
+    if len(study.directions) > 1:
+        return study.best_trials
+    sign = -1 if study.direction.name == "MAXIMIZE" else 1
+    ranked = sorted(finished(study), key=lambda trial: sign * (trial.value or 0.0))
+    return list({str(trial.user_attrs["settings"]): trial for trial in reversed(ranked)}.values())[::-1]
+
+
+def config_of(plan: StudyPlan, trial: "FrozenTrial") -> Config:
+    """The config of a trial, with everything that a run of its own shall have."""
+    values: dict[str, Value] = trial.user_attrs["settings"]
+    chosen = [as_override(key, value) for key, value in values.items()]
+    return compose(plan.recipe, [*plan.fixed, *chosen], plan.config_dir)
+
+
+def write_best(plan: StudyPlan, study: "Study") -> Path | None:
+    """`best.yaml` in the study's folder: the best trial's config as a recipe."""
+    import yaml
+
+    ranked = best_trials(study)
+    if not ranked:
+        return None
+    best = ranked[0]
+    config = to_plain(config_of(plan, best))
+    del config["tune"]
+    config["name"] = f"{config['name']}-best"
+    head = f"# Trial {best.number} of study {plan.id}: {', '.join(f'{v:.6g}' for v in best.values or [])}.\n"
+    path = plan.folder / "best.yaml"
+    path.write_text(head + yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path

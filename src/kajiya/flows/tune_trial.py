@@ -1,0 +1,131 @@
+"""One trial in a process of its own: `python -m kajiya.flows.tune_trial`, ordered and answered line by line.
+
+The first line on stdin is the order, JSON: `config`, `store`, `objectives`, `command`, `threads`, `memory_bytes`, `facts`.
+Lines on stdout, JSON: `{"run": id}`, `{"history": [[step, value], …]}`, `{"step": n, "value": x}`, and at last
+`{"status": …, "values": {…}, "problem": …}`. Each `step` line waits for an answer: `go`, or `prune`, which stops the run
+with a checkpoint; so does the end of whoever gave the order.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from kajiya.config.compose import from_plain
+from kajiya.errors import KajiyaError, RunBusyError, TrainingError
+from kajiya.flows.run_history import read_history
+from kajiya.run.store import Store
+
+_POLL_S = 0.5
+
+
+class Channel:
+    """The two pipes to the process that gave the order."""
+
+    def __init__(self, to_parent: TextIO, from_parent: TextIO) -> None:
+        self._to = to_parent
+        self._from = from_parent
+        self.is_pruned = False
+
+    def say(self, **fields: Any) -> None:
+        """One line; a parent that is gone does not hear it, and the watch ends the run."""
+        with contextlib.suppress(BrokenPipeError):
+            self._to.write(json.dumps(fields) + "\n")
+            self._to.flush()
+
+    def ask(self, step: int, value: float) -> bool:
+        """Tell an evaluation; whether the run goes on."""
+        self.say(step=step, value=str(value))
+        answer = self._from.readline().strip()
+        self.is_pruned = answer == "prune"
+        return answer == "go"
+
+
+def main() -> int:
+    """Entry of the process; exit status 0 whenever the last line was said."""
+    # Whatever a library prints goes to the log: the pipe carries the protocol alone.
+    channel = Channel(os.fdopen(os.dup(1), "w", encoding="utf-8"), sys.stdin)
+    os.dup2(2, 1)
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_stop_without_parent, args=(os.getppid(),), daemon=True).start()
+    if order["memory_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (order["memory_bytes"], order["memory_bytes"]))
+    try:
+        channel.say(**_run(order, channel))
+    except BaseException as problem:
+        channel.say(status=_failure(problem), values={}, problem=f"{type(problem).__name__}: {problem}")
+        if not isinstance(problem, (KajiyaError, MemoryError)):
+            raise
+    return 0
+
+
+def _run(order: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    from kajiya.flows.train import Scope, train
+
+    config, store, objectives = from_plain(order["config"]), Store(Path(order["store"])), order["objectives"]
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "run":
+            current["run"] = fields["id"]
+            channel.say(run=fields["id"])
+        elif kind == "started":
+            channel.say(started=time.time())
+            if fields["resumed_from"] is not None:
+                curve = read_history(store.runs / current["run"]).curves.get(objectives[0], [])
+                channel.say(history=[[step, str(value)] for step, value in curve])
+        elif kind == "metrics" and is_judged and objectives[0] in fields["values"]:
+            goes_on = channel.ask(fields["step"], float(fields["values"][objectives[0]]))
+            if not goes_on:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    current: dict[str, str] = {}
+    is_judged = not objectives[0].startswith("test/")  # those come when the training is over
+    scope = Scope(
+        is_evaluated=any(name.startswith("test/") for name in objectives),
+        is_reported=False,
+        threads=order["threads"],
+        facts=order["facts"],
+    )
+    while True:
+        try:
+            trained = train(config, store, command=order["command"], on_event=hear, scope=scope)
+            break
+        except RunBusyError:  # the same settings twice, or a last attempt that is still saving its state
+            time.sleep(_POLL_S)
+    if trained.model is None:
+        return {"status": "pruned" if channel.is_pruned else "interrupted", "values": {}, "problem": None}
+    curves = read_history(trained.run.folder).curves
+    missing = [name for name in objectives if not curves.get(name)]
+    if missing:
+        known = ", ".join(sorted(curves))
+        return {"status": "failed", "values": {}, "problem": f"the run logged no finite {missing[0]}; it has {known}"}
+    values = {name: [value for _, value in curves[name]] for name in objectives}
+    return {"status": "finished", "values": values, "problem": None}
+
+
+def _failure(problem: BaseException) -> str:
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted"
+    words = str(problem).lower()
+    if isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+        return "out of memory"
+    if isinstance(problem, TrainingError) and "not finite" in words:
+        return "not finite"
+    return "failed"
+
+
+def _stop_without_parent(parent: int) -> None:
+    """A trial whose study is gone saves its state and ends."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
