@@ -63,6 +63,9 @@ def demo(
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Every combination of a=1,2 b=x,y, each a run of its own.")
+    ] = False,
     config_dir: ConfigDir = None,
     store: StoreOption = None,
     as_json: Json = False,
@@ -70,6 +73,9 @@ def train(
     """Train a recipe, evaluate the model, write the report. The same command goes on where it was interrupted."""
     from kajiya.config.compose import compose
 
+    if multirun:
+        _multirun(recipe, overrides or [], config_dir, store, as_json)
+        return
     trained = _train(compose(recipe, overrides or [], config_dir), store, _console(to_stderr=as_json))
     if as_json:
         from kajiya.run.inspect import run_facts
@@ -428,6 +434,27 @@ def _train(config: "Config", store: str | None, console: "Console") -> "Trained"
         raise typer.Exit(0) from None
     say_outcome(console, trained, command)
     return trained
+
+
+def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store: str | None, as_json: bool) -> None:
+    from kajiya.flows.multirun import multirun
+    from kajiya.flows.stopping import sigterm_as_interrupt
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    try:
+        with sigterm_as_interrupt(), Screen(console) as screen:
+            found = multirun(recipe, overrides, default_store(store), config_dir=config_dir, on_event=screen.on_event)
+    except KeyboardInterrupt:
+        console.print("Interrupted. Nothing is lost: the same command goes on where it was.")
+        raise typer.Exit(0) from None
+    if as_json:
+        _print_json(found)
+    runs = [member.run for member in found if member.run and member.status == "finished"]
+    console.print(f"Compare them: kajiya report {' '.join(runs)}", highlight=False, soft_wrap=True)
+    if len(runs) < len(found):
+        raise typer.Exit(1)
 
 
 def _serve(config: "Config", folder: Path, name: str, console: "Console") -> None:

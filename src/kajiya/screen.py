@@ -33,6 +33,7 @@ _STAGE_WORDS = {
     "evaluation": "Evaluating on the held-out text",
     "report": "Writing the report",
     "search": "Searching",
+    "multirun": "Training every combination",
     "confirm": "The best two and the recipe over fresh seeds",
 }
 _SHOWN = ("eval/accuracy", "eval/rewards/accuracies", "eval/absolute_error")
@@ -81,6 +82,7 @@ class Screen:
             "ledger": self._ledger,
             "warning": self._warning,
             "trial": self._trial,
+            "member": self._member,
         }
         if kind in shows:
             shows[kind](**fields)
@@ -145,6 +147,9 @@ class Screen:
     ) -> None:
         said = ", ".join(f"{value:.5g}" for value in values) if values else problem or ""
         self.say(f"  trial {number}: {status} {_escape(said)} · {format_seconds(seconds)}")
+
+    def _member(self, text: str) -> None:
+        self.say(f"  {_escape(text)}")
 
     def _warning(self, text: str) -> None:
         self.say(f"  [yellow]warning:[/yellow] {_escape(text)}")

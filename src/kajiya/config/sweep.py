@@ -74,6 +74,10 @@ def _dimension(override: Any) -> Dimension:
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 
     key, sweep = override.key_or_group, override._value
+    if not isinstance(sweep, (ChoiceSweep, RangeSweep, IntervalSweep)):
+        raise ConfigError(
+            key, f"a {type(sweep).__name__} cannot be searched", "Use choice(…), range(…) or interval(…)."
+        )
     is_log = "log" in sweep.tags
     if isinstance(sweep, ChoiceSweep):
         return Dimension(key, choices=tuple(_plain(element, override) for element in sweep.list))
@@ -84,15 +88,13 @@ def _dimension(override: Any) -> Dimension:
             raise ConfigError(key, "the range holds no number")
         is_int = low.is_integer() and step.is_integer()
         return Dimension(key, low=low, high=low + step * (count - 1), step=step, is_int=is_int)
-    if isinstance(sweep, IntervalSweep):
-        low, high = float(sweep.start or 0), float(sweep.end or 0)
-        if not low < high:
-            raise ConfigError(key, f"the interval from {low:g} to {high:g} is empty")
-        if is_log and low <= 0:
-            raise ConfigError(key, f"a logarithmic scale cannot begin at {low:g}")
-        is_int = (isinstance(sweep.start, int) and isinstance(sweep.end, int)) or schema_type(key) is int
-        return Dimension(key, low=low, high=high, is_int=is_int, is_log=is_log)
-    raise ConfigError(key, f"a {type(sweep).__name__} cannot be searched", "Use choice(…), range(…) or interval(…).")
+    low, high = float(sweep.start or 0), float(sweep.end or 0)
+    if not low < high:
+        raise ConfigError(key, f"the interval from {low:g} to {high:g} is empty")
+    if is_log and low <= 0:
+        raise ConfigError(key, f"a logarithmic scale cannot begin at {low:g}")
+    is_int = (isinstance(sweep.start, int) and isinstance(sweep.end, int)) or schema_type(key) is int
+    return Dimension(key, low=low, high=high, is_int=is_int, is_log=is_log)
 
 
 def _plain(element: Any, override: Any) -> Value:

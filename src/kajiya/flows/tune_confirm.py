@@ -59,8 +59,8 @@ def confirm(plan: StudyPlan, study: "Study", hear: OnEvent) -> dict[str, Any]:
 
 def _repeat(plan: StudyPlan, repeat: Repeat) -> tuple[Repeat, TrialEnd]:
     name = f"confirm-{repeat.name.replace(' ', '-')}-seed-{repeat.seed}"
-    end = execute(plan, repeat.config, name, everything_goes_on, {"confirms": repeat.name, "seed": repeat.seed})
-    return repeat, end
+    job = plan.job(repeat.config, name, {"confirms": repeat.name, "seed": repeat.seed})
+    return repeat, execute(job, everything_goes_on)
 
 
 def _verdicts(values: Mapping[str, Sequence[float]], sign: int) -> list[str]:

@@ -9,15 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kajiya.config.compose import compose
 from kajiya.config.digest import to_plain
-from kajiya.config.schema import Config
+from kajiya.config.schema import Config, TuneConfig
 from kajiya.config.sweep import Dimension, Value, as_override
 from kajiya.errors import ConfigError
 from kajiya.flows.tune_search import ASHA, metric_of, open_study, suggest
@@ -51,6 +51,11 @@ class StudyPlan:
     def metrics(self) -> list[str]:
         """Names of the objectives' metrics."""
         return [metric_of(objective) for objective in self.base.tune.objectives]
+
+    def job(self, config: Config, name: str, facts: dict[str, Any]) -> "Job":
+        """One of the study's runs, its output in `trials/<name>.log` of the study's folder."""
+        log = self.folder / "trials" / f"{name}.log"
+        return Job(config, self.store, self.base.tune, log, tuple(self.metrics), {"study": self.id} | facts)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def run_trial(plan: StudyPlan, study: "Study") -> Outcome:
         study.tell(trial, state=TrialState.FAIL)
         return Outcome(trial.number, "failed", None, str(problem), None, 0.0)
     trial.set_user_attr("settings", {key: to_plain(value) for key, value in values.items()})
-    end = execute(plan, config, f"{trial.number:05d}", _Judge(study, trial), {"trial": trial.number})
+    end = execute(plan.job(config, f"{trial.number:05d}", {"trial": trial.number}), _Judge(study, trial))
     for name, value in (("run", end.run), ("seconds", end.seconds), ("to_first_step", end.to_first_step)):
         trial.set_user_attr(name, value)
     if end.status == "finished":
@@ -180,21 +185,37 @@ def everything_goes_on(_step: int, _value: float, _is_past: bool) -> bool:
 # ---------------------------------------------------------------- the process
 
 
-def execute(
-    plan: StudyPlan, config: Config, name: str, judge: Callable[[int, float, bool], bool], facts: dict[str, Any]
-) -> TrialEnd:
-    """Run a config in a process of its own, its output in `trials/<name>.log` of the study's folder."""
-    tune = plan.base.tune
+@dataclass(frozen=True)
+class Job:
+    """A config to be run in a process of its own."""
+
+    config: Config
+    store: Path
+    tune: TuneConfig
+    """How many share the machine, and how much time and memory each may take."""
+    log: Path
+    """File for what the process prints."""
+    objectives: tuple[str, ...] = ()
+    """Metrics whose values are wanted; the judge hears the first one's as they come."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the run's manifest says of where it belongs."""
+    is_whole: bool = False
+    """Evaluate and report, as a run that a person asked for."""
+
+
+def execute(job: Job, judge: Callable[[int, float, bool], bool]) -> TrialEnd:
+    """Run a job; however it ends is the result."""
+    tune, log = job.tune, job.log
     order = {
-        "config": to_plain(config),
-        "store": str(plan.store),
-        "objectives": plan.metrics,
+        "config": to_plain(job.config),
+        "store": str(job.store),
+        "objectives": list(job.objectives),
         "command": [],
         "threads": max(1, usable_cores() // tune.parallel),
         "memory_bytes": None if tune.trial_memory_gb is None else int(tune.trial_memory_gb * 2**30),
-        "facts": {"study": plan.id} | facts,
+        "facts": dict(job.facts),
+        "is_whole": job.is_whole,
     }
-    log = plan.folder / "trials" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.time()
     told: dict[str, Any] = {}

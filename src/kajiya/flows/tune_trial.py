@@ -1,6 +1,7 @@
 """One trial in a process of its own: `python -m kajiya.flows.tune_trial`, ordered and answered line by line.
 
-The first line on stdin is the order, JSON: `config`, `store`, `objectives`, `command`, `threads`, `memory_bytes`, `facts`.
+The first line on stdin is the order, JSON: `config`, `store`, `objectives`, `command`, `threads`, `memory_bytes`,
+`facts`, `is_whole`.
 Lines on stdout, JSON: `{"run": id}`, `{"history": [[step, value], …]}`, `{"step": n, "value": x}`, and at last
 `{"status": …, "values": {…}, "problem": …}`. Each `step` line waits for an answer: `go`, or `prune`, which stops the run
 with a checkpoint; so does the end of whoever gave the order.
@@ -76,7 +77,7 @@ def _run(order: dict[str, Any], channel: Channel) -> dict[str, Any]:
             channel.say(run=fields["id"])
         elif kind == "started":
             channel.say(started=time.time())
-            if fields["resumed_from"] is not None:
+            if fields["resumed_from"] is not None and is_judged:
                 curve = read_history(store.runs / current["run"]).curves.get(objectives[0], [])
                 channel.say(history=[[step, str(value)] for step, value in curve])
         elif kind == "metrics" and is_judged and objectives[0] in fields["values"]:
@@ -85,10 +86,10 @@ def _run(order: dict[str, Any], channel: Channel) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     current: dict[str, str] = {}
-    is_judged = not objectives[0].startswith("test/")  # those come when the training is over
+    is_judged = bool(objectives) and not objectives[0].startswith("test/")  # those come when the training is over
     scope = Scope(
-        is_evaluated=any(name.startswith("test/") for name in objectives),
-        is_reported=False,
+        is_evaluated=order["is_whole"] or any(name.startswith("test/") for name in objectives),
+        is_reported=order["is_whole"],
         threads=order["threads"],
         facts=order["facts"],
     )

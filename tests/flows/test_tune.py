@@ -1,0 +1,329 @@
+"""The search: its logic with trials that cost nothing, and (slow) with real ones that crash, are killed and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tests.conftest import Finished, small_overrides
+
+from kajiya.config.compose import compose
+from kajiya.config.options import ASHAPruner
+from kajiya.config.schema import LauncherConfig
+from kajiya.errors import ConfigError
+from kajiya.flows import tune_confirm, tune_jobs
+from kajiya.flows.launch import launch
+from kajiya.flows.multirun import multirun
+from kajiya.flows.tune import tune
+from kajiya.flows.tune_jobs import Job, TrialEnd
+from kajiya.flows.tune_search import ASHA, open_study
+from kajiya.run.files import read_json
+from kajiya.run.store import Store
+
+RECIPE = "stdlib-pretrain"
+EVALS = 9
+
+
+@pytest.fixture(autouse=True)
+def _optuna_is_quiet() -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def _curve(job: Job) -> list[float]:
+    """A held-out loss that is best at lr = 1e-3 and 4 layers, with a little noise by seed."""
+    config = job.config
+    noise = 1e-3 * np.random.default_rng(config.seed).normal()
+    floor = 2 + abs(np.log10(config.optim.lr) + 3) + 0.1 * abs((config.model.n_layers or 2) - 4) + noise
+    return [floor + 1 / (n + 1) for n in range(EVALS)]
+
+
+class Trials:
+    """In place of processes: what each job would have logged, told to the judge as a process would."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.saved: dict[str, int] = {}
+        self.steps_run = 0
+
+    def execute(self, job: Job, judge: Any) -> TrialEnd:
+        self.jobs.append(job)
+        curve, settings = _curve(job), str((job.config.optim.lr, job.config.model.n_layers, job.config.seed))
+        if job.config.train.micro_batch == 13:
+            return TrialEnd("out of memory", None, {}, "killed", 0.1, None)
+        begin = self.saved.get(settings, 0)
+        for n in range(begin):
+            judge(n + 1, curve[n], True)
+        for n in range(begin, EVALS):
+            self.steps_run += 1
+            self.saved[settings] = n + 1
+            if not judge(n + 1, curve[n], False):
+                return TrialEnd("pruned", "run", {}, None, 0.1, 0.05)
+        return TrialEnd("finished", f"run-{len(self.jobs)}", dict.fromkeys(job.objectives, curve), None, 0.1, 0.05)
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
+    found = Trials()
+    monkeypatch.setattr(tune_jobs, "execute", found.execute)
+    monkeypatch.setattr(tune_confirm, "execute", found.execute)
+    return found
+
+
+def _tune(finished: Finished, *words: str, **more: Any) -> Any:
+    return tune(RECIPE, [*small_overrides(), *words], finished.store, **more)
+
+
+LR = "optim.lr=tag(log,interval(1e-5,1e-1))"
+LAYERS = "model.n_layers=choice(2,4)"
+
+
+def test_a_search_finds_the_best_writes_its_recipe_and_says_whether_it_is_beyond_the_noise(
+    finished: Finished, trials: Trials
+) -> None:
+    heard: list[str] = []
+    done = _tune(finished, LR, LAYERS, "tune.trials=12", on_event=lambda kind, **_: heard.append(kind))
+    assert done.counts == {"finished": 12}
+    assert heard.count("trial") == 12
+    best = compose(str(done.best))
+    assert best.model.n_layers == 4
+    assert best.name == "stdlib-pretrain-best"
+    assert "tune" not in yaml.safe_load(done.best.read_text())
+    confirmed = done.run.manifest()["confirmed"]
+    assert confirmed["seeds"] == [1, 2, 3]
+    assert {name: len(values) for name, values in confirmed["values"].items()} == {
+        next(iter(confirmed["values"])): 3, list(confirmed["values"])[1]: 3, "the recipe": 3}  # fmt: skip
+    assert "is better than the recipe by" in confirmed["verdicts"][1]
+    assert "beyond the noise of seeds" in confirmed["verdicts"][1]
+    html = done.report.read_text()
+    for name in ("history", "rungs", "importance", "parallel", "contour"):
+        assert f'id="figure-{name}"' in html
+    # The same command has nothing left to do; more trials are added to the same study.
+    n_jobs = len(trials.jobs)
+    assert _tune(finished, LR, LAYERS, "tune.trials=12", "tune.confirm_seeds=0").counts == {"finished": 12}
+    assert len(trials.jobs) == n_jobs
+    more = _tune(finished, LR, LAYERS, "tune.trials=13", "tune.confirm_seeds=0", "tune.storage=null")
+    assert more.counts == {"finished": 13}
+    assert more.run.id == done.run.id
+
+
+def test_a_grid_is_tried_once_each_and_failures_are_counted(finished: Finished, trials: Trials) -> None:
+    words = ("tune.sampler.name=grid", "train.micro_batch=choice(2,13)", LAYERS, "tune.confirm_seeds=0")
+    done = _tune(finished, *words, "tune.storage=journal")
+    assert done.counts == {"finished": 2, "out of memory": 2}
+    tried = sorted((job.config.train.micro_batch, job.config.model.n_layers) for job in trials.jobs)
+    assert tried == [(2, 2), (2, 4), (13, 2), (13, 4)]
+    assert "killed" in (done.report.parent / "report.md").read_text()
+    with pytest.raises(ConfigError, match="has no grid"):
+        _tune(finished, "tune.sampler.name=grid", LR)
+
+
+def test_what_was_interrupted_goes_on_and_counts_once(
+    finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("optim.lr=tag(log,interval(1e-5,2e-1))", "tune.trials=4", "tune.confirm_seeds=0")
+    real = trials.execute
+
+    def cut(job: Job, judge: Any) -> TrialEnd:
+        if len(trials.jobs) == 2:
+            trials.jobs.append(job)
+            raise KeyboardInterrupt
+        return real(job, judge)
+
+    monkeypatch.setattr(tune_jobs, "execute", cut)
+    monkeypatch.setattr("kajiya.flows.tune.is_alive", lambda _owner: False)
+    with pytest.raises(KeyboardInterrupt):
+        _tune(finished, *words)
+    assert finished.store.root.joinpath("studies").is_dir()
+    done = _tune(finished, *words)
+    assert done.counts == {"finished": 4}
+    assert trials.jobs[2].config == trials.jobs[3].config  # the same settings again, whose run goes on
+    assert len(trials.jobs) == 5
+    assert done.run.manifest()["attempts"] == 2
+
+
+def test_halving_ends_the_worse_and_lets_a_promoted_trial_go_on_from_its_rung(
+    finished: Finished, trials: Trials
+) -> None:
+    words = (LR, "tune.trials=9", "tune.confirm_seeds=0", "tune.pruner.name=asha", "tune.sampler.name=random")
+    done = _tune(finished, *words)
+    study = open_study(compose(RECIPE, list(words[1:])).tune, done.run.folder, done.run.id, 0)
+    assert sum(done.counts.values()) == 9
+    assert trials.steps_run < 9 * EVALS * 0.7
+    promoted = [trial for trial in study.get_trials() if "continues" in trial.user_attrs]
+    for trial in promoted:
+        before = study.get_trials()[trial.user_attrs["continues"]]
+        assert before.params == trial.params
+        assert set(before.intermediate_values.items()) <= set(trial.intermediate_values.items())
+    # Whoever was ended is, in the end, not among the best third of its rung.
+    assert isinstance(study.pruner, ASHA)
+    assert study.pruner.promotable(study) == []
+
+
+def test_promotion_by_hand() -> None:
+    import optuna
+
+    study = optuna.create_study()
+    pruner = ASHA(ASHAPruner(min_evals=1, reduction=2))
+    assert pruner.rungs(9) == [1, 2, 4, 8]
+
+    def ended(x: float, value: float) -> None:
+        trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 9)})
+        del x
+        trial.report(value, 1)
+        assert pruner.prune(study, study.get_trials()[-1]) == (value > 1.0)
+        study.tell(
+            trial, state=optuna.trial.TrialState.PRUNED if value > 1.0 else None, values=None if value > 1.0 else value
+        )
+
+    ended(0, 1.0)
+    ended(1, 2.0)  # half of two: only the first stays
+    assert pruner.promotable(study) == []
+    ended(2, 3.0)
+    assert pruner.promotable(study) == []
+    ended(3, 4.0)  # half of four: the second is among them now
+    assert [trial.number for trial in pruner.promotable(study)] == [1]
+
+
+def test_conditional_spaces_and_several_objectives(
+    finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (module := finished.store.root / "own_space.py").write_text(
+        "def space(trial, values):\n"
+        "    if values['optim'] == 'adamw':\n        return {}\n"
+        "    return {'optim.options.momentum': trial.suggest_float('momentum', 0.8, 0.99)}\n"
+        "def broken(trial, values):\n    return {'optim.lrr': 1.0}\n"
+    )
+    monkeypatch.syspath_prepend(str(module.parent))
+    words = ("optim=adamw,muon", "tune.space=own_space:space", "tune.trials=6", "tune.confirm_seeds=0")
+    done = _tune(
+        finished, *words, "tune.sampler.name=nsga2", "tune.objectives=[eval/nll,'max:train/tokens_per_second']"
+    )
+    assert done.counts == {"finished": 6}
+    for job in trials.jobs:
+        assert ("momentum" in job.config.optim.options) == (job.config.optim.name == "muon")
+    assert 'id="figure-front"' in done.report.read_text()
+    with pytest.raises(ConfigError, match=r"optim\.lrr.*unknown key"):
+        _tune(finished, "optim=adamw,muon", "tune.space=own_space:broken")
+
+
+@pytest.mark.parametrize(("sampler", "pruner"), [("cmaes", "median"), ("gp", "wilcoxon"), ("tpe", "hyperband")])
+def test_samplers_and_pruners(finished: Finished, trials: Trials, sampler: str, pruner: str) -> None:
+    words = [f"tune.sampler.name={sampler}", "tune.sampler.options.startup_trials=3", f"tune.pruner.name={pruner}"]
+    done = _tune(finished, LR, *words, "tune.trials=7", "tune.confirm_seeds=0")
+    assert sum(done.counts.values()) == 7
+    assert set(done.counts) <= {"finished", "pruned"}
+
+
+def test_what_cannot_be_searched_is_said_before_anything_runs(finished: Finished, trials: Trials) -> None:
+    for words, problem in (
+        ((), "nothing varies"),
+        (("tune.trials=2,3",), "settings of the search itself"),
+        ((LR, "tune.objectives=[a,b]", "tune.pruner.name=median"), "compares one figure"),
+        ((LR, "tune.sampler.name=anneal"), "is not one of cmaes"),
+        ((LR, "tune.pruner.options.reduction=1", "tune.pruner.name=asha"), "out of range"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            _tune(finished, *words)
+    assert trials.jobs == []
+
+
+def _twice(number: int) -> tuple[int, int]:
+    return 2 * number, os.getpid()
+
+
+@pytest.mark.parametrize("name", ["process", "joblib"])
+def test_launchers_run_every_job_in_other_processes(name: str) -> None:
+    found = list(launch(LauncherConfig(name), _twice, [1, 2, 3, 4], 2))
+    assert sorted(value for value, _ in found) == [2, 4, 6, 8]
+    assert os.getpid() not in {pid for _, pid in found}
+    assert list(launch(LauncherConfig(name), _twice, [5], 1)) == [(10, os.getpid())]
+
+
+@pytest.mark.slow
+def test_ray_runs_the_same_jobs() -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    code = (
+        "from kajiya.config.schema import LauncherConfig\n"
+        "from kajiya.flows.launch import launch\n"
+        "import math\n"
+        "print(sorted(launch(LauncherConfig('ray'), math.factorial, [1, 2, 3, 4, 5], 2)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.strip().endswith("[1, 2, 6, 24, 120]")
+
+
+# ---------------------------------------------------------------- real trials
+
+
+def _command(store: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "kajiya", "tune", RECIPE, *small_overrides(), *words, "--store", str(store)]
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_a_crash_is_counted(tmp_path: Path) -> None:
+    words = ("optim.lr=tag(log,interval(1e-4,1e-2))", "train.steps=60", "train.eval_every=6", "tune.trials=3",
+             "tune.parallel=2", "tune.confirm_seeds=0", "train.save_every=6")  # fmt: skip
+    process = subprocess.Popen(_command(tmp_path, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("runs/*/checkpoints/step-*/manifest.json")):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(
+        [*_command(tmp_path, *words), "--json"], capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["trials"] == {"finished": 3}
+    manifests = [read_json(path) for path in tmp_path.glob("runs/*/manifest.json")]
+    assert len(manifests) == 3
+    assert max(manifest["attempts"] for manifest in manifests) == 2  # one went on from its checkpoint
+    assert {manifest["study"] for manifest in manifests} == {facts["study"]}
+
+
+@pytest.mark.slow
+def test_real_failures_do_not_end_the_search(tmp_path: Path) -> None:
+    (tmp_path / "own_loss.py").write_text(
+        "import os, torch\n"
+        "from kajiya.config.options import NextTokenLoss\n"
+        "from kajiya.training.losses import next_token\n"
+        "def loss(how='well'):\n"
+        "    inner = next_token(NextTokenLoss())\n"
+        "    def call(model, batch):\n"
+        "        if how == 'crash': raise RuntimeError('on purpose')\n"
+        "        if how == 'kill': os.kill(os.getpid(), 9)\n"
+        "        terms, metrics = inner(model, batch)\n"
+        "        if how == 'nan': terms = {k: (v * float('nan'), n) for k, (v, n) in terms.items()}\n"
+        "        return terms, metrics\n"
+        "    return call\n"
+    )
+    words = ("train.loss.name=own_loss:loss", "train.loss.options.how=choice(well,crash,kill,nan)",
+             "tune.sampler.name=grid", "tune.confirm_seeds=0", "optim.max_skipped=0")  # fmt: skip
+    done = subprocess.run(
+        [*_command(tmp_path / "store", *words), "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trials"] == {"finished": 1, "failed": 1, "out of memory": 1, "not finite": 1}
+
+
+@pytest.mark.slow
+def test_multirun_trains_every_combination(tmp_path: Path) -> None:
+    found = multirun(RECIPE, [*small_overrides(), "optim.lr=1e-3,2e-3", "tune.launcher.name=process"], Store(tmp_path))
+    assert [(member.settings["optim.lr"], member.status) for member in found] == [
+        (1e-3, "finished"),
+        (2e-3, "finished"),
+    ]
+    for member in found:
+        assert (tmp_path / "runs" / str(member.run) / "report" / "report.html").is_file()
