@@ -19,6 +19,9 @@ _TABLES = {
     "optimizer": "optim.name",
     "schedule": "schedule.name",
     "tracker": "track.trackers",
+    "sampler": "tune.sampler.name",
+    "pruner": "tune.pruner.name",
+    "launcher": "tune.launcher.name",
     "engine": "serve.engine",
 }
 
