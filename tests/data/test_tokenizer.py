@@ -1,6 +1,8 @@
 """The tokenizer: gives every text back, loads with plain Transformers, and refuses one that is not lossless."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +10,12 @@ from hypothesis import strategies as st
 from tests.data.conftest import HARD
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from kajiya.config.schema import TokenizerConfig
+from kajiya.config.schema import DataConfig, RenderConfig, SourceConfig, TokenizerConfig
+from kajiya.data.chat import default_template
+from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import open_documents
 from kajiya.data.encode import encode_texts, open_encoder
+from kajiya.data.render import Renderer
 from kajiya.data.tokenizer import build_tokenizer, load_tokenizer, train_bpe
 from kajiya.errors import ConfigError, DataError, StoreError
 from kajiya.run.store import Store
@@ -60,7 +65,7 @@ def test_plain_transformers_loads_it(small) -> None:
 def test_facts(small) -> None:
     facts = dict(small.tokenizer.facts)
     checked = facts.pop("round_trip")
-    assert facts == {"trained": True, "vocab_size": 1024, "bos_id": 0, "eos_id": 1, "pad_id": 2}
+    assert facts == {"trained": True, "vocab_size": 1024, "bos_id": 0, "eos_id": 1, "pad_id": 2, "added_tokens": 0}
     heldout = open_documents(small.corpus.path, "heldout")
     assert checked["documents"] > len(heldout)
     assert checked["bytes"] > heldout.n_bytes
@@ -190,3 +195,53 @@ def test_one_that_cannot_be_used_is_refused(small, tmp_path: Path) -> None:
         build_tokenizer(TokenizerConfig(path=path), small.corpus, store)
     with pytest.raises(StoreError, match="no tokenizer is there"):
         open_encoder(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------- tokens of one's own, and the template
+
+
+def chat_corpus(folder: Path, store: Store) -> Any:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {i}. \u00fc"}, {"role": "assistant", "content": f"It is {i}."}]}
+        for i in range(60)
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig("jsonl", {"files": str(folder / "chat.jsonl")})
+    return build_corpus(DataConfig(source=source, heldout_every=5, near_duplicate=None), store)[0]
+
+
+def test_added_tokens_are_tokens_and_special_ones_are_never_read_in_a_text(small, tmp_path: Path) -> None:
+    config = TokenizerConfig(vocab_size=1024, add_tokens=("<think>", "import"), add_special_tokens=("<|im_end|>",))
+    artifact, _ = build_tokenizer(config, small.corpus, Store(tmp_path))
+    assert artifact.facts["added_tokens"] == artifact.facts["vocab_size"] - 1024 > 0
+    (ids,) = encode_texts(open_encoder(artifact.path), ["a<think><|im_end|>"])
+    tokenizer = load_tokenizer(artifact.path)
+    assert tokenizer.convert_tokens_to_ids("<think>") in ids
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") >= 1024
+    with pytest.raises(ConfigError, match=r"tokenizer.add_tokens: holds an empty string"):
+        build_tokenizer(TokenizerConfig(vocab_size=1024, add_tokens=("",)), small.corpus, Store(tmp_path))
+
+
+def test_the_tokenizer_of_conversations_is_trained_on_what_they_say_and_carries_its_template(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    corpus = chat_corpus(tmp_path / "rows", store)
+    config = TokenizerConfig(vocab_size=320)
+    plain, _ = build_tokenizer(config, corpus, store)
+    tokenizer = load_tokenizer(plain.path)
+    assert tokenizer.chat_template == default_template()
+    # Nothing of the form that the rows are kept in has become a token.
+    assert not [piece for piece in tokenizer.get_vocab() if "role" in piece or "content" in piece or '":' in piece]
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ head }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    options = {"head": 'the "top"\n', "n": 3, "flag": False, "nothing": None, "many": [1, {"a": "b"}]}
+    render = RenderConfig(template=str(template), options=options)
+    own, reused = build_tokenizer(config, corpus, store, render=render)
+    assert not reused
+    # Whoever loads the tokenizer, with Transformers alone, renders as the training does.
+    messages = [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "One."}]
+    text = load_tokenizer(own.path).apply_chat_template(messages, tokenize=False)
+    assert text == 'the "top"\nSay 1.<|eos|>One.<|eos|>'
+    trained = Renderer(load_tokenizer(own.path), render, "chat").render(json.dumps({"messages": messages}))
+    assert load_tokenizer(own.path).decode(trained.segments[0].ids) == text

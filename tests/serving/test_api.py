@@ -13,8 +13,9 @@ import openai
 import pytest
 import torch
 
-from kajiya.config.schema import ServeConfig
+from kajiya.config.schema import RenderConfig, ServeConfig
 from kajiya.data.chat import render_chat
+from kajiya.data.render import Renderer
 from kajiya.serving.api import create_app
 
 from .conftest import CONTEXT, NAME, open_engine, running
@@ -117,6 +118,26 @@ def test_chat_renders_the_template_and_continues_it(
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
     assert chunks[-1].usage == reply.usage
     assert chunks[-1].choices == []
+
+
+def test_the_server_renders_what_training_and_evaluation_render(
+    client: openai.OpenAI, tokenizer: Any, greedy: Callable[..., list[int]]
+) -> None:
+    """One rendering: the ids of the prompt are those before the answer in the row that is trained on."""
+    messages: list[Any] = [
+        {"role": "user", "content": "Wrap <|eos|> this\n\n"},
+        {"role": "assistant", "content": "    indented\n"},
+        {"role": "user", "content": "\u00e9\u0301 again"},
+    ]
+    row = {"messages": [*messages, {"role": "assistant", "content": "  done"}]}
+    segment = Renderer(tokenizer, RenderConfig(train_on="last"), "chat").render(json.dumps(row)).segments[0]
+    before = segment.ids[: int((segment.weights > 0).argmax())].tolist()
+    assert before == render_chat(tokenizer, messages, add_generation_prompt=True)
+    assert before.count(tokenizer.eos_token_id) == 1
+    reply = client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, temperature=0)
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(before)
+    assert reply.choices[0].message.content == _greedy_text(greedy, tokenizer, before, 8)
 
 
 def test_echo_with_logprobs_equals_the_log_softmax_of_transformers(

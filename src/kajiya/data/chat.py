@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from kajiya.config.schema import RenderConfig
 from kajiya.data.markup import Chunk, Draft, Markup
-from kajiya.errors import DataError
+from kajiya.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -51,6 +53,43 @@ class Layout:
 def default_template() -> str:
     """The Jinja template for tokenizers that bring none: headed turns, each answer closed by the end-of-sequence token."""
     return resources.files("kajiya.data").joinpath("chat.jinja").read_text(encoding="utf-8")
+
+
+def read_template(config: RenderConfig) -> str | None:
+    """The template at `data.render.template`. Raises `ConfigError` when it cannot be read."""
+    if config.template is None:
+        return None
+    try:
+        return Path(config.template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("data.render.template", f"{config.template!r} cannot be read: {error}") from error
+
+
+def saved_template(config: RenderConfig, kind: str, own: Any) -> Any:
+    """The template that a tokenizer is saved with for rows of this kind; `own` is its own.
+
+    Rows that are rendered as conversations bring the config's template, the tokenizer's own, or the packaged one, with
+    `data.render.options` written into it: who loads the tokenizer renders as the training did.
+    """
+    given = read_template(config)
+    is_plain = kind in ("text", "labelled", "seq2seq") or (kind != "chat" and config.prompt_style == "plain")
+    template = given or own or (None if is_plain else default_template())
+    if not template or not config.options:
+        return template
+    preset = "".join(
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif -%}}"
+        for name, value in sorted(config.options.items())
+    )
+    return {key: preset + body for key, body in template.items()} if isinstance(template, dict) else preset + template
+
+
+def _literal(value: Any) -> str:
+    """The value as Jinja writes it, which is JSON but for its null."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool, tools: Any = None) -> list[int]:

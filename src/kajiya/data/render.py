@@ -4,15 +4,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import RenderConfig
 from kajiya.data.chat import ChatTemplate, Layout, Messages, TemplateRefusalError
+from kajiya.data.chat import read_template as read_template
 from kajiya.data.examples import Example, Segment
 from kajiya.data.markup import Chunk, Draft
 from kajiya.data.values import RowError, excerpt
-from kajiya.errors import ConfigError, DataError
+from kajiya.errors import DataError
 
 _BATCH_ROWS = 256
 
@@ -204,16 +204,6 @@ class Renderer:
                 )
             spans.append((start, end, weight))
         return spans
-
-
-def read_template(config: RenderConfig) -> str | None:
-    """The template at `data.render.template`. Raises `ConfigError` when it cannot be read."""
-    if config.template is None:
-        return None
-    try:
-        return Path(config.template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("data.render.template", f"{config.template!r} cannot be read: {error}") from error
 
 
 def _weights(messages: Messages, train_on: str) -> list[float]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kajiya.config.digest import digest
-from kajiya.config.schema import TokenizerConfig
+from kajiya.config.schema import RenderConfig, TokenizerConfig
+from kajiya.data.chat import saved_template
 from kajiya.data.documents import Documents, open_documents
 from kajiya.data.encode import encode_texts, open_encoder
+from kajiya.data.formats import row_text
 from kajiya.data.origin import resolve_commit
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.errors import ConfigError, DataError
@@ -36,25 +38,39 @@ As in cl100k_base (OpenAI, tiktoken), but a line end takes the next line's inden
 9 % fewer tokens than GPT-2's pattern at a vocabulary of 8,192."""
 
 _CHECK_BYTES = 64 * 2**20
+_ONLY_READ = ("labelled", "seq2seq")
+"""Rows whose text no model is asked to give back as it was: a tokenizer for them may lose case or white space."""
 
 
 def build_tokenizer(
-    config: TokenizerConfig, corpus: Artifact, store: Store, on_event: OnEvent = silent
+    config: TokenizerConfig,
+    corpus: Artifact,
+    store: Store,
+    on_event: OnEvent = silent,
+    render: RenderConfig | None = None,
 ) -> tuple[Artifact, bool]:
     """Train a tokenizer on the corpus's training documents, or load one, and prove that it gives held-out text back.
 
     Returns the artifact, whose folder `AutoTokenizer.from_pretrained` loads, and whether it was there already. Its facts:
-    `vocab_size`, `bos_id`, `eos_id`, `pad_id`, `round_trip` (documents and bytes checked), and where it came from. Raises
-    `ConfigError` or `DataError` for one that cannot be loaded, is not lossless, or has no end-of-text token.
+    `vocab_size`, `bos_id`, `eos_id`, `pad_id`, `added_tokens` (new ids of `add_tokens` and `add_special_tokens`, the last of
+    the vocabulary), `round_trip` (documents and bytes checked; `None` for rows that are only read), and where it came from. It carries the chat template of
+    `render`, so that all that is made with it renders alike. Raises `ConfigError` or `DataError` for one that cannot be
+    loaded, is not lossless, or has no end-of-text token.
     """
     loaded = _load(config) if config.path is not None else None
+    kind = str(corpus.facts["format"])
+    own = None if loaded is None else loaded[0].chat_template
+    template = saved_template(render or RenderConfig(), kind, own)
 
     def make(folder: Path) -> dict[str, Any]:
         if loaded is None:
-            tokenizer = _train(config, open_documents(corpus.path, "train"), on_event)
+            tokenizer = _train(config, open_documents(corpus.path, "train"), kind, on_event)
             origin: dict[str, Any] = {}
         else:
             tokenizer, origin = loaded
+        n_known = len(tokenizer)
+        _add_tokens(tokenizer, config)
+        tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
         saved = load_tokenizer(folder)
         facts: dict[str, Any] = origin | {
@@ -63,6 +79,7 @@ def build_tokenizer(
             "bos_id": start_id(saved),
             "eos_id": saved.eos_token_id,
             "pad_id": saved.pad_token_id,
+            "added_tokens": len(saved) - n_known,
         }
         if loaded is None and len(saved) < config.vocab_size:
             on_event(
@@ -70,13 +87,14 @@ def build_tokenizer(
                 text=f"tokenizer: {len(saved)} tokens instead of tokenizer.vocab_size={config.vocab_size}: the training "
                 f"text has no more pairs seen tokenizer.min_frequency={config.min_frequency} times or more",
             )
-        return facts | {"round_trip": _check_round_trip(saved, open_encoder(folder), corpus.path)}
+        checked = None if kind in _ONLY_READ else _check_round_trip(saved, open_encoder(folder), corpus)
+        return facts | {"round_trip": checked}
 
     settings = (
         {"vocab_size": config.vocab_size, "min_frequency": config.min_frequency}
         if loaded is None
         else {"loaded": _tokenizer_digest(loaded[0])}
-    )
+    ) | {"template": template, "added": [config.add_tokens, config.add_special_tokens]}
     return produce(
         store,
         STAGE,
@@ -106,12 +124,12 @@ def start_id(tokenizer: Any) -> int:
     return int(begin)
 
 
-def _train(config: TokenizerConfig, documents: Documents, on_event: OnEvent) -> "PreTrainedTokenizerFast":
+def _train(config: TokenizerConfig, documents: Documents, kind: str, on_event: OnEvent) -> "PreTrainedTokenizerFast":
     progress = Progress(on_event, STAGE, "bytes", documents.n_bytes)
 
     def texts() -> Iterator[str]:
         for text in documents.texts():
-            yield text
+            yield row_text(kind, text)
             progress.add(len(text.encode()))
         progress.end()
 
@@ -156,6 +174,21 @@ def train_bpe(texts: Iterator[str], vocab_size: int, min_frequency: int) -> "Tok
     return backend
 
 
+# ---------------------------------------------------------------- tokens of one's own
+
+
+def _add_tokens(tokenizer: "PreTrainedTokenizerFast", config: TokenizerConfig) -> None:
+    """Add the config's tokens; one that the vocabulary has already keeps its id."""
+    from tokenizers import AddedToken
+
+    for field in ("add_tokens", "add_special_tokens"):
+        names = getattr(config, field)
+        if any(not name for name in names):
+            raise ConfigError(f"tokenizer.{field}", "holds an empty string")
+        is_special = field == "add_special_tokens"
+        tokenizer.add_tokens([AddedToken(name, special=is_special, normalized=False) for name in names])
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -180,6 +213,9 @@ def _load(config: TokenizerConfig) -> tuple["PreTrainedTokenizerFast", dict[str,
         raise ConfigError(
             "tokenizer.path", f"{config.path!r} has no fast form (tokenizer.json)", "Convert it, or choose another."
         )
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        # BERT's kind has its own names for the ends of a text.
+        tokenizer.eos_token, tokenizer.bos_token = tokenizer.sep_token, tokenizer.cls_token
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             "tokenizer.path",
@@ -206,15 +242,16 @@ def _tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
 # ---------------------------------------------------------------- proof
 
 
-def _check_round_trip(tokenizer: "PreTrainedTokenizerFast", encoder: "Tokenizer", corpus: Path) -> dict[str, int]:
+def _check_round_trip(tokenizer: "PreTrainedTokenizerFast", encoder: "Tokenizer", corpus: Artifact) -> dict[str, int]:
     """Encode and decode the held-out documents, and training documents spread evenly, up to 64 MiB of each.
 
     Raises `DataError` for the first that does not come back, or whose ids differ between the saved file and Transformers.
     """
     checked = {"documents": 0, "bytes": 0}
-    heldout = open_documents(corpus, "heldout")
-    for documents, n_bytes in ((heldout, _CHECK_BYTES), (open_documents(corpus, "train"), heldout.n_bytes)):
-        for name, text in _sample(documents, min(n_bytes, _CHECK_BYTES)):
+    heldout = open_documents(corpus.path, "heldout")
+    for documents, n_bytes in ((heldout, _CHECK_BYTES), (open_documents(corpus.path, "train"), heldout.n_bytes)):
+        for name, document in _sample(documents, min(n_bytes, _CHECK_BYTES)):
+            text = row_text(corpus.facts["format"], document)
             ids = encode_texts(encoder, [text])[0].tolist()
             _require_same(name, text, str(tokenizer.decode(ids, skip_special_tokens=True)))
             checked["documents"] += 1

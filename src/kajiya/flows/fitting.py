@@ -85,7 +85,8 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     device = resolve_device(config.train.device, "train.device")
     precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
     vocabulary = load_tokenizer(data.tokenizer.path)
-    built = build_model(config.model, vocabulary_of(vocabulary), config.seed, task_of(config, data.corpus))
+    known = vocabulary_of(vocabulary, data.tokenizer.facts["added_tokens"])
+    built = build_model(config.model, known, config.seed, task_of(config, data.corpus))
     if config.model.init in _BEGINNINGS:
         _BEGINNINGS[config.model.init](built.module, count_bigrams(data.shards.path, len(vocabulary)), config.seed)
     strategy = SingleProcess(device, precision)

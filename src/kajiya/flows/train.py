@@ -144,7 +144,9 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
     tokenizer = stages.produce(
-        "tokenizer", lambda: build_tokenizer(config.tokenizer, corpus, store, tell), _tokenizer_words
+        "tokenizer",
+        lambda: build_tokenizer(config.tokenizer, corpus, store, tell, config.data.render),
+        _tokenizer_words,
     )
     shards = stages.produce("shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell), _shards_words)
     packed = pack(config, corpus, shards, store)

@@ -15,6 +15,9 @@ from kajiya.models.attention import attention_name
 from kajiya.models.load import load_model
 from kajiya.models.size import Shape, derive_shape
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
+from kajiya.models.vocabulary import Vocabulary as Vocabulary
+from kajiya.models.vocabulary import grow_embedding
+from kajiya.models.vocabulary import vocabulary_of as vocabulary_of
 
 _SIZE_FIELDS = {
     "hidden_size": "hidden_size",
@@ -34,26 +37,11 @@ _OTHER_NAMES = {
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What a model must know of its tokenizer."""
-
-    size: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-
-
-@dataclass(frozen=True)
 class BuiltModel:
     """A model and the values that were derived for it."""
 
     module: nn.Module
     derived: dict[str, Any]
-
-
-def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """What a model must know of its tokenizer."""
-    return Vocabulary(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Task = CAUSAL) -> BuiltModel:
@@ -68,12 +56,8 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Ta
             )
             if task.name != "causal":
                 module.config.pad_token_id = vocabulary.pad_id
-            rows = module.get_input_embeddings().num_embeddings
-            if rows < vocabulary.size:
-                raise ConfigError(
-                    "model.path", f"{config.path!r} has {rows} embeddings, the tokenizer {vocabulary.size} tokens"
-                )
-            return BuiltModel(module, {"model.n_params": count_params(module)})
+            grown = grow_embedding(module, vocabulary, config.path)
+            return BuiltModel(module, grown | {"model.n_params": count_params(module)})
         return _from_scratch(config, vocabulary, task)
 
 

@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kajiya.config.schema import ServeConfig
-from kajiya.data.chat import render_chat
+from kajiya.data.chat import ChatTemplate
 from kajiya.errors import DataError, RequestError
 from kajiya.serving.engine import Engine
 from kajiya.serving.faults import add_error_handlers, error_reply
@@ -63,6 +63,7 @@ class Service:
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.chat = ChatTemplate(tokenizer)
         self.name = name
         self.cfg = cfg
         self.worker = worker
@@ -164,7 +165,7 @@ def _openai_routes(service: Service) -> APIRouter:
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         service.require_model(body.model)
         try:
-            ids = render_chat(service.tokenizer, body.plain_messages(), add_generation_prompt=True)
+            ids = service.chat.ids(body.plain_messages(), add_generation_prompt=True)
         except DataError as error:
             raise RequestError(str(error), param="messages") from error
         params = _sampling(

@@ -1,0 +1,472 @@
+"""Rows of every kind from every source: detection that is said, column maps, canonical forms, and every fault."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kajiya.config.compose import compose
+from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.data.corpus import build_corpus
+from kajiya.data.documents import open_documents
+from kajiya.data.entries import Document, Omitted, Unreadable
+from kajiya.data.formats import FORMATS, class_names, row_text
+from kajiya.data.origin import Origin
+from kajiya.data.reading import open_rows
+from kajiya.errors import ConfigError, DataError
+from kajiya.run.store import Store
+
+HI, HO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+
+
+def rows_of(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> Origin:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_rows(DataConfig(source=SourceConfig("jsonl", {"files": str(path)}), **settings))
+
+
+def read(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> tuple[str, list[Any]]:
+    origin = rows_of(tmp_path, *rows, **settings)
+    kind = origin.form["format"]
+    found = []
+    for entry in origin.read():
+        assert isinstance(entry, Document), entry
+        found.append(entry.text if kind == "text" else json.loads(entry.text))
+    return kind, found
+
+
+# ---------------------------------------------------------------- accepted shapes
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "expected"),
+    [
+        ({"text": "a", "id": 1}, "text", "a"),
+        ({"prompt": "p", "completion": "c"}, "instruction", {"prompt": "p", "completion": "c"}),
+        ({"instruction": "i", "input": "", "output": "o"}, "instruction", {"prompt": "i", "completion": "o"}),
+        (
+            {"instruction": "i", "input": "x", "output": "o", "system": "s"},
+            "instruction",
+            {"prompt": "i\n\nx", "completion": "o", "system": "s"},
+        ),
+        ({"prompt": [HI], "completion": [HO]}, "instruction", {"prompt": [HI], "completion": [HO]}),
+        ({"messages": [HI, HO], "source": "x"}, "chat", {"messages": [HI, HO]}),
+        ({"messages": json.dumps([HI, HO])}, "chat", {"messages": [HI, HO]}),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "s"},
+            "chat",
+            {"messages": [{"role": "system", "content": "s"}, HI, HO]},
+        ),
+        (
+            {"messages": [HI, HO | {"train": False, "name": None}]},
+            "chat",
+            {"messages": [HI, HO | {"weight": 0.0}]},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                    HO,
+                ]
+            },
+            "chat",
+            {"messages": [HI, HO]},
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "score": 1},
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b"},
+        ),
+        (
+            {"chosen": "Q: why? A: Because.", "rejected": "Q: why? A: Believe me."},
+            "preference",
+            {"prompt": "Q: why? A:", "chosen": " Because.", "rejected": " Believe me."},
+        ),
+        (
+            {"prompt": "Hi", "chosen": [HI, HO], "rejected": [HI, HO | {"content": "No"}]},
+            "preference",
+            {"prompt": [HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
+        ),
+        (
+            {"prompt": [HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
+            "preference",
+            {"prompt": [HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": True},
+            "feedback",
+            {"prompt": "p", "completion": "c", "label": 1},
+        ),
+        ({"text": "a", "label": "good"}, "labelled", {"text": "a", "label": "good"}),
+        ({"text": "a", "label": 3}, "labelled", {"text": "a", "label": 3}),
+        ({"text": "a", "label": 0.5}, "labelled", {"text": "a", "label": 0.5}),
+        ({"input": "a", "target": "b"}, "seq2seq", {"input": "a", "target": "b"}),
+    ],
+)
+def test_a_row_of_each_shape(tmp_path: Path, row: dict[str, Any], kind: str, expected: Any) -> None:
+    assert read(tmp_path, row) == (kind, [expected])
+    assert read(tmp_path, row, format=kind) == (kind, [expected])
+
+
+def test_tools_and_calls_take_one_form(tmp_path: Path) -> None:
+    schema = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    call = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": {"x": 1}}}
+    answer = {"role": "tool", "content": "2", "tool_call_id": "c1"}
+    wanted = {
+        "messages": [HI, {"role": "assistant", "content": None, "tool_calls": [call]}, answer, HO],
+        "tools": [{"type": "function", "function": schema}],
+    }
+    as_text = call | {"function": {"name": "f", "arguments": '{"x": 1}'}}
+    for tools in (wanted["tools"], [schema], json.dumps([schema]), [json.dumps(schema)]):
+        for calls in ([call], [as_text], json.dumps([as_text])):
+            messages = [HI, {"role": "assistant", "tool_calls": calls}, answer, HO]
+            assert read(tmp_path, {"messages": messages, "tools": tools}) == ("chat", [wanted])
+    sharegpt = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "Ho"},
+    ]
+    (row,) = read(tmp_path, {"conversations": sharegpt, "tools": json.dumps([schema])})[1]
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert row["messages"][1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def test_other_names_by_a_map(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "text": "not this"}
+    settings = {"columns": {"prompt": "question", "completion": "answer"}, "format": "instruction"}
+    assert read(tmp_path, row, **settings) == ("instruction", [{"prompt": "q", "completion": "a"}])
+    # A column that stands for another is not also itself.
+    assert read(tmp_path, {"text": "q", "output": "a"}, columns={"prompt": "text", "completion": "output"}) == (
+        "instruction",
+        [{"prompt": "q", "completion": "a"}],
+    )
+    config = compose("stdlib-pretrain", ["+data.columns.prompt=question", "data.format=instruction"])
+    assert config.data.columns == {"prompt": "question"}
+
+
+# ---------------------------------------------------------------- detection
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "words"),
+    [
+        (
+            {"text": "a", "messages": [HI, HO]},
+            {},
+            r"data.format: columns text, messages fit more than one kind of rows: text \(text\); chat \(messages\)\n.*chat, text",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}, {}, "instruction .* preference"),
+        ({"messages": [], "conversations": []}, {}, r"Say in data.columns which of them to read"),
+        (
+            {"body": "a", "id": 1},
+            {},
+            r"data.columns: columns body, id make no kind of rows .*\n.*data.columns.text=body",
+        ),
+        ({"text": "a"}, {"format": "chat"}, r"columns text make no chat rows \(chat: messages or conversations\)"),
+        ({"text": "a"}, {"columns": {"promt": "text"}}, r"data.columns.promt: is no column .* did you mean 'prompt'"),
+        ({"body": "a"}, {"columns": {"text": "bodi"}}, r"data.columns.text: there is no column 'bodi'; there is: body"),
+    ],
+)
+def test_what_is_ambiguous_or_missing_is_an_error_with_columns_and_choices(
+    tmp_path: Path, row: dict[str, Any], settings: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        rows_of(tmp_path, row, **settings)
+
+
+def test_texts_have_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    source = SourceConfig("text", {"files": f"{tmp_path}/*.txt"})
+    assert open_rows(DataConfig(source=source)).form == {"format": "text", "columns": {}}
+    with pytest.raises(ConfigError, match="chat needs rows with columns, and this source yields texts"):
+        open_rows(DataConfig(source=source, format="chat"))
+    with pytest.raises(ConfigError, match=r"data.columns: is set, and this source yields texts"):
+        open_rows(DataConfig(source=source, columns={"text": "body"}))
+
+
+def test_what_was_detected_is_said_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}", "label": "ab"[i % 2]}) + "\n" for i in range(40)))
+    said: list[tuple[str, Any]] = []
+    config = DataConfig(source=SourceConfig("jsonl", {"files": str(path)}), heldout_every=4)
+    corpus, _ = build_corpus(config, Store(tmp_path / "store"), lambda kind, **fields: said.append((kind, fields)))
+    columns = {"label": "label", "text": "text"}
+    assert ("derived", {"values": {"data.format": "labelled", "data.columns": columns}}) in said
+    assert (corpus.facts["format"], corpus.facts["columns"]) == ("labelled", columns)
+    assert corpus.facts["classes"] == ["a", "b"]
+    assert json.loads(open_documents(corpus.path, "train").text(0))["label"] in "ab"
+
+
+def test_class_names() -> None:
+    assert class_names(["b", "a", "b"]) == ["a", "b"]
+    assert class_names([10, 9, 2]) == ["2", "9", "10"]
+    assert class_names([1, 0.5]) is None
+    with pytest.raises(DataError, match="texts and numbers are mixed under 'label'"):
+        class_names(["a", 1])
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [HO]}, "a message of the assistant at the head (messages[0]); user and assistant take turns"),
+        ({"messages": [HI, HI]}, "a message of the user behind one of the user (messages[1])"),
+        ({"messages": [HI, HO, HO]}, "a message of the assistant behind one of the assistant (messages[2])"),
+        ({"messages": [HI, {"role": "system", "content": "s"}]}, "a message of the system behind one of the user"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "has nothing but a system message"),
+        ({"messages": [HI, HO, {"role": "tool", "content": "x"}]}, "a tool's answer that no tool call stands before"),
+        ({"messages": []}, "holds no message under 'messages'"),
+        ({"messages": [HI, HO | {"content": " "}]}, "is empty under 'messages[1].content'"),
+        ({"messages": [HI | {"content": ""}, HO]}, "is empty under 'messages[0].content'"),
+        ({"messages": [HI | {"content": 5}, HO]}, "holds a value of type int under 'messages[0].content', not text"),
+        ({"messages": [HI | {"content": None}, HO]}, "holds nothing (null) under 'messages[0].content', not text"),
+        (
+            {"messages": [HI | {"content": "\ud800"}, HO]},
+            "holds a lone surrogate (\\ud800) under 'messages[0].content'",
+        ),
+        ({"messages": [HI | {"role": "bot"}, HO]}, "has the role 'bot' in messages[0], which is none of"),
+        ({"messages": [HI | {"contents": "x"}, HO]}, "has an unknown key 'contents' in messages[0]"),
+        ({"messages": [HI, HO | {"weight": -1}]}, "has weight=-1 in messages[1]"),
+        ({"messages": [HI, HO | {"weight": 1, "train": True}]}, "has both weight and train in messages[1]"),
+        ({"messages": [HI, HO | {"train": "yes"}]}, "has train='yes' in messages[1]"),
+        ({"messages": "[{"}, "holds a text under 'messages' that is no JSON"),
+        ({"messages": {"role": "user"}}, "holds a dict under 'messages', not a list of objects"),
+        ({"messages": [HI, {"role": "assistant", "tool_calls": [{"name": 1}]}]}, "holds no tool call under"),
+        ({"messages": [HI, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "is no JSON"),
+        (
+            {"messages": [HI | {"content": [{"type": "image"}]}, HO]},
+            "something else than text under 'messages[0].content[0]'",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "a"}, HI, HO], "system": "b"},
+            "has a system message under 'system' and",
+        ),
+        ({"prompt": "p"}, "has no column 'completion' (it has: prompt)"),
+        ({"prompt": "p", "completion": ""}, "is empty under 'completion'"),
+        ({"prompt": "p", "completion": ["x"]}, "not a list of objects"),
+        ({"prompt": [HI], "completion": [HI]}, "of the user behind one of the user"),
+        ({"chosen": "same", "rejected": "same"}, "has no prompt: neither a column 'prompt'"),
+        ({"prompt": "p", "chosen": "same", "rejected": "same"}, "has the same answer under 'chosen' and 'rejected'"),
+        ({"chosen": "Yes it is", "rejected": "No it is not"}, "has no prompt: neither a column 'prompt'"),
+        ({"chosen": [HI, HO], "rejected": "x"}, "holds messages under one of 'chosen' and 'rejected'"),
+        ({"prompt": "Ha", "chosen": [HI, HO], "rejected": [HI, HO | {"content": "No"}]}, "is not what 'chosen' and"),
+        ({"prompt": "p", "completion": "c", "label": 2}, "has label=2, which is neither true nor false"),
+        ({"text": "t", "label": None}, "holds nothing under 'label', not a class or a number"),
+        ({"text": "t", "label": [1]}, "holds list under 'label'"),
+        ({"input": "a", "target": None}, "holds nothing (null) under 'target'"),
+    ],
+)
+def test_a_faulty_row_is_named_with_what_is_wrong(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    good: dict[str, dict[str, Any]] = {
+        "messages": {"messages": [HI, HO]},
+        "completion": {"prompt": "p", "completion": "c"},
+        "chosen": {"prompt": "p", "chosen": "a", "rejected": "b"},
+        "label": {"text": "t", "label": 1},
+        "input": {"input": "a", "target": "b"},
+    }
+    good["label"] = good["label"] if "text" in row else {"prompt": "p", "completion": "c", "label": 1}
+    key = next((key for key in ("label", "messages", "chosen", "input", "completion") if key in row), "completion")
+    # The first row says what the rows are.
+    origin = rows_of(tmp_path, good[key], row)
+    first, second = origin.read()
+    assert isinstance(first, Document)
+    assert isinstance(second, Unreadable)
+    assert second.name == "rows.jsonl:2"
+    assert reason in second.reason
+
+
+def test_a_line_that_is_too_long_is_refused_without_being_held(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n' + '{"text": "' + "x" * 5000 + '"}\n' + '{"text": "b"}')
+    options = {"files": str(path), "max_row_bytes": 2048}
+    entries = list(open_rows(DataConfig(source=SourceConfig("jsonl", options))).read())
+    assert [entry.name for entry in entries] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
+    assert isinstance(entries[1], Unreadable)
+    assert entries[1].reason == "is a line of 5013 bytes, longer than data.source.options.max_row_bytes=2048"
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_the_same_conversations_from_every_source(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"messages": [HI, HO | {"content": f"Ho {i}"}], "n": i} for i in range(5)]
+    rows[3]["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    table = pa.Table.from_pylist(rows)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with (tmp_path / "a.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerows([["messages", "n"], *([json.dumps(row["messages"]), row["n"]] for row in rows)])
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "dict")
+    sources = {
+        "jsonl": {"files": f"{tmp_path}/a.jsonl"},
+        "parquet": {"files": f"{tmp_path}/a.parquet"},
+        "arrow": {"files": f"{tmp_path}/*.arrow"},
+        "csv": {"files": f"{tmp_path}/a.csv"},
+        "hub": {"path": str(tmp_path / "saved")},
+    }
+    found = {}
+    for name, options in sources.items():
+        origin = open_rows(DataConfig(source=SourceConfig(name, options)))
+        assert origin.form == {"format": "chat", "columns": {"messages": "messages"}}
+        found[name] = [entry.text for entry in origin.read() if isinstance(entry, Document)]
+    found["dict"] = [
+        entry.text
+        for entry in open_rows(DataConfig(source=SourceConfig("hub", {"path": str(tmp_path / "dict")}))).read()
+        if isinstance(entry, Document)
+    ]
+    wanted = found["jsonl"]
+    assert len(wanted) == 5
+    assert json.loads(wanted[3])["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert found.pop("arrow") == wanted * 2
+    assert all(texts == wanted for texts in found.values())
+
+
+def test_labels_of_csv_are_numbers_and_those_of_datasets_have_names(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "a.csv").write_text("text,label\nx,1\ny,2.5\nz,nan\n")
+    origin = open_rows(DataConfig(source=SourceConfig("csv", {"files": f"{tmp_path}/a.csv"})))
+    entries = list(origin.read())
+    assert [json.loads(entry.text)["label"] for entry in entries if isinstance(entry, Document)] == [1, 2.5]
+    assert isinstance(entries[2], Unreadable)
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features).save_to_disk(
+        tmp_path / "saved"
+    )
+    origin = open_rows(DataConfig(source=SourceConfig("hub", {"path": str(tmp_path / "saved")})))
+    assert [json.loads(entry.text)["label"] for entry in origin.read() if isinstance(entry, Document)] == [
+        "good",
+        "bad",
+    ]
+
+
+def test_an_arrow_file_that_is_none_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.arrow").write_bytes(b"nothing of the kind")
+    (tmp_path / "b.arrow").write_bytes(b"")
+    origin = open_rows(DataConfig(source=SourceConfig("arrow", {"files": f"{tmp_path}/*.arrow"})))
+    reasons = [entry.reason for entry in origin.read() if isinstance(entry, Unreadable)]
+    assert len(reasons) == 2
+    assert all("is no arrow file" in reason for reason in reasons)
+
+
+def test_the_text_of_a_row() -> None:
+    chat = json.dumps({"messages": [HI, HO | {"reasoning_content": "hm"}], "tools": [{"name": "f"}]})
+    assert row_text("chat", chat) == 'Hi\n\nhm\nHo\n\n[{"name": "f"}]'
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert row_text("preference", json.dumps(pair)) == "p\n\na\n\nb"
+    assert row_text("text", "{}") == "{}"
+    assert set(FORMATS) == {"text", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"}
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def mixture(tmp_path: Path, *parts: dict[str, Any], **settings: Any) -> DataConfig:
+    given = []
+    for number, part in enumerate(parts):
+        path = tmp_path / f"part{number}.jsonl"
+        rows = part.pop("rows")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given.append({"source": {"name": "jsonl", "options": {"files": str(path)}}, "label": f"p{number}"} | part)
+    options = {"parts": given, "seed": settings.pop("seed", 0)}
+    return DataConfig(source=SourceConfig("mixture", options), **settings)
+
+
+def texts(count: int, word: str) -> list[dict[str, Any]]:
+    return [{"text": f"{word} {i}"} for i in range(count)]
+
+
+def drawn(config: DataConfig) -> tuple[dict[str, int], int]:
+    entries = list(open_rows(config).read())
+    kept = [entry.name.partition("/")[0] for entry in entries if isinstance(entry, Document)]
+    return {label: kept.count(label) for label in sorted(set(kept))}, sum(isinstance(e, Omitted) for e in entries)
+
+
+def test_a_mixture_is_drawn_by_weight_and_every_row_is_counted(tmp_path: Path) -> None:
+    parts = [{"rows": texts(100, "a"), "weight": 3}, {"rows": texts(60, "b"), "weight": 1}]
+    assert drawn(mixture(tmp_path, *map(dict, parts))) == ({"p0": 100, "p1": 33}, 27)
+    parts[0]["max_rows"] = 30
+    assert drawn(mixture(tmp_path, *map(dict, parts))) == ({"p0": 30, "p1": 10}, 120)
+    plain = [{"rows": texts(100, "a")}, {"rows": texts(60, "b"), "max_rows": 7}]
+    assert drawn(mixture(tmp_path, *map(dict, plain))) == ({"p0": 100, "p1": 7}, 53)
+    config = mixture(tmp_path, *map(dict, parts), heldout_every=4, near_duplicate=None)
+    corpus, _ = build_corpus(config, Store(tmp_path / "store"))
+    ledger = corpus.facts["ledger"]
+    assert ledger["entered"]["documents"] == 160
+    assert ledger["dropped"]["not drawn for the mixture"]["documents"] == 120
+    assert ledger["train"]["documents"] + ledger["heldout"]["documents"] == 40
+
+
+def test_a_mixture_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    def names(seed: int, count: int = 200) -> set[str]:
+        config = mixture(tmp_path, {"rows": texts(count, "a"), "max_rows": 20}, {"rows": texts(5, "b")}, seed=seed)
+        return {entry.name for entry in open_rows(config).read() if isinstance(entry, Document)}
+
+    assert names(1) == names(1)
+    assert len(names(1) & names(2)) < 15
+    # A row more at the end leaves most of the draw as it was.
+    assert len(names(1) & names(1, 201)) >= 24
+
+
+def test_instructions_and_conversations_go_together(tmp_path: Path) -> None:
+    parts = [{"rows": [{"instruction": "Hi", "input": "", "output": "Ho"}]}, {"rows": [{"messages": [HI, HO]}]}]
+    origin = open_rows(mixture(tmp_path, *parts))
+    assert origin.form["format"] == "chat"
+    assert {entry.text for entry in origin.read() if isinstance(entry, Document)} == {
+        json.dumps({"messages": [HI, HO]}, separators=(",", ":"))
+    }
+    assert [part["format"] for part in origin.facts["options"]["parts"]] == ["instruction", "chat"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "words"),
+    [
+        ([{"rows": texts(2, "a")}], {}, r"data.source.options.parts: holds 1 parts; a mixture has two or more"),
+        (
+            [{"rows": texts(2, "a")}, {"rows": [{"messages": [HI, HO]}]}],
+            {},
+            r"do not go together \(part 0: text, part 1: chat\)",
+        ),
+        (
+            [{"rows": texts(2, "a"), "weight": 1}, {"rows": texts(2, "b")}],
+            {},
+            "is set for some parts and not for others",
+        ),
+        (
+            [{"rows": texts(2, "a"), "wieght": 1}, {"rows": texts(2, "b")}],
+            {},
+            r"parts\[0\].wieght: unknown option; did you mean",
+        ),
+        ([{"rows": texts(2, "a"), "label": "p1"}, {"rows": texts(2, "b")}], {}, r"two parts have one label"),
+        (
+            [{"rows": texts(2, "a")}, {"rows": texts(2, "b")}],
+            {"columns": {"text": "x"}},
+            "a mixture's parts have columns each",
+        ),
+        (
+            [{"rows": texts(2, "a"), "columns": {"text": "x"}}, {"rows": texts(2, "b")}],
+            {},
+            r"parts\[0\].columns.text: there is no",
+        ),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_named(tmp_path: Path, parts: Any, settings: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        open_rows(mixture(tmp_path, *map(dict, parts), **settings))
