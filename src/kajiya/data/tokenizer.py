@@ -53,9 +53,9 @@ def build_tokenizer(
 
     Returns the artifact, whose folder `AutoTokenizer.from_pretrained` loads, and whether it was there already. Its facts:
     `vocab_size`, `bos_id`, `eos_id`, `pad_id`, `added_tokens` (new ids of `add_tokens` and `add_special_tokens`, the last of
-    the vocabulary), `round_trip` (documents and bytes checked; `None` for rows that are only read), and where it came from. It carries the chat template of
-    `render`, so that all that is made with it renders alike. Raises `ConfigError` or `DataError` for one that cannot be
-    loaded, is not lossless, or has no end-of-text token.
+    the vocabulary), `round_trip` (documents and bytes checked; `None` for rows that are only read), and where it came from.
+    It carries the chat template of `render`, so that all that is made with it renders alike. Raises `ConfigError` or
+    `DataError` for one that cannot be loaded, is not lossless, or has no end-of-text token.
     """
     loaded = _load(config) if config.path is not None else None
     kind = str(corpus.facts["format"])
