@@ -12,7 +12,8 @@ from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.data.corpus import build_corpus, is_heldout
 from kajiya.data.documents import open_documents
 from kajiya.data.entries import Row, Unreadable
-from kajiya.data.function_pairs import INSTRUCTIONS, documented_functions, function_pairs, stdlib_pairs
+from kajiya.data.function_pairs import INSTRUCTIONS, documented_functions, function_pairs
+from kajiya.data.function_rows import FORMS, corrupted, stdlib_pairs
 from kajiya.run.store import Store
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -149,3 +150,30 @@ def test_no_function_of_a_held_out_file_is_trained_on(tmp_path: Path) -> None:
         for path in root.glob("*.py")
         if is_heldout(path.name, 5) and list(function_pairs(path.read_text(), max_bytes=1200))
     }
+
+
+def test_a_corrupted_body_has_the_same_parts_in_another_order() -> None:
+    body = "    a = 1\n    b = 2\n    return a + b"
+    mixed = corrupted(body, "x")
+    assert mixed is not None
+    assert mixed == corrupted(body, "x") != body
+    assert sorted(mixed.split("\n")) == sorted(body.split("\n"))
+    one_line = corrupted("return a + b", "x")
+    assert one_line is not None
+    assert sorted(one_line.split()) == ["+", "a", "b", "return"] != one_line.split()
+    assert corrupted("pass", "x") is None
+
+
+def test_rows_of_every_kind_from_real_functions() -> None:
+    kinds = {"preference": ("chosen", "rejected"), "feedback": ("completion", "label"), "labelled": ("text", "label"),
+             "seq2seq": ("input", "target")}  # fmt: skip
+    assert kinds.keys() | {"chat", "instruction"} == FORMS.keys()
+    for form, names in kinds.items():
+        options = StdlibPairsSource(root=str(STDLIB), rows=form, packages="email json")
+        rows = [row for row in stdlib_pairs(options) if isinstance(row, Row)]
+        assert len(rows) > 30
+        for row in rows:
+            assert set(names) <= row.columns.keys()
+            assert all(row.columns[name] not in ("", None) for name in names)
+        labels = {row.columns["label"] for row in rows if "label" in row.columns}
+        assert labels == {"feedback": {True, False}, "labelled": {"email", "json"}}.get(form, set())

@@ -28,8 +28,11 @@ class StdlibPairsSource:
 
     root: str | None = None
     """Folder to read in its place; `None` is the interpreter's own standard library."""
-    rows: str = setting("chat", choices=("chat", "instruction"))
-    """Form of the rows: `messages` of a user and an assistant, or `prompt` and `completion`."""
+    rows: str = setting("chat", choices=("chat", "instruction", "preference", "feedback", "labelled", "seq2seq"))
+    """Kind of the rows: chat or instruction; preference (the real body over one with its lines mixed) and feedback (either,
+    judged); labelled (which package a function is from); seq2seq (code to the first line of its docstring)."""
+    packages: str | None = None
+    """Only these top-level packages, separated by spaces; `None`: all."""
     max_bytes: int = setting(1200, ge=64)
     """Longest pair that is made, prompt and answer together, bytes."""
 

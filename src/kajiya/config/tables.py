@@ -37,7 +37,7 @@ class Row:
 TABLES: Mapping[str, Mapping[str, Row]] = {
     "source": {
         "stdlib": Row("kajiya.data.sources:stdlib", o.StdlibSource),
-        "stdlib_pairs": Row("kajiya.data.function_pairs:stdlib_pairs", o.StdlibPairsSource),
+        "stdlib_pairs": Row("kajiya.data.function_rows:stdlib_pairs", o.StdlibPairsSource),
         "text": Row("kajiya.data.sources:text", o.TextSource),
         "jsonl": Row("kajiya.data.sources:jsonl", o.LinesSource),
         "csv": Row("kajiya.data.sources:csv_rows", o.TableSource),

@@ -2,13 +2,8 @@
 
 import ast
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from kajiya.config.options import StdlibPairsSource, StdlibSource
-from kajiya.data.entries import Document, Found, Row, Unreadable
-from kajiya.data.sources import stdlib
 
 BODY, DOCSTRING = "body", "docstring"
 INSTRUCTIONS = {
@@ -44,30 +39,6 @@ class Pair:
     function: Function
     prompt: str
     completion: str
-
-
-def stdlib_pairs(options: StdlibPairsSource) -> Iterator[Found]:
-    """A row for each pair in the files of the source `stdlib`, named `file:qualname (kind)`; a file is a group."""
-    for entry in stdlib(StdlibSource(options.root)):
-        if not isinstance(entry, Document):
-            yield entry
-            continue
-        try:
-            pairs = list(function_pairs(entry.text, max_bytes=options.max_bytes))
-        except (SyntaxError, ValueError, RecursionError) as error:
-            yield Unreadable(entry.name, f"is no Python source: {error}", entry.n_bytes)
-            continue
-        for pair in pairs:
-            name = f"{entry.name}:{pair.function.qualname} ({pair.kind})"
-            yield Row(name, row_of(pair, options.rows), group=entry.name)
-
-
-def row_of(pair: Pair, form: str) -> Mapping[str, Any]:
-    """The pair as a row of that form: `chat` or `instruction`."""
-    if form == "instruction":
-        return {"prompt": pair.prompt, "completion": pair.completion}
-    turns = (("user", pair.prompt), ("assistant", pair.completion))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def function_pairs(source: str, kinds: Sequence[str] = (BODY, DOCSTRING), max_bytes: int = 1200) -> Iterator[Pair]:

@@ -9,12 +9,12 @@ import numpy as np
 
 from kajiya.config.schema import Config
 from kajiya.config.tables import Row, check_choice, loss_row
-from kajiya.config.validate import require_format
 from kajiya.data.loader import Feed, Loader, heldout_rows, open_loader
 from kajiya.data.masking import Masking
 from kajiya.data.mismatch import add_mismatched
 from kajiya.data.pack import build_packing, choose_packing, open_packing
-from kajiya.data.shards import open_split
+from kajiya.data.render import Renderer, read_template
+from kajiya.data.shards import Rendering, open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.models.tasks import Task
@@ -52,19 +52,24 @@ class Data:
         return parents if self.packing is None else parents | {"packing": self.packing}
 
 
-def format_of(corpus: Artifact) -> str:
-    """The format of the corpus's rows."""
-    return str(corpus.facts["format"]) if "format" in corpus.facts else "text"
+def rendering_of(config: Config, corpus: Artifact, tokenizer: Artifact) -> Rendering | None:
+    """How the corpus's rows become examples; `None` for plain text."""
+    form = corpus.facts["format"]
+    if form == "text":
+        return None
+    classes = corpus.facts["classes"] if form == "labelled" else None
+    render = config.data.render
+    return Rendering(
+        open=lambda: Renderer(load_tokenizer(tokenizer.path), render, form, classes).render_many,
+        segments=2 if form in ("preference", "seq2seq") else 1,
+        key={"format": form, "classes": classes, "render": render, "template": read_template(render)},
+        code=("kajiya.data.render",),
+    )
 
 
 def pack(config: Config, corpus: Artifact, shards: Artifact, store: Store) -> tuple[Artifact, bool] | None:
-    """The packing of the shards for the config's loss, and whether it was there; `None` where none is needed.
-
-    Raises `ConfigError` where the rows are of a format that the loss does not take.
-    """
-    form = format_of(corpus)
-    require_format(config.train.loss.name, form, "data.format")
-    if _packing(config, form) == "concatenate":
+    """The packing of the shards for the config's loss, and whether it was there; `None` where none is needed."""
+    if _packing(config, corpus.facts["format"]) == "concatenate":
         return None
     return build_packing(config.data, shards, store)
 
@@ -72,7 +77,7 @@ def pack(config: Config, corpus: Artifact, shards: Artifact, store: Store) -> tu
 def task_of(config: Config, corpus: Artifact) -> Task:
     """The head that the config's loss needs. Raises `ConfigError` for labels of the other kind."""
     name = loss_row(config.train.loss.name).task
-    if format_of(corpus) != "labelled":
+    if corpus.facts["format"] != "labelled":
         return Task(name)
     classes = corpus.facts["classes"]
     if name == "classes" and classes is None:
@@ -151,7 +156,7 @@ def open_feeding(config: Config, data: Data, reference: Artifact | None, start_i
         row_tokens=config.data.row_tokens,
         isolate=config.data.isolate,
         takes=row.takes,
-        packing=_packing(config, format_of(data.corpus)),
+        packing=_packing(config, data.corpus.facts["format"]),
         packed=None if data.packing is None else data.packing.path,
         is_causal=row.task == "causal",
         masking=_masking(data.tokenizer) if row.takes == "masked" else None,

@@ -5,7 +5,7 @@ from typing import Any
 
 from kajiya.config.schema import Config
 from kajiya.config.tables import loss_row
-from kajiya.flows.feeding import Data, format_of, open_feeding, task_of
+from kajiya.flows.feeding import Data, open_feeding, task_of
 from kajiya.flows.heldout import Scorer, score_batches
 from kajiya.flows.own_module import rebuild_own_module
 from kajiya.models.load import load_model, stored_dtype
@@ -23,7 +23,7 @@ _LAST = ("logps/chosen", "logps/rejected")
 def is_judged_by_bits(config: Config, data: Data) -> bool:
     """Whether the model is one of plain text, whose figure is bits per byte."""
     row = loss_row(config.train.loss.name)
-    return row.takes == "tokens" and format_of(data.corpus) == "text"
+    return row.takes == "tokens" and data.corpus.facts["format"] == "text"
 
 
 def evaluate_kind(

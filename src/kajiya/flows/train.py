@@ -7,9 +7,10 @@ from typing import Any
 
 from kajiya.config.quantities import format_bytes, format_count
 from kajiya.config.schema import Config
+from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
-from kajiya.flows.feeding import Data, pack
+from kajiya.flows.feeding import Data, pack, rendering_of
 from kajiya.flows.fitting import fit_run, save_fitted
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
@@ -148,7 +149,11 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
         lambda: build_tokenizer(config.tokenizer, corpus, store, tell, config.data.render),
         _tokenizer_words,
     )
-    shards = stages.produce("shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell), _shards_words)
+    require_format(config.train.loss.name, corpus.facts["format"], "data.format")
+    rendering = rendering_of(config, corpus, tokenizer)
+    shards = stages.produce(
+        "shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell, rendering), _shards_words
+    )
     packed = pack(config, corpus, shards, store)
     packing = None if packed is None else stages.produce("packing", lambda: packed, _packing_words)
     ledger = data_ledger(corpus.facts, shards.facts, None if packing is None else packing.facts)
