@@ -213,7 +213,8 @@ def _longest(fitted: Fitted) -> int | None:
     from transformers import PreTrainedModel
 
     model = fitted.setup.model
-    return int(model.config.max_position_embeddings) if isinstance(model, PreTrainedModel) else None
+    declared = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+    return int(declared["max_position_embeddings"]) if "max_position_embeddings" in declared else None
 
 
 def _lengths(config: Config, plan: Plan) -> dict[str, int]:

@@ -1,0 +1,170 @@
+"""Each loss, with what it takes and the model that it needs: trains, is saved, goes on bit for bit."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.conftest import (
+    VOCABULARY,
+    ListLoader,
+    make_batch,
+    make_examples,
+    make_pairs_of_text,
+    random_sequences,
+)
+from tests.training.test_fit import make_setup
+
+from kajiya.config.schema import LossConfig, ModelConfig
+from kajiya.config.tables import TABLES, loss_row
+from kajiya.data.batch import NO_TARGET
+from kajiya.errors import TrainingError
+from kajiya.models.build import build_model
+from kajiya.models.tasks import Task, auto_class
+from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
+from kajiya.training.fit import Setup, fit, train_step
+from kajiya.training.losses import load_loss, load_measure
+from kajiya.training.losses.sequences import sequence_log_probs
+from kajiya.training.state import TrainState
+
+LABELS = {"classify": Task("classes", ("a", "b", "c"))}
+LOSSES = sorted(TABLES["loss"])
+BEGINNINGS = ("full",)
+"""How a model is made trainable; adapters are added here."""
+
+
+def _model(name: str, seed: int = 0) -> Any:
+    task = LABELS.get(name, Task(loss_row(name).task))
+    architecture = {"masked": "bert", "seq2seq": "t5"}.get(task.name, "llama")
+    config = ModelConfig(name=architecture, n_params="40k", max_positions=64)
+    return build_model(config, VOCABULARY, seed, task).module.train()
+
+
+def _batches(name: str, model: Any) -> list[Any]:
+    takes = loss_row(name).takes
+    if takes == "tokens":
+        return [make_batch(2, seed=seed) for seed in range(3)]
+    if takes == "masked":
+        rows = [make_batch(2, seed=seed) for seed in range(3)]
+        return [
+            replace(each, targets=torch.where(each.targets % 3 == 0, each.tokens, NO_TARGET), is_causal=False)
+            for each in rows
+        ]
+    if takes == "seq2seq":
+        return [make_pairs_of_text(3, seed) for seed in range(3)]
+    k = 2 if takes == "preference" else 1
+    found = []
+    for seed in range(3):
+        batch = make_examples(random_sequences(4 * k, seed), k=k)
+        labels = {
+            "classify": torch.tensor([0, 1, 2, 1]),
+            "regress": torch.randn(4),
+            "kto": torch.tensor([1.0, 0, 1, 0]),
+        }
+        batch = replace(batch, labels=labels.get(name))
+        if loss_row(name).has_reference:
+            batch = replace(batch, reference=_reference(model, batch))
+        if name == "kto":
+            other = make_examples(random_sequences(4, seed + 9), k=1)
+            batch = replace(batch, mismatched=replace(other, reference=_reference(model, other)))
+        found.append(batch)
+    return found
+
+
+def _reference(model: Any, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return sequence_log_probs(model.eval(), batch, 64)[0]
+
+
+def _setup(name: str, tmp_path: Path, steps: int) -> Setup:
+    options: dict[str, Any] = {}
+    if name == "distill":
+        teacher = tmp_path / "teacher"
+        if not teacher.exists():
+            _model("next_token", seed=5).save_pretrained(teacher)
+        options = {"teacher": str(teacher)}
+    config = LossConfig(name, options)
+    torch.manual_seed(0)
+    batches = _batches(name, _model(name))
+    return make_setup(
+        _model(name),
+        batches,
+        loss=load_loss(config),
+        measure=load_measure(config),
+        steps=steps,
+        accumulate=2,
+        max_skipped=0,
+    )
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_trains_is_saved_and_goes_on_bit_for_bit(name: str, beginning: str, tmp_path: Path) -> None:
+    whole, state = _setup(name, tmp_path, 12), TrainState()
+    first = _value(whole)
+    fit(whole, state, [], lambda: False)
+    assert _value(whole) < first
+
+    part, half = _setup(name, tmp_path, 12), TrainState()
+    fit(part, half, [], lambda: half.step == 5)
+    folder = save_checkpoint(tmp_path / "checkpoints", half, part.model, part.optimizer, part.loader.state(), "key")
+    rest = _setup(name, tmp_path, 12)
+    torch.manual_seed(99)
+    resumed, position = load_checkpoint(folder, rest.model, rest.optimizer, "key")
+    rest.loader.load_state(position)
+    fit(rest, resumed, [], lambda: False)
+    for (key, expected), got in zip(whole.model.state_dict().items(), rest.model.state_dict().values(), strict=True):
+        assert torch.equal(expected, got), key
+    assert resumed.window == state.window
+
+    model: Any = whole.model
+    model.save_pretrained(tmp_path / "model")
+    task = LABELS.get(name, Task(loss_row(name).task))
+    again = auto_class(task).from_pretrained(tmp_path / "model")
+    for (key, expected), got in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(expected, got), key
+
+
+def _value(setup: Setup) -> float:
+    """The loss over all batches, dropout off."""
+    assert isinstance(setup.loader, ListLoader)
+    setup.model.eval()
+    total = count = 0.0
+    for batch in setup.loader.batches:
+        given = batch if setup.measure is None else replace(batch, measured={"kl": 0.0})
+        with torch.no_grad():
+            ((value, unit),) = setup.loss(setup.model, given)[0].values()
+        total, count = total + float(value), count + batch.counts[str(unit)]
+    setup.model.train()
+    return total / count
+
+
+def test_examples_count_alike_however_they_are_cut_into_micro_batches(tmp_path: Path) -> None:
+    """One batch of 6 pairs, or 2, 1 and 3: the same gradient (a mean of means would show)."""
+    model = _model("dpo")
+    sequences = random_sequences(12, 3)
+    reference = torch.linspace(-30, -20, 12)
+    grads = []
+    for cuts in ([0, 12], [0, 4, 6, 12]):
+        parts = [slice(a, b) for a, b in pairwise(cuts)]
+        batches = [make_examples(sequences[part], k=2, reference=reference[part]) for part in parts]
+        setup = make_setup(
+            _model("dpo"), batches, loss=load_loss(LossConfig("dpo")), accumulate=len(batches), clip_norm=None
+        )
+        captured: list[torch.Tensor] = []
+        setup.optimizer.step = lambda lr, setup=setup, captured=captured: captured.extend(  # type: ignore[method-assign]
+            g.clone() for g in setup.optimizer.grads()
+        )
+        train_step(setup, TrainState())
+        grads.append(captured)
+    assert len(grads[0]) == len(list(model.parameters()))
+    for one, three in zip(*grads, strict=True):
+        torch.testing.assert_close(one, three, atol=1e-6, rtol=1e-4)
+
+
+def test_kto_without_its_group_is_refused(tmp_path: Path) -> None:
+    setup = _setup("kto", tmp_path, 1)
+    with pytest.raises(TrainingError, match="reference point"):
+        train_step(replace(setup, measure=None), TrainState())
