@@ -22,6 +22,7 @@ _TABLES = {
     "sampler": "tune.sampler.name",
     "pruner": "tune.pruner.name",
     "launcher": "tune.launcher.name",
+    "metric": "metrics",
     "engine": "serve.engine",
 }
 

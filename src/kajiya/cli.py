@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kajiya.config.schema import Config
+    from kajiya.flows.task_evaluation import Asked
     from kajiya.flows.train import Trained
 
 app = typer.Typer(
@@ -148,12 +149,29 @@ def evaluate(
     ],
     overrides: Overrides = None,
     data: Annotated[str, typer.Option(help="Recipe whose held-out text is scored.")] = DEFAULT_RECIPE,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks, joined by commas: packaged names, paths of YAML files, lm-eval:NAME.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most rows of each task.", min=1)] = None,
+    show_errors: Annotated[
+        bool, typer.Option("--show-errors", help="Show rows without full marks, worst first.")
+    ] = False,
+    model_name: Annotated[str | None, typer.Option(help="Model behind an endpoint; else the first it serves.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key that an endpoint wants.")] = None,
     config_dir: ConfigDir = None,
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte and perplexity on held-out text, beside compressors on the same bytes."""
+    """Bits per byte and perplexity on held-out text, beside compressors on the same bytes; or --tasks, each with intervals."""
     from kajiya.config.compose import compose
+    from kajiya.flows.task_evaluation import Asked, is_endpoint
+
+    if tasks is not None:
+        asked = Asked(target, [name.strip() for name in tasks.split(",")], limit, model_name, api_key)
+        _evaluate_tasks(asked, compose(data, overrides or [], config_dir), store, show_errors, as_json)
+        return
+    if is_endpoint(target):
+        raise ConfigError("--tasks", "is missing: an endpoint does not give the perplexity of a text", "Name tasks.")
     from kajiya.flows.evaluate import evaluate as evaluate_flow
     from kajiya.listings import evaluation_table
     from kajiya.run.store import default_store
@@ -434,6 +452,24 @@ def _train(config: "Config", store: str | None, console: "Console") -> "Trained"
         raise typer.Exit(0) from None
     say_outcome(console, trained, command)
     return trained
+
+
+def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, show_errors: bool, as_json: bool) -> None:
+    from kajiya.flows.task_evaluation import evaluate_tasks
+    from kajiya.listings import show_misses, task_table
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    with Screen(console) as screen:
+        results = evaluate_tasks(asked, config, default_store(store), screen.on_event)
+    if as_json:
+        _print_json([result.facts for result in results])
+    else:
+        console.print(task_table([result.facts for result in results]))
+    if show_errors:
+        for result in results:
+            show_misses(console, result.facts["task"], result.misses())
 
 
 def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store: str | None, as_json: bool) -> None:

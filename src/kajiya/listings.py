@@ -34,6 +34,41 @@ def evaluation_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any]
     return table
 
 
+def task_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a metric of each task, with its interval."""
+    table = _table("task", "metric", "figure", "95 % interval", "rows", "sources", "computed as")
+    for facts in results:
+        for name, figure in facts["figures"].items():
+            value, interval = figure["value"], figure["interval"]
+            table.add_row(
+                escape(facts["task"]),
+                name + (" (less is better)" if figure["is_lower_better"] else ""),
+                "none" if value is None else f"[bold]{value:.4g}[/bold]",
+                "" if interval is None else f"{interval[0]:.4g} – {interval[1]:.4g}",
+                f"{facts['n_rows']:,}",
+                f"{facts['n_groups']:,}",
+                escape(figure["signature"]),
+            )
+    return table
+
+
+def show_misses(console: Console, task: str, rows: Sequence[Mapping[str, Any]], most: int = 10) -> None:
+    """Rows without full marks, the worst first: the end of the prompt, the answer, the target, what the metric noted."""
+    console.print(f"{task}: {len(rows):,} rows without full marks, {min(most, len(rows))} of them:", highlight=False)
+    for row in rows[:most]:
+        notes = [str(value) for key, value in row.items() if key.endswith(": note") and value]
+        for words, text in (
+            ("source", row["group"]),
+            ("prompt", row["prompt"][-400:]),
+            ("answer", row["answers"][0]),
+            ("target", row["target"]),
+            ("note", "; ".join(notes)),
+        ):
+            if text:
+                console.print(f"[dim]{words}:[/dim] {escape(text)}", highlight=False, soft_wrap=True)
+        console.rule(style="dim")
+
+
 def runs_table(rows: Sequence["RunRow"]) -> Table:
     """One line a run."""
     table = _table("run", "status", "begun", "step", "train nll", "held-out nll", "bits per byte")

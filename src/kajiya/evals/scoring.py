@@ -116,3 +116,61 @@ def _rows(documents: Sequence[np.ndarray], windows: list[Window]) -> Batch:
         segments=torch.zeros(tokens.shape, dtype=torch.int64),
         n_targets=int((targets != NO_TARGET).sum()),
     )
+
+
+@dataclass(frozen=True)
+class ContinuationScore:
+    """A given continuation under the model."""
+
+    logprob: float
+    """Σ log p of its tokens, nats."""
+    is_greedy: bool
+    """Whether every token of it is the likeliest one there."""
+    n_tokens: int
+
+
+@torch.no_grad()
+def score_continuations(
+    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, context_tokens: int, batch: int
+) -> list[ContinuationScore]:
+    """The score of each (context ids, continuation ids); of what does not fit the window, the context's beginning goes.
+
+    Only the states that predict a continuation's token pass through the head. A continuation longer than the window is an
+    assertion: its score would be of something else.
+    """
+    rows = []
+    for context, continuation in pairs:
+        if not context or len(continuation) > context_tokens:
+            raise ValueError(f"a context of {len(context)} and a continuation of {len(continuation)} tokens")
+        ids = [*context, *continuation][-(context_tokens + 1) :]
+        rows.append((np.array(ids, dtype=np.int64), len(continuation)))
+    found: dict[int, ContinuationScore] = {}
+    device = next(model.parameters()).device
+    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    with evaluation_mode(model):
+        for first in range(0, len(by_length), batch):
+            part = by_length[first : first + batch]
+            windows = [Window(i, 0, len(rows[i][0]), len(rows[i][0]) - 1 - rows[i][1]) for i in part]
+            packed = _rows([ids for ids, _ in rows], windows).to(device)
+            logprobs, greedy = _target_scores(model, packed)
+            for row, i in enumerate(part):
+                kept = packed.targets[row] != NO_TARGET
+                total = float(logprobs[row][kept].double().sum())
+                found[i] = ContinuationScore(total, bool(greedy[row][kept].all()), rows[i][1])
+    return [found[i] for i in range(len(rows))]
+
+
+def _target_scores(model: Any, batch: Batch, chunk_tokens: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of each target, float32 [B, T], and whether it is the likeliest token, bool [B, T]."""
+    targets = batch.targets.reshape(-1)
+    wanted = (targets != NO_TARGET).nonzero().squeeze(1)
+    logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+    greedy = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
+    split = has_split_head(model)
+    states = last_hidden(model, batch) if split else all_logits(model, batch)
+    states = states.reshape(-1, states.shape[-1])
+    for part in wanted.split(chunk_tokens):
+        logits = (model.get_output_embeddings()(states[part]) if split else states[part]).float()
+        logprobs[part] = -torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+        greedy[part] = logits.argmax(dim=-1) == targets[part]
+    return logprobs.view_as(batch.targets), greedy.view_as(batch.targets)

@@ -31,6 +31,11 @@ class Scores:
     by_rows: bool = False
     is_lower_better: bool = False
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the figure is Σ first statistic / Σ second."""
+        return self.figure is _ratio
+
     def value(self) -> float:
         """The figure over all rows."""
         return self.figure(self.rows if self.by_rows else self.rows.sum(axis=0))

@@ -1,0 +1,239 @@
+"""Who answers a task: a model of this machine by the engine that serves, or any OpenAI-compatible endpoint."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kajiya.errors import ConfigError, DataError, KajiyaError
+
+_AT_ONCE = 8
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row of a task, and what came of it."""
+
+    row: Mapping[str, Any]
+    prompt: str
+    target: str
+    texts: tuple[str, ...] = ()
+    """Scored answers, one a sample."""
+    choices: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """Log-probability of each choice, nats."""
+    n_bytes: tuple[int, ...] = ()
+    """Bytes of each choice."""
+    vectors: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False)
+    """Embeddings of prompt and target."""
+
+    @property
+    def text(self) -> str:
+        """The first answer."""
+        return self.texts[0]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    samples: int
+    stop: tuple[str, ...]
+    is_chat: bool
+
+
+class Respondent(Protocol):
+    """What a task needs of a model."""
+
+    @property
+    def engine(self) -> str:
+        """What computes the answers."""
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the weights."""
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
+        """`sampling.samples` answers to each prompt."""
+
+    def choose(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
+        """Log-probability of each choice behind its prompt, nats."""
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of length 1, float32 [n, d]."""
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    ends = [at for each in stop if (at := text.find(each)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+class LocalModel:
+    """The model in a folder; weights are loaded when they are first needed."""
+
+    engine = "torch"
+
+    def __init__(self, folder: Path, batch: int) -> None:
+        self.folder = folder
+        self.batch = batch
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the weights on the disk."""
+        from kajiya.models.load import stored_dtype
+
+        return str(stored_dtype(self.folder)).removeprefix("torch.")
+
+    @cached_property
+    def _engine(self) -> Any:
+        from kajiya.serving.loading import load_engine
+
+        return load_engine(self.folder, precision="auto", device="auto", max_batch=self.batch, max_waiting=self.batch)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from kajiya.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.folder)
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
+        """By the engine that serves; a prompt longer than the context keeps its end."""
+        from kajiya.serving.sequence import SamplingParams
+
+        room = self._engine.context_tokens - sampling.max_tokens - 1
+        if room < 1:
+            raise DataError(
+                f"max_tokens={sampling.max_tokens} fills the context of {self._engine.context_tokens} tokens"
+            )
+        ids = [self._ids(prompt, sampling.is_chat, room) for prompt in prompts for _ in range(sampling.samples)]
+        params = SamplingParams(max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed)
+        found = [
+            cut_at(self._tokenizer.decode(each.token_ids, skip_special_tokens=True), sampling.stop)
+            for each in self._engine.generate(ids, params)
+        ]
+        n = sampling.samples
+        return [tuple(found[i : i + n]) for i in range(0, len(found), n)]
+
+    def _ids(self, prompt: str, is_chat: bool, room: int) -> list[int]:
+        from kajiya.data.chat import render_chat
+        from kajiya.data.tokenizer import start_id
+
+        if is_chat:
+            return render_chat(self._tokenizer, [{"role": "user", "content": prompt}], True)[-room:]
+        return [start_id(self._tokenizer), *self._encode(prompt)[-(room - 1) :]]
+
+    def _encode(self, text: str) -> list[int]:
+        from kajiya.data.encode import encode_texts, open_encoder
+
+        return [int(token) for token in encode_texts(open_encoder(self.folder), [text])[0]]
+
+    def choose(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
+        """Σ log p over the tokens of each choice; the choice is encoded by itself, as it would be written."""
+        from kajiya.data.tokenizer import start_id
+        from kajiya.evals.scoring import score_continuations
+
+        start = start_id(self._tokenizer)
+        pairs = [
+            ([start, *self._encode(prompt)], self._encode(choice))
+            for prompt, row in zip(prompts, choices, strict=True)
+            for choice in row
+        ]
+        found = score_continuations(self.model, pairs, context_tokens=self.context_tokens, batch=self.batch)
+        scores = iter(each.logprob for each in found)
+        return [tuple(next(scores) for _ in row) for row in choices]
+
+    @cached_property
+    def model(self) -> Any:
+        """The plain model, for scores."""
+        from kajiya.models.load import load_model, stored_dtype
+
+        return load_model(self.folder, dtype=stored_dtype(self.folder))
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence that the model is declared for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Means of last hidden states, by the engine."""
+        limit = self._engine.context_tokens
+        return np.array([self._engine.embed(self._ids(text, False, limit)) for text in texts], dtype=np.float32)
+
+
+class Endpoint:
+    """A model behind `<url>/completions`, `/chat/completions` and `/embeddings` of the OpenAI API."""
+
+    engine = "http"
+    dtype = "unknown"
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self.model = model or self._first_model()
+
+    def _first_model(self) -> str:
+        models = self.post("/models", None)["data"]
+        if not models:
+            raise KajiyaError(f"{self.url} serves no model")
+        return str(models[0]["id"])
+
+    def post(self, path: str, body: dict[str, Any] | None) -> Any:
+        """The answer's JSON; `body` `None` is a GET. Raises `KajiyaError` with the address and what it said."""
+        headers = {"Content-Type": "application/json"}
+        if self._api_key is not None:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            said = error.read().decode("utf-8", "replace")[:300]
+            raise KajiyaError(f"{self.url}{path} answered {error.code}: {said}") from error
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            raise KajiyaError(f"{self.url}{path} does not answer: {error}") from error
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
+        """One request a row, a few at once."""
+
+        def ask(prompt: str) -> tuple[str, ...]:
+            body: dict[str, Any] = {
+                "model": self.model, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
+                "seed": sampling.seed, "n": sampling.samples,
+            }  # fmt: skip
+            if sampling.stop:
+                body["stop"] = list(sampling.stop)
+            if sampling.is_chat:
+                reply = self.post("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
+                texts = [choice["message"]["content"] for choice in reply["choices"]]
+            else:
+                texts = [choice["text"] for choice in self.post("/completions", body | {"prompt": prompt})["choices"]]
+            return tuple(cut_at(text or "", sampling.stop) for text in texts)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(ask, prompts))
+
+    def choose(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
+        """Not to be had: an endpoint does not tell the log-probability of a given text."""
+        raise ConfigError(
+            "--tasks", "a task of kind choose needs log-probabilities of given texts, which an endpoint does not give"
+        )
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """By the endpoint's embeddings."""
+        found = self.post("/embeddings", {"model": self.model, "input": list(texts)})["data"]
+        vectors = np.array([each["embedding"] for each in found], dtype=np.float32)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors / np.maximum(lengths, 1e-12))

@@ -1,0 +1,200 @@
+"""Metrics of choices, classes, numbers and vectors; the figures are scikit-learn's and torchmetrics', tested against them."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kajiya.errors import DataError, MissingExtraError
+from kajiya.evals.answers import Answer
+from kajiya.evals.metrics import Measured
+from kajiya.evals.statistics import Scores, mean_scores
+
+if TYPE_CHECKING:
+    from kajiya.evals.tasks import Task
+
+_ECE_BINS = 15
+
+
+def _right(answer: Answer) -> int:
+    """Number of the right choice: written as such, or as the choice's own text."""
+    target = answer.target.strip()
+    if target in answer.choices:
+        return answer.choices.index(target)
+    if re.fullmatch(r"\d+", target) and int(target) < len(answer.choices):
+        return int(target)
+    raise DataError(f"the target {target!r} is neither one of the choices {list(answer.choices)} nor the number of one")
+
+
+def probabilities(answer: Answer) -> np.ndarray:
+    """Softmax of the choices' log-probabilities, float64 [n choices]."""
+    shifted = np.array(answer.logprobs) - max(answer.logprobs)
+    weights = np.exp(shifted)
+    return np.asarray(weights / weights.sum())
+
+
+def accuracy(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Share of rows whose likeliest choice is the right one."""
+    picked = [int(np.argmax(each.logprobs)) for each in answers]
+    return Measured(mean_scores([float(p == _right(each)) for p, each in zip(picked, answers, strict=True)]))
+
+
+def accuracy_by_byte(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """The same after dividing each log-probability by the choice's bytes, so that long ones have no handicap."""
+    values = [
+        float(int(np.argmax(np.array(each.logprobs) / np.maximum(each.n_bytes, 1))) == _right(each)) for each in answers
+    ]
+    return Measured(mean_scores(values))
+
+
+def _labels(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Right and picked class of each row, and how many classes there are (the same in every row)."""
+    n = {len(each.choices) for each in answers}
+    if len(n) != 1:
+        raise DataError("classes are the same in every row, but the rows have different numbers of choices")
+    right = np.array([_right(each) for each in answers])
+    return right, np.array([int(np.argmax(each.logprobs)) for each in answers]), n.pop()
+
+
+def macro_f1(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Unweighted mean over classes of F1, as scikit-learn's `f1_score(average="macro")` over classes that occur."""
+    right, picked, n = _labels(answers)
+    rows = np.zeros((len(right), n * n))
+    rows[np.arange(len(right)), right * n + picked] = 1
+
+    def figure(sums: np.ndarray) -> float:
+        table = sums.reshape(n, n)
+        both = np.diag(table)
+        sizes = table.sum(axis=0) + table.sum(axis=1)
+        present = sizes > 0
+        return float((2 * both[present] / sizes[present]).mean())
+
+    table = rows.sum(axis=0).reshape(n, n).astype(int)
+    names = list(answers[0].choices)
+    return Measured(Scores(rows, figure), details={"confusion": table.tolist(), "classes": names})
+
+
+def auroc(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Area under the ROC curve of the second of two classes; of more, the mean over classes of one against the rest."""
+    right, _, n = _labels(answers)
+    shares = np.stack([probabilities(each) for each in answers])
+    rows = np.column_stack([right, shares])
+
+    def area(is_positive: np.ndarray, score: np.ndarray) -> float:
+        n_positive = int(is_positive.sum())
+        n_negative = len(is_positive) - n_positive
+        if not n_positive or not n_negative:
+            return math.nan
+        _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # Mann–Whitney: ties share a rank
+        return float((ranks[is_positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+    def figure(drawn: np.ndarray) -> float:
+        classes = [1] if n == 2 else range(n)
+        return float(np.nanmean([area(drawn[:, 0] == c, drawn[:, 1 + c]) for c in classes]))
+
+    return Measured(Scores(rows, figure, by_rows=True), "one against the rest" if n > 2 else "")
+
+
+def calibration_error(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Expected calibration error over 15 equal bins of the likeliest choice's probability (Guo et al., arXiv:1706.04599)."""
+    rows = np.zeros((len(answers), 3 * _ECE_BINS))
+    for row, each in zip(rows, answers, strict=True):
+        shares = probabilities(each)
+        picked = int(np.argmax(shares))
+        bin_ = min(_ECE_BINS - 1, max(0, math.ceil(shares[picked] * _ECE_BINS) - 1))
+        row[3 * bin_ : 3 * bin_ + 3] = 1.0, shares[picked], float(picked == _right(each))
+
+    def figure(sums: np.ndarray) -> float:
+        bins = sums.reshape(_ECE_BINS, 3)
+        return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
+
+    return Measured(Scores(rows, figure, is_lower_better=True), f"{_ECE_BINS} equal bins, top choice")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _numbers(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Written and right numbers; an answer without a number counts as the mean of the right ones, and is told."""
+    right = np.array([_number(each.target) for each in answers])
+    if np.isnan(right).any():
+        raise DataError("a regression's target must be a number in every row")
+    written = np.array([_number(each.text) for each in answers])
+    notes = ["no number" if math.isnan(value) else "" for value in written]
+    return np.where(np.isnan(written), right.mean(), written), right, notes
+
+
+def _number(text: str) -> float:
+    found = re.search(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", text)
+    return float(found[0]) if found else math.nan
+
+
+def rmse(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Root mean squared error of the first number that an answer holds."""
+    written, right, notes = _numbers(answers)
+    rows = np.column_stack([(written - right) ** 2, np.ones(len(right))])
+    scores = Scores(rows, lambda sums: math.sqrt(sums[0] / sums[1]), is_lower_better=True)
+    return Measured(scores, details={"answers_without_a_number": sum(map(bool, notes))}, notes=notes)
+
+
+def mae(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Mean absolute error of the first number that an answer holds."""
+    written, right, notes = _numbers(answers)
+    return Measured(mean_scores(np.abs(written - right), True), notes=notes)
+
+
+def r2(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Coefficient of determination of the first number that an answer holds."""
+    written, right, notes = _numbers(answers)
+    rows = np.column_stack([(written - right) ** 2, right, right**2, np.ones(len(right))])
+
+    def figure(sums: np.ndarray) -> float:
+        residual, total, squares, n = sums
+        spread = squares - total**2 / n
+        return 1 - residual / spread if spread > 0 else math.nan
+
+    return Measured(Scores(rows, figure), notes=notes)
+
+
+# ---------------------------------------------------------------- vectors
+
+
+def _vectors(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray]:
+    if any(each.vectors is None for each in answers):
+        raise DataError("this metric needs a task of kind embed")
+    pairs: list[Any] = [each.vectors for each in answers]
+    return np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+
+
+def recall_at_k(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Share of prompts whose own target is the nearest of all by cosine (recall@1); @5, @10 and MRR as details."""
+    queries, documents = _vectors(answers)
+    similar = queries @ documents.T
+    own = np.diag(similar)[:, None]
+    names = np.array([each.target for each in answers])
+    # A tie with another target counts against the own one; the same text twice is one target.
+    ranks = ((similar >= own) & (names[:, None] != names[None, :])).sum(axis=1) + 1
+    details = {f"recall@{k}": float((ranks <= k).mean()) for k in (5, 10)} | {"mrr": float((1 / ranks).mean())}
+    return Measured(mean_scores((ranks == 1).astype(float)), f"recall@1 among {len(answers)} targets", details)
+
+
+def clustering(answers: Sequence[Answer], _task: "Task") -> Measured:
+    """Normalized mutual information of k-means clusters of the prompts' vectors and the targets as labels (scikit-learn)."""
+    try:
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import normalized_mutual_info_score
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("scikit-learn", "metrics", "Clustering") from error
+    vectors, _ = _vectors(answers)
+    names = sorted({each.target for each in answers})
+    labels = np.array([names.index(each.target) for each in answers])
+    found = KMeans(len(names), n_init=10, random_state=0).fit_predict(vectors)
+    rows = np.column_stack([labels, found]).astype(np.float64)
+
+    def figure(drawn: np.ndarray) -> float:
+        return float(normalized_mutual_info_score(drawn[:, 0], drawn[:, 1]))
+
+    return Measured(Scores(rows, figure, by_rows=True), f"k-means, k = {len(names)}, 10 starts")
