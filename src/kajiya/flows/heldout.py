@@ -57,9 +57,11 @@ def score_batches(model: Any, batches: Sequence[Any], scorer: Scorer) -> dict[st
             with scorer.precision.context(scorer.device):
                 terms, metrics = scorer.loss(model, given)
             for name, (total, count) in numbered(terms | metrics, given.counts).items():
-                rows.setdefault(name, []).append((float(total), float(count)))
+                # A batch without a single good (or bad) answer says nothing of their rewards.
+                if count:
+                    rows.setdefault(name, []).append((float(total), float(count)))
     arrays = {name: np.array(pairs, dtype=np.float64).T for name, pairs in rows.items()}
-    return {name: Sums(totals, counts) for name, (totals, counts) in arrays.items() if counts.sum()}
+    return {name: Sums(totals, counts) for name, (totals, counts) in arrays.items()}
 
 
 def heldout_values(name: str, setup: Setup, batches: Sequence[Any]) -> dict[str, float]:
@@ -71,7 +73,8 @@ def heldout_values(name: str, setup: Setup, batches: Sequence[Any]) -> dict[str,
         return {"eval/nll": heldout_loss(setup.model, list(batches), setup.strategy.device)}
     scorer = Scorer(setup.loss, setup.measure, setup.strategy.device, setup.precision)
     figures = score_batches(setup.model, batches, scorer)
-    return {f"eval/{each}": sums.mean for each, sums in figures.items()}
+    first = {"eval/loss": figures["loss"].mean}
+    return first | {f"eval/{each}": sums.mean for each, sums in figures.items()}
 
 
 def _measured(model: Any, batches: Sequence[Any], scorer: Scorer) -> Sequence[Any]:

@@ -16,8 +16,8 @@ from kajiya.run.store import Artifact, Store, produce
 from kajiya.training.losses import load_loss, load_measure
 from kajiya.training.precision import resolve_device, resolve_precision
 
-_LAST = ("logps/chosen", "logps/rejected")
-"""Metrics that say nothing by themselves stand behind the others."""
+_FIRST = ("loss", "accuracy", "rewards/accuracies", "absolute_error", "nll")
+"""Metrics that stand before the others."""
 
 
 def is_judged_by_bits(config: Config, data: Data) -> bool:
@@ -48,7 +48,9 @@ def evaluate_kind(
         sums = score_batches(module, batches, scorer)
         figures = {
             name: {"value": each.mean, "interval": each.interval(), "n": float(each.counts.sum())}
-            for name, each in sorted(sums.items(), key=lambda item: item[0] in _LAST)
+            for name, each in sorted(
+                sums.items(), key=lambda item: _FIRST.index(item[0]) if item[0] in _FIRST else len(_FIRST)
+            )
         }
         write_json(folder / "figures.json", figures)
         return {"loss": config.train.loss.name, "n_batches": len(batches), "figures": figures, "note": None}

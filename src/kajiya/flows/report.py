@@ -97,15 +97,17 @@ def save_figure_files(run: Run, folder: Path) -> list[Path]:
 
 def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
     """The report as blocks, in their order."""
+    # Documents and samples are those of models that write text.
+    writing = [run for run in runs if not run.figures]
     sections: list[Section | None] = [
         problems_section(runs),
         asked_section(runs, recipes),
         result_section(runs),
         curves_section(runs),
-        documents_section(runs),
+        documents_section(writing) if writing else None,
         data_section(runs),
         plan_section(runs),
-        samples_section(runs),
+        samples_section(writing) if writing else None,
         time_section(runs),
         derived_section(runs),
         config_section(runs),

@@ -20,7 +20,7 @@ _KNOWN_METRICS = ("train/lr", "train/grad_norm", "train/tokens", "train/skipped"
 def curves_section(runs: Sequence[RunFacts]) -> Section:
     """Training and held-out loss of all runs on common axes."""
     blocks: list[Block] = []
-    drawn = [run for run in runs if _train_metric(run) or run.history.curves.get("eval/nll")]
+    drawn = [run for run in runs if _train_metric(run) or _heldout_metric(run)]
     for run in runs:
         if run not in drawn:
             blocks.append(Notice(f"{of_run(run, runs)}No curve: the event log holds no loss; {_why_no_curve(run)}."))
@@ -46,6 +46,13 @@ def _train_metric(run: RunFacts) -> str | None:
     return "train/nll" if "train/nll" in names else next(iter(names), None)
 
 
+def _heldout_metric(run: RunFacts) -> str | None:
+    """The name of the held-out loss: what the loss itself is on held-out rows, or nats per token."""
+    names = [name for name in ("eval/loss", "eval/nll") if run.history.curves.get(name)]
+    train = (_train_metric(run) or "").removeprefix("train/")
+    return f"eval/{train}" if f"eval/{train}" in names else next(iter(names), None)
+
+
 def curves_data(runs: Sequence[RunFacts]) -> CurvesData:
     """Over tokens where every run's plan says how many a step takes, else over steps."""
     scales = [None if run.plan is None else run.plan["tokens_per_step"] for run in runs]
@@ -57,13 +64,13 @@ def curves_data(runs: Sequence[RunFacts]) -> CurvesData:
         def scaled(points: Sequence[Sequence[float]], factor: int = factor) -> list[tuple[float, float]]:
             return [(step * factor, value) for step, value in points]
 
-        metric = _train_metric(run)
+        metric, heldout = _train_metric(run), _heldout_metric(run)
         logged = run.history.curves
         curves.append(
             RunCurves(
                 run.label,
                 train=scaled(logged[metric]) if metric else [],
-                heldout=scaled(logged.get("eval/nll", [])),
+                heldout=scaled(logged[heldout]) if heldout else [],
                 lr=scaled(logged.get("train/lr", [])),
                 lr_planned=scaled(run.plan["lr_curve"]) if run.plan else [],
             )
@@ -79,17 +86,18 @@ def _curves_caption(runs: Sequence[RunFacts]) -> str:
 
 
 def _losses_table(drawn: Sequence[RunFacts], runs: Sequence[RunFacts]) -> Table:
-    columns = [Column("loss, nats per token")] if len(runs) == 1 else [Column("run"), Column("loss, nats per token")]
+    title = "loss" if any(run.figures for run in drawn) else "loss, nats per token"
+    columns = [Column(title)] if len(runs) == 1 else [Column("run"), Column(title)]
     columns += [Column(title, "number") for title in ("first", "at step", "last", "at step ", "lowest", "at step  ")]
     rows = []
     for run in drawn:
-        for name in filter(None, (_train_metric(run), "eval/nll")):
+        for name in filter(None, (_train_metric(run), _heldout_metric(run))):
             curve = run.history.curves.get(name)
             if not curve:
                 continue
             words = (
                 "held-out rows"
-                if name == "eval/nll"
+                if name.startswith("eval/")
                 else "training rows" + ("" if name == "train/nll" else f" ({name})")
             )
             lowest = min(curve, key=lambda point: point[1])

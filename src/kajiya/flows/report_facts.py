@@ -64,6 +64,8 @@ class RunFacts:
     baselines: dict[str, dict[str, Any]]
     documents: list[DocumentScore]
     samples: list[dict[str, str]]
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a model that is not judged by bits: each metric on held-out rows (`value`, `interval`, `n`)."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -110,7 +112,10 @@ def gather_run(run: Run, label: str) -> RunFacts:
     documents: list[DocumentScore] = []
     samples: list[dict[str, str]] = []
     scored, measured = parts.get("evaluation"), parts.get("baselines")
-    if scored is not None:
+    figures: dict[str, dict[str, Any]] = {}
+    if scored is not None and "figures" in scored.facts:
+        figures = scored.facts["figures"]
+    elif scored is not None:
         evaluation = attempt(partial(_json, scored, "evaluation.json"), None)
         documents = attempt(partial(_documents, scored), [])
         samples = attempt(partial(_json, scored, "samples.json"), [])
@@ -125,6 +130,7 @@ def gather_run(run: Run, label: str) -> RunFacts:
         baselines={} if measured is None else attempt(partial(_json, measured, "baselines.json"), {}),
         documents=documents,
         samples=samples,
+        figures=figures,
         problems=problems,
     )
 

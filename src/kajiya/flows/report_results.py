@@ -28,6 +28,10 @@ def run_title(run: RunFacts, runs: Sequence[RunFacts]) -> str:
 def verdict(run: RunFacts, runs: Sequence[RunFacts]) -> str:
     """One sentence: what the model needs for a held-out byte, and how that compares with each baseline."""
     subject = "The model" if len(runs) == 1 else f"Model {run.label}"
+    if run.figures:
+        loss = run.manifest["config"]["train"]["loss"]["name"]
+        figures = ", ".join(f"{name} {figure_words(row)}" for name, row in list(run.figures.items())[:3])
+        return f"{subject}, trained with the loss {loss}, on held-out rows: {figures}."
     if run.evaluation is None:
         return f"{subject}: no verdict, {why_missing(run, 'evaluation')}."
     value = run.evaluation["bits_per_byte"]
@@ -39,6 +43,14 @@ def verdict(run: RunFacts, runs: Sequence[RunFacts]) -> str:
     if not comparisons:
         return f"{words}; no baseline was measured beside it."
     return f"{words}: {' and '.join(comparisons)}."
+
+
+def figure_words(row: dict[str, Any]) -> str:
+    """A figure with its 95 % interval, where there is one."""
+    if row["interval"] is None:
+        return f"{row['value']:.3f}"
+    low, high = row["interval"]
+    return f"{row['value']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _comparison(value: float, interval: tuple[float, float] | None, name: str, row: dict[str, Any]) -> str:
@@ -79,6 +91,7 @@ def key_figures(run: RunFacts) -> Tiles:
         tiles.append((f"{value:.3f}", "bits per byte, held out"))
         for name, row in run.baselines.items():
             tiles.append((f"{value / row['bits_per_byte']:.2f} ×", f"the bits of {baseline_name(name)}"))
+    tiles += [(f"{row['value']:.3f}", f"{name}, held out") for name, row in list(run.figures.items())[:3]]
     model = run.parts.get("model")
     n_params = model.facts["n_params"] if model else (run.plan or {}).get("n_params")
     if n_params:
@@ -102,6 +115,9 @@ def result_section(runs: Sequence[RunFacts]) -> Section:
     blocks: list[Block] = []
     groups: dict[str | None, list[RunFacts]] = {}
     for run in runs:
+        if run.figures:
+            blocks.extend(_figures(run, runs))
+            continue
         if run.evaluation is None:
             blocks.append(Notice(f"{of_run(run, runs)}No evaluation: {why_missing(run, 'evaluation')}."))
         if run.evaluation is not None or run.baselines:
@@ -118,6 +134,28 @@ def result_section(runs: Sequence[RunFacts]) -> Section:
         blocks.append(_bars(group, runs, number))
         blocks.extend(_result_notes(group, runs))
     return Section("result", "Result", blocks)
+
+
+def _figures(run: RunFacts, runs: Sequence[RunFacts]) -> Iterator[Block]:
+    """Each metric of the run's loss on all held-out rows."""
+    columns = [Column(run_title(run, runs)), Column("held out", "number"), Column("95\u00a0% interval", "number")]
+    rows = []
+    for name, row in run.figures.items():
+        low, high = row["interval"] or (None, None)
+        rows.append(
+            [
+                name,
+                f"{row['value']:.4f}",
+                "none: one batch" if low is None else f"{low:.4f} – {high:.4f}",
+                f"{row['n']:,g}",
+            ]
+        )
+    yield Table([*columns, Column("means over", "number")], rows)
+    yield Text(
+        "All held-out rows, dropout off. The interval resamples whole batches (percentile bootstrap). "
+        "The last column counts what a figure is a mean over: targets, or examples.",
+        is_aside=True,
+    )
 
 
 def _why_no_baselines(run: RunFacts) -> str:
