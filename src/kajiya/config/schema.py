@@ -287,6 +287,39 @@ class ServeConfig:
     """Precision of the weights."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, mps."""
+    runner: str = setting("auto", choices=("auto", "native", "transformers", "plain"))
+    """What computes a step: the decoder in C++, Transformers over the paged cache, or plain Transformers without a cache,
+    slow but right for any model; `auto`: the first of the first two that drives the model."""
+    quantize: str = setting("none", choices=("none", "int8", "int4"))
+    """Weights in 8 or 4 bits, in groups of 32 (native runner)."""
+    cache_precision: str = setting("auto", choices=("auto", "fp32", "bf16", "int8"))
+    """Keys and values; `auto`: as the weights. 8 bits take the native runner."""
+    cache_tokens: int | None = setting(None, ge=16)
+    """Positions in the key-value cache; `None`: the whole batch at full length, in 4 GiB at most."""
+    guesses: int = setting(0, ge=0, le=16)
+    """Tokens guessed from the text so far and confirmed together in one step; answers stay the same. 0: none."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters of the model, name → folder as PEFT saves it; requests choose one as their `model`."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Further models, name → folder, loaded when they are first asked for."""
+    idle_unload_s: float | None = setting(None, gt=0)
+    """Further models are let go after that many seconds without a request; `None`: never."""
+    allow_loading: bool = False
+    """Clients may load and unload models and adapters from this machine's folders."""
+    max_body_bytes: int = setting(16_000_000, ge=1000)
+    """Largest body of a request, bytes; past it 413."""
+    request_timeout_s: float | None = setting(None, gt=0)
+    """Longest time for an answer, seconds; `None`: no limit."""
+    access_log: bool = False
+    """A JSON line for each request on the error output."""
+    log_prompts: bool = False
+    """The access log has the bodies of requests too."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call the API; none by default."""
+    tls_certificate: str | None = None
+    """PEM file with the certificate; with it the server speaks HTTPS."""
+    tls_key: str | None = None
+    """PEM file with the certificate's key."""
 
 
 @dataclass(frozen=True)

@@ -1,128 +1,90 @@
 """OpenAI's API over the engine, with health, metrics and the playground page."""
 
-import asyncio
 import base64
-import secrets
 import struct
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from kajiya.config.schema import ServeConfig
-from kajiya.data.chat import ChatTemplate
 from kajiya.errors import DataError, RequestError
 from kajiya.serving.engine import Engine
-from kajiya.serving.faults import add_error_handlers, error_reply
+from kajiya.serving.faults import add_error_handlers
+from kajiya.serving.gate import Gate, Limits
 from kajiya.serving.generation import Generation, Prompt
+from kajiya.serving.hosts import Host, Hosts, Source, source_of
 from kajiya.serving.metrics import CONTENT_TYPE, Metrics
-from kajiya.serving.protocol import ChatBody, CompletionBody, EmbeddingBody
+from kajiya.serving.protocol import AdapterBody, ChatBody, CompletionBody, EmbeddingBody, ModelBody, NameBody
 from kajiya.serving.replies import ChatShape, CompletionShape
 from kajiya.serving.sequence import SamplingParams
-from kajiya.serving.text import byte_reader
-from kajiya.serving.worker import Worker
+from kajiya.serving.tools import call_schema, check_tools, schema_of
 
-_LONG_TEXT = 20_000
-"""Characters past which a text is tokenized off the event loop."""
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 
 
-def create_app(engine: Engine, tokenizer: Any, name: str, cfg: ServeConfig) -> FastAPI:
-    """The web application that serves `engine` as the model `name`; its life is the life of the engine's thread."""
+def create_app(
+    engine: Engine,
+    tokenizer: Any,
+    name: str,
+    cfg: ServeConfig,
+    others: Mapping[str, Source] | None = None,
+    load: Callable[[Path], Engine] | None = None,
+) -> FastAPI:
+    """The web application that serves `engine` as the model `name`; its life is the life of the engines' threads.
+
+    `others` are models that are loaded when they are first asked for; `load` opens further ones at run time, where
+    `serve.allow_loading` lets clients ask for that.
+    """
     metrics = Metrics()
-    worker = Worker(engine, metrics)
-    service = Service(engine, tokenizer, name, cfg, worker, metrics)
+    hosts = Hosts(Host(name, engine, tokenizer, metrics), metrics, others or {}, cfg.idle_unload_s)
+    service = Service(hosts, cfg, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        hosts.start()
         yield
-        await worker.stop()
+        await hosts.stop()
 
     app = FastAPI(title="Kajiya", lifespan=lifespan, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     app.include_router(_openai_routes(service))
     app.include_router(_own_routes(service))
-    app.add_middleware(_Gate, api_key=cfg.api_key, metrics=metrics)
+    if cfg.allow_loading and load is not None:
+        app.include_router(_loading_routes(service, load))
+    if cfg.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[*cfg.cors_origins], allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    limits = Limits(cfg.api_key, cfg.max_body_bytes, cfg.request_timeout_s, cfg.access_log, cfg.log_prompts)
+    app.add_middleware(Gate, limits=limits, metrics=metrics)
     return app
 
 
 class Service:
-    """What the routes share: the engine's worker, the tokenizer, the model's name and the settings."""
+    """What the routes share: the models, the settings and the metrics."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: Any, name: str, cfg: ServeConfig, worker: Worker, metrics: Metrics
-    ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.chat = ChatTemplate(tokenizer)
-        self.name = name
+    def __init__(self, hosts: Hosts, cfg: ServeConfig, metrics: Metrics) -> None:
+        self.hosts = hosts
         self.cfg = cfg
-        self.worker = worker
         self.metrics = metrics
-        self.read_bytes = byte_reader(tokenizer)
-        self.created = int(time.time())
 
-    def model_card(self) -> dict[str, Any]:
-        """The model in `/v1/models`; the last two fields are this server's own."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "kajiya",
-            "max_model_len": self.engine.context_tokens,
-            "has_chat_template": bool(self.tokenizer.chat_template),
-        }
-
-    def require_model(self, name: str) -> None:
-        """Raise a 404 for any other model."""
-        if name != self.name:
-            raise RequestError(
-                f"The model {name!r} does not exist here; this server has {self.name!r}.",
-                code="model_not_found",
-                param="model",
-                status=404,
-            )
-
-    async def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds."""
-        if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self._encode, text)
-        return self._encode(text)
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return ids
-
-    def answer_tokens(self, asked: int | None, longest_prompt: int, param: str) -> int:
-        """Longest answer: what was asked for, or the default cut to what the context leaves."""
-        context = self.engine.context_tokens
-        room = context - longest_prompt
-        if room < (1 if asked is None else 0):
-            raise RequestError(
-                f"This model's context length is {context} tokens, but the prompt has {longest_prompt}"
-                f"{'' if room < 0 else ', which leaves none for the answer'}.",
-                code="context_length_exceeded",
-                param=param,
-            )
-        return min(self.cfg.default_max_tokens, room) if asked is None else asked
-
-    async def texts_or_ids(self, given: Any, param: str) -> list[tuple[list[int], str | None]]:
-        """Each item of a checked `prompt` or `input` as token ids, with its text where it was one."""
-        if isinstance(given, str) or isinstance(given[0], int):
-            given = [given]
-        for item in given:
-            if not isinstance(item, str):
-                self.engine.check_ids(item, param)
-        return [(await self.tokenize(item), item) if isinstance(item, str) else (item, None) for item in given]
+    async def begin(
+        self, body: CompletionBody | ChatBody, host: Host, shape: Any, prompts: list[Prompt], params: SamplingParams
+    ) -> Generation:
+        """Submit the requests of a call."""
+        generation = Generation(host.worker, self.metrics, shape, body.with_usage)
+        await generation.begin(prompts, body.n or 1, params, body.stops, host.tokenizer)
+        return generation
 
 
 def _openai_routes(service: Service) -> APIRouter:
@@ -130,69 +92,111 @@ def _openai_routes(service: Service) -> APIRouter:
 
     @router.get("/models")
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [service.model_card()]})
+        return JSONResponse({"object": "list", "data": service.hosts.cards()})
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> JSONResponse:
-        service.require_model(name)
-        return JSONResponse(service.model_card())
+        card = next((card for card in service.hosts.cards() if card["id"] == name), None)
+        if card is None:
+            # The error that names the models that are here; nothing is loaded for it.
+            await service.hosts.find(name)
+        return JSONResponse(card)
 
     @router.post("/completions")
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
-        service.require_model(body.model)
+        host, adapter = await service.hosts.find(body.model)
         prompts = []
-        for ids, text in await service.texts_or_ids(body.prompt, "prompt"):
-            start = service.tokenizer.bos_token_id
-            start = service.tokenizer.eos_token_id if start is None else start
+        for ids, text in await host.texts_or_ids(body.prompt, "prompt"):
+            start = host.tokenizer.bos_token_id
+            start = host.tokenizer.eos_token_id if start is None else start
             # An empty prompt stands for the beginning of a document, as in OpenAI's API.
             ids = ids or ([] if start is None else [start])
             if text is None and body.echo:
-                text = service.tokenizer.decode(ids, skip_special_tokens=True)
-            prompts.append(Prompt(ids, text if body.echo else None))
+                text = host.tokenizer.decode(ids, skip_special_tokens=True)
+            prompts.append(Prompt(ids, text if body.echo else None, adapter))
         longest = max(len(prompt.ids) for prompt in prompts)
+        default = service.cfg.default_max_tokens
         params = _sampling(
             body,
-            max_tokens=service.answer_tokens(body.max_tokens, longest, "prompt"),
+            max_tokens=host.answer_tokens(body.max_tokens, default, longest, "prompt"),
             n_logprobs=body.logprobs or 0,
-            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         )
-        shape = CompletionShape(service.name, service.read_bytes, body.logprobs)
-        generation = Generation(service.worker, service.metrics, shape, body.with_usage)
-        await generation.begin(prompts, body.n or 1, params, body.stops, service.tokenizer)
+        params = replace(params, prompt_logprobs=bool(body.echo) and body.logprobs is not None)
+        shape = CompletionShape(body.model, host.read_bytes, body.logprobs)
+        generation = await service.begin(body, host, shape, prompts, params)
         return generation.stream() if body.stream else await generation.reply(http)
 
     @router.post("/chat/completions")
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
-        service.require_model(body.model)
+        host, adapter = await service.hosts.find(body.model)
         try:
-            ids = service.chat.ids(body.plain_messages(), add_generation_prompt=True)
+            ids = host.chat.ids(body.plain_messages(), add_generation_prompt=True)
         except DataError as error:
             raise RequestError(str(error), param="messages") from error
+        tools = check_tools(body.tools or []) if body.tool_choice != "none" else {}
         params = _sampling(
             body,
-            max_tokens=service.answer_tokens(body.answer_tokens, len(ids), "messages"),
+            max_tokens=host.answer_tokens(body.answer_tokens, service.cfg.default_max_tokens, len(ids), "messages"),
             n_logprobs=body.top_logprobs or 0,
         )
-        shape = ChatShape(service.name, service.read_bytes, bool(body.logprobs))
-        generation = Generation(service.worker, service.metrics, shape, body.with_usage)
-        await generation.begin([Prompt(ids)], body.n or 1, params, body.stops, service.tokenizer)
+        called = call_schema(tools, body.tool_choice)
+        if called is not None:
+            params = replace(params, grammar=called)
+        shape = ChatShape(body.model, host.read_bytes, bool(body.logprobs), tuple(tools))
+        generation = await service.begin(body, host, shape, [Prompt(ids, None, adapter)], params)
         return generation.stream() if body.stream else await generation.reply(http)
 
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody) -> JSONResponse:
-        service.require_model(body.model)
-        inputs = [ids for ids, _ in await service.texts_or_ids(body.input, "input")]
+        host, adapter = await service.hosts.find(body.model)
+        inputs = [ids for ids, _ in await host.texts_or_ids(body.input, "input")]
         data = []
         for index, ids in enumerate(inputs):
             # One at a time between two steps, so that running answers go on.
-            vector = await service.worker.call(lambda ids=ids: service.engine.embed(ids))  # type: ignore[misc]
+            vector = await host.worker.call(lambda ids=ids: host.engine.embed(ids, adapter))  # type: ignore[misc]
             packed: Any = vector
             if body.encoding_format == "base64":
                 packed = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
             data.append({"object": "embedding", "index": index, "embedding": packed})
         n_tokens = sum(len(ids) for ids in inputs)
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
+        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+    return router
+
+
+def _loading_routes(service: Service, load: Callable[[Path], Engine]) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+
+    @router.post("/load_lora_adapter")
+    async def load_adapter(body: AdapterBody) -> JSONResponse:
+        host, _ = await service.hosts.find(body.model or service.hosts.first.name)
+        if any(card["id"] == body.lora_name for card in service.hosts.cards()):
+            raise RequestError(
+                f"a model with the name {body.lora_name!r} is here already", param="lora_name", status=409
+            )
+        folder = Path(body.lora_path)
+        await host.worker.call(lambda: host.engine.load_adapter(body.lora_name, folder))
+        return JSONResponse({"object": "list", "data": service.hosts.cards()})
+
+    @router.post("/unload_lora_adapter")
+    async def unload_adapter(body: AdapterBody) -> JSONResponse:
+        host, adapter = await service.hosts.find(body.lora_name)
+        if adapter is None:
+            raise RequestError(f"{body.lora_name!r} is no adapter", param="lora_name")
+        await host.worker.call(lambda: host.engine.unload_adapter(adapter))
+        return JSONResponse({"object": "list", "data": service.hosts.cards()})
+
+    @router.post("/load_model")
+    async def load_model(body: ModelBody) -> JSONResponse:
+        service.hosts.add(source_of(body.name, Path(body.folder), load))
+        await service.hosts.find(body.name)
+        return JSONResponse({"object": "list", "data": service.hosts.cards()})
+
+    @router.post("/unload_model")
+    async def unload_model(body: NameBody) -> JSONResponse:
+        await service.hosts.remove(body.name)
+        return JSONResponse({"object": "list", "data": service.hosts.cards()})
 
     return router
 
@@ -202,18 +206,27 @@ def _own_routes(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def health() -> JSONResponse:
-        is_alive = service.worker.is_alive
+        hosts = service.hosts.loaded
+        is_alive = all(host.worker.is_alive for host in hosts)
         facts = {
             "status": "ok" if is_alive else "engine stopped",
-            "model": service.name,
-            "running": service.engine.scheduler.n_running,
-            "waiting": service.engine.scheduler.n_waiting,
+            "model": service.hosts.first.name,
+            "running": sum(host.engine.scheduler.n_running for host in hosts),
+            "waiting": sum(host.engine.scheduler.n_waiting for host in hosts),
+            "engines": {host.name: host.engine.facts.note for host in hosts},
         }
         return JSONResponse(facts, 200 if is_alive else 503)
 
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        # Ready: a request sent now would not be refused for want of room.
+        hosts = service.hosts.loaded
+        has_room = all(host.worker.is_alive and host.engine.scheduler.n_room > 0 for host in hosts)
+        return JSONResponse({"status": "ready" if has_room else "busy"}, 200 if has_room else 503)
+
     @router.get("/metrics")
     async def metrics() -> Response:
-        service.metrics.refresh(service.engine)
+        service.metrics.refresh([host.engine for host in service.hosts.loaded])
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     @router.get("/")
@@ -224,9 +237,7 @@ def _own_routes(service: Service) -> APIRouter:
     return router
 
 
-def _sampling(
-    body: CompletionBody | ChatBody, *, max_tokens: int, n_logprobs: int, prompt_logprobs: bool = False
-) -> SamplingParams:
+def _sampling(body: CompletionBody | ChatBody, *, max_tokens: int, n_logprobs: int) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -234,56 +245,9 @@ def _sampling(
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
         n_logprobs=n_logprobs,
-        prompt_logprobs=prompt_logprobs,
         ignore_eos=bool(body.ignore_eos),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias=body.biases(),
+        grammar=schema_of(body.response_format),
     )
-
-
-class _Gate:
-    """Checks the key before anything of a request is read, and counts and times the reply."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
-        self._app = app
-        self._key = api_key.encode() if api_key else None
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begun = time.perf_counter()
-        status = 500
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            if scope["path"].startswith("/v1/") and not self._has_key(scope):
-                refusal = error_reply(
-                    "This server needs an API key: send it as 'Authorization: Bearer <key>'.",
-                    401,
-                    "invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                await refusal(scope, receive, watched)
-            else:
-                await self._app(scope, receive, watched)
-        finally:
-            endpoint = _endpoint(scope["path"])
-            self._metrics.requests.labels(endpoint, str(status)).inc()
-            self._metrics.duration.labels(endpoint).observe(time.perf_counter() - begun)
-
-    def _has_key(self, scope: Scope) -> bool:
-        if self._key is None:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, b"Bearer " + self._key)
-
-
-def _endpoint(path: str) -> str:
-    """The path as a label: one of the server's own, so that strangers cannot fill the metrics with theirs."""
-    known = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/health", "/metrics", "/")
-    return path if path in known else "other"

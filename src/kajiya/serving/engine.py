@@ -106,11 +106,6 @@ class Engine:
         """Whether a step would bring nothing."""
         return self.scheduler.is_idle and not self._cancelled
 
-    @property
-    def n_cached_tokens(self) -> int:
-        """Positions of the key-value cache that running requests hold."""
-        return sum(sequence.n_cached for sequence in self.scheduler.running.values())
-
     def step(self) -> list[Output]:
         """Compute one step; outputs of the requests that got tokens, read their prompt, or ended.
 
@@ -274,14 +269,15 @@ class Engine:
         chunks = [chunk for chunk in ready if chunk.sequence.request.params.max_tokens]
         if not chunks:
             return {}
-        given = []
+        given, unmodified = [], []
         for chunk in chunks:
             sequence, n = chunk.sequence, chunk.n_drafts + 1
             mine = rows[sequence.request.id]
             mine = Logits(mine.logits[-n:], mine.best[-n:], mine.log_sums[-n:])
+            unmodified.append(mine)
             given.append(mine if sequence.request.params.is_plain else shaped(sequence, mine))
         ids = [chunk.sequence.request.id for chunk in chunks]
-        drawn = self._sampler.draw(ids, given, [chunk.sequence.request.params for chunk in chunks])
+        drawn = self._sampler.draw(ids, given, [chunk.sequence.request.params for chunk in chunks], unmodified)
         found = {}
         for chunk, request_id, tokens in zip(chunks, ids, drawn, strict=True):
             guesses = chunk.tokens[chunk.count - chunk.n_drafts :]

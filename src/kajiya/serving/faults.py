@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from kajiya.errors import KajiyaError, RequestError
+from kajiya.errors import ConfigError, KajiyaError, RequestError
 
 RETRY_AFTER_S = 1
 """What a client is told to wait when the queue is full."""
@@ -36,6 +36,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def refused(_: Request, error: RequestError) -> JSONResponse:
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
         return error_reply(str(error), error.status, error.code, error.param, headers)
+
+    @app.exception_handler(ConfigError)
+    async def misnamed(_: Request, error: ConfigError) -> JSONResponse:
+        return error_reply(str(error), 400, "invalid_value")
 
     @app.exception_handler(KajiyaError)
     async def failed(_: Request, error: KajiyaError) -> JSONResponse:

@@ -29,6 +29,7 @@ class Prompt:
 
     ids: list[int]
     echo: str | None = None
+    adapter: str | None = None
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Generation:
             for _ in range(n):
                 index = len(requests)
                 seeded = replace(params, seed=derive_seed(params.seed, index % n))
-                request = Request(f"{uuid.uuid4().hex}-{index}", tuple(prompt.ids), seeded)
+                request = Request(f"{uuid.uuid4().hex}-{index}", tuple(prompt.ids), seeded, prompt.adapter)
                 self._choices[request.id] = _Choice(index, Answer(tokenizer, prompt.ids, stops, prompt.echo))
                 requests.append(request)
         # Before the engine sees them: its first token may come before this coroutine goes on.

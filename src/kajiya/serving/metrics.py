@@ -25,6 +25,9 @@ class Metrics:
         self.running = Gauge("kajiya_sequences_running", "Sequences in the batch", registry=registry)
         self.waiting = Gauge("kajiya_sequences_waiting", "Sequences that wait for a place", registry=registry)
         self.cached = Gauge("kajiya_cache_tokens", "Positions of the key-value cache in use", registry=registry)
+        self.cache_use = Gauge("kajiya_cache_use_ratio", "Part of the cache's blocks that is held", registry=registry)
+        self.shared = Gauge("kajiya_shared_prompt_tokens", "Prompt tokens found in the cache so far", registry=registry)
+        self.preemptions = Gauge("kajiya_preemptions", "Sequences read again for want of blocks", registry=registry)
         self.first_token = Histogram(
             "kajiya_time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
         )
@@ -58,13 +61,17 @@ class Metrics:
             if output.finish_reason:
                 self._begun.pop(output.id, None)
                 self._last.pop(output.id, None)
-        self.refresh(engine)
 
-    def refresh(self, engine: Engine) -> None:
+    def refresh(self, engines: list[Engine]) -> None:
         """Set what is a state and not an event."""
-        self.running.set(engine.scheduler.n_running)
-        self.waiting.set(engine.scheduler.n_waiting)
-        self.cached.set(engine.n_cached_tokens)
+        schedulers = [engine.scheduler for engine in engines]
+        self.running.set(sum(each.n_running for each in schedulers))
+        self.waiting.set(sum(each.n_waiting for each in schedulers))
+        self.cached.set(sum(each.n_cached_tokens for each in schedulers))
+        n_blocks = sum(each.pool.n_blocks for each in schedulers)
+        self.cache_use.set(1 - sum(each.pool.n_free for each in schedulers) / n_blocks)
+        self.shared.set(sum(each.n_shared_tokens for each in schedulers))
+        self.preemptions.set(sum(each.n_preemptions for each in schedulers))
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -1,5 +1,6 @@
 """The bodies that the API takes: every field checked, nothing unknown let through, nothing ignored silently."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kajiya.config.tables import nearest
 from kajiya.errors import RequestError
+from kajiya.serving.tools import check_tools, introduce
 
 MAX_LOGPROBS = 20
 """Most alternatives that a request may ask for with each token."""
@@ -18,27 +20,20 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": _NOTHING,
     "best_of": (None, 1),
     "dimensions": _NOTHING,
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
     "metadata": (None, {}),
     "modalities": (None, ["text"]),
     "moderation": _NOTHING,
-    "parallel_tool_calls": (None, True, False),
     "prediction": _NOTHING,
-    "presence_penalty": (None, 0),
     "prompt_cache_key": _NOTHING,
     "prompt_cache_options": _NOTHING,
     "prompt_cache_retention": _NOTHING,
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "safety_identifier": _NOTHING,
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
     "verbosity": _NOTHING,
     "web_search_options": _NOTHING,
 }
@@ -92,6 +87,10 @@ class _Generation(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
     user: str | None = None
 
     @model_validator(mode="after")
@@ -105,6 +104,18 @@ class _Generation(_Body):
         if any(not stop for stop in self.stops):
             raise RequestError("stop must not be empty", param="stop")
         return self
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as token ids and numbers. Raises `RequestError` for what is none."""
+        found = []
+        for key, value in (self.logit_bias or {}).items():
+            # Not `isdecimal`: it takes digits of other scripts, and signs are no token's.
+            if not (key.isascii() and key.isdigit() and len(key) < 19):
+                raise RequestError(f"logit_bias: {key!r} is no token id", param="logit_bias")
+            if not -100 <= value <= 100:
+                raise RequestError(f"logit_bias: {key} must be from -100 to 100, not {value}", param="logit_bias")
+            found.append((int(key), value))
+        return tuple(found)
 
     @property
     def stops(self) -> list[str]:
@@ -139,6 +150,9 @@ class ChatBody(_Generation):
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatBody":
@@ -148,6 +162,8 @@ class ChatBody(_Generation):
             raise RequestError("give max_completion_tokens or max_tokens, not both", param="max_tokens")
         if self.max_tokens == 0:
             raise RequestError("max_tokens must be at least 1, not 0", param="max_tokens")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise RequestError("tool_choice goes with tools only", param="tool_choice")
         return self
 
     @property
@@ -159,7 +175,14 @@ class ChatBody(_Generation):
         """The messages as role and text. Raises `RequestError` for what is no text."""
         if not self.messages:
             raise RequestError("messages is empty", param="messages")
-        return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+        plain = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+        if not self.tools or self.tool_choice == "none":
+            return plain
+        check_tools(self.tools)
+        told = introduce(self.tools)
+        if plain[0]["role"] == "system":
+            return [{"role": "system", "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
+        return [{"role": "system", "content": told}, *plain]
 
 
 class EmbeddingBody(_Body):
@@ -176,6 +199,27 @@ class EmbeddingBody(_Body):
         if isinstance(given, dict):
             check_texts_or_ids(given, "input")
         return given
+
+
+class AdapterBody(_Body):
+    """`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`, in vLLM's words."""
+
+    lora_name: str = Field(min_length=1, max_length=200)
+    lora_path: str = ""
+    model: str | None = None
+
+
+class ModelBody(_Body):
+    """`POST /v1/load_model`."""
+
+    name: str = Field(min_length=1, max_length=200)
+    folder: str
+
+
+class NameBody(_Body):
+    """`POST /v1/unload_model`."""
+
+    name: str
 
 
 def check_texts_or_ids(given: Mapping[str, Any], field: str) -> None:
@@ -211,20 +255,36 @@ def _is_id(value: Any) -> bool:
 
 
 def _plain_message(message: dict[str, Any], where: str) -> dict[str, str]:
+    mine = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls",)}.get(str(message.get("role")), ())
     for key, value in message.items():
-        if key not in ("role", "content") and value not in (None, [], ""):
+        if key not in ("role", "content", *mine) and value not in (None, [], ""):
             raise RequestError(f"{where}.{key} is not supported", code="unsupported_parameter", param="messages")
     role = message.get("role")
     role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant"):
-        raise RequestError(f"{where}.role must be system, user or assistant, not {role!r}", param="messages")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise RequestError(f"{where}.role must be system, user, assistant or tool, not {role!r}", param="messages")
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_text_part(part, where) for part in content)
+    calls = message.get("tool_calls")
+    if calls and content in (None, ""):
+        content = "\n".join(_call_text(call, where) for call in calls) if isinstance(calls, list) else None
+    elif calls:
+        raise RequestError(f"{where}.tool_calls goes with an assistant's message without content", param="messages")
     if not isinstance(content, str):
         raise RequestError(f"{where}.content must be a text", code="invalid_type", param="messages")
     _require_unicode(content, f"{where}.content", "messages")
+    if role == "tool":
+        # Most templates know no such role.
+        return {"role": "user", "content": f"The tool answered: {content}"}
     return {"role": role, "content": content}
+
+
+def _call_text(call: Any, where: str) -> str:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not all(isinstance(function.get(key), str) for key in ("name", "arguments")):
+        raise RequestError(f"{where}.tool_calls: each has a function with name and arguments", param="messages")
+    return f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
 
 
 def _text_part(part: Any, where: str) -> str:

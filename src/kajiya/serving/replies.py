@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from kajiya.serving.answer import Entry, Piece
+from kajiya.serving.sequence import FINISHED_STOP
 from kajiya.serving.text import token_text
+from kajiya.serving.tools import read_call
 
 _LOWEST_LOGPROB = -9999.0
 """Stands for −∞, which JSON has no number for; OpenAI's own sign for it."""
@@ -79,7 +81,12 @@ class CompletionShape:
 class ChatShape:
     """`chat.completion` and `chat.completion.chunk` objects."""
 
-    def __init__(self, model: str, read_bytes: Callable[[int], bytes], with_logprobs: bool) -> None:
+    def __init__(
+        self, model: str, read_bytes: Callable[[int], bytes], with_logprobs: bool, tools: Sequence[str] = ()
+    ) -> None:
+        self._tools = tools
+        # A streamed answer that may be a tool call is held back until it is known whether it is one.
+        self._held: dict[int, str] = {}
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
@@ -91,19 +98,32 @@ class ChatShape:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def part(self, index: int, piece: Piece) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        reason = piece.finish_reason
+        if self._tools:
+            text = self._held[index] = self._held.get(index, "") + piece.text
+            call = read_call(text, self._tools) if reason == FINISHED_STOP else None
+            delta = {"content": text} if reason and text else {}
+            if call is not None:
+                delta, reason = {"tool_calls": [{"index": 0, **call}]}, "tool_calls"
         return {
             "index": index,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": delta,
             "logprobs": self._logprobs(piece.entries) if piece.entries else None,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": reason,
         }
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        reason = piece.finish_reason
+        call = read_call(piece.text, self._tools) if self._tools and reason == FINISHED_STOP else None
+        if call is not None:
+            message, reason = message | {"content": None, "tool_calls": [call]}, "tool_calls"
         return {
             "index": index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(piece.entries),
-            "finish_reason": piece.finish_reason,
+            "finish_reason": reason,
         }
 
     def envelope(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, is_stream: bool) -> dict[str, Any]:

@@ -33,9 +33,13 @@ class Sampler:
         self._streams[request_id].use(n_tokens)
 
     def draw(
-        self, request_ids: Rows[str], rows: Rows[Logits], params: Rows[SamplingParams]
+        self,
+        request_ids: Rows[str],
+        rows: Rows[Logits],
+        params: Rows[SamplingParams],
+        unmodified: Rows[Logits] | None = None,
     ) -> list[list[TokenLogprob]]:
-        """A token for each row of each request, with its log-probability in the unmodified distribution.
+        """A token for each row of each request, with its log-probability in the model's own distribution, `unmodified`.
 
         The i-th row of a request draws with the i-th number of its stream; `used` says how many of them count.
         """
@@ -49,7 +53,9 @@ class Sampler:
             tokens = iter(choose(logits_RV, repeated, uniforms).tolist())
             for i in wants:
                 chosen[i] = [next(tokens) for _ in rows[i].best]
-        return [with_logprobs(each, tokens, n) for each, tokens, n in zip(rows, chosen, n_top, strict=True)]
+        return [
+            with_logprobs(each, tokens, n) for each, tokens, n in zip(unmodified or rows, chosen, n_top, strict=True)
+        ]
 
 
 class _Stream:

@@ -93,6 +93,11 @@ class Scheduler:
         return len(self.running)
 
     @property
+    def n_cached_tokens(self) -> int:
+        """Positions of the cache that running sequences have filled."""
+        return sum(sequence.n_cached for sequence in list(self.running.values()))
+
+    @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import logging
 import signal
 import socket
 import threading
@@ -16,6 +17,10 @@ from kajiya.config.schema import ServeConfig
 from kajiya.config.tables import resolve
 from kajiya.errors import ConfigError
 from kajiya.serving.api import create_app
+from kajiya.serving.engine import Engine
+from kajiya.serving.gate import access_log
+from kajiya.serving.hosts import source_of
+from kajiya.serving.loading import EngineOptions
 
 DRAIN_S = 20
 """Longest wait for running answers after the first signal, seconds; a second signal ends at once."""
@@ -28,22 +33,56 @@ def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], N
     """
     from transformers import AutoTokenizer
 
+    def open_engine(path: Path) -> Engine:
+        load, _ = resolve("engine", cfg.engine, {}, "serve.engine")
+        found: Engine = load(path, options=options_of(cfg), runner=cfg.runner)
+        return found
+
     # Bound first: a busy port is said at once, not after a model has been loaded.
     with contextlib.closing(bind(cfg.host, cfg.port)) as listener:
-        load, _ = resolve("engine", cfg.engine, {}, "serve.engine")
-        engine = load(
-            folder,
-            precision=cfg.precision,
-            device=cfg.device,
-            max_batch=cfg.max_batch,
-            max_waiting=cfg.max_waiting,
-        )
-        app = create_app(engine, AutoTokenizer.from_pretrained(folder), cfg.model_name or name, cfg)
+        others = {other: source_of(other, Path(path), open_engine) for other, path in cfg.models.items()}
+        engine = open_engine(folder)
+        for adapter, path in cfg.adapters.items():
+            engine.load_adapter(adapter, Path(path))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        app = create_app(engine, tokenizer, cfg.model_name or name, cfg, others, open_engine)
         server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S)
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=DRAIN_S,
+                ssl_certfile=cfg.tls_certificate,
+                ssl_keyfile=cfg.tls_key,
+            )
         )
+        if cfg.access_log:
+            _log_to_stderr()
+        scheme = "https" if cfg.tls_certificate else "http"
         with _quiet_signals():
-            asyncio.run(_run(server, listener, on_ready))
+            asyncio.run(_run(server, listener, lambda url: on_ready(url.replace("http", scheme, 1))))
+
+
+def options_of(cfg: ServeConfig) -> EngineOptions:
+    """The settings of the server that are the engine's."""
+    return EngineOptions(
+        precision=cfg.precision,
+        device=cfg.device,
+        max_batch=cfg.max_batch,
+        max_waiting=cfg.max_waiting,
+        quantize=cfg.quantize,
+        cache_precision=cfg.cache_precision,
+        cache_tokens=cfg.cache_tokens,
+        guesses=cfg.guesses,
+    )
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
 
 
 def bind(host: str, port: int) -> socket.socket:

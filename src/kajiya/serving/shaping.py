@@ -6,6 +6,7 @@ Shape letters: V vocabulary.
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from kajiya.errors import MissingExtraError, RequestError
@@ -16,7 +17,7 @@ from kajiya.serving.sequence import Sequence
 def shaped(sequence: Sequence, rows: Rows) -> Rows:
     """The one row of a sequence whose request asks for more than the model's own distribution.
 
-    Its log-normalizer stays that of the model's own, so that log-probabilities are the model's.
+    What is drawn from; log-probabilities are taken from the model's own.
     """
     params = sequence.request.params
     logits_V = rows.logits[-1].clone()
@@ -32,6 +33,10 @@ def shaped(sequence: Sequence, rows: Rows) -> Rows:
     if sequence.matcher is not None:
         logits_V = sequence.matcher.masked(logits_V)
     return Rows(logits_V.unsqueeze(0), [int(logits_V.argmax())], rows.log_sums[-1:])
+
+
+_COMPACT = {"whitespace_flexible": False}
+"""JSON without free white space, in which a small model can lose itself for good."""
 
 
 class Grammars:
@@ -53,7 +58,7 @@ class Grammars:
         import llguidance
 
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
         except ValueError as error:
             raise RequestError(f"the JSON schema is not supported: {error}", param="response_format") from error
         found = llguidance.LLMatcher(self._tokenizer, grammar)
@@ -72,16 +77,13 @@ class Matcher:
 
     def masked(self, logits_V: torch.Tensor) -> torch.Tensor:
         """The logits, −∞ where a token would break the grammar; behind its end only end-of-sequence tokens are left."""
-        import llguidance.torch
-
+        allowed_V = torch.zeros(self._vocab_size, dtype=torch.bool)
         if self._matcher.is_stopped():
-            allowed_V = torch.zeros(self._vocab_size, dtype=torch.bool)
             allowed_V[self._eos_ids] = True
         else:
-            bits = llguidance.torch.allocate_token_bitmask(1, self._vocab_size)
-            llguidance.torch.fill_next_token_bitmask(self._matcher, bits, 0)
-            places = torch.arange(self._vocab_size)
-            allowed_V = (bits[0][places // 32] >> (places % 32) & 1).bool()
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            known = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+            allowed_V[: len(known)] = torch.from_numpy(known)
         return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
 
     def take(self, token: int) -> None:

@@ -104,6 +104,11 @@ class Worker:
         """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._has_ended
 
+    @property
+    def n_open(self) -> int:
+        """Requests whose end has not been handed over."""
+        return len(self._tickets)
+
     async def submit(self, requests: list[Request]) -> Ticket:
         """Add all of the requests, or none. Raises the `RequestError` of the first that the engine refuses."""
         ticket = Ticket(self, requests)

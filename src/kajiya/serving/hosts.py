@@ -1,0 +1,196 @@
+"""The models of a server: each with an engine and a thread of its own, loaded when needed, let go when idle."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kajiya.data.chat import ChatTemplate
+from kajiya.errors import ConfigError, RequestError
+from kajiya.serving.engine import Engine
+from kajiya.serving.text import byte_reader
+from kajiya.serving.worker import StepWatcher, Worker
+
+Opened = tuple[Engine, Any]
+"""An engine and its tokenizer."""
+_LONG_TEXT = 20_000
+"""Characters past which a text is tokenized off the event loop."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be loaded at any time."""
+
+    name: str
+    open: Callable[[], Opened]
+
+
+class Host:
+    """One model in memory."""
+
+    def __init__(self, name: str, engine: Engine, tokenizer: Any, watcher: StepWatcher) -> None:
+        self.name = name
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.chat = ChatTemplate(tokenizer)
+        self.worker = Worker(engine, watcher)
+        self.read_bytes = byte_reader(tokenizer)
+        self.created = int(time.time())
+        self.last_used = time.monotonic()
+        if engine.eos_ids:
+            engine.use_tokenizer(tokenizer)
+
+    def card(self, name: str) -> dict[str, Any]:
+        """The model, or an adapter of it, in `/v1/models`; fields past `owned_by` are this server's own."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "kajiya",
+            "max_model_len": self.engine.context_tokens,
+            "has_chat_template": bool(self.tokenizer.chat_template),
+            "parent": None if name == self.name else self.name,
+        }
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds."""
+        if len(text) > _LONG_TEXT:
+            return await asyncio.to_thread(self._encode, text)
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def answer_tokens(self, asked: int | None, default: int, longest_prompt: int, param: str) -> int:
+        """Longest answer: what was asked for, or the default cut to what the context leaves."""
+        context = self.engine.context_tokens
+        room = context - longest_prompt
+        if room < (1 if asked is None else 0):
+            raise RequestError(
+                f"This model's context length is {context} tokens, but the prompt has {longest_prompt}"
+                f"{'' if room < 0 else ', which leaves none for the answer'}.",
+                code="context_length_exceeded",
+                param=param,
+            )
+        return min(default, room) if asked is None else asked
+
+    async def texts_or_ids(self, given: Any, param: str) -> list[tuple[list[int], str | None]]:
+        """Each item of a checked `prompt` or `input` as token ids, with its text where it was one."""
+        if isinstance(given, str) or isinstance(given[0], int):
+            given = [given]
+        for item in given:
+            if not isinstance(item, str):
+                self.engine.check_ids(item, param)
+        return [(await self.tokenize(item), item) if isinstance(item, str) else (item, None) for item in given]
+
+
+class Hosts:
+    """Every model and adapter that requests can name."""
+
+    def __init__(
+        self, first: Host, watcher: StepWatcher, others: Mapping[str, Source], idle_unload_s: float | None
+    ) -> None:
+        self.first = first
+        self._watcher = watcher
+        self._sources = dict(others)
+        self._hosts = {first.name: first}
+        self._idle_unload_s = idle_unload_s
+        self._loading = asyncio.Lock()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    @property
+    def loaded(self) -> list[Host]:
+        """The models in memory."""
+        return list(self._hosts.values())
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Models and adapters, for `/v1/models`; models that are not in memory are listed too."""
+        cards = [host.card(name) for host in self.loaded for name in (host.name, *host.engine.adapters)]
+        asleep = self._sources.keys() - self._hosts.keys()
+        return cards + [
+            {"id": name, "object": "model", "created": 0, "owned_by": "kajiya", "is_loaded": False}
+            for name in sorted(asleep)
+        ]
+
+    async def find(self, name: str) -> tuple[Host, str | None]:
+        """The model that answers for `name`, and the adapter if it is one's; a model that sleeps is loaded. Raises a 404."""
+        for host in self.loaded:
+            if name == host.name or name in host.engine.adapters:
+                host.last_used = time.monotonic()
+                return host, None if name == host.name else name
+        if name not in self._sources:
+            known = ", ".join(repr(card["id"]) for card in self.cards())
+            raise RequestError(
+                f"The model {name!r} does not exist here; this server has {known}.",
+                code="model_not_found",
+                param="model",
+                status=404,
+            )
+        async with self._loading:
+            if name not in self._hosts:
+                engine, tokenizer = await asyncio.to_thread(self._sources[name].open)
+                host = Host(name, engine, tokenizer, self._watcher)
+                host.worker.start()
+                self._hosts[name] = host
+        return self._hosts[name], None
+
+    def add(self, source: Source) -> None:
+        """Have one more model, loaded when it is first asked for."""
+        if any(card["id"] == source.name for card in self.cards()):
+            raise RequestError(f"a model with the name {source.name!r} is here already", param="name", status=409)
+        self._sources[source.name] = source
+
+    async def remove(self, name: str) -> None:
+        """Let go of a model for good. Raises `RequestError` for the one that the server was started with."""
+        if name == self.first.name:
+            raise RequestError(f"{name!r} is the model that this server was started with", param="name", status=409)
+        if name not in self._sources:
+            raise RequestError(f"no model {name!r} is here", param="name", status=404)
+        host = self._hosts.pop(name, None)
+        del self._sources[name]
+        if host is not None:
+            await host.worker.stop()
+
+    # ---------------------------------------------------------------- life
+
+    def start(self) -> None:
+        """Start the engines' threads; on the event loop."""
+        for host in self.loaded:
+            host.worker.start()
+        if self._idle_unload_s is not None:
+            self._sweeper = asyncio.create_task(self._sweep(self._idle_unload_s))
+
+    async def stop(self) -> None:
+        """End the engines' threads."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+        for host in self.loaded:
+            await host.worker.stop()
+
+    async def _sweep(self, idle_s: float) -> None:
+        while True:
+            await asyncio.sleep(min(idle_s / 4, 10))
+            for name in [*self._hosts.keys() & self._sources.keys()]:
+                host = self._hosts[name]
+                if not host.engine.is_idle or host.worker.n_open:
+                    host.last_used = time.monotonic()
+                elif time.monotonic() - host.last_used > idle_s:
+                    del self._hosts[name]
+                    await host.worker.stop()
+
+
+def source_of(name: str, folder: Path, load: Callable[[Path], Engine]) -> Source:
+    """A model in a folder, loaded by `load` with its tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError("serve.models", f"{name}: {str(folder)!r} is no folder with a saved model")
+
+    def open_both() -> Opened:
+        from transformers import AutoTokenizer
+
+        return load(folder), AutoTokenizer.from_pretrained(folder)
+
+    return Source(name, open_both)

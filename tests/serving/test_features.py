@@ -1,0 +1,294 @@
+"""What requests can ask for beyond a continuation: biases, penalties, grammars, tools, adapters, further models; and the bounds."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from kajiya.config.schema import ServeConfig
+from kajiya.serving.api import create_app
+from kajiya.serving.hosts import source_of
+from kajiya.serving.tools import read_call
+
+from .conftest import NAME, open_engine, running
+
+PROMPT = "def wrap(text, width):"
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["city", "n"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Says it.", "parameters": SCHEMA}}
+
+
+@pytest.fixture(scope="module")
+def client(server_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def test_a_bias_forbids_and_forces_tokens(
+    client: openai.OpenAI, tokenizer: Any, greedy: Callable[..., list[int]]
+) -> None:
+    ids = tokenizer.encode(PROMPT)
+    first = greedy(ids, 1)[0]
+    ask: dict[str, Any] = {"model": NAME, "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 0}
+    plain = client.completions.create(**ask)
+    forbidden = client.completions.create(**ask, logit_bias={str(first): -100})
+    assert plain.choices[0].logprobs is not None
+    assert forbidden.choices[0].logprobs is not None
+    assert plain.choices[0].logprobs.tokens != forbidden.choices[0].logprobs.tokens
+    word = tokenizer.encode("e")[0]
+    forced = client.completions.create(**ask | {"max_tokens": 5}, logit_bias={str(word): 100})
+    assert forced.choices[0].text == "eeeee"
+    # Log-probabilities stay the model's own: a forced token is not certain.
+    assert forced.choices[0].logprobs is not None
+    assert min(forced.choices[0].logprobs.token_logprobs or [0]) < -1
+
+
+def test_penalties_are_subtracted_for_what_the_answer_has(
+    model_folder: Path, reference: Any, tokenizer: Any, client: openai.OpenAI
+) -> None:
+    """Against the definition, token by token, with the plain model's logits."""
+    ids, answer = tokenizer.encode(PROMPT), []
+    for _ in range(20):
+        with torch.no_grad():
+            logits = reference(torch.tensor([ids + answer])).logits[0, -1]
+        for token in set(answer):
+            logits[token] -= 1.5 * answer.count(token) + 0.5
+        answer.append(int(logits.argmax()))
+        if answer[-1] == 0:
+            break
+    found = client.completions.create(
+        model=NAME, prompt=ids, max_tokens=20, temperature=0, frequency_penalty=1.5, presence_penalty=0.5
+    )
+    assert found.choices[0].text == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_fulfils_its_schema(client: openai.OpenAI, temperature: float) -> None:
+    reply = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "Where?"}],
+        max_tokens=120,
+        temperature=temperature,
+        seed=1,
+        n=2,
+        response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}},
+    )
+    for choice in reply.choices:
+        assert choice.finish_reason == "stop"
+        found = json.loads(choice.message.content or "")
+        assert found.keys() == {"city", "n"}
+        assert found["city"] in ("Oslo", "Rome")
+        assert 0 <= found["n"] <= 99
+
+
+def test_a_schema_that_is_none_is_refused(server_url: str) -> None:
+    for given in (
+        {"type": "json_schema"},
+        {"type": "xml"},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}},
+    ):
+        body = {"model": NAME, "prompt": "x", "max_tokens": 3, "response_format": given}
+        reply = httpx.post(f"{server_url}/v1/completions", json=body)
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["error"]["param"] == "response_format"
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory, reference: Any, tokenizer: Any) -> Iterator[openai.OpenAI]:
+    """A server of a model with room for what is said of tools."""
+    folder = tmp_path_factory.mktemp("roomy")
+    config = reference.config.__class__(**reference.config.to_dict() | {"max_position_embeddings": 2048})
+    torch.manual_seed(1)
+    reference.__class__(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    app = create_app(open_engine(folder), tokenizer, NAME, ServeConfig())
+    with running(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_called(roomy: openai.OpenAI, stream: bool) -> None:
+    client = roomy
+    ask: dict[str, Any] = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Rain?"}],
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "max_tokens": 160,
+        "temperature": 0,
+    }
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ask, stream=True)]
+        reason = chunks[-1].finish_reason
+        call = chunks[-1].delta.tool_calls[0]
+        assert not any(chunk.delta.content for chunk in chunks)
+    else:
+        choice = client.chat.completions.create(**ask).choices[0]
+        reason, call = choice.finish_reason, choice.message.tool_calls[0]
+        assert choice.message.content is None
+    assert reason == "tool_calls"
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments).keys() == {"city", "n"}
+    # The conversation goes on with the tool's answer.
+    more = [
+        {"role": "assistant", "tool_calls": [call.model_dump(exclude={"index"})]},
+        {"role": "tool", "tool_call_id": call.id, "content": "Sun."},
+    ]
+    reply = client.chat.completions.create(
+        **ask | {"messages": ask["messages"] + more, "tool_choice": "auto", "max_tokens": 4}
+    )
+    assert reply.choices[0].finish_reason in ("length", "stop")
+
+
+def test_calls_are_read_out_of_answers() -> None:
+    call = '{"name": "f", "arguments": {"x": 1}}'
+    for text in (call, f" <tool_call>\n{call}</tool_call>"):
+        found = read_call(text, ["f"])
+        assert found is not None
+        assert found["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    for text in (
+        "Hello.",
+        call + " and",
+        call.replace('"f"', '"g"'),
+        '{"name": "f"}',
+        "[1]",
+        '{"name": [], "arguments": {}}',
+    ):
+        assert read_call(text, ["f"]) is None
+
+
+# ---------------------------------------------------------------- models and adapters
+
+
+def test_adapters_and_models_come_and_go(
+    tmp_path: Path, model_folder: Path, tokenizer: Any, greedy: Callable[..., list[int]]
+) -> None:
+    from safetensors.torch import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    module = "base_model.model.model.layers.1.mlp.down_proj"
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {
+            f"{module}.lora_A.weight": torch.randn(2, 96, generator=generator),
+            f"{module}.lora_B.weight": torch.randn(64, 2, generator=generator),
+        },
+        adapter / "adapter_model.safetensors",
+    )
+    cfg = ServeConfig(allow_loading=True, idle_unload_s=0.2)
+    others = {"second": source_of("second", model_folder, open_engine)}
+    ids = tokenizer.encode(PROMPT)
+    expected = tokenizer.decode(greedy(ids, 8), skip_special_tokens=True)
+    with (
+        running(create_app(open_engine(model_folder), tokenizer, NAME, cfg, others, open_engine)) as url,
+        httpx.Client(base_url=f"{url}/v1", timeout=60) as http,
+    ):
+
+        def say(model: str) -> str:
+            body = {"model": model, "prompt": ids, "max_tokens": 8, "temperature": 0}
+            reply = http.post("completions", json=body)
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["model"] == model
+            return str(reply.json()["choices"][0]["text"])
+
+        def names() -> list[str]:
+            return [card["id"] for card in http.get("models").json()["data"]]
+
+        assert names() == [NAME, "second"]
+        assert say("second") == say(NAME) == expected
+        asked = {"lora_name": "tuned", "lora_path": str(adapter)}
+        assert http.post("load_lora_adapter", json=asked).status_code == 200
+        assert http.post("load_lora_adapter", json=asked).status_code == 409
+        assert "tuned" in names()
+        assert say("tuned") != expected
+        assert say(NAME) == expected
+        bad = http.post("load_lora_adapter", json={"lora_name": "bad", "lora_path": str(tmp_path)})
+        assert bad.status_code == 400, bad.text
+        assert http.post("unload_lora_adapter", json={"lora_name": "tuned"}).status_code == 200
+        assert "tuned" not in names()
+        assert http.post("load_model", json={"name": "third", "folder": str(model_folder)}).status_code == 200
+        assert say("third") == expected
+        assert http.post("unload_model", json={"name": NAME}).status_code == 409
+        assert http.post("unload_model", json={"name": "third"}).status_code == 200
+        assert http.post("completions", json={"model": "third", "prompt": "x"}).status_code == 404
+        # The second model has been let go meanwhile, or will be, and comes back when it is asked for.
+        for _ in range(100):
+            cards = {card["id"]: card for card in http.get("models").json()["data"]}
+            if cards["second"].get("is_loaded") is False:
+                break
+            __import__("time").sleep(0.05)
+        assert cards["second"].get("is_loaded") is False
+        assert say("second") == expected
+
+
+def test_loading_is_off_unless_allowed(server_url: str) -> None:
+    reply = httpx.post(f"{server_url}/v1/load_model", json={"name": "x", "folder": "/"})
+    assert reply.status_code in (404, 405)
+
+
+# ---------------------------------------------------------------- bounds and the log
+
+
+def test_bounds_of_size_and_time(model_folder: Path, tokenizer: Any) -> None:
+    cfg = ServeConfig(max_body_bytes=2000, request_timeout_s=0.001)
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, cfg)) as url:
+        large = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "x" * 3000})
+        assert large.status_code == 413
+        chunked = httpx.post(f"{url}/v1/completions", content=(b"x" * 500 for _ in range(10)))
+        assert chunked.status_code == 413
+        body = {"model": NAME, "prompt": "x", "max_tokens": 150, "ignore_eos": True}
+        slow = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert slow.status_code == 504
+        assert slow.json()["error"]["code"] == "timeout"
+        for _ in range(200):
+            if httpx.get(f"{url}/health").json()["running"] == 0:
+                break
+        assert httpx.get(f"{url}/health").json()["running"] == 0
+
+
+def test_the_access_log_has_no_prompts_unless_asked(
+    model_folder: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for asked in (False, True):
+        caplog.clear()
+        cfg = ServeConfig(access_log=True, log_prompts=asked)
+        with (
+            caplog.at_level("INFO", logger="kajiya.access"),
+            running(create_app(open_engine(model_folder), tokenizer, NAME, cfg)) as url,
+        ):
+            httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "a secret", "max_tokens": 2})
+        lines = [json.loads(record.message) for record in caplog.records if record.name == "kajiya.access"]
+        assert [(line["path"], line["status"]) for line in lines] == [("/v1/completions", 200)]
+        assert ("a secret" in json.dumps(lines)) == asked
+
+
+def test_other_sites_may_call_only_where_named(model_folder: Path, tokenizer: Any, server_url: str) -> None:
+    headers = {"Origin": "https://example.org"}
+    assert "access-control-allow-origin" not in httpx.get(f"{server_url}/v1/models", headers=headers).headers
+    cfg = ServeConfig(cors_origins=("https://example.org",))
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, cfg)) as url:
+        allowed = httpx.get(f"{url}/v1/models", headers=headers).headers
+        assert allowed["access-control-allow-origin"] == "https://example.org"
+        assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+
+
+def test_metrics_speak_of_the_cache(server_url: str) -> None:
+    body = {"model": NAME, "prompt": PROMPT * 4, "max_tokens": 1}
+    for _ in range(2):
+        httpx.post(f"{server_url}/v1/completions", json=body)
+    lines = httpx.get(f"{server_url}/metrics").text.splitlines()
+    found = {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+    assert found["kajiya_shared_prompt_tokens"] > 0
+    assert 0 <= found["kajiya_cache_use_ratio"] < 1
