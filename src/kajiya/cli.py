@@ -212,6 +212,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (serve.host).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one (serve.port).")] = None,
     api_key: Annotated[str | None, typer.Option(help="Key that requests must carry (serve.api_key).")] = None,
+    engine: Annotated[str | None, typer.Option(help="torch or vllm (serve.engine).")] = None,
     store: StoreOption = None,
 ) -> None:
     """Serve a model behind the OpenAI API, with a playground page."""
@@ -224,13 +225,66 @@ def serve(
 
     if api_key == "":
         raise ConfigError("serve.api_key", "is empty", "Give a key, or leave --api-key out to serve without one.")
-    flags: dict[str, Any] = {"host": host, "port": port, "api_key": api_key}
+    flags: dict[str, Any] = {"host": host, "port": port, "api_key": api_key, "engine": engine}
     config = compose(DEFAULT_RECIPE, overrides or [])
     given = {name: value for name, value in flags.items() if value is not None}
     config = replace(config, serve=replace(config.serve, **given))
     validate(config)
     found = find_model(target, default_store(store))
     _serve(config, found.model.path, found.name, _console())
+
+
+@app.command()
+def generate(
+    requests: Annotated[Path, typer.Argument(help="JSON lines: prompt or messages, and settings of a line's own.")],
+    target: Annotated[str, typer.Option("--model", help="A run, an artifact, a folder, or a hub name.")] = "latest",
+    output: Annotated[
+        Path | None, typer.Option(help="Where answers go; what is there already is not asked again.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, for example serve.quantize=int8.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=0)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    store: StoreOption = None,
+) -> None:
+    """Answer a file of requests offline, batched; run it again to go on where it was."""
+    from kajiya.serving.batch import answer_all, read_tasks
+    from kajiya.serving.sequence import SamplingParams
+
+    engine, tokenizer, _ = _engine(target, overrides, store)
+    defaults = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    tasks = read_tasks(requests, tokenizer, defaults, set(engine.adapters))
+    to = output or requests.with_suffix(".answers.jsonl")
+    console = _console(to_stderr=True)
+    with console.status("") as status:
+        n_new = answer_all(engine, tokenizer, tasks, to, lambda done, of: status.update(f"{done} of {of}"))
+    console.print(f"{n_new} answered now, {len(tasks)} in all: {to}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(help="A run, an artifact, a folder, or a hub name.")],
+    overrides: Overrides = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Smallest mass of most probable tokens to draw from.")] = 1.0,
+    store: StoreOption = None,
+) -> None:
+    """Talk to a model in the terminal. /reset begins anew, /exit ends, Ctrl-C ends an answer."""
+    from kajiya.serving.conversation import Conversation, converse
+    from kajiya.serving.sequence import SamplingParams
+
+    engine, tokenizer, name = _engine(target, overrides, store)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    write(f"{name}: {engine.facts.note}. /reset begins anew, /exit ends.\n")
+    converse(Conversation(engine, tokenizer, params, system), lambda: input("> "), write)
 
 
 @app.command()
@@ -502,6 +556,23 @@ def _serve(config: "Config", folder: Path, name: str, console: "Console") -> Non
         )
 
     serve_model(config.serve, folder, name, ready)
+
+
+def _engine(target: str, overrides: list[str] | None, store: str | None) -> tuple[Any, Any, str]:
+    """The engine of a model with its adapters, its tokenizer and its name, by the settings of `serve`."""
+    from transformers import AutoTokenizer
+
+    from kajiya.config.compose import compose
+    from kajiya.config.validate import validate
+    from kajiya.flows.targets import find_model
+    from kajiya.run.store import default_store
+    from kajiya.serving.server import open_engine
+
+    config = compose(DEFAULT_RECIPE, overrides or [])
+    validate(config)
+    found = find_model(target, default_store(store))
+    engine = open_engine(config.serve, found.model.path)
+    return engine, AutoTokenizer.from_pretrained(found.model.path), found.name
 
 
 def _console(to_stderr: bool = False) -> "Console":

@@ -316,6 +316,10 @@ class ServeConfig:
     """The access log has the bodies of requests too."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call the API; none by default."""
+    vllm: str = "vllm"
+    """Command of vLLM, in an environment of its own, for `engine=vllm`."""
+    vllm_start_s: float = setting(600.0, gt=0)
+    """Longest wait until vLLM is ready, seconds."""
     tls_certificate: str | None = None
     """PEM file with the certificate; with it the server speaks HTTPS."""
     tls_key: str | None = None

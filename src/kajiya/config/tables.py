@@ -133,6 +133,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
     },
     "engine": {
         "torch": Row("kajiya.serving.loading:load_engine", o.NoOptions),
+        "vllm": Row("kajiya.serving.vllm:serve_vllm", o.NoOptions),
     },
 }
 """Every table of names. A name with a colon, `my_pkg.mod:fn`, stands for the user's own function in any of them."""

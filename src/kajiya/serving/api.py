@@ -231,10 +231,15 @@ def _own_routes(service: Service) -> APIRouter:
 
     @router.get("/")
     async def playground() -> HTMLResponse:
-        page = resources.files("kajiya.serving").joinpath("playground.html").read_text(encoding="utf-8")
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
+        return playground_page()
 
     return router
+
+
+def playground_page() -> HTMLResponse:
+    """The page that talks to the API of the server that it came from."""
+    page = resources.files("kajiya.serving").joinpath("playground.html").read_text(encoding="utf-8")
+    return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
 
 
 def _sampling(body: CompletionBody | ChatBody, *, max_tokens: int, n_logprobs: int) -> SamplingParams:

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,22 @@ def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], N
 
     Raises `ConfigError` for an address that cannot be bound, and what `load_engine` raises.
     """
+    if cfg.engine == "vllm":
+        from kajiya.serving.vllm import serve_vllm
+
+        serve_vllm(cfg, folder, name, on_ready)
+        return
     from transformers import AutoTokenizer
 
-    def open_engine(path: Path) -> Engine:
-        load, _ = resolve("engine", cfg.engine, {}, "serve.engine")
-        found: Engine = load(path, options=options_of(cfg), runner=cfg.runner)
-        return found
+    def load(path: Path) -> Engine:
+        return open_engine(replace(cfg, adapters={}), path)
 
     # Bound first: a busy port is said at once, not after a model has been loaded.
     with contextlib.closing(bind(cfg.host, cfg.port)) as listener:
-        others = {other: source_of(other, Path(path), open_engine) for other, path in cfg.models.items()}
-        engine = open_engine(folder)
-        for adapter, path in cfg.adapters.items():
-            engine.load_adapter(adapter, Path(path))
+        others = {other: source_of(other, Path(path), load) for other, path in cfg.models.items()}
+        engine = open_engine(cfg, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        app = create_app(engine, tokenizer, cfg.model_name or name, cfg, others, open_engine)
+        app = create_app(engine, tokenizer, cfg.model_name or name, cfg, others, load)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -58,9 +60,23 @@ def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], N
         )
         if cfg.access_log:
             _log_to_stderr()
-        scheme = "https" if cfg.tls_certificate else "http"
-        with _quiet_signals():
-            asyncio.run(_run(server, listener, lambda url: on_ready(url.replace("http", scheme, 1))))
+        announce_and_run(server, listener, on_ready)
+
+
+def announce_and_run(server: uvicorn.Server, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
+    """Run until a signal; `on_ready` gets the URL once the server answers."""
+    scheme = "https" if server.config.is_ssl else "http"
+    with _quiet_signals():
+        asyncio.run(_run(server, listener, lambda url: on_ready(url.replace("http", scheme, 1))))
+
+
+def open_engine(cfg: ServeConfig, folder: Path) -> Engine:
+    """The engine that the settings name, over the model in `folder`, with their adapters."""
+    load, _ = resolve("engine", cfg.engine, {}, "serve.engine")
+    engine: Engine = load(folder, options=options_of(cfg), runner=cfg.runner)
+    for name, path in cfg.adapters.items():
+        engine.load_adapter(name, Path(path))
+    return engine
 
 
 def options_of(cfg: ServeConfig) -> EngineOptions:

@@ -35,7 +35,7 @@ def shaped(sequence: Sequence, rows: Rows) -> Rows:
     return Rows(logits_V.unsqueeze(0), [int(logits_V.argmax())], rows.log_sums[-1:])
 
 
-_COMPACT = {"whitespace_flexible": False}
+_COMPACT: Any = {"whitespace_flexible": False}
 """JSON without free white space, in which a small model can lose itself for good."""
 
 

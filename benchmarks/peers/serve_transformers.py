@@ -1,0 +1,29 @@
+"""`generate` of Transformers, all streams in one batch: tokens a second by number of streams, from one JSON order."""
+
+import json
+import random
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+@torch.inference_mode()
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    torch.set_num_threads(order["threads"])
+    model = AutoModelForCausalLM.from_pretrained(order["folder"], dtype=torch.float32).eval()
+    draw, found = random.Random(0), {}
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, **settings)
+    for n in order["streams"]:
+        ids = torch.tensor([[draw.randrange(1, 16000) for _ in range(order["prompt_tokens"])] for _ in range(n)])
+        begun = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=order["new_tokens"], **settings)
+        found[n] = n * order["new_tokens"] / (time.perf_counter() - begun)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
