@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
 from kajiya.serving.engine import Engine
+from kajiya.serving.listen import bind, url_of
 from kajiya.serving.loading import load_engine
-from kajiya.serving.server import bind, url_of
 
 CONTEXT = 192
 NAME = "tiny"

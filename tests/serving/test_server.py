@@ -13,7 +13,8 @@ import pytest
 
 from kajiya.config.schema import ServeConfig
 from kajiya.errors import ConfigError
-from kajiya.serving.server import bind, serve, url_of
+from kajiya.serving.listen import bind, url_of
+from kajiya.serving.server import serve
 
 from .conftest import NAME
 

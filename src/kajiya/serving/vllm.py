@@ -54,7 +54,7 @@ def serve_vllm(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[st
     """Serve the model in `folder` by vLLM until SIGINT or SIGTERM, behind this server's address, key, bounds and page."""
     import uvicorn
 
-    from kajiya.serving.server import DRAIN_S, announce_and_run, bind
+    from kajiya.serving.listen import DRAIN_S, announce_and_run, bind
 
     with ExitStack() as stack:
         listener = stack.enter_context(closing(bind(cfg.host, cfg.port)))
