@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kajiya.data.batch import Batch
-from kajiya.models.attention import PACKED_SDPA, segment_mask
+from kajiya.models.isolation import isolation_inputs
 
 
 def has_split_head(model: nn.Module) -> bool:
@@ -47,6 +47,4 @@ def all_logits(model: Any, batch: Batch) -> torch.Tensor:
 def forward_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Keyword arguments of a Transformers forward pass for a packed batch."""
     inputs: dict[str, Any] = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
-    if model.config._attn_implementation == PACKED_SDPA:
-        inputs["attention_mask"] = segment_mask(batch.segments)
-    return inputs
+    return inputs | isolation_inputs(model, batch)

@@ -11,6 +11,7 @@ import torch
 
 from kajiya.data.batch import Batch, ExampleBatch, Seq2SeqBatch
 from kajiya.models.hidden import all_logits
+from kajiya.models.isolation import isolation_inputs
 
 _POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Architectures whose positions begin behind the padding id."""
@@ -26,9 +27,7 @@ def masked_logits(model: Any, batch: Batch) -> torch.Tensor:
     if "position_ids" in inspect.signature(model.forward).parameters:
         shift = model.config.pad_token_id + 1 if model.config.model_type in _POSITIONS_BEHIND_PADDING else 0
         given["position_ids"] = batch.positions + shift
-    if bool((batch.segments != batch.segments[:, :1]).any()):
-        given["attention_mask"] = (batch.segments[:, :, None] == batch.segments[:, None, :]).unsqueeze(1)
-    return model(**given).logits  # type: ignore[no-any-return]
+    return model(**given, **isolation_inputs(model, batch)).logits  # type: ignore[no-any-return]
 
 
 def seq2seq_logits(model: Any, batch: Seq2SeqBatch) -> torch.Tensor:

@@ -1,0 +1,79 @@
+"""What a model's attention is told so that the segments of a row do not see each other.
+
+Every implementation has a way of its own: torch's SDPA a boolean mask, eager attention a mask that is added, FlexAttention
+the blocks to compute, flash attention the sequences' bounds. Where nothing needs to be said, Transformers finds the segments
+of a causal row by the positions, which restart in each.
+
+Shape letters: B rows, T tokens of a row.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.data.batch import Batch
+from kajiya.models.attention import PACKED_SDPA, segment_mask
+
+
+def isolation_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """Keyword arguments for the forward pass of a model of Transformers; the positions are the caller's to pass."""
+    implementation = model.config._attn_implementation
+    if implementation.startswith("flash_attention"):
+        return sequence_bounds(batch.segments)
+    if implementation == PACKED_SDPA:
+        return {"attention_mask": segment_mask(batch.segments)}
+    if batch.is_causal:
+        return {}
+    return {"attention_mask": _TWO_WAY[implementation](batch.segments, model.dtype)}
+
+
+def sequence_bounds(segments: torch.Tensor) -> dict[str, Any]:
+    """Of segments [B, T], the rows one behind the other: where each segment begins, and the end, int32; and the longest."""
+    is_first = torch.ones_like(segments, dtype=torch.bool)
+    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = is_first.flatten().nonzero().flatten()
+    end = torch.tensor([segments.numel()], device=segments.device)
+    bounds = torch.cat([starts, end]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def _added_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, T, T]: 0 within a segment, the lowest number elsewhere."""
+    apart = segments[:, None, :, None] != segments[:, None, None, :]
+    return torch.zeros(apart.shape, dtype=dtype, device=segments.device).masked_fill(apart, torch.finfo(dtype).min)
+
+
+def _boolean_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, T, T]: true within a segment."""
+    return segments[:, None, :, None] == segments[:, None, None, :]
+
+
+def _blocks(segments: torch.Tensor, dtype: torch.dtype) -> Any:
+    """The blocks that FlexAttention computes."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    n_rows, n_tokens = segments.shape
+
+    def same(row: Any, head: Any, query: Any, key: Any) -> Any:
+        return segments[row, query] == segments[row, key]
+
+    return create_block_mask(same, n_rows, None, n_tokens, n_tokens, device=str(segments.device))
+
+
+_TWO_WAY = {"eager": _added_mask, "sdpa": _boolean_mask, "flex_attention": _blocks}
+
+
+def can_isolate(model: nn.Module) -> bool:
+    """Whether the segments of a row can be kept apart in this model.
+
+    A model of Transformers can unless it carries a state from token to token (Mamba, RWKV and their kin), which no mask cuts;
+    a module of the user's own if its `forward` takes `segments`.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return not model._is_stateful
+    return "segments" in inspect.signature(model.forward).parameters
