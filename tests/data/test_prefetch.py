@@ -8,72 +8,62 @@ import torch
 from tests.data.test_loader import loader_of, split_of
 
 from kajiya.data.loader import Loader
-from kajiya.data.prefetch import PrefetchingLoader
 
 
 @pytest.fixture
-def split() -> Any:
-    return split_of([50] * 40, 333)
+def loader() -> Loader:
+    return loader_of(split_of([50] * 40, 333), row_tokens=16, rows=4, seed=1)
 
 
-def tokens(loader: Any, n: int) -> list[list[list[int]]]:
-    return [loader.next().tokens.tolist() for _ in range(n)]
+class Noting(Loader):
+    """Notes what is made, and in which thread."""
+
+    def _make(self, row: int, n: int) -> Any:
+        self.made.append((row, n, threading.current_thread() is threading.main_thread()))
+        if len(self.made) == 3:
+            self.third.set()
+        if row == self.bad:
+            raise OSError("the disk is gone")
+        return super()._make(row, n)
 
 
-@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
-def test_batches_and_states_are_those_of_the_loader(split: Any, rank: int, world: int) -> None:
-    plain = loader_of(split, row_tokens=16, rows=4, seed=1, rank=rank, world=world)
-    ahead = PrefetchingLoader(loader_of(split, row_tokens=16, rows=4, seed=1, rank=rank, world=world), ahead=3)
-    for _ in range(30):
-        assert torch.equal(ahead.next().tokens, plain.next().tokens)
-        assert ahead.state() == plain.state()
-    assert ahead.waited_s > 0
-    ahead.close()
+def noting(loader: Loader, bad: int = -1) -> Noting:
+    found = Noting(loader.rows, loader.order, batch=4)
+    found.made, found.third, found.bad = [], threading.Event(), bad
+    return found
 
 
-def test_it_goes_on_from_a_state_whatever_was_read_ahead(split: Any) -> None:
-    ahead = PrefetchingLoader(loader_of(split, row_tokens=16, rows=4, seed=1))
-    tokens(ahead, 3)
-    state = ahead.state()
-    expected = tokens(ahead, 6)
-    ahead.load_state(state)
-    assert tokens(ahead, 6) == expected
-    fresh = PrefetchingLoader(loader_of(split, row_tokens=16, rows=4, seed=1))
-    fresh.load_state(state)
-    assert tokens(fresh, 6) == expected
-    for each in (ahead, fresh):
-        each.close()
-
-
-def test_batches_are_made_before_they_are_asked_for(split: Any) -> None:
-    loader = loader_of(split, row_tokens=16, rows=4, seed=1)
-    made, third = [], threading.Event()
-
-    class Noting(Loader):
-        def at(self, row: int) -> Any:
-            made.append(row)
-            if len(made) == 3:
-                third.set()
-            return super().at(row)
-
-    ahead = PrefetchingLoader(Noting(loader.rows, loader.order, batch=4), ahead=2)
+def test_batches_are_made_before_they_are_asked_for_in_another_thread(loader: Loader) -> None:
+    ahead = noting(loader)
     ahead.next()
-    assert third.wait(timeout=30)
-    assert made == [0, 4, 8]
-    ahead.close()
+    assert ahead.third.wait(timeout=30)
+    assert ahead.made == [(0, 4, False), (4, 4, False), (8, 4, False)]
+    assert ahead.state()["row"] == 4
+    assert ahead.waited_s > 0
 
 
-def test_an_error_while_reading_ahead_reaches_the_step(split: Any) -> None:
-    loader = loader_of(split, row_tokens=16, rows=4, seed=1)
+def test_batches_are_those_made_without_reading_ahead(loader: Loader) -> None:
+    for number in range(30):
+        assert torch.equal(loader.next().tokens, loader.at(4 * number).tokens)
 
-    class Failing(Loader):
-        def at(self, row: int) -> Any:
-            if row == 4:
-                raise OSError("the disk is gone")
-            return super().at(row)
 
-    ahead = PrefetchingLoader(Failing(loader.rows, loader.order, batch=4))
+def test_another_position_or_size_forgets_what_was_read_ahead(loader: Loader) -> None:
+    first = [loader.next().tokens for _ in range(3)]
+    state = loader.state()
+    loader.next()
+    loader.load_state(state | {"row": 0})
+    assert all(torch.equal(loader.next().tokens, each) for each in first)
+    loader.batch = 2
+    assert torch.equal(torch.cat([loader.next().tokens, loader.next().tokens]), loader_at(loader, 12, 4))
+
+
+def loader_at(loader: Loader, row: int, n: int) -> torch.Tensor:
+    tokens: torch.Tensor = loader._make(row, n).tokens
+    return tokens
+
+
+def test_an_error_while_reading_ahead_reaches_the_step(loader: Loader) -> None:
+    ahead = noting(loader, bad=4)
     ahead.next()
     with pytest.raises(OSError, match="the disk is gone"):
         ahead.next()
-    ahead.close()

@@ -11,9 +11,12 @@ from kajiya.data.example_rows import ExampleKind, PackedRows, PaddedRows, PairRo
 from kajiya.data.masking import MaskedRows, Masking
 from kajiya.data.order import BucketedOrder, Order, ShuffledOrder
 from kajiya.data.pack import open_packing
+from kajiya.data.prefetch import AHEAD, ReadAhead
 from kajiya.data.shards import Split, open_split
 from kajiya.data.text_rows import HeldoutText, Rows, TextRows
 from kajiya.errors import StoreError
+
+_PLACES_AHEAD = 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Loader:
         self.world = world
         self.row = 0
         """Rows given out since the beginning, by all ranks; the next group begins with this one."""
+        # Places are looked up many at a time, which costs hardly more than one.
+        self._known_places = (0, np.zeros(0, dtype=np.int64))
+        self._read_ahead = ReadAhead(self._make)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -65,14 +71,28 @@ class Loader:
         return self.rows.epoch(self.row)
 
     def next(self) -> Any:
-        """This rank's rows of the next group."""
-        batch = self.at(self.row + self.rank * self.batch)
-        self.row += self.batch * self.world
+        """This rank's rows of the next group; while the model computes on them, those behind are made ready."""
+        group = self.batch * self.world
+        first = self.row + self.rank * self.batch
+        batch = self._read_ahead.take([(first + number * group, self.batch) for number in range(AHEAD + 1)])
+        self.row += group
         return batch
+
+    @property
+    def waited_s(self) -> float:
+        """Time that `next` has waited for rows that were not ready, seconds."""
+        return self._read_ahead.waited_s
 
     def at(self, row: int) -> Any:
         """The batch of rows from number `row` on; the position stays."""
-        return self.rows.batch(self.order.places(np.arange(row, row + self.batch)))
+        return self._make(row, self.batch)
+
+    def _make(self, row: int, n: int) -> Any:
+        first, places = self._known_places
+        if not first <= row <= row + n <= first + len(places):
+            first, places = row, self.order.places(np.arange(row, row + max(n, _PLACES_AHEAD)))
+            self._known_places = (first, places)
+        return self.rows.batch(places[row - first : row - first + n])
 
     def state(self) -> dict[str, int]:
         """The position, and what it is a position in."""

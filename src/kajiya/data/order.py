@@ -89,9 +89,10 @@ class BucketedOrder:
             n_groups = -(-len(rows) // GROUP_ROWS)
             groups = permuted(np.arange(n_groups), n_groups, ~self.seed % 2**64, turn * 2**32 + number)
             for old in [each for each in self._windows if each[0] != turn or abs(each[1] - number) > 1]:
-                del self._windows[old]
+                self._windows.pop(old, None)
             parts = [rows[group * GROUP_ROWS : (group + 1) * GROUP_ROWS] for group in groups.tolist()]
-            self._windows[key] = np.concatenate(parts)
+            self._windows[key] = made = np.concatenate(parts)
+            return made
         return self._windows[key]
 
 

@@ -46,6 +46,8 @@ class TextRows:
         self.row_tokens = row_tokens
         self.isolate = isolate
         self.seed = seed
+        # The epoch of the last span, and the first of its documents: a look at a permutation for each row would be slow.
+        self._first = (-1, 0)
 
     @property
     def n(self) -> int:
@@ -74,9 +76,13 @@ class TextRows:
 
     def first_document(self, epoch: int) -> int:
         """The document that the epoch begins with; those behind it follow, and then those before it."""
-        # Another stream of random numbers than the order of the rows has: the seed is turned over.
-        (first,) = permuted(np.zeros(1, dtype=np.int64), self.split.n_documents, ~self.seed % 2**64, epoch).tolist()
-        return int(first)
+        known, first = self._first
+        if known != epoch:
+            # Another stream of random numbers than the order of the rows has: the seed is turned over.
+            found = permuted(np.zeros(1, dtype=np.int64), self.split.n_documents, ~self.seed % 2**64, epoch)
+            first = int(found[0])
+            self._first = (epoch, first)
+        return first
 
     def _span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int64) and document beginnings (bool) of the endless stream from `start` to before `stop`."""

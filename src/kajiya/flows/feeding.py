@@ -140,6 +140,11 @@ class EnrichedLoader:
         """The micro-batch of rows from number `row` on; the position stays."""
         return self.enrich(self.loader.at(row))
 
+    @property
+    def waited_s(self) -> float:
+        """Time that steps have waited for rows that were not ready, seconds."""
+        return self.loader.waited_s
+
     def state(self) -> dict[str, int]:
         """As `Loader`'s."""
         return self.loader.state()

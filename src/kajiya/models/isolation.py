@@ -17,14 +17,17 @@ from kajiya.data.batch import Batch
 from kajiya.models.attention import PACKED_SDPA, segment_mask
 
 
-def isolation_inputs(model: Any, batch: Batch) -> dict[str, Any]:
-    """Keyword arguments for the forward pass of a model of Transformers; the positions are the caller's to pass."""
+def isolation_inputs(model: Any, batch: Batch, *, is_causal: bool = True) -> dict[str, Any]:
+    """Keyword arguments for the forward pass of a model of Transformers; the positions are the caller's to pass.
+
+    `is_causal` is false of a model whose tokens see their whole segment.
+    """
     implementation = model.config._attn_implementation
     if implementation.startswith("flash_attention"):
         return sequence_bounds(batch.segments)
     if implementation == PACKED_SDPA:
         return {"attention_mask": segment_mask(batch.segments)}
-    if batch.is_causal:
+    if is_causal:
         return {}
     return {"attention_mask": _TWO_WAY[implementation](batch.segments, model.dtype)}
 

@@ -27,7 +27,7 @@ def masked_logits(model: Any, batch: Batch) -> torch.Tensor:
     if "position_ids" in inspect.signature(model.forward).parameters:
         shift = model.config.pad_token_id + 1 if model.config.model_type in _POSITIONS_BEHIND_PADDING else 0
         given["position_ids"] = batch.positions + shift
-    return model(**given, **isolation_inputs(model, batch)).logits  # type: ignore[no-any-return]
+    return model(**given, **isolation_inputs(model, batch, is_causal=False)).logits  # type: ignore[no-any-return]
 
 
 def seq2seq_logits(model: Any, batch: Seq2SeqBatch) -> torch.Tensor:

@@ -19,6 +19,11 @@ from kajiya.training.strategy import Strategy
 class Loader(Protocol):
     """Batches in a fixed order, with a position of a few integers."""
 
+    @property
+    def waited_s(self) -> float:
+        """Time that steps have waited for rows that were not ready, seconds."""
+        ...
+
     def next(self) -> Any:
         """The next micro-batch; the data begin again at their end."""
         ...
