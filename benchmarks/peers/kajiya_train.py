@@ -43,8 +43,9 @@ def train(order: WorkOrder, record: Record) -> None:
     from kajiya.flows.stages import Stages
     from kajiya.flows.train import prepare_data
     from kajiya.preflight.plan import with_schedule
-    from kajiya.training.fit import Hook, StepReport, drain_window, fit
+    from kajiya.training.fit import Hook, StepReport, fit
     from kajiya.training.state import TrainState
+    from kajiya.training.terms import drain_window
 
     data = prepare_data(config, store, Stages(silent))
     prepared = prepare(config, data, store, {})

@@ -378,7 +378,10 @@ def test_every_batch_is_moved_to_the_device_of_the_model(small: Small) -> None:
 
     elsewhere = [
         SimpleNamespace(
-            n_targets=batch.n_targets, counts=batch.counts, to=lambda device, batch=batch: on_device(batch, device)
+            n_targets=batch.n_targets,
+            n_tokens=batch.n_tokens,
+            counts=batch.counts,
+            to=lambda device, batch=batch: on_device(batch, device),
         )
         for batch in real
     ]
@@ -508,7 +511,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(
     folder, _ = saved
     setup = small.setup(WithDropout())
     files = sorted(json.loads((folder / "manifest.json").read_text())["files"])
-    assert files == ["state.json", "state.safetensors"]
+    assert files == ["index.json", "state.json", "state.safetensors"]
     for name in files:
         for number, spoil in enumerate((_delete, _cut, _flip)):
             broken = tmp_path / f"{name}-{number}" / folder.name

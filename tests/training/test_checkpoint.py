@@ -100,4 +100,9 @@ def test_pruning_keeps_the_last_and_the_best(tiny_model: Make, tmp_path: Path) -
 
 def test_no_pickle_in_a_checkpoint(tiny_model: Make, tmp_path: Path) -> None:
     folder = _saved(tiny_model, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.json", "state.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "index.json",
+        "manifest.json",
+        "state.json",
+        "state.safetensors",
+    ]

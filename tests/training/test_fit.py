@@ -11,13 +11,14 @@ from tests.training.conftest import ListLoader, make_batch
 from kajiya.config.schema import LossConfig, OptimConfig
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.errors import TrainingError
-from kajiya.training.fit import Hook, Setup, drain_window, fit, pieces_at, train_step
+from kajiya.training.fit import Hook, Setup, fit, pieces_at, train_step
 from kajiya.training.losses import load_loss
 from kajiya.training.optimizers import load_optimizer
 from kajiya.training.precision import resolve_precision
 from kajiya.training.probe import measure_steps
 from kajiya.training.state import TrainState
 from kajiya.training.strategy import SingleProcess
+from kajiya.training.terms import drain_window
 
 Make = Callable[..., torch.nn.Module]
 CPU = torch.device("cpu")

@@ -213,18 +213,29 @@ class TrainConfig:
     """Passes over the training rows."""
     minutes: float | None = setting(3.0, gt=0)
     """Time for training, minutes; the number of steps is derived from the measured speed and recorded."""
-    micro_batch: int = setting(8, ge=1)
-    """Rows that pass through the model at once."""
+    micro_batch: int | str = 8
+    """Rows that pass through the model at once; auto: the most that memory holds, found by measuring."""
     accumulate: int = setting(1, ge=1)
-    """Micro-batches in one optimizer step."""
+    """Micro-batches in one optimizer step, over all processes."""
+    batch_rows: int | None = setting(None, ge=1)
+    """Rows in one optimizer step, over all processes, in place of `accumulate`; `None`: micro_batch x accumulate."""
     row_growth: tuple[float, ...] = ()
     """Shares of the steps at which rows double: `[0.4, 0.7]` trains on quarter rows, half rows, then whole rows."""
-    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "bf16-mixed"))
-    """fp32; bf16 (with fp32 masters in the optimizer); bf16-mixed (autocast); auto picks from the hardware and says why."""
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "bf16-mixed", "fp16-mixed", "fp8"))
+    """fp32; bf16 (with fp32 masters in the optimizer); bf16-mixed (autocast); fp16-mixed (autocast, scaled loss); fp8 (bf16 with
+    fp8 products, on GPUs that have them); auto picks from the hardware and says why."""
+    fp32_matmul: str = setting("auto", choices=("auto", "ieee", "tf32"))
+    """How a GPU multiplies fp32: exactly (ieee), or rounded to 10 bits (tf32); auto: ieee where deterministic, else tf32."""
+    strategy: str = setting("auto", choices=("auto", "single", "ddp"))
+    """single: one process; ddp: torchrun's processes, each with its part of every step; auto: as it was started."""
+    on_spike: str = setting("tell", choices=("tell", "skip", "rollback"))
+    """What a loss that leaps does: a warning, leaving its update out, or going back to the last checkpoint's weights besides."""
+    spike_sigmas: float | None = setting(8.0, gt=0)
+    """Standard deviations above its running mean at which a loss has leapt; `None`: not looked for."""
     compile: str = setting("auto", choices=("auto", "on", "off"))
     """torch.compile; auto: where a compiler is found and the run is long enough to repay it."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass."""
+    gradient_checkpointing: str = setting("off", choices=("off", "full", "selective"))
+    """Activations made again in the backward pass: each block's (full), or all but products and attention (selective)."""
     ema_decay: float | None = setting(None, gt=0, lt=1)
     """Decay of an exponential average of the weights, which is what is evaluated and saved; `None`: none is kept."""
     device: str = "auto"

@@ -44,6 +44,7 @@ def validate(config: Config) -> None:
         if name not in _CHECKS:
             raise ConfigError("preflight.skip", f"{name!r} is no check; there is: {', '.join(_CHECKS) or 'none yet'}")
     _check_optimizer(config)
+    _check_portions(config)
     _check_length(config)
     _check_growth(config)
     _check_kind(config)
@@ -70,6 +71,27 @@ def _check_heldout(config: Config) -> None:
         check_choice("source", heldout.name, heldout.options, "data.heldout_source")
     elif heldout.options:
         raise ConfigError("data.heldout_source.name", "is not set, but data.heldout_source.options are")
+
+
+def _check_portions(config: Config) -> None:
+    train = config.train
+    micro = train.micro_batch
+    if (isinstance(micro, str) and micro != "auto") or (isinstance(micro, int) and micro < 1):
+        raise ConfigError("train.micro_batch", f"{micro!r} is neither a number of rows, 1 or more, nor auto")
+    if train.batch_rows is None and micro == "auto":
+        raise ConfigError(
+            "train.batch_rows",
+            "is null, and train.micro_batch=auto needs the rows of a step, which it keeps",
+            "For example train.batch_rows=64.",
+        )
+    if train.batch_rows is not None and train.accumulate != 1:
+        raise ConfigError(
+            "train.batch_rows",
+            f"={train.batch_rows} and train.accumulate={train.accumulate} both say how many rows a step has",
+            "Set train.accumulate=1.",
+        )
+    if train.batch_rows is not None and isinstance(micro, int) and train.batch_rows % micro:
+        raise ConfigError("train.batch_rows", f"{train.batch_rows} is no multiple of train.micro_batch={micro}")
 
 
 def _check_length(config: Config) -> None:

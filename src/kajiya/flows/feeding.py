@@ -20,6 +20,7 @@ from kajiya.errors import ConfigError
 from kajiya.models.tasks import Task
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
+from kajiya.training.portions import rows_at_once
 from kajiya.training.precision import Precision
 from kajiya.training.reference import (
     add_reference,
@@ -175,7 +176,7 @@ def open_feeding(config: Config, data: Data, reference: Artifact | None, start_i
             steps.append(add_reference(table, split))
         return lambda batch: _through(steps, batch)
 
-    return Feeding(data.shards.path, feed, config.seed, config.train.micro_batch, enrich)
+    return Feeding(data.shards.path, feed, config.seed, rows_at_once(config.train), enrich)
 
 
 def build_reference(
@@ -193,10 +194,8 @@ def build_reference(
     def make(folder: Path) -> dict[str, Any]:
         feeding = open_feeding(config, data, None)
         loader = feeding.loader().loader
-        places = range(0, loader.rows_per_epoch, config.train.micro_batch)
-        all_places = (
-            np.arange(first, min(first + config.train.micro_batch, loader.rows_per_epoch)) for first in places
-        )
+        places = range(0, loader.rows_per_epoch, feeding.micro_batch)
+        all_places = (np.arange(first, min(first + feeding.micro_batch, loader.rows_per_epoch)) for first in places)
         train = (feeding.enrich("train")(loader.rows.batch(each)) for each in all_places)
         device = next(model.parameters()).device
         table: dict[str, Any] = {}

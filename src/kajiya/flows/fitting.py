@@ -1,23 +1,20 @@
 """The training of one run: set up, measure, go on from the last checkpoint, fit with its hooks, save."""
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from kajiya.config.schema import Config
 from kajiya.data.bigrams import Bigrams, count_bigrams
-from kajiya.data.progress import OnEvent
+from kajiya.data.loader import Loader
+from kajiya.data.progress import OnEvent, silent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
-from kajiya.errors import StoreError
 from kajiya.flows.feeding import Data, Feeding, build_reference, open_feeding, task_of
-from kajiya.flows.heldout import heldout_values
+from kajiya.flows.fit_hooks import make_hooks
+from kajiya.flows.keeping import Keeper
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import build_model, vocabulary_of
 from kajiya.models.induction_init import begin_with_induction
@@ -26,25 +23,22 @@ from kajiya.models.save import save_model
 from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
 from kajiya.run.store import Artifact, Store
-from kajiya.training.checkpoint import (
-    checkpoint_name,
-    disown_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
-from kajiya.training.compile import compile_blocks, compiler_problem
-from kajiya.training.fit import Hook, Setup, StepReport, drain_window, fit
+from kajiya.training.compile import compile_where_it_pays
+from kajiya.training.fit import Setup, fit
+from kajiya.training.flops import matmul_peak
+from kajiya.training.guard import Guard
 from kajiya.training.losses import load_loss, load_measure
+from kajiya.training.memory import largest_micro_batch
 from kajiya.training.optimizers import load_optimizer
+from kajiya.training.portions import AUTO, Portions, rows_of_step, share_out
 from kajiya.training.precision import resolve_device, resolve_precision
+from kajiya.training.ranks import Ranks, find_ranks, join, wait_for_all
+from kajiya.training.recompute import recompute_activations
+from kajiya.training.saving import CheckpointWriter
 from kajiya.training.state import TrainState
-from kajiya.training.strategy import SingleProcess
+from kajiya.training.strategy import open_strategy
+from kajiya.training.timing import time_words
 
-_COMPILE_PAYS_MINUTES = 6.0
-_COMPILE_PAYS_STEPS = 1000
-"""A run shorter than this does not repay the compilation (about half a minute on a CPU, for steps 5 to 15 % faster)."""
 _TIMES_A_RUN = 10
 _LONGEST_UNSAVED_S = 600.0
 """Evaluations and checkpoints of a run whose config does not say how often."""
@@ -63,6 +57,7 @@ class Prepared:
     setup: Setup
     derived: dict[str, Any]
     compiled: str
+    ranks: Ranks
     feeding: Feeding
     reference: Artifact | None
 
@@ -82,38 +77,76 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     `settled` holds derived values of an earlier attempt of the same run, which are kept. What the loss compares with is
     computed with the model as it is before training, or found in the store.
     """
-    device = resolve_device(config.train.device, "train.device")
+    ranks = find_ranks(config.train.strategy)
+    device = resolve_device(config.train.device, "train.device", ranks.local)
+    join(ranks, device)
     precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
     vocabulary = load_tokenizer(data.tokenizer.path)
     known = vocabulary_of(vocabulary, data.tokenizer.facts["added_tokens"])
     built = build_model(config.model, known, config.seed, task_of(config, data.corpus))
     if config.model.init in _BEGINNINGS:
         _BEGINNINGS[config.model.init](built.module, count_bigrams(data.shards.path, len(vocabulary)), config.seed)
-    strategy = SingleProcess(device, precision)
+    recompute_activations(built.module, config.train.gradient_checkpointing)
+    strategy = open_strategy(device, precision, ranks)
     model = strategy.prepare(built.module)
-    if config.train.gradient_checkpointing:
-        _recompute_activations(model)
-    compiled = _compile(config, model, device)
+    compiled = compile_where_it_pays(config.train, model, device)
+    if not ranks.is_first:
+        wait_for_all(ranks)  # the first computes the reference, the others find it
     made = build_reference(config, data, model, precision, store)
+    if ranks.is_first:
+        wait_for_all(ranks)
     reference = None if made is None else made[0]
     feeding = open_feeding(config, data, reference, start_id=decoder_start(model))
+    loader = feeding.loader(batch=1, rank=ranks.rank, world=ranks.n)
     setup = Setup(
         model=model,
         loss=load_loss(config.train.loss, device),
         measure=load_measure(config.train.loss),
-        loader=feeding.loader(),
+        loader=loader,
         optimizer=load_optimizer(config.optim, model, config.train.ema_decay),
         strategy=strategy,
         precision=precision,
         lr=lambda _step: config.optim.lr,
         steps=1,
-        accumulate=config.train.accumulate,
+        accumulate=1,
         clip_norm=config.optim.clip_norm,
         max_skipped=config.optim.max_skipped,
         row_growth=config.train.row_growth,
     )
-    derived = built.derived | {"train.precision": precision.name, "train.device": str(device)}
-    return Prepared(setup, derived, compiled, feeding, reference)
+    portions = _share_out(config, setup, loader.loader, ranks, settled)
+    guard = Guard(shrink=_shrinker(loader.loader, portions) if ranks.n == 1 else None)
+    setup = replace(setup, accumulate=portions.accumulate, guard=guard)
+    derived = built.derived | {
+        "train.precision": precision.name,
+        "train.device": str(device),
+        "train.micro_batch": portions.micro_batch,
+    }
+    return Prepared(setup, derived, compiled, ranks, feeding, reference)
+
+
+def _share_out(config: Config, setup: Setup, loader: Loader, ranks: Ranks, settled: dict[str, Any]) -> Portions:
+    """This rank's part of a step, and the loader's batches of that size; the micro-batch found by measuring where it is auto."""
+    rows = rows_of_step(config.train)
+    wanted = settled.get("train.micro_batch", config.train.micro_batch)
+    if wanted == AUTO:
+        wanted = largest_micro_batch(
+            setup, lambda n: setattr(loader, "batch", n), share_out(rows, rows, ranks.n).micro_batch
+        )
+    portions = share_out(rows, int(wanted), ranks.n)
+    loader.batch = portions.micro_batch
+    return portions
+
+
+def _shrinker(loader: Loader, portions: Portions) -> Callable[[int], bool]:
+    """Makes the loader's batches 2ⁿ times smaller, where they can be halved so often."""
+
+    def shrink(times: int) -> bool:
+        can = portions.micro_batch % (1 << times) == 0
+        if can:
+            loader.batch = portions.micro_batch >> times
+        return can
+
+    return shrink
 
 
 def plan_run(config: Config, prepared: Prepared, data: Data, began: float) -> Plan:
@@ -143,7 +176,7 @@ def fit_run(
         run.record_artifact("reference", prepared.reference)
     if "train.steps" not in settled:
         plan = plan_run(config, prepared, data, began)
-        settled = prepared.derived | _lengths(config, plan)
+        settled = _settle(config, prepared, plan)
         seconds = time.perf_counter() - began
         run.record(
             derived=settled, plan=plan_facts(plan), timings=run.manifest().get("timings", {}) | {"plan": seconds}
@@ -154,40 +187,81 @@ def fit_run(
     hear("stage", name="plan", state="done", seconds=time.perf_counter() - began, text="")
 
     began = time.perf_counter()
-    setup = with_schedule(prepared.setup, config, settled["train.steps"])
-    resumed = _resume(run, setup, key, hear)
+    keeper = _keeper(config, run, prepared, settled, key, hear)
+    setup = keeper.setup
+    resumed = keeper.resume()
     state = resumed or TrainState(derived=settled)
     run.record(attempts=run.manifest()["attempts"] + 1, status="running")
     hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if resumed else None)
     hear("stage", name="train", state="begun", seconds=0.0, text="")
-    hooks = _hooks(config, run, prepared.feeding, setup, state, key, hear)
-    fit(setup, state, hooks, should_stop)
-    finished = state.step == setup.steps
-    if not finished:
-        _save(run, setup, state, key, hear)
-    words = f"{state.step:,} of {setup.steps:,} steps, {state.tokens / max(state.seconds, 1e-9):,.0f} tokens/s"
+    hooks = make_hooks(config, prepared.feeding, keeper, state, hear)
+    try:
+        fit(setup, state, hooks, should_stop)
+        finished = state.step == setup.steps
+        if not finished:
+            keeper.save(state)
+    finally:
+        keeper.finish()
     elapsed = time.perf_counter() - began
+    time_facts = _time_facts(setup, state, facts)
+    words = _fit_words(setup, state, time_facts)
     hear("stage", name="train", state="done" if finished else "stopped", seconds=elapsed, text=words)
     timings = run.manifest().get("timings", {})
-    run.record(timings=timings | {"train": timings.get("train", 0.0) + elapsed})
+    run.record(timings=timings | {"train": timings.get("train", 0.0) + elapsed}, time=time_facts)
     return Fitted(setup, state, settled) if finished else None
 
 
-def _resume(run: Run, setup: Setup, key: str, hear: OnEvent) -> TrainState | None:
-    """Go on from the newest checkpoint that is whole; a corrupt one is told, and the one before it taken."""
-    checkpoints = list_checkpoints(run.checkpoints)
-    for folder in reversed(checkpoints):
-        try:
-            state, position = load_checkpoint(folder, setup.model, setup.optimizer, key)
-        except StoreError as problem:
-            if folder == checkpoints[0]:
-                raise
-            hear("warning", text=f"{' '.join(str(problem).split())} The checkpoint before it is taken.")
-            disown_checkpoint(folder)
-            continue
-        setup.loader.load_state(position)
-        return state
-    return None
+def follow_run(config: Config, run: Run, data: Data, key: str, should_stop: Callable[[], bool]) -> None:
+    """The part of a rank that is not the first: the same steps on other rows; it writes and tells nothing."""
+    began = time.perf_counter()
+    settled = dict(run.manifest().get("derived") or {})
+    prepared = prepare(config, data, run.store, settled)
+    if "train.steps" not in settled:
+        settled = _settle(config, prepared, plan_run(config, prepared, data, began))
+    keeper = _keeper(config, run, prepared, settled, key, silent)
+    state = keeper.resume() or TrainState(derived=settled)
+    fit(keeper.setup, state, [], should_stop)
+
+
+def _keeper(config: Config, run: Run, prepared: Prepared, settled: dict[str, Any], key: str, hear: OnEvent) -> Keeper:
+    """The checkpoints of the run, and the setup with its schedule and with what a step that goes wrong does."""
+    train = config.train
+    setup = with_schedule(prepared.setup, config, settled["train.steps"])
+    guard = replace(
+        setup.guard,
+        faults=run.folder / "faults",
+        tell=lambda text: hear("warning", text=text),
+        spike_sigmas=train.spike_sigmas,
+        on_spike=train.on_spike,
+        rollback=lambda _state: keeper.go_back(settled["train.save_every"]),
+    )
+    writer = CheckpointWriter(run.checkpoints, train.keep_last)
+    keeper = Keeper(run, replace(setup, guard=guard), key, hear, writer, prepared.ranks)
+    return keeper
+
+
+def _settle(config: Config, prepared: Prepared, plan: Plan) -> dict[str, Any]:
+    """Every derived value; the lengths are the first rank's."""
+    agree = prepared.setup.strategy.from_first
+    return prepared.derived | {name: int(agree(value)) for name, value in _lengths(config, plan).items()}
+
+
+def _time_facts(setup: Setup, state: TrainState, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the time went, and how much of the machine's matrix products the model's own were."""
+    peak = matmul_peak(setup.strategy.device, setup.precision)
+    rate = state.tokens / max(state.seconds, 1e-9)
+    return {
+        "spent_s": state.spent,
+        "tokens_per_second": rate,
+        "matmul_peak_flops": peak,
+        "model_flops_utilization": rate * plan["flops_per_token"] / (peak * plan["n_ranks"]),
+    }
+
+
+def _fit_words(setup: Setup, state: TrainState, facts: Mapping[str, Any]) -> str:
+    done = f"{state.step:,} of {setup.steps:,} steps, {facts['tokens_per_second']:,.0f} tokens/s"
+    used = f"{facts['model_flops_utilization']:.0%} of {facts['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s"
+    return f"{done}, {used}; {time_words(facts['spent_s'])}"
 
 
 def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, Any]:
@@ -225,96 +299,6 @@ def _lengths(config: Config, plan: Plan) -> dict[str, int]:
         "train.eval_every": config.train.eval_every or part,
         "train.save_every": config.train.save_every or min(part, unsaved),
     }
-
-
-def _compile(config: Config, model: nn.Module, device: torch.device) -> str:
-    """Compile where the config and the machine say so; returns what was done and why, in words."""
-    train = config.train
-    if train.compile == "off":
-        return "no: set in the config"
-    problem = compiler_problem(device)
-    if problem is not None:
-        return f"no: {problem}"
-    is_short = (train.minutes or _COMPILE_PAYS_MINUTES) < _COMPILE_PAYS_MINUTES or (
-        train.steps or _COMPILE_PAYS_STEPS
-    ) < _COMPILE_PAYS_STEPS
-    if train.compile == "auto" and is_short:
-        return "no: the run is too short to repay it"
-    return f"yes: {compile_blocks(model)} blocks"
-
-
-def _recompute_activations(model: nn.Module) -> None:
-    from transformers import PreTrainedModel
-
-    from kajiya.errors import ConfigError
-
-    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
-        raise ConfigError("train.gradient_checkpointing", f"{type(model).__name__} does not support it")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _hooks(
-    config: Config, run: Run, feeding: Feeding, setup: Setup, state: TrainState, key: str, hear: OnEvent
-) -> list[Hook]:
-    kept = list(feeding.heldout(config.train.eval_rows))
-
-    def progress(report: StepReport) -> None:
-        hear("progress", stage="train", done=report.state.step, total=setup.steps, unit="steps")
-
-    speed = _Speed(state)
-
-    def log(report: StepReport) -> None:
-        values = drain_window(report.state) | {
-            "train/lr": report.lr,
-            "train/grad_norm": report.grad_norm,
-            "train/tokens": report.state.tokens,
-            "train/skipped": report.state.skipped,
-            "train/tokens_per_second": speed(report.state),
-            "train/data_wait_s": setup.loader.waited_s,
-        }
-        hear("metrics", step=report.state.step, values=values)
-
-    def evaluate(report: StepReport) -> None:
-        with setup.optimizer.averaged():
-            values = heldout_values(config.train.loss.name, setup, kept)
-        loss = next(iter(values.values()))
-        hear("metrics", step=report.state.step, values=values)
-        if math.isfinite(loss) and (report.state.best_loss is None or loss < report.state.best_loss):
-            report.state.best_loss, report.state.best_step = loss, report.state.step
-            save(report)
-
-    def save(report: StepReport) -> None:
-        _save(run, setup, report.state, key, hear)
-        prune_checkpoints(run.checkpoints, config.train.keep_last, report.state.best_step)
-
-    return [
-        Hook("progress", 1, progress),
-        Hook("log", config.train.log_every, log),
-        Hook("evaluate", state.derived["train.eval_every"], evaluate),
-        Hook("save", state.derived["train.save_every"], save),
-    ]
-
-
-class _Speed:
-    """Tokens per second since the last call."""
-
-    def __init__(self, state: TrainState) -> None:
-        self._tokens = state.tokens
-        self._seconds = state.seconds
-
-    def __call__(self, state: TrainState) -> float:
-        tokens = state.tokens - self._tokens
-        seconds = state.seconds - self._seconds
-        self._tokens, self._seconds = state.tokens, state.seconds
-        return tokens / seconds
-
-
-def _save(run: Run, setup: Setup, state: TrainState, key: str, hear: OnEvent) -> None:
-    if any(folder.name == checkpoint_name(state.step) for folder in list_checkpoints(run.checkpoints)):
-        return
-    folder = save_checkpoint(run.checkpoints, state, setup.model, setup.optimizer, setup.loader.state(), key)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    hear("checkpoint", step=state.step, path=str(folder.relative_to(run.folder)), bytes=size)
 
 
 def plan_only(config: Config, data: Data, store: Store) -> tuple[Plan, dict[str, Any]]:

@@ -10,9 +10,10 @@ import torch
 from kajiya.config.tables import loss_row
 from kajiya.evals.scoring import evaluation_mode, heldout_loss
 from kajiya.evals.statistics import ratio_interval
-from kajiya.training.fit import Setup, numbered
+from kajiya.training.fit import Setup
 from kajiya.training.losses import Loss, Measure
 from kajiya.training.precision import Precision
+from kajiya.training.terms import numbered
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from kajiya.run.store import Store
 
 def plan_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dict[str, Any]:
     """Facts of the plan, with the derived settings; the data are prepared (and kept), nothing is trained."""
-    set_up_process(config.seed, store.root, config.train.deterministic)
+    set_up_process(config.seed, store.root, config.train.deterministic, fp32_matmul=config.train.fp32_matmul)
     data = prepare_data(config, store, Stages(on_event))
     on_event("stage", name="plan", state="begun", seconds=0.0, text="")
     began = time.perf_counter()

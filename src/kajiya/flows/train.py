@@ -11,15 +11,17 @@ from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
 from kajiya.flows.feeding import Data, pack, rendering_of
-from kajiya.flows.fitting import fit_run, save_fitted
+from kajiya.flows.fitting import fit_run, follow_run, save_fitted
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
 from kajiya.flows.stopping import stop_on_signals
 from kajiya.run.code import code_revision, own_code
-from kajiya.run.folder import Run, open_run
+from kajiya.run.folder import Run, find_run, open_run, run_name
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
 from kajiya.run.trackers.dispatch import start_trackers
+from kajiya.training.precision import resolve_device
+from kajiya.training.ranks import Ranks, find_ranks, join, leave, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,12 @@ def train(
     `on_event(kind, **fields)` hears what the event log hears, and `progress` events besides.
     SIGTERM and SIGINT end it after the step at hand, with a checkpoint.
     """
-    process = set_up_process(config.seed, store.root, config.train.deterministic, scope.threads)
+    ranks = find_ranks(config.train.strategy)
+    if not ranks.is_first:
+        return _follow(config, store, ranks)
+    process = set_up_process(
+        config.seed, store.root, config.train.deterministic, scope.threads, config.train.fp32_matmul
+    )
     early: list[tuple[str, dict[str, Any]]] = []
 
     def hear_early(kind: str, **fields: Any) -> None:
@@ -83,6 +90,7 @@ def train(
             run.events.emit(kind, **fields)
 
     stages.on_event = hear
+    meet(ranks, config)
     can_report = scope.is_reported and _can_report(hear)
     run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
     run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
@@ -120,6 +128,28 @@ def train(
         run.events.emit("ended", status=status, error=error)
         warnings = trackers.finish()
     return Trained(run, model, report, tuple(warnings))
+
+
+def meet(ranks: Ranks, config: Config) -> None:
+    """Of several processes: the first has prepared the data and opened the run, and all go on together."""
+    join(ranks, resolve_device(config.train.device, "train.device", ranks.local))
+    wait_for_all(ranks)
+
+
+def _follow(config: Config, store: Store, ranks: Ranks) -> Trained:
+    """The part of a process that is not the first: nothing but its share of the steps."""
+    set_up_process(
+        config.seed + ranks.rank, store.root, config.train.deterministic, fp32_matmul=config.train.fp32_matmul
+    )
+    meet(ranks, config)
+    data = prepare_data(config, store, Stages(silent))
+    key = training_key(config, data)
+    run = find_run(store, run_name(config.name, key))
+    if store.find("model", key) is None:
+        with stop_on_signals() as stop:
+            follow_run(config, run, data, key, stop)
+    leave()
+    return Trained(run, None, None)
 
 
 def _can_report(hear: OnEvent) -> bool:

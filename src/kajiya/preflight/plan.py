@@ -8,7 +8,10 @@ from typing import Any
 from kajiya.config.quantities import format_bytes, format_count, format_seconds
 from kajiya.config.schema import Config
 from kajiya.training.fit import Setup
+from kajiya.training.flops import flops_per_token
+from kajiya.training.portions import rows_of_step
 from kajiya.training.probe import StepCost, measure_steps
+from kajiya.training.ranks import find_ranks
 from kajiya.training.schedules import curve_points, load_schedule
 
 
@@ -35,6 +38,7 @@ class Plan:
     precision_reason: str
     compiled: str
     lr_curve: list[tuple[int, float]]
+    n_ranks: int = 1
 
 
 def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -66,8 +70,7 @@ def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: f
     `tokens_per_epoch` is the training split's, `spent_s` the seconds of `train.minutes` that are already gone.
     """
     cost = measure_steps(setup)
-    train = config.train
-    tokens_per_step = config.data.row_tokens * train.micro_batch * train.accumulate
+    tokens_per_step = config.data.row_tokens * rows_of_step(config.train)
     steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
     n_params = sum(parameter.numel() for parameter in setup.model.parameters())
     n_trainable = sum(parameter.numel() for parameter in setup.optimizer.parameters.values())
@@ -82,7 +85,7 @@ def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: f
         tokens=steps * tokens_per_step,
         epochs=steps * tokens_per_step / tokens_per_epoch,
         tokens_per_param=steps * tokens_per_step / n_params,
-        flops_per_token=6.0 * n_params,
+        flops_per_token=flops_per_token(setup.model, config.data.row_tokens),
         step_seconds=cost.step_seconds,
         warmup_seconds=cost.warmup_seconds,
         train_seconds=steps * cost.step_seconds,
@@ -94,6 +97,7 @@ def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: f
         precision_reason=setup.precision.reason,
         compiled=compiled,
         lr_curve=[(s, config.optim.lr * f) for s, f in curve_points(load_schedule(config.schedule, steps), steps)],
+        n_ranks=find_ranks(config.train.strategy).n,
     )
 
 

@@ -53,12 +53,17 @@ class Run:
         self.events.emit("artifact", name=name, path=relative, stage=artifact.stage, digest=artifact.digest)
 
 
+def run_name(name: str, key: str) -> str:
+    """Name of the run of that recipe and key: its folder's, and its id."""
+    return f"{name}-{key[:10]}"
+
+
 def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
     """The run of that key: begun now, or gone on with where an earlier attempt left it.
 
     The manifest's `owner` is this process from now on. Raises `RunBusyError` while another one works on the run.
     """
-    folder = store.runs / f"{config.name}-{key[:10]}"
+    folder = store.runs / run_name(config.name, key)
     run = Run(folder, store, EventLog(folder))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _MANIFEST).is_file():

@@ -9,7 +9,11 @@ from typing import Any
 
 
 def set_up_process(
-    seed: int, store_root: Path, deterministic: bool = False, threads: int | None = None
+    seed: int,
+    store_root: Path,
+    deterministic: bool = False,
+    threads: int | None = None,
+    fp32_matmul: str = "auto",
 ) -> dict[str, Any]:
     """Prepare this process for training and say what was set, for the manifest.
 
@@ -21,7 +25,9 @@ def set_up_process(
 
     from kajiya.run.provenance import usable_cores
 
-    done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": threads or usable_cores()}
+    # Processes that torchrun starts on one machine share its cores.
+    share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": threads or share}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(store_root / "compile-cache")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -33,7 +39,8 @@ def set_up_process(
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.fp32_precision = "ieee" if deterministic else "tf32"
+        chosen = ("ieee" if deterministic else "tf32") if fp32_matmul == "auto" else fp32_matmul
+        torch.backends.cuda.matmul.fp32_precision = chosen
         done["fp32_matmul"] = torch.backends.cuda.matmul.fp32_precision
     done["deterministic"] = deterministic
     done["torch_threads"] = torch.get_num_threads()

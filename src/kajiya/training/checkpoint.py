@@ -1,11 +1,13 @@
 """Checkpoints: weights, optimizer, random generators, loader, counters; no pickle, hashed, whole or absent.
 
-`step-00000120/`: state.safetensors (masters and optimizer slots by parameter name, buffers, generators), state.json, manifest.json.
+`step-00000120/`: state.safetensors (masters and optimizer slots by parameter name, buffers, generators), index.json (where each
+tensor's pieces are, so that several ranks may each write a file of their own), state.json, manifest.json.
 """
 
+import copy
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +18,104 @@ from torch import nn
 from kajiya.errors import StoreError
 from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, write_json
 from kajiya.training.masters import MasterOptimizer
+from kajiya.training.pieces import index_of, read_pieces
 from kajiya.training.state import TrainState
 
 _MANIFEST = "manifest.json"
+_INDEX = "index.json"
+_TENSORS = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, apart from the run that goes on."""
+
+    tensors: dict[str, torch.Tensor]
+    plain: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The step after which it was taken."""
+        return int(self.plain["state"]["step"])
+
+    @property
+    def bytes(self) -> int:
+        """Size of its tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def take_snapshot(
+    state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, int], run_key: str
+) -> Snapshot:
+    """A copy of the state on the CPU, which nothing that follows changes."""
+    tensors = _frozen_and_buffers(model, optimizer) | optimizer.state_tensors() | _generator_tensors()
+    copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    plain = {"state": asdict(state), "loader": loader, "generators": _generator_numbers(), "run_key": run_key}
+    return Snapshot(copied, copy.deepcopy(plain))
+
+
+def write_snapshot(root: Path, snapshot: Snapshot) -> Path:
+    """Write `root/step-<step>` beside, sync, rename; the disk space is checked before. Returns the folder."""
+    from safetensors.torch import save_file
+
+    root.mkdir(parents=True, exist_ok=True)
+    require_space(root, snapshot.bytes + 2**20, f"The checkpoint of step {snapshot.step}")
+    final = root / checkpoint_name(snapshot.step)
+    with new_folder(final) as folder:
+        save_file(snapshot.tensors, folder / _TENSORS)
+        write_json(folder / _INDEX, index_of(snapshot.tensors, _TENSORS))
+        write_json(folder / "state.json", snapshot.plain)
+        best = snapshot.plain["state"]["best_loss"]
+        write_json(folder / _MANIFEST, {"step": snapshot.step, "best_loss": best, "files": hash_folder(folder)})
+    return final
 
 
 def save_checkpoint(
     root: Path, state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, int], run_key: str
 ) -> Path:
-    """Write `root/step-<step>` beside, sync, rename; the disk space is checked before. Returns the folder."""
-    from safetensors.torch import save_file
-
-    tensors = _frozen_and_buffers(model, optimizer) | optimizer.state_tensors() | _generator_tensors()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    root.mkdir(parents=True, exist_ok=True)
-    require_space(root, size + 2**20, f"The checkpoint of step {state.step}")
-    final = root / checkpoint_name(state.step)
-    with new_folder(final) as folder:
-        save_file(tensors, folder / "state.safetensors")
-        plain = {"state": asdict(state), "loader": loader, "generators": _generator_numbers(), "run_key": run_key}
-        write_json(folder / "state.json", plain)
-        write_json(folder / _MANIFEST, {"step": state.step, "best_loss": state.best_loss, "files": hash_folder(folder)})
-    return final
+    """Write `root/step-<step>` at once; returns the folder."""
+    return write_snapshot(root, take_snapshot(state, model, optimizer, loader, run_key))
 
 
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str
 ) -> tuple[TrainState, dict[str, int]]:
     """Verify every hash, restore model, optimizer and generators; returns the counters and the loader's state."""
-    from safetensors.torch import load_file
+    tensors, plain = _read(folder, run_key)
+    _restore_weights(folder, tensors, model, optimizer)
+    generators = {name.removeprefix("generator/"): t for name, t in tensors.items() if name.startswith("generator/")}
+    _restore_generators(generators, plain["generators"])
+    return TrainState(**plain["state"]), plain["loader"]
 
+
+def load_weights(folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str) -> None:
+    """Verify every hash, restore model and optimizer alone; generators, counters and the loader go on."""
+    _restore_weights(folder, _read(folder, run_key)[0], model, optimizer)
+
+
+def _read(folder: Path, run_key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     check_files(folder, read_json(folder / _MANIFEST)["files"])
     plain = read_json(folder / "state.json")
     if plain["run_key"] != run_key:
         raise StoreError(f"{folder}: this checkpoint is of another config, data or code than the run")
-    tensors = load_file(folder / "state.safetensors")
-    own = model.state_dict()
-    groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "generator": {}, "optimizer": {}}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        groups[kind if kind in ("model", "generator") else "optimizer"][
-            name if kind in ("model", "generator") else key
-        ] = tensor
+    return read_pieces(folder, read_json(folder / _INDEX)), plain
+
+
+def _restore_weights(
+    folder: Path, tensors: dict[str, torch.Tensor], model: nn.Module, optimizer: MasterOptimizer
+) -> None:
+    held = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     expected = {name.removeprefix("model/") for name in _frozen_and_buffers(model, optimizer)}
-    if expected != groups["model"].keys():
-        odd = sorted(expected ^ groups["model"].keys())[0]
+    if expected != held.keys():
+        odd = sorted(expected ^ held.keys())[0]
         raise StoreError(f"{folder}: the tensor {odd!r} is in the model or in the checkpoint, but not in both")
+    own = model.state_dict()
     with torch.no_grad():
-        for name, tensor in groups["model"].items():
+        for name, tensor in held.items():
             own[name].copy_(tensor)
-    optimizer.load_state_tensors(groups["optimizer"])
-    _restore_generators(groups["generator"], plain["generators"])
-    return TrainState(**plain["state"]), plain["loader"]
+    optimizer.load_state_tensors(
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(("model/", "generator/"))}
+    )
 
 
 def checkpoint_name(step: int) -> str:

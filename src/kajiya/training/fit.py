@@ -1,19 +1,23 @@
 """The one loop. It knows no model, no data set, no device, no method: only batches, a loss, a strategy and hooks."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from kajiya.errors import TrainingError
-from kajiya.training.losses import Loss, Measure, Terms
+from kajiya.training.guard import Guard, find_spike, handle_nonfinite, handle_spike
+from kajiya.training.losses import Loss, Measure
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.precision import Precision
 from kajiya.training.state import TrainState
 from kajiya.training.strategy import Strategy
+from kajiya.training.terms import Sums, gather, numbered, total_of, unit_of_term
+from kajiya.training.timing import Stopwatch, add_times
 
 
 class Loader(Protocol):
@@ -54,6 +58,16 @@ class Setup:
     max_skipped: int
     row_growth: tuple[float, ...] = ()
     measure: Measure | None = None
+    guard: Guard = field(default_factory=Guard)
+    watch: "Watch | None" = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Something that looks at the clipped gradients before the update of every `every`-th step."""
+
+    every: int
+    look: Callable[["Setup", TrainState], None]
 
 
 @dataclass(frozen=True)
@@ -77,62 +91,119 @@ class StepReport:
 
 
 def fit(setup: Setup, state: TrainState, hooks: Sequence[Hook], should_stop: Callable[[], bool]) -> None:
-    """Train until `setup.steps`, or until `should_stop()` after a whole step; `state` is brought forward in place."""
-    while state.step < setup.steps and not should_stop():
+    """Train until `setup.steps`, or until `should_stop()` after a whole step on any rank; `state` goes forward in place."""
+    strategy = setup.strategy
+    strategy.load_state(state.strategy)
+    if setup.guard.shrink is not None:
+        setup.guard.shrink(state.halvings)
+    while state.step < setup.steps and not strategy.sum(torch.tensor(float(should_stop()))).item():
         began = time.perf_counter()
         norm = train_step(setup, state)
         state.seconds += time.perf_counter() - began
+        state.strategy = strategy.state()
         report: StepReport | None = None
         for hook in hooks:
             is_last = state.step == setup.steps and hook.at_end
             if state.step % hook.every == 0 or is_last:
-                report = report or StepReport(setup, state, setup.lr(state.step), float(norm))
+                report = report or StepReport(setup, state, setup.lr(state.step), norm)
+                began = time.perf_counter()
                 hook.call(report)
+                add_times(state.spent, {hook.name: time.perf_counter() - began})
 
 
-def train_step(setup: Setup, state: TrainState) -> torch.Tensor:
+def train_step(setup: Setup, state: TrainState) -> float:
     """One optimizer step over a group of micro-batches; returns the norm of the gradient before clipping."""
-    strategy = setup.strategy
     if not setup.model.training:
         raise TrainingError(
             f"step {state.step + 1}: the model is in evaluation mode, so it would train without dropout"
         )
-    group = [setup.loader.next() for _ in range(setup.accumulate)]
+    strategy = setup.strategy
+    watch = Stopwatch(strategy.device)
+    position = setup.loader.state()
+    while True:
+        group = [setup.loader.next() for _ in range(setup.accumulate << state.halvings)]
+        watch.lap("data")
+        try:
+            totals, sums = _gradients(setup, state, group, watch)
+            break
+        except torch.OutOfMemoryError as problem:
+            _halve(setup, state, position, problem)
+    norm = strategy.clip(setup.optimizer, setup.clip_norm)
+    # The one time that the step waits for the device.
+    stacked = strategy.sum(sums.stacked())
+    values = torch.cat([norm.reshape(1).to(stacked), stacked]).tolist()
+    state.step += 1
+    state.tokens += int(totals["tokens"])
+    state.targets += int(totals["targets"])
+    _update(setup, state, group, sums.names, values)
+    watch.lap("optimizer")
+    add_times(state.spent, watch.read())
+    return float(values[0])
+
+
+def _gradients(setup: Setup, state: TrainState, group: list[Any], watch: Stopwatch) -> tuple[dict[str, float], Sums]:
+    """Go forward and backward through the group; its counts over all ranks, and its sums: `objective` and the metrics."""
+    strategy = setup.strategy
     # One denominator for the whole group and all ranks: a mean of means would weigh tokens by their micro-batch.
-    units: dict[str, float] = {unit: sum(batch.counts[unit] for batch in group) for unit in group[0].counts}
-    totals = strategy.sum_counts(units)
-    if not any(totals.values()):
+    units = {unit: sum(batch.counts[unit] for batch in group) for unit in group[0].counts}
+    totals = _over_ranks(strategy, units | {"tokens": sum(batch.n_tokens for batch in group)})
+    if not any(totals[unit] for unit in units):
         raise TrainingError(f"step {state.step + 1}: the group of micro-batches has no target to learn from")
     group = _measured(setup, group, totals)
     pieces = pieces_at(setup.row_growth, state.step / setup.steps)
-    gathered: list[dict[str, tuple[torch.Tensor, float]]] = []
-    for host_batch in group:
+    sums = Sums()
+    for number, host_batch in enumerate(group, start=1):
         batch = (host_batch.cut(pieces) if pieces > 1 else host_batch).to(strategy.device)
-        with setup.precision.context(strategy.device):
-            terms, metrics = setup.loss(setup.model, batch)
+        watch.lap("data")
+        terms, metrics = strategy.forward(setup.model, setup.loss, batch, is_last=number == len(group))
         parts = [
-            value / _total(name, count, batch.counts, totals, state.step) for name, (value, count) in terms.items()
+            value / total_of(name, count, batch.counts, totals, state.step) for name, (value, count) in terms.items()
         ]
-        strategy.backward(torch.stack(parts).sum())
-        state.tokens += batch.n_tokens
-        gathered.append({f"train/{name}": sums for name, sums in numbered(metrics or terms, batch.counts).items()})
-    state.targets += int(totals["targets"])
-    norm = strategy.clip(setup.optimizer, setup.clip_norm)
-    state.step += 1
-    if torch.isfinite(norm):
-        strategy.step(setup.optimizer, setup.lr(state.step))
-        for sums in gathered:
-            _gather(state, sums)
-    else:
+        objective = torch.stack(parts).sum()
+        watch.lap("forward")
+        strategy.backward(objective)
+        watch.lap("backward")
+        sums.add({"objective": (objective.detach(), 0.0)} | numbered(metrics or terms, batch.counts))
+    return totals, sums
+
+
+def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str], values: list[float]) -> None:
+    """Take the step, unless its loss or gradient is not finite or its loss a spike. `values`: norm, then `Sums.stacked`."""
+    strategy, guard = setup.strategy, setup.guard
+    norm, objective = values[0], values[1]
+    if not (math.isfinite(norm) and math.isfinite(objective)):
+        if strategy.refuse(setup.optimizer):
+            state.overflows += 1
+        else:
+            what = "gradient" if math.isfinite(objective) else "loss"
+            handle_nonfinite(guard, state, group, what, setup.max_skipped)
+        return
+    if find_spike(guard, state, objective) and handle_spike(guard, state, objective, group, setup.max_skipped):
         setup.optimizer.clear_grads()
-        state.skipped += 1
-        if state.skipped > setup.max_skipped:
-            raise TrainingError(
-                f"step {state.step}: the gradient is not finite, for the {state.skipped}th time.\n"
-                "Lower optim.lr, lengthen schedule.warmup_fraction, or set train.precision=fp32; "
-                "optim.max_skipped says how many such steps are skipped."
-            )
-    return norm
+        return
+    if setup.watch is not None and state.step % setup.watch.every == 0:
+        setup.watch.look(setup, state)
+    strategy.step(setup.optimizer, setup.lr(state.step))
+    gather(state, names[1:], [*values[2 : 1 + len(names)], *values[2 + len(names) :]])
+
+
+def _halve(setup: Setup, state: TrainState, position: dict[str, int], problem: torch.OutOfMemoryError) -> None:
+    """Memory ran out: forget the group and have it come again in twice as many micro-batches of half the rows."""
+    guard = setup.guard
+    setup.optimizer.clear_grads()
+    setup.loader.load_state(position)
+    if guard.shrink is None or not guard.shrink(state.halvings + 1):
+        raise TrainingError(
+            f"step {state.step + 1}: out of memory, and the micro-batch cannot be halved: {str(problem).splitlines()[0]}\n"
+            "Set train.gradient_checkpointing=full, or shorten data.row_tokens."
+        ) from problem
+    state.halvings += 1
+    if setup.strategy.device.type == "cuda":
+        torch.cuda.empty_cache()
+    guard.tell(
+        f"step {state.step + 1}: out of memory; micro-batches are {2**state.halvings} times smaller from here on, "
+        f"{setup.accumulate << state.halvings} in a step, so that a step keeps its rows"
+    )
 
 
 def _measured(setup: Setup, group: list[Any], totals: Mapping[str, float]) -> list[Any]:
@@ -147,59 +218,16 @@ def _measured(setup: Setup, group: list[Any], totals: Mapping[str, float]) -> li
             terms = setup.measure(setup.model, batch.to(strategy.device))
         for name, (total, count) in terms.items():
             sums[name] = sums.get(name, 0.0) + float(total)
-            units[name] = _unit(name, count, batch.counts)
-    sums = strategy.sum_counts(sums)
-    means = {name: total / totals[units[name]] for name, total in sums.items()}
+            units[name] = unit_of_term(name, count, batch.counts)
+    means = {name: total / totals[units[name]] for name, total in _over_ranks(strategy, sums).items()}
     return [replace(batch, measured=means) for batch in group]
 
 
-def _total(term: str, count: float | str, counts: Mapping[str, float], totals: Mapping[str, float], step: int) -> float:
-    """What a term is divided by: the group's count of its unit, over all ranks."""
-    unit = _unit(term, count, counts)
-    if totals[unit] == 0:
-        raise TrainingError(f"step {step + 1}: the group of micro-batches has no {unit} to learn {term!r} from")
-    return totals[unit]
-
-
-def _unit(term: str, count: float | str, counts: Mapping[str, float]) -> str:
-    """The unit that the loss names, or, for a number, the one that the batch counts under the term's name, else its targets."""
-    if isinstance(count, str):
-        if count not in counts:
-            raise TrainingError(
-                f"the loss says that its term {term!r} is a sum over {count}, and the batch counts {', '.join(counts)}"
-            )
-        return count
-    unit = term if term in counts else "targets"
-    if count != counts[unit]:
-        raise TrainingError(
-            f"the loss says that its term {term!r} is a sum over {count}, but the batch has {counts[unit]} {unit}.\n"
-            "A term that counts something else names its unit, one of those in the batch's `counts`."
-        )
-    return unit
-
-
-def numbered(terms: Terms, counts: Mapping[str, float]) -> dict[str, tuple[torch.Tensor, float]]:
-    """The sums without gradient, each with its count as a number."""
-    return {
-        name: (total.detach(), counts[_unit(name, count, counts)] if isinstance(count, str) else count)
-        for name, (total, count) in terms.items()
-    }
+def _over_ranks(strategy: Strategy, sums: Mapping[str, float]) -> dict[str, float]:
+    values = strategy.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    return dict(zip(sums, values, strict=True))
 
 
 def pieces_at(row_growth: Sequence[float], progress: float) -> int:
     """Into how many pieces each row is cut at this share of the steps: halved at every share of `row_growth`."""
     return int(2 ** sum(progress < share for share in row_growth))
-
-
-def _gather(state: TrainState, metrics: Mapping[str, tuple[torch.Tensor, float]]) -> None:
-    for name, (total, count) in metrics.items():
-        sums = state.window.setdefault(name, [0.0, 0.0])
-        sums[0] += float(total)
-        sums[1] += count
-
-
-def drain_window(state: TrainState) -> dict[str, float]:
-    """Means of the metrics gathered since the last call, which begin anew."""
-    means = {name: total / count for name, (total, count) in state.window.items() if count}
-    state.window = {}
-    return means

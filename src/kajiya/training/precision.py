@@ -4,8 +4,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from kajiya.errors import ConfigError
+from kajiya.errors import ConfigError, MissingExtraError
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,15 @@ class Precision:
     weights: torch.dtype
     autocast: torch.dtype | None
     reason: str
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the loss is scaled, which gradients in fp16 need."""
+        return self.autocast == torch.float16
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """The model with what the precision puts in place of its layers: fp8 products, else nothing."""
+        return with_fp8_products(model) if self.name == "fp8" else model
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """The context that forward passes run in."""
@@ -28,11 +38,23 @@ _KINDS = {
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
     "bf16-mixed": (torch.float32, torch.bfloat16),
+    "fp16-mixed": (torch.float32, torch.float16),
+    "fp8": (torch.bfloat16, None),
 }
+_FP8_SINCE = (8, 9)
+"""Compute capability of the first GPUs with fp8 products (Ada, Hopper)."""
 
 
-def resolve_device(name: str, field: str) -> torch.device:
-    """The device of that name; `auto` is CUDA, then Apple's MPS, then the CPU. Raises `ConfigError` when it is not there."""
+def resolve_device(name: str, field: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; `auto` is CUDA, then Apple's MPS, then the CPU. Raises `ConfigError` when it is not there.
+
+    Of several processes on one machine, each takes the GPU of its own number where the name has none.
+    """
+    device = _named_device(name, field)
+    return torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None and local_rank else device
+
+
+def _named_device(name: str, field: str) -> torch.device:
     if name == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(kind)
@@ -52,6 +74,8 @@ def resolve_device(name: str, field: str) -> torch.device:
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """The precision of that name; `auto` picks bf16 where the hardware multiplies it faster than fp32."""
+    if name == "fp8":
+        _require_fp8(device)
     if name != "auto":
         return Precision(name, *_KINDS[name], reason="set in the config")
     chosen, reason = _fastest(device)
@@ -68,3 +92,42 @@ def _fastest(device: torch.device) -> tuple[str, str]:
             return "bf16", "this CPU has AMX tiles for bf16"
         return "fp32", "this CPU has no AMX; without it bf16 products are no faster"
     return "fp32", f"bf16 is not relied on for {device.type}"
+
+
+def _require_fp8(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(
+            "train.precision", f"fp8 needs a GPU with fp8 products; this is {device.type}", "Set train.precision=auto."
+        )
+    found = torch.cuda.get_device_capability(device)
+    if found < _FP8_SINCE:
+        raise ConfigError(
+            "train.precision",
+            f"fp8 needs a GPU of compute capability {_FP8_SINCE[0]}.{_FP8_SINCE[1]}; this one has {found[0]}.{found[1]}",
+            "Set train.precision=auto.",
+        )
+
+
+def with_fp8_products(model: nn.Module) -> nn.Module:
+    """The model with its linear layers multiplying in fp8 (torchao, one scale a tensor), all but the output head.
+
+    Only layers whose sizes are multiples of 16 are converted, as the hardware wants it.
+    """
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("torchao", "fp8", "train.precision=fp8") from error
+    from transformers import PreTrainedModel
+
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+    def fits(layer: nn.Module, _name: str) -> bool:
+        return (
+            isinstance(layer, nn.Linear)
+            and layer is not head
+            and layer.in_features % 16 == 0
+            and layer.out_features % 16 == 0
+        )
+
+    converted: nn.Module = convert_to_float8_training(model, module_filter_fn=fits)
+    return converted

@@ -5,6 +5,8 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -36,17 +38,37 @@ class StepCost:
     """Steps behind the median."""
 
 
-def measure_steps(setup: Setup) -> StepCost:
-    """Run a few steps at full cost; weights, optimizer, random generators and loader are left bit-identical."""
+@contextmanager
+def undone(setup: Setup) -> Iterator[None]:
+    """Steps within leave no trace: weights, optimizer, random generators, strategy and loader are as they were, bit for bit."""
     before = {name: tensor.clone() for name, tensor in setup.optimizer.state_tensors().items()}
     buffers = {name: tensor.clone() for name, tensor in setup.model.named_buffers()}
-    position = setup.loader.state()
+    position, remembered = setup.loader.state(), setup.strategy.state()
     devices = [setup.strategy.device.index or 0] if setup.strategy.device.type == "cuda" else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        setup.optimizer.clear_grads()
+        setup.optimizer.reset(before)
+        with torch.no_grad():
+            for name, buffer in setup.model.named_buffers():
+                buffer.copy_(buffers[name])
+        setup.loader.load_state(position)
+        setup.strategy.load_state(remembered)
+        if setup.guard.shrink is not None:
+            setup.guard.shrink(0)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def measure_steps(setup: Setup) -> StepCost:
+    """Run a few steps at full cost; weights, optimizer, random generators and loader are left bit-identical."""
     scratch = TrainState()
     shares = _shares(setup.row_growth)
     step_seconds, warm, spent, n_steps = 0.0, 0.0, 0.0, 0
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
+    with undone(setup):
         for share, growth in shares:
             phase = replace(setup, row_growth=growth)
             warm += _timed_step(phase, scratch)
@@ -56,14 +78,8 @@ def measure_steps(setup: Setup) -> StepCost:
             step_seconds += share * median(times)
             spent += sum(times)
             n_steps += len(times)
-    optimizer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in setup.optimizer.state_tensors().values())
-    setup.optimizer.reset(before)
-    with torch.no_grad():
-        for name, buffer in setup.model.named_buffers():
-            buffer.copy_(buffers[name])
-    setup.loader.load_state(position)
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+        slots = setup.optimizer.state_tensors().values()
+        optimizer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in slots)
     return StepCost(step_seconds, warm, spent, peak_bytes(setup.strategy.device), optimizer_bytes, n_steps)
 
 
@@ -84,9 +100,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def _timed_step(setup: Setup, state: TrainState) -> float:
+    """Seconds of one step; the first rank's, so that all ranks measure the same number of steps."""
     started = time.perf_counter()
     # The schedule is not known yet (its length may be derived from this very measurement), and a rate of almost
     # nothing keeps the weights sane without changing what a step costs.
-    norm = train_step(replace(setup, lr=lambda _step: 1e-9), state)
-    norm.item()
-    return time.perf_counter() - started
+    train_step(replace(setup, lr=lambda _step: 1e-9, watch=None), state)
+    return setup.strategy.from_first(time.perf_counter() - started)

@@ -22,6 +22,18 @@ class TrainState:
     """Lowest held-out loss so far, nats per token."""
     best_step: int | None = None
     """Step of it."""
+    spikes: int = 0
+    """Steps whose update was left out because the loss leapt."""
+    overflows: int = 0
+    """Steps that were too large for fp16 at the loss scale of the time, which was lowered."""
+    halvings: int = 0
+    """Times that the micro-batch was halved because memory ran out."""
+    trend: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Running mean and variance of the loss, and the steps behind them."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Where the time went over all attempts, seconds by name: data, forward, backward, optimizer, and each hook."""
+    strategy: dict[str, Any] = field(default_factory=dict)
+    """What the strategy remembers: the loss scale of fp16."""
     window: dict[str, list[float]] = field(default_factory=dict)
     """Sums and counts of each metric since the last logged line."""
     derived: dict[str, Any] = field(default_factory=dict)

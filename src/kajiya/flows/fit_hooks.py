@@ -1,0 +1,69 @@
+"""What happens along a training: progress, lines of the log, evaluation, checkpoints, the look whether everything moves."""
+
+import math
+
+from kajiya.config.schema import Config
+from kajiya.data.progress import OnEvent
+from kajiya.flows.feeding import Feeding
+from kajiya.flows.heldout import heldout_values
+from kajiya.flows.keeping import Keeper
+from kajiya.training.fit import Hook, StepReport
+from kajiya.training.movement import Movement
+from kajiya.training.state import TrainState
+from kajiya.training.terms import drain_window
+
+
+def make_hooks(config: Config, feeding: Feeding, keeper: Keeper, state: TrainState, hear: OnEvent) -> list[Hook]:
+    """The hooks of the one process that writes."""
+    setup = keeper.setup
+    kept = list(feeding.heldout(config.train.eval_rows))
+    movement = Movement(setup.model, setup.optimizer, state)
+    speed = _Speed(state)
+
+    def progress(report: StepReport) -> None:
+        hear("progress", stage="train", done=report.state.step, total=setup.steps, unit="steps")
+        movement.check(report.state, setup.guard.tell)
+        keeper.tell()
+
+    def log(report: StepReport) -> None:
+        values = drain_window(report.state) | {
+            "train/lr": report.lr,
+            "train/grad_norm": report.grad_norm,
+            "train/tokens": report.state.tokens,
+            "train/skipped": report.state.skipped,
+            "train/tokens_per_second": speed(report.state),
+        }
+        hear("metrics", step=report.state.step, values=values)
+
+    def evaluate(report: StepReport) -> None:
+        with setup.optimizer.averaged():
+            values = heldout_values(config.train.loss.name, setup, kept)
+        loss = next(iter(values.values()))
+        hear("metrics", step=report.state.step, values=values)
+        if math.isfinite(loss) and (report.state.best_loss is None or loss < report.state.best_loss):
+            report.state.best_loss, report.state.best_step = loss, report.state.step
+            save(report)
+
+    def save(report: StepReport) -> None:
+        keeper.save(report.state)
+
+    return [
+        Hook("progress", 1, progress),
+        Hook("logging", config.train.log_every, log),
+        Hook("evaluation", state.derived["train.eval_every"], evaluate),
+        Hook("saving", state.derived["train.save_every"], save),
+    ]
+
+
+class _Speed:
+    """Tokens per second since the last call."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._tokens = state.tokens
+        self._seconds = state.seconds
+
+    def __call__(self, state: TrainState) -> float:
+        tokens = state.tokens - self._tokens
+        seconds = state.seconds - self._seconds
+        self._tokens, self._seconds = state.tokens, state.seconds
+        return tokens / seconds

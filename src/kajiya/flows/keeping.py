@@ -1,0 +1,105 @@
+"""The checkpoints of one run: saved beside the loop, told when they are whole, gone back to."""
+
+from dataclasses import dataclass
+
+from kajiya.data.progress import OnEvent
+from kajiya.errors import StoreError
+from kajiya.run.folder import Run
+from kajiya.training.checkpoint import (
+    checkpoint_name,
+    disown_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    take_snapshot,
+)
+from kajiya.training.fit import Setup
+from kajiya.training.ranks import Ranks
+from kajiya.training.saving import CheckpointWriter
+from kajiya.training.state import TrainState
+
+_NONE = -1.0
+"""What the first rank says to the others where there is no step to go to."""
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Checkpoints of a run. The first rank writes, and says which one is gone on from; the others read it."""
+
+    run: Run
+    setup: Setup
+    key: str
+    hear: OnEvent
+    writer: CheckpointWriter
+    ranks: Ranks
+
+    def resume(self) -> TrainState | None:
+        """Go on from the newest checkpoint that is whole; a corrupt one is told, and the one before it taken."""
+        if not self.ranks.is_first:
+            step = int(self.setup.strategy.from_first(_NONE))
+            return self._load(step) if step >= 0 else None
+        state = self._newest()
+        self.setup.strategy.from_first(_NONE if state is None else float(state.step))
+        return state
+
+    def _newest(self) -> TrainState | None:
+        checkpoints = list_checkpoints(self.run.checkpoints)
+        for folder in reversed(checkpoints):
+            try:
+                return self._load(int(folder.name.removeprefix("step-")))
+            except StoreError as problem:
+                if folder == checkpoints[0]:
+                    raise
+                self.hear("warning", text=f"{' '.join(str(problem).split())} The checkpoint before it is taken.")
+                disown_checkpoint(folder)
+        return None
+
+    def _load(self, step: int) -> TrainState:
+        folder = self.run.checkpoints / checkpoint_name(step)
+        state, position = load_checkpoint(folder, self.setup.model, self.setup.optimizer, self.key)
+        self.setup.loader.load_state(position)
+        return state
+
+    def save(self, state: TrainState) -> None:
+        """Begin to save the state after this step, unless it is saved; the loop waits for the copy alone."""
+        if self.writer.has(state.step):
+            return
+        setup = self.setup
+        snapshot = take_snapshot(state, setup.model, setup.optimizer, setup.loader.state(), self.key)
+        self.writer.save(snapshot, state.best_step)
+
+    def tell(self) -> None:
+        """Tell what has been written since the last call, and what could not be: the run goes on, the last good one stays."""
+        for outcome in self.writer.outcomes():
+            if outcome.folder is None:
+                kept = list_checkpoints(self.run.checkpoints)
+                last = f"the last good one is {kept[-1].name}" if kept else "there is none yet"
+                text = f"the checkpoint of step {outcome.step} was not written; {last}. {outcome.problem}"
+                self.hear("warning", text=text)
+                continue
+            size = sum(path.stat().st_size for path in outcome.folder.iterdir())
+            path = str(outcome.folder.relative_to(self.run.folder))
+            self.hear("checkpoint", step=outcome.step, path=path, bytes=size)
+
+    def finish(self) -> None:
+        """Wait for the save in progress, and tell of it."""
+        self.writer.wait()
+        self.tell()
+
+    def go_back(self, every: int) -> bool:
+        """Weights and optimizer of the newest checkpoint of the run's own rhythm; false when there is none yet.
+
+        One that a signal caused is passed over: an uninterrupted run would not have it, and must come out the same.
+        """
+        step = _NONE
+        if self.ranks.is_first:
+            self.writer.wait()
+            steps = [int(folder.name.removeprefix("step-")) for folder in list_checkpoints(self.run.checkpoints)]
+            step = float(max((each for each in steps if each % every == 0), default=_NONE))
+        step = self.setup.strategy.from_first(step)
+        if step < 0:
+            return False
+        load_weights(
+            self.run.checkpoints / checkpoint_name(int(step)), self.setup.model, self.setup.optimizer, self.key
+        )
+        return True

@@ -1,0 +1,61 @@
+"""Operations of a model's training step, and how fast this machine multiplies matrices: together, the utilization."""
+
+import time
+
+import torch
+from torch import nn
+
+from kajiya.training.precision import Precision
+
+_SIZE = 1024
+_ENOUGH_S = 0.15
+
+
+def flops_per_token(model: nn.Module, row_tokens: int) -> float:
+    """Operations of forward and backward pass a token, 6 N + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).
+
+    N counts the parameters of matrix products: all but an embedding that is not the head too. The attention term (L layers of H
+    heads of width Q over T tokens) is left out for a module that is not of Transformers.
+    """
+    from transformers import PreTrainedModel
+
+    looked_up = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(head, nn.Linear):
+        looked_up.pop(id(head.weight), None)
+    multiplied = sum(parameter.numel() for parameter in model.parameters()) - sum(looked_up.values())
+    attention = 0.0
+    if isinstance(model, PreTrainedModel):
+        sizes = model.config.to_dict() | {
+            name: getattr(model.config, name) for name in model.config.attribute_map if name in _SIZES
+        }
+        if all(isinstance(sizes.get(name), int) for name in _SIZES):
+            width = sizes["hidden_size"]
+            if isinstance(sizes.get("head_dim"), int) and isinstance(sizes.get("num_attention_heads"), int):
+                width = sizes["head_dim"] * sizes["num_attention_heads"]
+            attention = 12.0 * sizes["num_hidden_layers"] * width * row_tokens
+    return 6.0 * multiplied + attention
+
+
+_SIZES = ("hidden_size", "num_hidden_layers")
+
+
+def matmul_peak(device: torch.device, precision: Precision) -> float:
+    """Operations a second of the fastest square matrix product seen in a moment, in the precision's product dtype."""
+    dtype = precision.autocast or precision.weights
+    size = _SIZE if device.type == "cpu" else 8 * _SIZE
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, spent, tries = float("inf"), 0.0, 0
+    while spent < _ENOUGH_S or tries < 3:
+        _wait(device)
+        began = time.perf_counter()
+        left @ right
+        _wait(device)
+        seconds = time.perf_counter() - began
+        best, spent, tries = min(best, seconds), spent + seconds, tries + 1
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,43 @@
+"""Activations that are computed again in the backward pass, or kept in the host's memory, instead of held."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.errors import ConfigError
+
+
+def recompute_activations(model: nn.Module, how: str) -> None:
+    """Set gradient checkpointing: off, full (only each block's input is kept), selective (its costly results too)."""
+    if how == "off":
+        return
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+        raise ConfigError("train.gradient_checkpointing", f"{type(model).__name__} does not support it")
+    more = {"context_fn": _keep_costly()} if how == "selective" else {}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **more})
+
+
+def _keep_costly() -> Callable[[], Any]:
+    """What selective checkpointing keeps: matrix products and attention; norms, activations and the like are made again."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    ops = torch.ops.aten
+    kept = {
+        ops.mm.default,
+        ops.addmm.default,
+        ops.bmm.default,
+        ops._scaled_dot_product_flash_attention_for_cpu.default,
+        ops._scaled_dot_product_flash_attention.default,
+        ops._scaled_dot_product_efficient_attention.default,
+        ops._scaled_dot_product_cudnn_attention.default,
+    }
+
+    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(create_selective_checkpoint_contexts, policy)
