@@ -44,7 +44,7 @@ def find_ranks(strategy: str) -> Ranks:
         )
     if n == 1:
         return Ranks()
-    return Ranks(int(os.environ["RANK"]), n, int(os.environ["LOCAL_RANK"]))
+    return Ranks(int(os.environ.get("RANK", "0")), n, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join(ranks: Ranks, device: torch.device) -> None:
