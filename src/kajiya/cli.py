@@ -1,6 +1,7 @@
 """The command line: one thin verb per stage; everything heavy is imported inside the verb that needs it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,9 @@ def train(
     multirun: Annotated[
         bool, typer.Option("--multirun", "-m", help="Every combination of a=1,2 b=x,y, each a run of its own.")
     ] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Only look for a learning rate: rising rates, a plot, a suggestion.")
+    ] = False,
     config_dir: ConfigDir = None,
     store: StoreOption = None,
     as_json: Json = False,
@@ -77,8 +81,11 @@ def train(
     if multirun:
         _multirun(recipe, overrides or [], config_dir, store, as_json)
         return
+    if find_lr:
+        _find_lr(compose(recipe, overrides or [], config_dir), store, as_json)
+        return
     trained = _train(compose(recipe, overrides or [], config_dir), store, _console(to_stderr=as_json))
-    if as_json:
+    if as_json and os.environ.get("RANK", "0") == "0":
         from kajiya.run.inspect import run_facts
 
         _print_json(run_facts(trained.run))
@@ -579,8 +586,25 @@ def _console(to_stderr: bool = False) -> "Console":
     from rich.console import Console
 
     console = Console(stderr=to_stderr, highlight=False)
+    if os.environ.get("RANK", "0") != "0":
+        return Console(quiet=True)  # of the processes that torchrun starts, one speaks
     # A pipe has no width of its own: lines stay whole, for whoever reads them next.
     return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=160)
+
+
+def _find_lr(config: "Config", store: str | None, as_json: bool) -> None:
+    from kajiya.flows.find_lr import find_lr
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    with Screen(console) as screen:
+        found = find_lr(config, default_store(store), screen.on_event)
+    if as_json:
+        _print_json(found)
+        return
+    console.print(f"Suggested: optim.lr={found.test.suggestion:.2g}", highlight=False)
+    console.print(f"Plot:      {found.plot}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_json(value: Any) -> None:

@@ -28,6 +28,7 @@ _STAGE_WORDS = {
     "shards": "Tokenizing into shards",
     "packing": "Packing whole examples into rows",
     "plan": "Planning: measuring a few steps",
+    "find-lr": "Looking for a learning rate",
     "train": "Training",
     "baselines": "Measuring the compressors on the same bytes",
     "evaluation": "Evaluating on the held-out text",
@@ -81,6 +82,7 @@ class Screen:
             "started": self._started,
             "ledger": self._ledger,
             "warning": self._warning,
+            "note": self._note_said,
             "trial": self._trial,
             "member": self._member,
         }
@@ -153,6 +155,9 @@ class Screen:
 
     def _warning(self, text: str) -> None:
         self.say(f"  [yellow]warning:[/yellow] {_escape(text)}")
+
+    def _note_said(self, text: str) -> None:
+        self.say(f"  {_escape(text)}")
 
     def _end_task(self) -> None:
         if self._task is not None:

@@ -10,6 +10,7 @@ import torch
 from tests.training.conftest import make_batch
 from tests.training.test_fit import make_setup
 
+from kajiya.config.tables import TABLES
 from kajiya.errors import StoreError
 from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from kajiya.training.fit import Setup, fit
@@ -22,9 +23,16 @@ def _setup(model: torch.nn.Module, optim: str, precision: str, steps: int) -> Se
     return make_setup(model, [make_batch(2, seed=s) for s in range(5)], optim=optim, precision=precision, steps=steps)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
-@pytest.mark.parametrize("tied", [True, False])
+def _combinations() -> list[tuple[str, str, bool]]:
+    """Every optimizer in fp32, every precision with two optimizers, tied weights and not."""
+    names = sorted(TABLES["optimizer"])
+    precisions = ("bf16", "bf16-mixed", "fp16-mixed")
+    return [(name, "fp32", True) for name in names] + [
+        (name, precision, tied) for name in ("adamw", "muon") for precision in precisions for tied in (True, False)
+    ]
+
+
+@pytest.mark.parametrize(("optim", "precision", "tied"), _combinations())
 def test_half_and_half_equals_the_whole(
     optim: str, precision: str, tied: bool, tiny_model: Make, tmp_path: Path
 ) -> None:

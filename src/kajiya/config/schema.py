@@ -234,14 +234,19 @@ class TrainConfig:
     """Standard deviations above its running mean at which a loss has leapt; `None`: not looked for."""
     compile: str = setting("auto", choices=("auto", "on", "off"))
     """torch.compile; auto: where a compiler is found and the run is long enough to repay it."""
-    gradient_checkpointing: str = setting("off", choices=("off", "full", "selective"))
-    """Activations made again in the backward pass: each block's (full), or all but products and attention (selective)."""
+    gradient_checkpointing: str = setting("off", choices=("off", "full", "selective", "offload"))
+    """Activations made again in the backward pass: each block's (full), all but products and attention (selective), or each
+    block's with what they are made from in the host's memory (offload; GPU)."""
     ema_decay: float | None = setting(None, gt=0, lt=1)
     """Decay of an exponential average of the weights, which is what is evaluated and saved; `None`: none is kept."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:0, mps."""
     deterministic: bool = False
     """Only deterministic kernels (a GPU needs it for bit-exact resume; a CPU is exact without it)."""
+    profile: bool = False
+    """Two steps under the profiler: a trace, a table by module and operation, in the run's folder."""
+    layer_norms_every: int | None = setting(None, ge=1)
+    """Steps between two lines of each tensor's gradient norm and weight norm; `None`: none."""
     log_every: int = setting(10, ge=1)
     """Steps between two lines of metrics."""
     eval_every: int | None = setting(None, ge=1)

@@ -9,21 +9,28 @@ from kajiya.flows.heldout import heldout_values
 from kajiya.flows.keeping import Keeper
 from kajiya.training.fit import Hook, StepReport
 from kajiya.training.movement import Movement
+from kajiya.training.profile import Profile
 from kajiya.training.state import TrainState
 from kajiya.training.terms import drain_window
 
 
-def make_hooks(config: Config, feeding: Feeding, keeper: Keeper, state: TrainState, hear: OnEvent) -> list[Hook]:
+def make_hooks(
+    config: Config, feeding: Feeding, keeper: Keeper, state: TrainState, hear: OnEvent, *, compiled: bool
+) -> list[Hook]:
     """The hooks of the one process that writes."""
     setup = keeper.setup
     kept = list(feeding.heldout(config.train.eval_rows))
     movement = Movement(setup.model, setup.optimizer, state)
     speed = _Speed(state)
+    profile = Profile(setup.model, setup.strategy.device, keeper.run.folder / "profile", compiled)
 
     def progress(report: StepReport) -> None:
         hear("progress", stage="train", done=report.state.step, total=setup.steps, unit="steps")
         movement.check(report.state, setup.guard.tell)
         keeper.tell()
+        written = profile.after_step(report.state) if config.train.profile else None
+        if written is not None:
+            hear("note", text=f"profile of two steps: {written}")
 
     def log(report: StepReport) -> None:
         values = drain_window(report.state) | {

@@ -27,6 +27,7 @@ from kajiya.training.compile import compile_where_it_pays
 from kajiya.training.fit import Setup, fit
 from kajiya.training.flops import matmul_peak
 from kajiya.training.guard import Guard
+from kajiya.training.layer_norms import norms_watch
 from kajiya.training.losses import load_loss, load_measure
 from kajiya.training.memory import largest_micro_batch
 from kajiya.training.optimizers import load_optimizer
@@ -86,7 +87,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     built = build_model(config.model, known, config.seed, task_of(config, data.corpus))
     if config.model.init in _BEGINNINGS:
         _BEGINNINGS[config.model.init](built.module, count_bigrams(data.shards.path, len(vocabulary)), config.seed)
-    recompute_activations(built.module, config.train.gradient_checkpointing)
+    recompute_activations(built.module, config.train.gradient_checkpointing, device)
     strategy = open_strategy(device, precision, ranks)
     model = strategy.prepare(built.module)
     compiled = compile_where_it_pays(config.train, model, device)
@@ -194,7 +195,7 @@ def fit_run(
     run.record(attempts=run.manifest()["attempts"] + 1, status="running")
     hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if resumed else None)
     hear("stage", name="train", state="begun", seconds=0.0, text="")
-    hooks = make_hooks(config, prepared.feeding, keeper, state, hear)
+    hooks = make_hooks(config, prepared.feeding, keeper, state, hear, compiled=prepared.compiled.startswith("yes"))
     try:
         fit(setup, state, hooks, should_stop)
         finished = state.step == setup.steps
@@ -236,7 +237,8 @@ def _keeper(config: Config, run: Run, prepared: Prepared, settled: dict[str, Any
         rollback=lambda _state: keeper.go_back(settled["train.save_every"]),
     )
     writer = CheckpointWriter(run.checkpoints, train.keep_last)
-    keeper = Keeper(run, replace(setup, guard=guard), key, hear, writer, prepared.ranks)
+    setup = replace(setup, guard=guard, watch=norms_watch(train.layer_norms_every, hear))
+    keeper = Keeper(run, setup, key, hear, writer, prepared.ranks)
     return keeper
 
 

@@ -27,6 +27,7 @@ Event = dict[str, Any]
 - `artifact`: `name`, `path`, `stage`, `digest`
 - `report`: `path`
 - `warning`: `text`
+- `note`: `text`, something worth knowing that is no warning
 - `ended`: `status` (finished, interrupted, failed), `error`
 """
 

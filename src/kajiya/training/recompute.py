@@ -10,16 +10,30 @@ from torch import nn
 from kajiya.errors import ConfigError
 
 
-def recompute_activations(model: nn.Module, how: str) -> None:
-    """Set gradient checkpointing: off, full (only each block's input is kept), selective (its costly results too)."""
+def recompute_activations(model: nn.Module, how: str, device: torch.device) -> None:
+    """Set gradient checkpointing: off, full (only each block's input is kept), selective (its costly results too), offload.
+
+    Offload is full with the inputs in the host's memory; only a GPU has another.
+    """
     if how == "off":
         return
+    if how == "offload" and device.type != "cuda":
+        raise ConfigError(
+            "train.gradient_checkpointing",
+            f"offload moves activations from a GPU into the host's memory, and this is {device.type}",
+            "Set train.gradient_checkpointing=full.",
+        )
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
         raise ConfigError("train.gradient_checkpointing", f"{type(model).__name__} does not support it")
-    more = {"context_fn": _keep_costly()} if how == "selective" else {}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **more})
+    settings = {"use_reentrant": False} | ({"context_fn": _keep_costly()} if how == "selective" else {})
+    # Transformers renamed it within version 5.
+    enable = vars(PreTrainedModel).get("activation_checkpointing_enable")
+    if enable is None:
+        model.gradient_checkpointing_enable(settings)
+    else:
+        enable(model, settings, offload=how == "offload")
 
 
 def _keep_costly() -> Callable[[], Any]:

@@ -134,7 +134,7 @@ class DataParallel:
         prepared = self._own.prepare(model)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         self._replica = nn.parallel.DistributedDataParallel(
-            _Call(prepared), device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            _Call(prepared), device_ids=device_ids, gradient_as_bucket_view=True
         )
         return prepared
 

@@ -1,0 +1,148 @@
+"""Saving beside the loop: the state of its step is what is written; a full disk costs one checkpoint; pieces of shards."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.training.conftest import make_batch
+from tests.training.test_fit import make_setup
+
+from kajiya.config.schema import Config
+from kajiya.errors import StoreError
+from kajiya.run.events import read_events
+from kajiya.run.files import hash_folder, read_json, write_json
+from kajiya.run.store import Store
+from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, take_snapshot, write_snapshot
+from kajiya.training.fit import fit
+from kajiya.training.pieces import read_pieces
+from kajiya.training.saving import CheckpointWriter
+from kajiya.training.state import TrainState
+
+Make = Callable[..., torch.nn.Module]
+
+
+def test_what_is_written_is_the_state_when_it_was_asked_for(tiny_model: Make, tmp_path: Path) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=3)
+    state = TrainState()
+    fit(setup, state, [], lambda: False)
+    snapshot = take_snapshot(state, setup.model, setup.optimizer, setup.loader.state(), "key")
+    at_three = {name: tensor.detach().clone() for name, tensor in setup.model.named_parameters()}
+    more = make_setup(setup.model, [make_batch(2)], steps=6)
+    fit(more, state, [], lambda: False)  # the loop goes on before anything is written
+    folder = write_snapshot(tmp_path, snapshot)
+    other = make_setup(tiny_model(seed=5), [make_batch(2)])
+    loaded, _ = load_checkpoint(folder, other.model, other.optimizer, "key")
+    assert loaded.step == 3
+    for name, tensor in other.model.named_parameters():
+        assert torch.equal(tensor, at_three[name]), name
+
+
+def test_a_full_disk_keeps_the_last_good_one_and_is_told(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=2)
+    writer = CheckpointWriter(tmp_path, keep_last=2)
+
+    def save(step: int) -> list[Any]:
+        state = TrainState(step=step)
+        writer.save(take_snapshot(state, setup.model, setup.optimizer, {"index": 0}, "key"), None)
+        assert writer.has(step)
+        writer.wait()
+        return writer.outcomes()
+
+    (good,) = save(1)
+    assert good.folder == tmp_path / "step-00000001"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kajiya.training.checkpoint.hash_folder", full)
+        (bad,) = save(2)
+    assert bad.folder is None
+    assert "No space left" in bad.problem
+    assert not writer.has(2)
+    assert list_checkpoints(tmp_path) == [good.folder]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    (third,) = save(3)
+    assert list_checkpoints(tmp_path) == [good.folder, third.folder]
+
+
+def test_an_error_of_our_own_is_raised_and_not_told(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)])
+    writer = CheckpointWriter(tmp_path, keep_last=2)
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("kajiya.training.checkpoint.hash_folder", broken)
+    writer.save(take_snapshot(TrainState(step=1), setup.model, setup.optimizer, {}, "key"), None)
+    writer.wait()
+    with pytest.raises(ZeroDivisionError):
+        writer.outcomes()
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on(
+    small_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kajiya.flows.train import train
+
+    real = hash_folder
+    calls: list[Path] = []
+
+    def full_once(folder: Path, *more: Any) -> Any:
+        calls.append(folder)
+        if folder.name.startswith(".step-00000008"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(folder, *more)
+
+    monkeypatch.setattr("kajiya.training.checkpoint.hash_folder", full_once)
+    trained = train(small_config("eval.samples=0", "train.eval_every=12"), Store(tmp_path))
+    assert trained.model is not None
+    events = list(read_events(trained.run.folder))
+    told = [event["text"] for event in events if event["kind"] == "warning" and "checkpoint" in event["text"]]
+    assert len(told) == 1
+    assert "step 8 was not written; the last good one is step-00000004" in told[0]
+    assert [event["step"] for event in events if event["kind"] == "checkpoint"] == [4, 12]
+    time = trained.run.manifest()["time"]
+    assert {"data", "forward", "backward", "optimizer", "logging", "evaluation", "saving"} <= time["spent_s"].keys()
+    assert 0 < time["model_flops_utilization"] < 1.5
+
+
+def test_pieces_over_several_files_make_a_whole(tiny_model: Make, tmp_path: Path) -> None:
+    """What two ranks with a half of every matrix each would have written is read as one."""
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=2)
+    state = TrainState()
+    fit(setup, state, [], lambda: False)
+    folder = save_checkpoint(tmp_path, state, setup.model, setup.optimizer, {"index": 2}, "key")
+    whole = load_file(folder / "state.safetensors")
+    index: dict[str, Any] = {}
+    files: dict[str, dict[str, torch.Tensor]] = {"rank-0.safetensors": {}, "rank-1.safetensors": {}}
+    for name, tensor in whole.items():
+        cut = tensor.shape[0] // 2 if tensor.ndim == 2 else None
+        parts = [(0, tensor)] if cut is None else [(0, tensor[:cut]), (cut, tensor[cut:])]
+        index[name] = {"shape": list(tensor.shape), "pieces": []}
+        for (file, held), (first, part) in zip(files.items(), parts, strict=False):
+            held[name] = part.contiguous()
+            index[name]["pieces"].append(
+                {"file": file, "offsets": [first, 0] if tensor.ndim == 2 else [0] * tensor.ndim}
+            )
+    (folder / "state.safetensors").unlink()
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    write_json(folder / "index.json", index)
+    manifest = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest | {"files": hash_folder(folder)})
+    other = make_setup(tiny_model(seed=5), [make_batch(2)])
+    load_checkpoint(folder, other.model, other.optimizer, "key")
+    for a, b in zip(setup.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    index["master/model.norm.weight"]["shape"] = [99]
+    with pytest.raises(StoreError, match="do not fill"):
+        read_pieces(folder, index)

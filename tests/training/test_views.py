@@ -1,0 +1,121 @@
+"""Looking at a training without changing it: range test, profile, norms by layer; memory traded for time; utilization."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.conftest import make_batch
+from tests.training.test_fit import make_setup
+
+from kajiya.errors import ConfigError
+from kajiya.training.find_lr import range_test
+from kajiya.training.fit import fit, train_step
+from kajiya.training.flops import flops_per_token, matmul_peak
+from kajiya.training.layer_norms import norms_watch
+from kajiya.training.memory import rows_that_fit
+from kajiya.training.precision import resolve_precision
+from kajiya.training.profile import Profile
+from kajiya.training.recompute import recompute_activations
+from kajiya.training.state import TrainState
+
+Make = Callable[..., torch.nn.Module]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_the_range_test_leaves_no_trace_and_suggests_a_rate_that_learns(optim: str, tiny_model: Make) -> None:
+    batches = [make_batch(2, seed=seed) for seed in range(3)]
+    setup = make_setup(tiny_model(), batches, optim=optim)
+    before = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
+    generator = torch.get_rng_state()
+    test = range_test(setup, 1e-6, 1e3, 60)
+    assert setup.loader.state() == {"index": 0}
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in setup.model.state_dict().items())
+    assert setup.optimizer.state_tensors().keys() == {f"master/{name}" for name in setup.optimizer.masters}
+    assert len(test.rates) < 60, "the loss burst before the highest rate"
+    assert list(test.rates) == sorted(test.rates)
+    fit_at = make_setup(tiny_model(), batches, optim=optim, lr=lambda _step: test.suggestion, steps=40)
+    losses = []
+    state = TrainState()
+    for _ in range(40):
+        train_step(fit_at, state)
+        losses.append(state.window["train/nll"][0] / state.window["train/nll"][1])
+        state.window = {}
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
+
+
+def test_a_profile_is_a_trace_and_a_table(tiny_model: Make, tmp_path: Path) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=5)
+    state = TrainState()
+    profile = Profile(setup.model, CPU, tmp_path / "profile", compiled=False)
+    written = []
+    for _ in range(5):
+        train_step(setup, state)
+        written.append(profile.after_step(state))
+    assert written == [None, None, None, tmp_path / "profile", None]
+    names = {event["name"] for event in json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]}
+    assert {"module: model.layers.1.mlp", "aten::mm"} <= names
+    assert "[memory]" in names, "the trace has the memory over time"
+    table = (tmp_path / "profile/table.txt").read_text()
+    assert "module: model.layers.0" in table
+    assert "aten::mm" in table
+    assert {"data", "forward", "backward", "optimizer"} <= json.loads(
+        (tmp_path / "profile/time.json").read_text()
+    ).keys()
+    assert not any(module._forward_hooks for module in setup.model.modules())
+
+
+def test_norms_are_those_before_the_update(tiny_model: Make) -> None:
+    heard: list[dict[str, Any]] = []
+    watch = norms_watch(2, lambda kind, **fields: heard.append(fields))
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=4, watch=watch, clip_norm=0.5)
+    fit(setup, TrainState(), [], lambda: False)
+    assert [each["step"] for each in heard] == [2, 4]
+    gradients = [value for name, value in heard[0]["values"].items() if name.startswith("gradient_norm/")]
+    assert math.sqrt(sum(value**2 for value in gradients)) == pytest.approx(0.5, rel=1e-3)
+    assert norms_watch(None, lambda *_: None) is None
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_recomputed_activations_give_the_same_gradients(how: str, tiny_model: Make) -> None:
+    norms = []
+    for each in ("off", how):
+        model = tiny_model()
+        recompute_activations(model, each, CPU)
+        norms.append(train_step(make_setup(model, [make_batch(2)]), TrainState()))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+
+
+def test_a_module_without_checkpointing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gradient_checkpointing"):
+        recompute_activations(torch.nn.Linear(2, 2), "full", CPU)
+    with pytest.raises(ConfigError, match="GPU"):
+        recompute_activations(torch.nn.Linear(2, 2), "offload", CPU)
+
+
+def test_the_rows_that_fit() -> None:
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert rows_that_fit(sizes, 100.0, 2000, 4) == 16  # 12 more rows of 100 bytes in 1,600 of the 2,000 free
+    assert rows_that_fit(sizes, 0.0, 2000, 4) == 32
+    assert rows_that_fit(sizes, 100.0, 0, 4) == 4
+    assert rows_that_fit(sizes, 100.0, None, 4) == 4
+
+
+def test_operations_by_palms_formula(tiny_model: Make) -> None:
+    model = tiny_model(tied=True)
+    n = sum(parameter.numel() for parameter in model.parameters())
+    assert flops_per_token(model, 64) == 6 * n + 12 * 2 * 32 * 64
+    untied = tiny_model(tied=False)
+    assert flops_per_token(untied, 64) == flops_per_token(model, 64)
+    assert flops_per_token(torch.nn.Linear(4, 3, bias=False), 64) == 6 * 12
+    assert matmul_peak(CPU, resolve_precision("fp32", CPU)) > 1e8
+
+
+def test_fp8_says_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"train\.precision.*GPU"):
+        resolve_precision("fp8", CPU)
