@@ -39,6 +39,7 @@ def make_hooks(
             "train/tokens": report.state.tokens,
             "train/skipped": report.state.skipped,
             "train/tokens_per_second": speed(report.state),
+            "train/data_wait_s": setup.loader.waited_s,
         }
         hear("metrics", step=report.state.step, values=values)
 
