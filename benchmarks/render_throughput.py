@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ def main() -> None:
 
     tokenizer, rows = _tokenizer(), _conversations(arguments.conversations)
     ours, theirs = _kajiya(tokenizer, rows), _trl(tokenizer, rows)
-    _compare(ours()[1], theirs()[1])
+    _compare(tokenizer, ours()[1], theirs()[1])
     seconds: dict[str, list[float]] = {"kajiya": [], "trl": []}
     for _ in range(arguments.repeats):
         for name, peer in (("kajiya", ours), ("trl", theirs)):
@@ -138,10 +137,14 @@ def _template(name: str) -> str:
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _compare(ours: list[Any], theirs: list[Any]) -> None:
-    same_ids = sum(np.array_equal(mine[0], other[0]) for mine, other in zip(ours, theirs, strict=True))
-    same_masks = sum(np.array_equal(mine[1], other[1]) for mine, other in zip(ours, theirs, strict=True))
-    print(f"{len(ours)} conversations: ids equal in {same_ids}, masks equal in {same_masks}", file=sys.stderr)
+def _compare(tokenizer: Any, ours: list[Any], theirs: list[Any]) -> None:
+    """TRL's blocks hold the line end before an answer (which the prompt ends with) and the one behind its end; else the same."""
+    same_ids = same_masks = 0
+    for (ids, mask), (other_ids, other_mask) in zip(ours, theirs, strict=True):
+        same_ids += np.array_equal(ids, other_ids)
+        apart = ids[mask != other_mask] if len(ids) == len(other_ids) else [-1]
+        same_masks += all(tokenizer.decode([token]).isspace() for token in apart)
+    print(f"{len(ours)} conversations: ids equal in {same_ids}, masks equal but for line ends in {same_masks}")
 
 
 if __name__ == "__main__":

@@ -88,13 +88,18 @@ def open_bulk_encoder(folder: Path, sample: Iterable[str]) -> OpenedEncoder:
     That is `fastokens` where it is installed, can read the tokenizer and agrees; else the tokenizer itself. The words say
     which, and why.
     """
-    plain = PlainBulkEncoder(open_encoder(folder))
+    return fastest_encoder(open_encoder(folder), sample)
+
+
+def fastest_encoder(encoder: "Tokenizer", sample: Iterable[str]) -> OpenedEncoder:
+    """As `open_bulk_encoder`, of an encoder without padding, cutting and special tokens."""
+    plain = PlainBulkEncoder(encoder)
     try:
         from fastokens import Tokenizer
     except ModuleNotFoundError:
         return OpenedEncoder(plain, "tokenizers (pip install 'kajiya[fast]' brings an encoder many times faster)")
     try:
-        fast = FastBulkEncoder(Tokenizer.from_file(str(_file(folder))))
+        fast = FastBulkEncoder(Tokenizer.from_json_str(encoder.to_str()))
     except Exception as error:  # the package has no narrower one: whatever it cannot read, the tokenizer can
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return OpenedEncoder(plain, f"tokenizers, since fastokens cannot read this tokenizer: {first}")
