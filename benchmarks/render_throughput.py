@@ -39,13 +39,20 @@ def main() -> None:
     ours, theirs = _kajiya(tokenizer, rows), _trl(tokenizer, rows)
     _compare(tokenizer, ours()[1], theirs()[1])
     seconds: dict[str, list[float]] = {"kajiya": [], "trl": []}
+    cpu: dict[str, list[float]] = {"kajiya": [], "trl": []}
     for _ in range(arguments.repeats):
         for name, peer in (("kajiya", ours), ("trl", theirs)):
+            before = time.process_time()
             seconds[name].append(peer()[0])
-    ratios = [trl / mine for mine, trl in zip(seconds["kajiya"], seconds["trl"], strict=True)]
+            cpu[name].append(time.process_time() - before)
+    ratios, cpu_ratios = (
+        [trl / mine for mine, trl in zip(each["kajiya"], each["trl"], strict=True)] for each in (seconds, cpu)
+    )
     n_bytes = sum(len(message["content"].encode()) for row in rows for message in row)
     if arguments.json:
-        print(json.dumps({"seconds": seconds, "ratios": ratios, "bytes": n_bytes, "conversations": len(rows)}))
+        print(
+            json.dumps({"seconds": seconds, "cpu": cpu, "ratios": ratios, "bytes": n_bytes, "conversations": len(rows)})
+        )
         return
     for name, each in seconds.items():
         median = statistics.median(each)
@@ -53,6 +60,7 @@ def main() -> None:
     print(
         f"ratio    {statistics.median(ratios):8.2f} (from {min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} rounds)"
     )
+    print(f"CPU time {statistics.median(cpu_ratios):8.2f} (from {min(cpu_ratios):.2f} to {max(cpu_ratios):.2f})")
 
 
 def _conversations(count: int) -> list[list[dict[str, str]]]:
