@@ -16,6 +16,7 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 _TABLES = {
     "source": "data.source.name",
     "loss": "train.loss.name",
+    "adapter": "adapter.name",
     "optimizer": "optim.name",
     "schedule": "schedule.name",
     "tracker": "track.trackers",

@@ -31,11 +31,11 @@ def load(target: str | Path, store: str | Path | None = None) -> tuple[Any, Any]
     """Model (evaluation mode, on the CPU) and tokenizer of a run, an artifact, a folder or a hub name."""
     from kajiya.data.tokenizer import load_tokenizer
     from kajiya.flows.targets import find_model
-    from kajiya.models.load import load_model, stored_dtype
+    from kajiya.models.open import model_dtype, open_model
     from kajiya.run.store import default_store
 
     folder = find_model(str(target), default_store(store)).model.path
-    return load_model(folder, dtype=stored_dtype(folder)), load_tokenizer(folder)
+    return open_model(folder, model_dtype(folder)), load_tokenizer(folder)
 
 
 def evaluate(target: str | Path, config: "Config", store: str | Path | None = None) -> dict[str, Any]:

@@ -149,6 +149,27 @@ def plan(
         _print_json(facts)
 
 
+@app.command()
+def prove(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Check before a step is spent: targets, isolation, accumulation, what trains and is saved, learning, memory."""
+    from kajiya.config.compose import compose
+    from kajiya.flows.plan import prove_recipe
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    with Screen(console) as screen:
+        facts = prove_recipe(compose(recipe, overrides or [], config_dir), default_store(store), screen.on_event)
+    if as_json:
+        _print_json(facts)
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[
@@ -292,6 +313,43 @@ def chat(
 
     write(f"{name}: {engine.facts.note}. /reset begins anew, /exit ends.\n")
     converse(Conversation(engine, tokenizer, params, system), lambda: input("> "), write)
+
+
+@app.command()
+def merge(
+    targets: Annotated[
+        list[str], typer.Argument(help="A run or folder with an adapter; or several models to make into one.")
+    ],
+    into: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else as the base is stored.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where it is not found or not named.")] = None,
+    method: Annotated[str, typer.Option(help="Of several models: linear, slerp, ties, dare.")] = "linear",
+    weights: Annotated[str | None, typer.Option(help="Of several models: 0.7,0.3; else equal.")] = None,
+    density: Annotated[
+        float, typer.Option(help="ties, dare: share of each difference that is kept.", min=0.001, max=1)
+    ] = 0.2,
+    scale: Annotated[float, typer.Option(help="ties, dare: factor of the joint difference.")] = 1.0,
+    data: Annotated[
+        str | None, typer.Option(help="Recipe whose held-out text is compared on; else the run's own.")
+    ] = None,
+    config_dir: ConfigDir = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Add an adapter to its base, or make one model of several; certified beside what it came from."""
+    from kajiya.flows.merge import Joining, merge_targets
+    from kajiya.listings import merge_lines
+    from kajiya.run.store import default_store
+
+    joining = Joining(method, weights, density, scale)
+    model, certificate = merge_targets(
+        targets, default_store(store), into=into, base=base, joining=joining, recipe=data, config_dir=config_dir
+    )
+    if as_json:
+        _print_json({"path": str(model.path), "digest": model.digest, "certificate": certificate.facts})
+        return
+    for line in merge_lines(certificate.facts):
+        _console().print(line, highlight=False)
+    _console().print(str(model.path), soft_wrap=True, highlight=False)
 
 
 @app.command()

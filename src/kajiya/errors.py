@@ -38,6 +38,14 @@ class TrainingError(KajiyaError):
     """Training that must not go on: non-finite gradients past the limit, a full disk, a checkpoint of another run."""
 
 
+class ProofError(KajiyaError):
+    """A check before the first step that does not hold: what is wrong, and the remedy."""
+
+
+class ParityError(KajiyaError):
+    """A result that does not compute what its parent does, past the set tolerance; nothing of it is kept."""
+
+
 class RequestError(KajiyaError):
     """A request to the serving engine that cannot be served; carries the API's own error code and HTTP status."""
 

@@ -147,3 +147,19 @@ def _number(value: Any) -> str:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def merge_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What a certificate of a merge says."""
+    if "parity" not in facts:
+        parents = ", ".join(f"{each:.2f}" for each in facts["parent_perplexities"])
+        return [f"perplexity {facts['perplexity']:.2f} (of what it was made of: {parents})"]
+    lines = [f"base: {facts['base']}"]
+    for row in facts["parity"]:
+        held = "" if row["is_held"] else " (told, not held to)"
+        lines.append(
+            f"{row['dtype']}: largest difference of a logit {row['max_difference']:.2g}, KL {row['kl']:.2g}, "
+            f"top-1 {row['top1']:.2%}, greedy {row['greedy']:.0%}, perplexity {row['perplexity']:.2f} "
+            f"(adapter {row['parent_perplexity']:.2f}){held}"
+        )
+    return lines

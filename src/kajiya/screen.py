@@ -29,6 +29,7 @@ _STAGE_WORDS = {
     "packing": "Packing whole examples into rows",
     "plan": "Planning: measuring a few steps",
     "find-lr": "Looking for a learning rate",
+    "prove": "Proving what can go wrong silently",
     "train": "Training",
     "baselines": "Measuring the compressors on the same bytes",
     "evaluation": "Evaluating on the held-out text",
@@ -79,6 +80,7 @@ class Screen:
             "progress": self._show_progress,
             "metrics": self._metrics,
             "plan": self._plan,
+            "proof": self._proof,
             "started": self._started,
             "ledger": self._ledger,
             "warning": self._warning,
@@ -135,6 +137,15 @@ class Screen:
         table = Table(show_header=False, box=None, padding=(0, 2))
         for name, words in plan_lines(facts):
             table.add_row(f"[dim]{name}[/dim]", _escape(words))
+        self._console.print(table)
+
+    def _proof(self, facts: dict[str, Any]) -> None:
+        marks = {"passed": "[green]✓[/green]", "failed": "[red]✗[/red]", "skipped": "[dim]–[/dim]"}
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        for row in facts["findings"]:
+            by_hand = row["text"] == "by preflight.skip"
+            words = f"[red]skipped {row['text']}[/red]" if by_hand else _escape(row["text"])
+            table.add_row(marks[row["state"]], f"[dim]{row['name']}[/dim]", words)
         self._console.print(table)
 
     def _started(self, attempt: int, resumed_from: int | None) -> None:

@@ -39,7 +39,7 @@ def test_a_run_leaves_artifacts_with_their_proof_of_origin(finished: Finished) -
     run = finished.trained.run
     manifest = run.manifest()
     assert manifest["status"] == "finished"
-    assert set(manifest["artifacts"]) == {"corpus", "tokenizer", "shards", "model", "baselines", "evaluation"}
+    assert set(manifest["artifacts"]) == {"corpus", "tokenizer", "shards", "proof", "model", "baselines", "evaluation"}
     parents = {}
     for name, entry in manifest["artifacts"].items():
         artifact = open_artifact(finished.store.root / entry["path"])
@@ -75,7 +75,7 @@ def test_the_report_is_there(finished: Finished) -> None:
 
 def test_every_stage_is_told(finished: Finished) -> None:
     told = [(fields["name"], fields["state"]) for kind, fields in finished.events if kind == "stage"]
-    for name in ("corpus", "tokenizer", "shards", "plan", "train", "baselines", "evaluation", "report"):
+    for name in ("corpus", "tokenizer", "shards", "plan", "prove", "train", "baselines", "evaluation", "report"):
         assert told.index((name, "begun")) < told.index((name, "done"))
     kinds = [event["kind"] for event in read_events(finished.trained.run.folder)]
     assert kinds[-1] == "ended"

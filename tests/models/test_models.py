@@ -12,9 +12,10 @@ from kajiya.config.quantities import parse_count
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
 from kajiya.errors import ConfigError, StoreError
-from kajiya.models.build import Vocabulary, build_model, count_params
+from kajiya.models.build import Vocabulary, build_model
 from kajiya.models.hidden import all_logits, has_split_head, last_hidden
 from kajiya.models.load import load_model, stored_dtype
+from kajiya.models.quantized import count_params
 from kajiya.models.save import save_model
 from kajiya.models.size import derive_shape
 

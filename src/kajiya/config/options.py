@@ -236,6 +236,68 @@ class DistillLoss:
     """Tokens whose logits are held at once."""
 
 
+# ---------------------------------------------------------------- what is trained (adapter)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank matrices beside frozen ones (Hu et al., arXiv:2106.09685); dora: and a magnitude each output (arXiv:2402.09353)."""
+
+    r: int = setting(16, ge=1)
+    """Rank."""
+    alpha: float = setting(32.0, gt=0)
+    """Scale: the product of the matrices counts alpha / r times."""
+    dropout: float = setting(0.0, ge=0, lt=1)
+    """Dropout on what the adapter reads."""
+    rslora: bool = False
+    """Scale by alpha / √r instead (arXiv:2312.03732)."""
+    init: str = setting("default", choices=("default", "gaussian", "pissa", "olora"))
+    """default and gaussian begin beside the weights, as nothing; pissa (arXiv:2404.02948) and olora (arXiv:2406.01775) take their
+    beginning out of them."""
+    targets: str = "all-linear"
+    """all-linear (all but the head), attention, mlp, or a regular expression that whole module names match."""
+    train_embeddings: bool = False
+    """Train the embedding too, whole; tied to the head, both are."""
+    train_head: bool = False
+    """Train the output head too, whole; tied to the embedding, both are."""
+    lr_ratio: float = setting(1.0, gt=0)
+    """Learning rate of the second matrices over that of the first (LoRA+, arXiv:2402.12354)."""
+
+
+@dataclass(frozen=True)
+class PrefixOptions:
+    """Keys and values of tokens that are not there, before each document (Li & Liang, arXiv:2101.00190)."""
+
+    n_tokens: int = setting(16, ge=1)
+    """Virtual tokens."""
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Embeddings of tokens that are not there, before each document (Lester et al., arXiv:2104.08691)."""
+
+    n_tokens: int = setting(16, ge=1)
+    """Virtual tokens; each begins as the embedding of a random token."""
+
+
+@dataclass(frozen=True)
+class FreezeOptions:
+    """A part of the model's own weights is trained."""
+
+    train: str = setting()
+    """Regular expression; parameters in whose name it is found are trained, the rest are frozen."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Training goes on with an adapter that is there, of whatever tool."""
+
+    path: str = setting()
+    """Its folder, or the run or artifact that has it."""
+    lr_ratio: float = setting(1.0, gt=0)
+    """Learning rate of the second matrices over that of the first (LoRA+)."""
+
+
 # ---------------------------------------------------------------- optimizers (optim)
 
 

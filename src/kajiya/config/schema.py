@@ -123,7 +123,8 @@ class ModelConfig:
     name: str = "llama"
     """Architecture that Transformers knows (its `model_type`: llama, qwen3 …), or `my_pkg.mod:fn` that makes an `nn.Module`."""
     path: str | None = None
-    """Folder or hub name of weights to start from; `None` builds from scratch."""
+    """Weights to start from: a run, a recipe's name (its newest finished run) or an artifact of the store, a folder, or a
+    hub name; `None` builds from scratch."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     n_params: str | None = "6M"
@@ -151,12 +152,27 @@ class ModelConfig:
     attention heads that begin by copying what followed a token's last occurrence."""
     init_std: float = setting(0.02, gt=0)
     """Standard deviation of the initial weights."""
+    quantize: str = setting("none", choices=("none", "nf4", "int8", "torchao-int8"))
+    """Frozen weights of the linear layers, under an adapter: nf4 (QLoRA: 4 bits, double quantization), int8 (LLM.int8), both of
+    bitsandbytes, or torchao-int8 (weights alone)."""
+    stand_in: bool = False
+    """Take a small random model of the same architecture in the place of `model.path`, to try a recipe out without its weights."""
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flex_attention", "flash_attention_2"))
     """Attention implementation of Transformers."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further fields of the architecture's Transformers config, or the arguments of the user's own function."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What of the model is trained: all of it, an adapter beside frozen weights, or a part."""
+
+    name: str = "none"
+    """none (every weight), lora, dora, ia3, prefix, prompt, freeze, load (go on with an adapter), or `my_pkg.mod:fn`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that adapter."""
 
 
 @dataclass(frozen=True)
@@ -438,6 +454,8 @@ class Config:
     """Tokenizer."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What of it is trained."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

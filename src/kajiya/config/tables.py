@@ -69,6 +69,16 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "classify": Row("kajiya.training.losses.labelled:classify", o.ClassifyLoss, takes="labelled", task="classes"),
         "regress": Row("kajiya.training.losses.labelled:regress", o.RegressLoss, takes="labelled", task="score"),
     },
+    "adapter": {
+        "none": Row("kajiya.models.adapt:everything", o.NoOptions),
+        "lora": Row("kajiya.models.adapt:lora", o.LoraOptions),
+        "dora": Row("kajiya.models.adapt:dora", o.LoraOptions),
+        "ia3": Row("kajiya.models.adapt:ia3", o.NoOptions),
+        "prefix": Row("kajiya.models.adapt:prefix", o.PrefixOptions),
+        "prompt": Row("kajiya.models.adapt:prompt", o.PromptOptions),
+        "freeze": Row("kajiya.models.adapt:freeze", o.FreezeOptions),
+        "load": Row("kajiya.models.adapt:load", o.LoadOptions),
+    },
     "optimizer": {
         "adafactor": Row("kajiya.training.optimizers:adafactor", o.AdafactorOptions),
         "adamw": Row("kajiya.training.optimizers:adamw", o.AdamWOptions),

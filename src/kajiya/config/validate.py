@@ -3,14 +3,25 @@
 from kajiya.config.quantities import parse_count
 from kajiya.config.schema import Config, ModelConfig
 from kajiya.config.setting import check_bounds
-from kajiya.config.tables import TABLES, check_choice, loss_row
+from kajiya.config.tables import TABLES, check_choice, loss_row, nearest
 from kajiya.errors import ConfigError
 
 _BEGUN_KINDS = {"bigram": ("llama", "mistral", "qwen2", "qwen3"), "induction": ("llama", "mistral", "qwen2")}
 """Architectures whose first logits are head · norm(embedding) when their blocks begin as the identity; and of these, those
 whose attention compares queries and keys as they are projected."""
-_CHECKS: tuple[str, ...] = ()
-"""Names that preflight.skip can hold; there is no check yet that could be skipped."""
+CHECKS = (
+    "targets",
+    "isolation",
+    "accumulation",
+    "trainable",
+    "reload",
+    "start",
+    "learning",
+    "schedule",
+    "memory",
+    "disjoint",
+)
+"""Checks before the first step, in their order; names that preflight.skip can hold."""
 _ROLES = ("matrix", "embedding", "head", "vector")
 _FORMATS = {
     "tokens": ("text", "instruction", "chat"),
@@ -29,6 +40,7 @@ def validate(config: Config) -> None:
     check_bounds(config)
     check_choice("source", config.data.source.name, config.data.source.options, "data.source")
     _check_heldout(config)
+    check_choice("adapter", config.adapter.name, config.adapter.options, "adapter")
     check_choice("optimizer", config.optim.name, config.optim.options, "optim")
     check_choice("schedule", config.schedule.name, config.schedule.options, "schedule")
     check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
@@ -41,8 +53,11 @@ def validate(config: Config) -> None:
     for name in config.track.trackers:
         check_choice("tracker", name, config.track.options.get(name) or {}, "track")
     for name in config.preflight.skip:
-        if name not in _CHECKS:
-            raise ConfigError("preflight.skip", f"{name!r} is no check; there is: {', '.join(_CHECKS) or 'none yet'}")
+        if name not in CHECKS:
+            hint = nearest(name, CHECKS)
+            raise ConfigError(
+                "preflight.skip", f"{name!r} is no check; there is: {', '.join(CHECKS)}" + (f"; {hint}" if hint else "")
+            )
     _check_optimizer(config)
     _check_portions(config)
     _check_length(config)
@@ -50,6 +65,7 @@ def validate(config: Config) -> None:
     _check_kind(config)
     _check_model(config)
     _check_tune(config)
+    _check_adapter(config)
     for name in config.eval.baselines:
         if name not in ("xz", "xz-primed"):
             raise ConfigError("eval.baselines", f"{name!r} is not one of xz, xz-primed")
@@ -161,8 +177,33 @@ def _check_tune(config: Config) -> None:
         )
 
 
+def _check_adapter(config: Config) -> None:
+    adapter, quantize = config.adapter, config.model.quantize
+    if quantize != "none" and adapter.name in ("none", "freeze"):
+        raise ConfigError(
+            "model.quantize",
+            f"{quantize} weights are frozen, and adapter.name={adapter.name} trains them",
+            "Set adapter.name=lora, or model.quantize=none.",
+        )
+    if adapter.options.get("init") in ("pissa", "olora") and quantize != "none":
+        raise ConfigError(
+            "adapter.options.init",
+            f"{adapter.options['init']} takes a part out of the weights, which {quantize} weights do not let go",
+            "Set adapter.options.init=default, or model.quantize=none.",
+        )
+    if adapter.name == "prefix" and config.train.gradient_checkpointing:
+        raise ConfigError(
+            "train.gradient_checkpointing", "does not go with adapter.name=prefix, whose keys and values are a cache"
+        )
+
+
 def _check_model(config: Config) -> None:
     model = config.model
+    if model.stand_in and (model.path is None or model.hidden_size is None or model.n_layers is None):
+        raise ConfigError(
+            "model.stand_in",
+            "stands in for the weights of model.path, whose shape model.hidden_size and model.n_layers must say",
+        )
     if model.path is not None and config.tokenizer.path is None:
         raise ConfigError(
             "tokenizer.path",

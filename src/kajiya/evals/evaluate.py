@@ -15,6 +15,7 @@ from kajiya.evals.baselines import BASELINES
 from kajiya.evals.samples import sample_completions, unseen_functions
 from kajiya.evals.scoring import score_documents
 from kajiya.evals.statistics import ratio_interval
+from kajiya.models.adapter_files import is_adapter, is_mergeable
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, produce
@@ -88,6 +89,8 @@ def _evaluate(
     note = None
     if config.samples and module is not None:
         note = "no samples: the engine serves models that Transformers can load, and this module is the user's own"
+    elif config.samples and is_adapter(model_folder) and not is_mergeable(model_folder):
+        note = "no samples: the engine does not know virtual tokens (prefix and prompt tuning)"
     elif config.samples:
         from kajiya.serving.loading import load_engine
 
@@ -108,9 +111,9 @@ def _evaluate(
 
 
 def _load(folder: Path) -> Any:
-    from kajiya.models.load import load_model, stored_dtype
+    from kajiya.models.open import model_dtype, open_model
 
-    return load_model(folder, dtype=stored_dtype(folder))
+    return open_model(folder, model_dtype(folder))
 
 
 def _score(

@@ -1,7 +1,7 @@
 """What a run's loss is fed with: the artifacts it reads, its batches of training and of evaluation, its reference."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,12 @@ class Data:
     shards: Artifact
     packing: Artifact | None = None
     """Whole examples in rows; `None` for text that is cut where a row is full."""
+    bases: Mapping[str, Artifact] = field(default_factory=dict)
+    """Weights that training starts from."""
 
     def parents(self) -> dict[str, Artifact]:
         """Those that the trained model comes from, by name."""
-        parents = {"tokenizer": self.tokenizer, "shards": self.shards}
+        parents = {"tokenizer": self.tokenizer, "shards": self.shards, **self.bases}
         return parents if self.packing is None else parents | {"packing": self.packing}
 
 

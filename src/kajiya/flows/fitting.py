@@ -12,14 +12,18 @@ from kajiya.data.loader import Loader
 from kajiya.data.progress import OnEvent, silent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
+from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Data, Feeding, build_reference, open_feeding, task_of
 from kajiya.flows.fit_hooks import make_hooks
 from kajiya.flows.keeping import Keeper
+from kajiya.flows.prove import prove_run
+from kajiya.models.adapt import has_adapter, rate_ratios, transform
 from kajiya.models.bigram_init import begin_from_bigrams
-from kajiya.models.build import build_model, vocabulary_of
+from kajiya.models.build import BuiltModel, build_model, vocabulary_of
 from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.outputs import decoder_start
-from kajiya.models.save import save_model
+from kajiya.models.quantized import count_params
+from kajiya.models.trained import save_trained
 from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
 from kajiya.run.store import Artifact, Store
@@ -82,11 +86,14 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     device = resolve_device(config.train.device, "train.device", ranks.local)
     join(ranks, device)
     precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
-    vocabulary = load_tokenizer(data.tokenizer.path)
-    known = vocabulary_of(vocabulary, data.tokenizer.facts["added_tokens"])
-    built = build_model(config.model, known, config.seed, task_of(config, data.corpus))
-    if config.model.init in _BEGINNINGS:
-        _BEGINNINGS[config.model.init](built.module, count_bigrams(data.shards.path, len(vocabulary)), config.seed)
+    built = _build(config, data)
+    adapted = transform(built.module, config.adapter, config.model.quantize, config.seed)
+    if has_adapter(built.module) and config.model.path and data.tokenizer.facts["added_tokens"]:
+        raise ConfigError(
+            "tokenizer",
+            "adds tokens that the adapter's base has no embeddings for",
+            "Train the whole model on them first.",
+        )
     recompute_activations(built.module, config.train.gradient_checkpointing, device)
     strategy = open_strategy(device, precision, ranks)
     model = strategy.prepare(built.module)
@@ -104,7 +111,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
         loss=load_loss(config.train.loss, device),
         measure=load_measure(config.train.loss),
         loader=loader,
-        optimizer=load_optimizer(config.optim, model, config.train.ema_decay),
+        optimizer=load_optimizer(config.optim, model, config.train.ema_decay, rate_ratios(model, config.adapter)),
         strategy=strategy,
         precision=precision,
         lr=lambda _step: config.optim.lr,
@@ -117,11 +124,15 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     portions = _share_out(config, setup, loader.loader, ranks, settled)
     guard = Guard(shrink=_shrinker(loader.loader, portions) if ranks.n == 1 else None)
     setup = replace(setup, accumulate=portions.accumulate, guard=guard)
-    derived = built.derived | {
-        "train.precision": precision.name,
-        "train.device": str(device),
-        "train.micro_batch": portions.micro_batch,
-    }
+    derived = (
+        built.derived
+        | adapted
+        | {
+            "train.precision": precision.name,
+            "train.device": str(device),
+            "train.micro_batch": portions.micro_batch,
+        }
+    )
     return Prepared(setup, derived, compiled, ranks, feeding, reference)
 
 
@@ -148,6 +159,16 @@ def _shrinker(loader: Loader, portions: Portions) -> Callable[[int], bool]:
         return can
 
     return shrink
+
+
+def _build(config: Config, data: Data) -> BuiltModel:
+    """The model as it is before anything is trained, in float32 on the CPU."""
+    vocabulary = load_tokenizer(data.tokenizer.path)
+    known = vocabulary_of(vocabulary, data.tokenizer.facts["added_tokens"])
+    built = build_model(config.model, known, config.seed, task_of(config, data.corpus))
+    if config.model.init in _BEGINNINGS:
+        _BEGINNINGS[config.model.init](built.module, count_bigrams(data.shards.path, len(vocabulary)), config.seed)
+    return built
 
 
 def plan_run(config: Config, prepared: Prepared, data: Data, began: float) -> Plan:
@@ -187,6 +208,22 @@ def fit_run(
     hear("plan", facts=facts)
     hear("stage", name="plan", state="done", seconds=time.perf_counter() - began, text="")
 
+    began = time.perf_counter()
+    if prepared.ranks.n == 1:
+        plain = with_schedule(prepared.setup, config, settled["train.steps"])
+        proof = prove_run(
+            config,
+            plain,
+            data,
+            run.store,
+            facts["peak_bytes"],
+            lambda: _build(config, data).module,
+            _recording(run, hear),
+        )
+        run.record_artifact("proof", proof)
+        run.record(timings=run.manifest().get("timings", {}) | {"prove": proof.facts["seconds"]})
+    else:
+        hear("warning", text="nothing is proven before a run of several processes; `kajiya prove` proves it in one")
     began = time.perf_counter()
     keeper = _keeper(config, run, prepared, settled, key, hear)
     setup = keeper.setup
@@ -266,13 +303,32 @@ def _fit_words(setup: Setup, state: TrainState, facts: Mapping[str, Any]) -> str
     return f"{done}, {used}; {time_words(facts['spent_s'])}"
 
 
-def save_fitted(fitted: Fitted, tokenizer: Artifact, folder: Path) -> dict[str, Any]:
-    """Write the trained model into `folder`; returns the facts for its manifest."""
+def _recording(run: Run, hear: OnEvent) -> OnEvent:
+    """Hears a proof into the run's manifest, a failed one too."""
+
+    def listen(kind: str, **fields: Any) -> None:
+        if kind == "proof":
+            run.record(proof=fields["facts"])
+        hear(kind, **fields)
+
+    return listen
+
+
+def save_fitted(config: Config, fitted: Fitted, data: Data, folder: Path) -> dict[str, Any]:
+    """Write the trained model, or the adapter, into `folder`; returns the facts for its manifest."""
+    module = fitted.setup.model
     with fitted.setup.optimizer.averaged():
-        save_model(fitted.setup.model, load_tokenizer(tokenizer.path, _longest(fitted)), folder)
+        facts = save_trained(
+            config.model,
+            module,
+            load_tokenizer(data.tokenizer.path, _longest(fitted)),
+            folder,
+            rebuild=lambda: _build(config, data).module,
+        )
     state = fitted.state
-    return {
-        "n_params": sum(parameter.numel() for parameter in fitted.setup.model.parameters()),
+    return facts | {
+        "n_params": count_params(module),
+        "n_trainable": count_params(module, trainable=True),
         "steps": state.step,
         "tokens": state.tokens,
         "targets": state.targets,
@@ -309,3 +365,14 @@ def plan_only(config: Config, data: Data, store: Store) -> tuple[Plan, dict[str,
     prepared = prepare(config, data, store, {})
     plan = plan_run(config, prepared, data, began)
     return plan, prepared.derived | _lengths(config, plan)
+
+
+def prove_only(config: Config, data: Data, store: Store, hear: OnEvent) -> dict[str, Any]:
+    """The verdict of a config without a run. Raises `ProofError` for checks that fail."""
+    began = time.perf_counter()
+    prepared = prepare(config, data, store, {})
+    plan = plan_run(config, prepared, data, began)
+    hear("plan", facts=plan_facts(plan))
+    setup = with_schedule(prepared.setup, config, plan.steps)
+    proof = prove_run(config, setup, data, store, plan.peak_bytes, lambda: _build(config, data).module, hear)
+    return dict(proof.facts)

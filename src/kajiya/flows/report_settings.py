@@ -221,6 +221,12 @@ def checks_section(runs: Sequence[RunFacts]) -> Section:
         yield from notices
         if not notices:
             yield Text("No check was skipped.")
+        proof = run.manifest.get("proof")
+        if proof is not None:
+            rows = [[row["name"], row["state"], row["text"]] for row in proof["findings"]]
+            failed = frozenset(index for index, row in enumerate(proof["findings"]) if row["state"] == "failed")
+            yield Text(f"Proven before the first step, in {proof['seconds']:.1f} s:")
+            yield Table([Column("check"), Column("verdict"), Column("finding")], rows, failed)
         for text, count in run.history.warnings.items():
             yield Notice(text + (f" ({count:,} times)" if count > 1 else ""), "warn")
         if not run.history.warnings:

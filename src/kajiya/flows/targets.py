@@ -7,7 +7,7 @@ from typing import Any
 from kajiya.config.digest import digest
 from kajiya.errors import StoreError
 from kajiya.run.files import hash_folder
-from kajiya.run.folder import Run, find_run
+from kajiya.run.folder import Run, find_run, list_runs
 from kajiya.run.store import Artifact, Store, open_artifact
 
 
@@ -20,23 +20,25 @@ class Target:
     run: Run | None
 
 
-def find_model(target: str, store: Store) -> Target:
-    """The model of a run (its id, a beginning of it, or `latest`), an artifact's folder, any model folder, or a hub name.
+def find_model(target: str, store: Store, *, from_hub: bool = True) -> Target:
+    """The model of a run (its id, a beginning of it, or `latest`), of a recipe's newest finished run, an artifact or its folder,
+    any folder with a model or an adapter, or a hub name.
 
     Raises `StoreError` that says what was looked for when there is none, or when the run has no model yet.
     """
     folder = Path(target)
-    if (folder / "manifest.json").is_file() and (folder / "config.json").is_file():
+    holds_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    if (folder / "manifest.json").is_file() and holds_model:
         return Target(open_artifact(folder.resolve()), folder.resolve().name, None)
-    if (folder / "config.json").is_file():
+    if holds_model:
         return Target(_adopted(folder.resolve(), folder.resolve().name), folder.resolve().name, None)
     try:
-        run = find_run(store, target)
+        run = _newest_of_recipe(target, store) or find_run(store, target)
     except StoreError as problem:
         artifact = _artifact(target, store)
         if artifact is not None:
             return Target(artifact, artifact.key[:10], None)
-        if "/" in target and not folder.exists():
+        if from_hub and "/" in target and not folder.exists():
             return Target(_from_hub(target), target, None)
         raise StoreError(
             f"{target!r} is no run or model of {store.root}, no folder with a model, and no hub name (owner/name).\n"
@@ -46,6 +48,16 @@ def find_model(target: str, store: Store) -> Target:
     if entry is None:
         raise StoreError(f"{run.id} has no finished model.\nGo on with its training: the same command continues it.")
     return Target(open_artifact(store.root / entry["path"]), str(run.manifest()["name"]), run)
+
+
+def _newest_of_recipe(name: str, store: Store) -> Run | None:
+    """The newest run of the recipe of that name that has a model."""
+    runs = [
+        run
+        for run in list_runs(store)
+        if (manifest := run.manifest())["name"] == name and "model" in manifest["artifacts"]
+    ]
+    return runs[-1] if runs else None
 
 
 def _artifact(name: str, store: Store) -> Artifact | None:
@@ -67,11 +79,6 @@ def _adopted(folder: Path, name: str) -> Artifact:
 
 
 def _from_hub(name: str) -> Artifact:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from kajiya.models.adapter_files import hub_folder
 
-    try:
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise StoreError(f"{name!r} cannot be had from the hub: {str(error).splitlines()[0]}") from error
-    return _adopted(Path(folder), name)
+    return _adopted(hub_folder(name), name)

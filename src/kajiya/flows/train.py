@@ -10,6 +10,7 @@ from kajiya.config.schema import Config
 from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
+from kajiya.flows.bases import find_bases, without_places
 from kajiya.flows.feeding import Data, pack, rendering_of
 from kajiya.flows.fitting import fit_run, follow_run, save_fitted
 from kajiya.flows.report import write_report
@@ -76,7 +77,9 @@ def train(
             early.append((kind, fields))
 
     stages = Stages(hear_early)
-    data = prepare_data(config, store, stages)
+    based = find_bases(config, store, hear_early)
+    config = based.config
+    data = replace(prepare_data(config, store, stages), bases=based.parents)
     key = training_key(config, data)
     # A key to the server is no business of manifests, logs and trackers.
     run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command))
@@ -206,14 +209,24 @@ def _training_section(config: Config) -> dict[str, Any]:
     return {
         "name": config.name,
         "seed": config.seed,
-        "model": config.model,
         "optim": config.optim,
         "schedule": config.schedule,
         "train": config.train,
         "row_tokens": config.data.row_tokens,
         "isolate": config.data.isolate,
-        "own_code": own_code((config.model.name, config.optim.name, config.schedule.name, config.train.loss.name)),
-    }
+        "own_code": own_code(_own_names(config)),
+    } | without_places(config)
+
+
+def _own_names(config: Config) -> tuple[str, ...]:
+    """What may be the user's own code."""
+    return (
+        config.model.name,
+        config.adapter.name,
+        config.optim.name,
+        config.schedule.name,
+        config.train.loss.name,
+    )
 
 
 def _model(
@@ -232,7 +245,7 @@ def _model(
             code=_training_code(),
             config=_training_section(config),
             parents=data.parents(),
-            make=lambda folder: save_fitted(fitted, data.tokenizer, folder),
+            make=lambda folder: save_fitted(config, fitted, data, folder),
         )
     else:
         made = stages.produce("train", lambda: (found, True), _model_words)

@@ -88,5 +88,10 @@ def segment_mask(segments: torch.Tensor) -> torch.Tensor | None:
     """
     if not bool((segments != segments[:, :1]).any()):
         return None
+    return visible(segments)
+
+
+def visible(segments: torch.Tensor) -> torch.Tensor:
+    """Boolean [B, 1, T, T], true where token i may look at token j: same segment and j ≤ i."""
     same = segments[:, :, None] == segments[:, None, :]
     return same.tril().unsqueeze(1)

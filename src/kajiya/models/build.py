@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from kajiya.config.quantities import parse_count
 from kajiya.config.schema import ModelConfig
 from kajiya.config.tables import check_choice, import_target, nearest
 from kajiya.errors import ConfigError
+from kajiya.models.adapter_files import is_adapter
 from kajiya.models.attention import attention_name
 from kajiya.models.load import load_model
+from kajiya.models.open import open_model
+from kajiya.models.quantized import count_params
 from kajiya.models.size import Shape, derive_shape
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.models.vocabulary import Vocabulary as Vocabulary
@@ -51,9 +55,7 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Ta
         if ":" in config.name:
             return _own_module(config)
         if config.path is not None:
-            module = load_model(
-                config.path, config.revision, torch.float32, config.attention, config.trust_remote_code, task
-            )
+            module = _from_weights(config, task)
             if task.name != "causal":
                 module.config.pad_token_id = vocabulary.pad_id
             grown = grow_embedding(module, vocabulary, config.path)
@@ -61,9 +63,12 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Ta
         return _from_scratch(config, vocabulary, task)
 
 
-def count_params(module: nn.Module) -> int:
-    """Parameters of the module; shared ones count once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def _from_weights(config: ModelConfig, task: Task) -> Any:
+    """Weights from a folder or the hub; those of an adapter are its base's with the adapter added."""
+    path = str(config.path)
+    if is_adapter(Path(path)):
+        return open_model(Path(path), torch.float32, config.attention, is_merged=True, task=task)
+    return load_model(path, config.revision, torch.float32, config.attention, config.trust_remote_code, task)
 
 
 def _own_module(config: ModelConfig) -> BuiltModel:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from kajiya.data.batch import Batch
+from kajiya.models.attention import visible
 from kajiya.models.isolation import isolation_inputs
+from kajiya.models.virtual_tokens import virtual_tokens
 
 
 def has_split_head(model: nn.Module) -> bool:
@@ -17,12 +19,15 @@ def has_split_head(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):
         return False
     head = model.get_output_embeddings()
+    if type(head).__name__ == "ModulesToSaveWrapper":
+        # PEFT's, around a head that an adapter trains whole: it passes on the attributes of the head in force.
+        head = head.original_module
     return isinstance(head, nn.Linear) and head.bias is None and model.base_model is not model
 
 
 def last_hidden(model: Any, batch: Batch) -> torch.Tensor:
     """Hidden state [B, T, D] before the head, documents of a row isolated from each other."""
-    return model.base_model(**forward_inputs(model, batch)).last_hidden_state  # type: ignore[no-any-return]
+    return _of_tokens(model, model.base_model(**forward_inputs(model, batch)).last_hidden_state)
 
 
 def all_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -33,7 +38,7 @@ def all_logits(model: Any, batch: Batch) -> torch.Tensor:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
-        return model(**forward_inputs(model, batch)).logits  # type: ignore[no-any-return]
+        return _of_tokens(model, model(**forward_inputs(model, batch)).logits)
     wanted = inspect.signature(model.forward).parameters
     given = {"positions": batch.positions, "segments": batch.segments}
     result = model(batch.tokens, **{name: tensor for name, tensor in given.items() if name in wanted})
@@ -47,4 +52,13 @@ def all_logits(model: Any, batch: Batch) -> torch.Tensor:
 def forward_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     """Keyword arguments of a Transformers forward pass for a packed batch."""
     inputs: dict[str, Any] = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
+    virtual = virtual_tokens(model)
+    if virtual is not None:
+        return virtual.inputs(model, inputs, visible(batch.segments))
     return inputs | isolation_inputs(model, batch)
+
+
+def _of_tokens(model: Any, outputs: torch.Tensor) -> torch.Tensor:
+    """Outputs [B, T, …] of the batch's own tokens, without those of virtual ones before them."""
+    virtual = virtual_tokens(model)
+    return outputs if virtual is None else virtual.strip(outputs)

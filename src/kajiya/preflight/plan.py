@@ -7,6 +7,7 @@ from typing import Any
 
 from kajiya.config.quantities import format_bytes, format_count, format_seconds
 from kajiya.config.schema import Config
+from kajiya.models.quantized import count_params
 from kajiya.training.fit import Setup
 from kajiya.training.flops import flops_per_token
 from kajiya.training.portions import rows_of_step
@@ -49,7 +50,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{format_bytes(facts['peak_bytes'])} peak, of it {format_bytes(facts['state_bytes'])} weights and optimizer"
     )
     return [
-        ("parameters", f"{format_count(n_params)} ({facts['n_trainable'] / n_params:.0%} trainable)"),
+        ("parameters", _trained_words(n_params, facts["n_trainable"])),
         ("precision", f"{facts['precision']}: {facts['precision_reason']}"),
         ("compiled", facts["compiled"]),
         ("steps", f"{steps:,} of {facts['tokens_per_step']:,} tokens"),
@@ -64,6 +65,13 @@ def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _trained_words(n_params: int, n_trainable: int) -> str:
+    if n_trainable == n_params:
+        return f"{format_count(n_params)}, all trained"
+    share = f"{100 * n_trainable / n_params:.2g}"
+    return f"{format_count(n_params)}, {format_count(n_trainable)} ({share} %) trained"
+
+
 def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: float, compiled: str) -> Plan:
     """Measure a few steps (undone afterwards) and derive what the config leaves open.
 
@@ -72,8 +80,8 @@ def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: f
     cost = measure_steps(setup)
     tokens_per_step = config.data.row_tokens * rows_of_step(config.train)
     steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
-    n_params = sum(parameter.numel() for parameter in setup.model.parameters())
-    n_trainable = sum(parameter.numel() for parameter in setup.optimizer.parameters.values())
+    n_params = count_params(setup.model)
+    n_trainable = count_params(setup.model, trainable=True)
     optimizer = setup.optimizer
     shared = sum(t.numel() * 4 for name, t in optimizer.masters.items() if t is optimizer.parameters[name])
     model_bytes = sum(t.numel() * t.element_size() for t in setup.model.parameters())

@@ -26,6 +26,7 @@ Event = dict[str, Any]
 - `sample`: `step`, `prompt`, `text`
 - `artifact`: `name`, `path`, `stage`, `digest`
 - `report`: `path`
+- `proof`: `facts` (`seconds`, `findings`: name, state, text, remedy, figures)
 - `warning`: `text`
 - `note`: `text`, something worth knowing that is no warning
 - `ended`: `status` (finished, interrupted, failed), `error`

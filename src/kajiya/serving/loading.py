@@ -52,12 +52,13 @@ def load_engine(folder: Path, *, options: EngineOptions | None = None, runner: s
     runner cannot drive exactly.
     """
     opts = options or EngineOptions(**settings)
-    if not (folder / "config.json").is_file():
-        raise ConfigError("model", f"{str(folder)!r} is no folder with a saved model (config.json is missing)")
-    from kajiya.models.load import load_model
+    from kajiya.models.adapter_files import is_adapter
+    from kajiya.models.open import open_model
 
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
+        raise ConfigError("model", f"{str(folder)!r} is no folder with a saved model (config.json is missing)")
     device = pick_device(opts.device)
-    model = load_model(folder, dtype=pick_dtype(opts.precision, device), attention="eager").to(device)
+    model = open_model(folder, pick_dtype(opts.precision, device), "eager", is_merged=True).to(device)
     return engine_of(model, end_tokens(folder, model), opts, runner)
 
 

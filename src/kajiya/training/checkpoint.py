@@ -5,6 +5,7 @@ tensor's pieces are, so that several ranks may each write a file of their own), 
 """
 
 import copy
+import hashlib
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import StoreError
+from kajiya.models.quantized import plain_tensors
 from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, write_json
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.pieces import index_of, read_pieces
@@ -48,9 +50,10 @@ def take_snapshot(
     state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, int], run_key: str
 ) -> Snapshot:
     """A copy of the state on the CPU, which nothing that follows changes."""
-    tensors = _frozen_and_buffers(model, optimizer) | optimizer.state_tensors() | _generator_tensors()
+    tensors = _buffers(model) | optimizer.state_tensors() | _generator_tensors()
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    plain = {"state": asdict(state), "loader": loader, "generators": _generator_numbers(), "run_key": run_key}
+    plain: dict[str, Any] = {"state": asdict(state), "loader": loader, "run_key": run_key}
+    plain |= {"generators": _generator_numbers(), "frozen": frozen_digest(model)}
     return Snapshot(copied, copy.deepcopy(plain))
 
 
@@ -82,7 +85,7 @@ def load_checkpoint(
 ) -> tuple[TrainState, dict[str, int]]:
     """Verify every hash, restore model, optimizer and generators; returns the counters and the loader's state."""
     tensors, plain = _read(folder, run_key)
-    _restore_weights(folder, tensors, model, optimizer)
+    _restore_weights(folder, (tensors, plain), model, optimizer)
     generators = {name.removeprefix("generator/"): t for name, t in tensors.items() if name.startswith("generator/")}
     _restore_generators(generators, plain["generators"])
     return TrainState(**plain["state"]), plain["loader"]
@@ -90,7 +93,7 @@ def load_checkpoint(
 
 def load_weights(folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str) -> None:
     """Verify every hash, restore model and optimizer alone; generators, counters and the loader go on."""
-    _restore_weights(folder, _read(folder, run_key)[0], model, optimizer)
+    _restore_weights(folder, _read(folder, run_key), model, optimizer)
 
 
 def _read(folder: Path, run_key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -102,14 +105,17 @@ def _read(folder: Path, run_key: str) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def _restore_weights(
-    folder: Path, tensors: dict[str, torch.Tensor], model: nn.Module, optimizer: MasterOptimizer
+    folder: Path, read: tuple[dict[str, torch.Tensor], dict[str, Any]], model: nn.Module, optimizer: MasterOptimizer
 ) -> None:
+    tensors, plain = read
+    if plain["frozen"] != frozen_digest(model):
+        raise StoreError(f"{folder}: the frozen weights are not those that this checkpoint was trained beside")
     held = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
-    expected = {name.removeprefix("model/") for name in _frozen_and_buffers(model, optimizer)}
+    expected = {name.removeprefix("model/") for name in _buffers(model)}
     if expected != held.keys():
         odd = sorted(expected ^ held.keys())[0]
         raise StoreError(f"{folder}: the tensor {odd!r} is in the model or in the checkpoint, but not in both")
-    own = model.state_dict()
+    own = dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in held.items():
             own[name].copy_(tensor)
@@ -144,14 +150,29 @@ def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _frozen_and_buffers(model: nn.Module, optimizer: MasterOptimizer) -> dict[str, torch.Tensor]:
-    """Everything of the model that the optimizer's masters do not already hold, shared tensors once."""
-    trained = {id(tensor) for tensor in optimizer.parameters.values()}
-    kept: dict[int, tuple[str, torch.Tensor]] = {}
+def frozen_digest(model: nn.Module) -> str | None:
+    """SHA-256 of the weights that are not trained, which a checkpoint names and does not hold; `None` where there are none."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    held = _buffers(model)
+    hasher, n_frozen = hashlib.sha256(), 0
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in trained:
-            kept.setdefault(id(tensor), (f"model/{name}", tensor))
-    return dict(kept.values())
+        if not isinstance(tensor, torch.Tensor) or id(tensor) in trained or f"model/{name}" in held:
+            continue
+        n_frozen += 1
+        hasher.update(name.encode())
+        for part in plain_tensors(tensor.detach()):
+            hasher.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest() if n_frozen else None
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the model's state, by their name in a checkpoint; shared ones once."""
+    kept = {}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                kept[f"model/{path}.{name}" if path else f"model/{name}"] = buffer
+    return kept
 
 
 def _generator_tensors() -> dict[str, torch.Tensor]:

@@ -35,8 +35,13 @@ Decays = Mapping[str, float]
 Made = list[torch.optim.Optimizer]
 
 
-def load_optimizer(config: OptimConfig, model: nn.Module, ema_decay: float | None = None) -> MasterOptimizer:
-    """The optimizer that the config names, over the model's trainable parameters."""
+def load_optimizer(
+    config: OptimConfig, model: nn.Module, ema_decay: float | None = None, rates: Mapping[str, float] | None = None
+) -> MasterOptimizer:
+    """The optimizer that the config names, over the model's trainable parameters.
+
+    `rates`, by name, are the learning rates of some of them over the rate that they would have.
+    """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("model", "has no trainable parameter")
@@ -47,7 +52,21 @@ def load_optimizer(config: OptimConfig, model: nn.Module, ema_decay: float | Non
     arguments = {"options": options} if is_options(options) else options
     made = make(masters, lr=config.lr, weight_decay=decays, roles=roles, **arguments)
     optimizers = made if isinstance(made, list) else [made]
+    _set_rates(optimizers, {id(tensor): (rates or {}).get(name, 1.0) for name, tensor in masters})
     return MasterOptimizer(dict(trainable), dict(masters), optimizers, config.lr, ema_decay)
+
+
+def _set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: Mapping[int, float]) -> None:
+    """Move parameters whose rate is another into groups of their own."""
+    for optimizer in optimizers:
+        for group in list(optimizer.param_groups):
+            kinds = sorted({rates[id(tensor)] for tensor in group["params"]})
+            parts = {rate: [each for each in group["params"] if rates[id(each)] == rate] for rate in kinds}
+            settings = {name: value for name, value in group.items() if name != "params"}
+            group["params"] = parts[kinds[0]]
+            group["lr"] = settings["lr"] * kinds[0]
+            for rate in kinds[1:]:
+                optimizer.add_param_group(settings | {"params": parts[rate], "lr": settings["lr"] * rate})
 
 
 def adamw(named: Named, lr: float, weight_decay: Decays, roles: Roles, options: AdamWOptions) -> Made:
@@ -128,12 +147,14 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    heads = set() if head is None else {id(parameter) for parameter in head.parameters() if parameter.ndim == 2}
     roles: dict[str, Role] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings:
             roles[name] = "embedding"
-        elif isinstance(head, nn.Linear) and parameter is head.weight:
+        elif id(parameter) in heads:
             roles[name] = "head"
         else:
-            roles[name] = "matrix" if parameter.ndim == 2 else "vector"
+            # The factors of IA³ are rows or columns, and so vectors.
+            roles[name] = "matrix" if parameter.ndim == 2 and 1 not in parameter.shape else "vector"
     return roles

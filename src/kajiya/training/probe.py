@@ -39,9 +39,13 @@ class StepCost:
 
 
 @contextmanager
-def undone(setup: Setup) -> Iterator[None]:
-    """Steps within leave no trace: weights, optimizer, random generators, strategy and loader are as they were, bit for bit."""
-    before = {name: tensor.clone() for name, tensor in setup.optimizer.state_tensors().items()}
+def undone(setup: Setup, *, has_steps: bool = True) -> Iterator[None]:
+    """Steps within leave no trace: weights, optimizer, random generators, strategy and loader are as they were, bit for bit.
+
+    Without `has_steps` the block changes no weights, and no copy of them is kept.
+    """
+    before = {name: tensor.clone() for name, tensor in setup.optimizer.state_tensors().items()} if has_steps else {}
+    modes = [(module, module.training) for module in setup.model.modules()]
     buffers = {name: tensor.clone() for name, tensor in setup.model.named_buffers()}
     position, remembered = setup.loader.state(), setup.strategy.state()
     devices = [setup.strategy.device.index or 0] if setup.strategy.device.type == "cuda" else []
@@ -51,7 +55,10 @@ def undone(setup: Setup) -> Iterator[None]:
             yield
     finally:
         setup.optimizer.clear_grads()
-        setup.optimizer.reset(before)
+        if has_steps:
+            setup.optimizer.reset(before)
+        for module, is_training in modes:
+            module.training = is_training
         with torch.no_grad():
             for name, buffer in setup.model.named_buffers():
                 buffer.copy_(buffers[name])

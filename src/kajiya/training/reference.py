@@ -13,6 +13,7 @@ from torch import nn
 
 from kajiya.data.batch import ExampleBatch
 from kajiya.evals.scoring import evaluation_mode
+from kajiya.models.quantized import plain_tensors
 from kajiya.training.losses.sequences import sequence_log_probs
 from kajiya.training.precision import Precision
 
@@ -77,7 +78,8 @@ def weights_digest(model: nn.Module) -> str:
     hasher = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for part in plain_tensors(tensor.detach()):
+            hasher.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

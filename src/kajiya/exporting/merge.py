@@ -1,0 +1,75 @@
+"""An adapter added to its base, or several models made into one; each result measured beside what it came from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kajiya.config.digest import to_plain
+from kajiya.data.tokenizer import load_tokenizer
+from kajiya.errors import ConfigError, ParityError
+from kajiya.exporting.mixing import Mixing, mix
+from kajiya.exporting.parity import compare, perplexity, require_parity
+from kajiya.models.adapter_files import read_base
+from kajiya.models.load import load_model
+from kajiya.models.open import model_dtype, open_model
+from kajiya.models.save import save_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Rows = Sequence[Sequence[int]]
+
+
+def merge_adapter(adapter: Path, folder: Path, rows: Rows, *, into: str | None, base: str | None) -> dict[str, Any]:
+    """Write the base of `adapter` with the adapter added into `folder`, in the dtype `into` (`None`: the base's own).
+
+    What was written is loaded again and compared with the adapter beside its base on `rows`, in float32 and in `into`, at the
+    tolerances of `parity`. Returns the certificate. Raises `ParityError` when one is past its tolerance.
+    """
+    stored = model_dtype(adapter) if into is None else _dtype(into)
+    merged = open_model(adapter, torch.float32, base=base, is_merged=True)
+    save_model(merged.to(stored), load_tokenizer(adapter), folder)
+    del merged
+    held = {torch.float32, stored} if stored == torch.float32 else {stored}
+    measured = []
+    for dtype in (torch.float32, torch.bfloat16) if stored == torch.float32 else (stored,):
+        parent = open_model(adapter, torch.float32, base=base).to(dtype)
+        measured.append(compare(parent, load_model(folder, dtype=dtype), rows, is_held=dtype in held))
+    require_parity("the merged model", measured)
+    named = read_base(adapter)
+    return {
+        "parity": to_plain(measured),
+        "dtype": str(stored).removeprefix("torch."),
+        "base": "not named by digest: the adapter was made by another tool"
+        if named is None
+        else "the weights that the adapter was trained beside"
+        if named.quantize == "none"
+        else f"the exact weights that the {named.quantize} ones stand for, beside which the adapter was trained",
+    }
+
+
+def merge_models(
+    models: Sequence[Path], folder: Path, rows: Rows, *, mixing: Mixing, base: Path | None
+) -> dict[str, Any]:
+    """Write the joint model of several (adapters are added to their bases first) into `folder`; returns its figures.
+
+    The perplexity of each and of the joint model on `rows` is measured: a joint model computes what none of them does, so there
+    is no parity to hold it to. Raises `ParityError` when its logits are no numbers.
+    """
+    opened = [open_model(path, torch.float32, is_merged=True) for path in models]
+    origin = None if base is None else open_model(base, torch.float32, is_merged=True).state_dict()
+    perplexities = [perplexity(each, rows) for each in opened]
+    joint = opened[0]
+    joint.load_state_dict(mix([each.state_dict() for each in opened], origin, mixing))
+    save_model(joint.to(model_dtype(models[0])), load_tokenizer(models[0]), folder)
+    again = load_model(folder, dtype=torch.float32)
+    found = perplexity(again, rows)
+    if not found < float("inf"):
+        raise ParityError("the joint model's logits are no numbers.")
+    return {"mixing": to_plain(mixing), "perplexity": found, "parent_perplexities": perplexities}
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigError("--into", f"{name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,296 @@
+"""What of a model is trained: every weight, an adapter of PEFT's beside frozen ones, or a part.
+
+PEFT's layers are put into the model in place: it stays the Transformers model that it was, so that losses, evaluation and the
+chunked cross-entropy need not know of them.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.config.options import FreezeOptions, LoadOptions, LoraOptions, NoOptions, PrefixOptions, PromptOptions
+from kajiya.config.schema import AdapterConfig
+from kajiya.config.tables import is_options, resolve
+from kajiya.errors import ConfigError
+from kajiya.models.adapter_files import load_adapter
+from kajiya.models.attention import PACKED_SDPA
+from kajiya.models.injection import BEGINNING, inject, layers
+from kajiya.models.quantized import count_params, quantize
+from kajiya.models.virtual_tokens import attach, filled_config, virtual_tokens
+
+_CLASS_HEADS = ("score", "classifier")
+"""Names that Transformers gives to the heads of classification, which begin at random and so are trained whole."""
+
+
+def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: int) -> dict[str, Any]:
+    """Quantize the weights (`model.quantize`) and apply the adapter, in place; returns what was derived.
+
+    Random beginnings are a function of `seed` alone. Raises `ConfigError` when nothing would be trained.
+    """
+    quantize(module, quantized)
+    function, options = resolve("adapter", config.name, config.options, "adapter")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if is_options(options):
+            function(module, options)
+        else:
+            function(module, **options)
+    n_trainable = count_params(module, trainable=True)
+    if n_trainable == 0:
+        raise ConfigError("adapter", f"{config.name} leaves nothing to train")
+    return {"model.n_params": count_params(module), "adapter.n_trainable": n_trainable}
+
+
+def rate_ratios(module: nn.Module, config: AdapterConfig) -> dict[str, float]:
+    """Learning rate of each trained parameter over the peak rate, where it is another (LoRA+)."""
+    if "lr_ratio" not in config.options:
+        return {}
+    second = re.compile(r"\.(lora_B|lora_embedding_B)\b")
+    named = ((name, each) for name, each in module.named_parameters() if each.requires_grad)
+    return {name: float(config.options["lr_ratio"]) for name, _ in named if second.search(name)}
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether the model has an adapter beside its own weights (a partly frozen model has none)."""
+    return bool(vars(module).get("peft_config"))
+
+
+def adapter_names(module: nn.Module) -> list[str]:
+    """Names of the adapters that stand beside the model's weights."""
+    return list(vars(module).get("peft_config") or ())
+
+
+def use_adapter(module: nn.Module, name: str) -> None:
+    """Make the adapter of that name the one in force. Raises `ConfigError` when there is none."""
+    known = adapter_names(module)
+    if name not in known:
+        raise ConfigError("adapter", f"{name!r} is no adapter of this model; there is: {', '.join(known) or 'none'}")
+    for part in layers(module):
+        part.set_adapter(name, inference_mode=not _is_trained(part))
+
+
+@contextmanager
+def adapter_off(module: nn.Module) -> Iterator[None]:
+    """Within the block the model computes as its base, as it was before any training (the reference of DPO and its kin).
+
+    For no-grad passes: what the adapter trains keeps its gradients and its state. Raises `ConfigError` without an adapter.
+    """
+    if not has_adapter(module):
+        raise ConfigError("adapter", "there is none to turn off: the model's own weights are trained")
+    virtual = virtual_tokens(module)
+    parts = list(layers(module))
+    trained = [(each, each.requires_grad) for part in parts for each in part.parameters()]
+    swapped = [_begin(part) for part in parts if _takes_from_base(part)]
+    off = [part for part in parts if not _takes_from_base(part)]
+    try:
+        if virtual is not None:
+            virtual.is_off = True
+        for part in off:
+            part.enable_adapters(False)
+        yield
+    finally:
+        if virtual is not None:
+            virtual.is_off = False
+        for part in off:
+            part.enable_adapters(True)
+        for restore in swapped:
+            restore()
+        for each, is_trained in trained:
+            each.requires_grad_(is_trained)
+
+
+def _takes_from_base(part: Any) -> bool:
+    """Whether the adapter's beginning was taken out of the weights (PiSSA, OLoRA), which are incomplete without it."""
+    return BEGINNING[0] in part._buffers
+
+
+def _begin(part: Any) -> Callable[[], None]:
+    """Put the adapter back to its beginning; returns what undoes it."""
+    matrices = [part.lora_A["default"].weight, part.lora_B["default"].weight]
+    now = [each.data for each in matrices]
+    for each, value in zip(matrices, (part._buffers[buffer] for buffer in BEGINNING), strict=True):
+        each.data = value.to(each.dtype)
+
+    def restore() -> None:
+        for each, value in zip(matrices, now, strict=True):
+            each.data = value
+
+    return restore
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return any(each.requires_grad for each in part.parameters())
+
+
+# ---------------------------------------------------------------- rows of the table
+
+
+def everything(module: nn.Module, options: NoOptions) -> None:
+    """Every weight is trained."""
+
+
+def freeze(module: nn.Module, options: FreezeOptions) -> None:
+    """Only parameters in whose name the pattern is found are trained."""
+    pattern = _compiled(options.train, "adapter.options.train")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(bool(pattern.search(name)))
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        names = ", ".join(name for name, _ in list(module.named_parameters())[:4])
+        raise ConfigError("adapter.options.train", f"{options.train!r} is found in no parameter's name ({names} …)")
+
+
+def lora(module: nn.Module, options: LoraOptions) -> None:
+    """Low-rank matrices beside the chosen linear layers."""
+    _lora(module, options, is_dora=False)
+
+
+def dora(module: nn.Module, options: LoraOptions) -> None:
+    """The same, with the magnitude of each output trained apart from its direction."""
+    _lora(module, options, is_dora=True)
+
+
+def ia3(module: nn.Module, options: NoOptions) -> None:
+    """Factors on keys, values and the inside of the feed-forward block, which begin at one."""
+    from peft import IA3Config
+
+    inject(module, IA3Config(task_type=_task(module)), "default")
+
+
+def prefix(module: nn.Module, options: PrefixOptions) -> None:
+    """Keys and values before each document, in every layer."""
+    from peft import PrefixTuningConfig
+
+    _require_packed(module, "prefix")
+    config = filled_config(module, PrefixTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module)))
+    # Keys and values of a model at its beginning are about this large; a standard normal would drown the text.
+    weight = torch.randn(options.n_tokens, config.num_layers * 2 * config.token_dim) * 0.02
+    _attach(module, config, weight)
+
+
+def prompt(module: nn.Module, options: PromptOptions) -> None:
+    """Embeddings before each document, which begin as those of random tokens."""
+    from peft import PromptTuningConfig
+
+    _require_packed(module, "prompt")
+    config = filled_config(module, PromptTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module)))
+    table: torch.Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
+    _attach(module, config, table[torch.randint(0, len(table), (options.n_tokens,))].detach().float().clone())
+
+
+def load(module: nn.Module, options: LoadOptions) -> None:
+    """The adapter in a folder, trained on."""
+    load_adapter(module, Path(options.path), is_trained=True)
+
+
+_STARTS: Mapping[str, Any] = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
+
+
+def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
+    from peft import LoraConfig
+
+    whole, is_tied = _trained_whole(module, options)
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_dropout=options.dropout,
+        use_rslora=options.rslora,
+        use_dora=is_dora,
+        init_lora_weights=_STARTS[options.init],
+        target_modules=target_names(module, options.targets),
+        modules_to_save=whole or None,
+        ensure_weight_tying=is_tied,
+        task_type=_task(module),
+    )
+    inject(module, config, "default")
+
+
+def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
+    """Names of the modules that are trained whole, and whether they share one weight."""
+    names = {id(part): name for name, part in module.named_modules()}
+    heads = [name for name in names.values() if name in _CLASS_HEADS]
+    if not (options.train_embeddings or options.train_head):
+        return heads, False
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    wanted = [embedding] if options.train_embeddings or is_tied else []
+    if options.train_head and not is_tied:
+        if head is None:
+            raise ConfigError("adapter.options.train_head", f"{type(module).__name__} has no output head")
+        wanted.append(head)
+    return [names[id(part)] for part in wanted] + heads, is_tied
+
+
+def target_names(module: nn.Module, targets: str) -> list[str]:
+    """Full names of the linear layers that `targets` means. Raises `ConfigError` when there is none."""
+    from transformers import PreTrainedModel
+
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    linear = [
+        name
+        for name, part in module.named_modules()
+        if (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D")
+        and part is not head
+        and name not in _CLASS_HEADS
+    ]
+    if targets in _TARGETS:
+        chosen = [name for name in linear if _TARGETS[targets](name)]
+    else:
+        pattern = _compiled(targets, "adapter.options.targets")
+        chosen = [
+            name for name, part in module.named_modules() if not list(part.children()) and pattern.fullmatch(name)
+        ]
+    if not chosen:
+        raise ConfigError(
+            "adapter.options.targets",
+            f"{targets!r} matches no module of {type(module).__name__}",
+            f"One of {', '.join(_TARGETS)}, or a regular expression for names like {', '.join(linear[:2]) or 'none'}.",
+        )
+    return chosen
+
+
+def _is_attention(name: str) -> bool:
+    return any("attn" in part or "attention" in part for part in name.lower().split("."))
+
+
+_TARGETS: Mapping[str, Callable[[str], bool]] = {
+    "all-linear": lambda name: True,
+    "attention": _is_attention,
+    "mlp": lambda name: not _is_attention(name) and any(part.isdigit() for part in name.split(".")),
+}
+"""Which linear layers a word means, by their full names (those of a block have its number in them)."""
+
+
+def _compiled(pattern: str, field: str) -> "re.Pattern[str]":
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(field, f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _attach(module: Any, config: Any, weight: torch.Tensor) -> None:
+    attach(module, config, weight)
+    module.peft_config = {"default": config}
+
+
+def _require_packed(module: Any, name: str) -> None:
+    from transformers import PreTrainedModel
+
+    is_packed = isinstance(module, PreTrainedModel) and module.config._attn_implementation == PACKED_SDPA
+    if not is_packed or _task(module) != "CAUSAL_LM":
+        raise ConfigError("adapter.name", f"{name} needs a causal model of Transformers with model.attention=sdpa")
+
+
+def _task(module: nn.Module) -> str | None:
+    """What PEFT calls the model's use, which it wants to know when it loads the adapter."""
+    kinds = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    return next((task for end, task in kinds.items() if type(module).__name__.endswith(end)), None)

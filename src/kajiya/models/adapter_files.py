@@ -1,0 +1,180 @@
+"""Adapter folders: as PEFT's own, and beside its two files the digest of the weights that the adapter belongs to."""
+
+import copy
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.errors import StoreError
+from kajiya.models.injection import BEGINNING, inject, takes_from_base
+from kajiya.models.virtual_tokens import ATTRIBUTE, attach, filled_config
+from kajiya.models.weights_digest import weights_digest
+from kajiya.run.files import read_json, write_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_BASE = "base.json"
+_PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model's own modules."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The weights that an adapter belongs to."""
+
+    path: str
+    """Their folder, relative to the adapter's or absolute, or a hub name."""
+    digest: str
+    """`weights_digest` of them."""
+    quantize: str
+    """In which form they were trained beside (`model.quantize`)."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter, and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def is_mergeable(folder: Path) -> bool:
+    """Whether the adapter in the folder is a change of weights; virtual tokens are none."""
+    return read_json(folder / ADAPTER_CONFIG)["peft_type"] not in ("PREFIX_TUNING", "PROMPT_TUNING")
+
+
+def save_adapter(module: Any, tokenizer: Any, folder: Path, base: Base, name: str = "default") -> None:
+    """Write the adapter so that plain `PeftModel.from_pretrained` loads it onto the base; the base's own weights are not in it."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(module.peft_config[name])
+    tensors = _tensors(module, name)
+    if takes_from_base(config):
+        tensors = _beside_the_whole_base(module, config, tensors)
+    config.inference_mode = True
+    config.base_model_name_or_path = str((folder / base.path).resolve()) if _is_path(base.path) else base.path
+    config.save_pretrained(str(folder))
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / _BASE, asdict(base))
+    tokenizer.save_pretrained(folder)
+
+
+def read_base(folder: Path) -> Base | None:
+    """The base that the adapter names by digest; `None` for one that another tool made."""
+    if not (folder / _BASE).is_file():
+        return None
+    return Base(**read_json(folder / _BASE))
+
+
+def base_folder(folder: Path, given: str | None = None) -> Path:
+    """Folder of the adapter's base (for a hub name that of the hub's cache), checked against its digest.
+
+    `given` is one to use in the place of that which the adapter names.
+
+    Raises `StoreError` when it is not there, or is another than the adapter was trained on.
+    """
+    base = read_base(folder)
+    path = given or (base.path if base else read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"])
+    if not path:
+        raise StoreError(f"{folder}: the adapter does not say which model it belongs to.\nName it with --base.")
+    found = Path(os.path.normpath(folder / path)) if given is None and (folder / path).is_dir() else Path(path)
+    if not found.is_dir():
+        if _is_path(str(path)):
+            raise StoreError(f"{folder}: its base {path} is not there.\nPut it back, or name it with --base.")
+        found = hub_folder(str(path))
+    check_base(folder, found)
+    return found
+
+
+def hub_folder(name: str, revision: str | None = None) -> Path:
+    """The weights of that hub name in the hub's cache, fetched where they are not in it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise StoreError(f"{name!r} cannot be had from the hub: {str(error).splitlines()[0]}") from error
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """Raise `StoreError` when the weights in `base` are not those that the adapter in `folder` names."""
+    named = read_base(folder)
+    if named is None:
+        return
+    found = weights_digest(base)
+    if found != named.digest:
+        raise StoreError(
+            f"{folder}: this adapter belongs to weights of digest {named.digest[:12]}, and those in {base} have {found[:12]}.\n"
+            "On another base it would compute nonsense without a sign."
+        )
+
+
+def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained: bool = False) -> None:
+    """Put the adapter in `folder` beside the weights of `module`, under `name`; made by any tool that writes PEFT's files.
+
+    Raises `StoreError` where its tensors do not fit, or where it names another base than the folder that `module` came from.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not is_adapter(folder) or not (folder / _WEIGHTS).is_file():
+        raise StoreError(f"{folder}: no adapter is there ({ADAPTER_CONFIG} and {_WEIGHTS})")
+    origin = Path(str(getattr(module, "name_or_path", "")) or "-")
+    if origin.is_dir():
+        check_base(folder, origin)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not is_trained
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(folder / _WEIGHTS).items()}
+    if config.is_prompt_learning:
+        attach(module, filled_config(module, config), tensors["prompt_embeddings"].float())
+        module.peft_config = {name: config}
+        module._modules[ATTRIBUTE].requires_grad_(is_trained)
+        return
+    inject(module, config, name)
+    expected = set(_tensors(module, name, with_prefix=False))
+    if expected != tensors.keys():
+        odd = sorted(expected ^ tensors.keys())[0]
+        raise StoreError(
+            f"{folder}: the tensor {odd!r} is in the adapter or in the model's layers for it, but not in both"
+        )
+    set_peft_model_state_dict(module, tensors, name)
+
+
+def _tensors(module: Any, name: str, *, with_prefix: bool = True) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names that PEFT's files give them."""
+    from peft import get_peft_model_state_dict
+
+    if ATTRIBUTE in module._modules:
+        return {"prompt_embeddings": module._modules[ATTRIBUTE].embedding.weight}
+    # Whether the embedding is saved is the config's word (modules_to_save), not a look at the hub.
+    own = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
+    prefix = _PREFIX if with_prefix else ""
+    return {f"{prefix}{key}": tensor for key, tensor in own.items() if not key.endswith(BEGINNING)}
+
+
+def _beside_the_whole_base(module: nn.Module, config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same change as matrices of twice the rank beside weights that nothing was taken out of: BA − B₀A₀.
+
+    As PEFT converts PiSSA and OLoRA (arXiv:2404.02948, section 3 and appendix).
+    """
+    converted = dict(tensors)
+    for path, part in module.named_modules():
+        if BEGINNING[0] not in part._buffers:
+            continue
+        first, second = (f"{_PREFIX}{path}.lora_{side}.weight" for side in "AB")
+        converted[first] = torch.cat([tensors[first], part._buffers[BEGINNING[0]]], dim=0)
+        converted[second] = torch.cat([tensors[second], -part._buffers[BEGINNING[1]]], dim=1)
+    config.init_lora_weights = True
+    # The scale stays: alpha / r, or alpha / √r.
+    config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+    config.r *= 2
+    return converted
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/")) or name.count("/") != 1

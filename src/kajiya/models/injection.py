@@ -1,0 +1,89 @@
+"""PEFT's layers put into a model in place, and taken out again."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from kajiya.errors import ConfigError
+from kajiya.run.process import quiet_transformers
+
+BEGINNING = ("initial_A", "initial_B")
+"""Buffers with the first matrices of an adapter whose beginning was taken out of the weights."""
+
+
+def inject(module: Any, config: Any, name: str) -> None:
+    """Freeze the model and put the layers of PEFT's `config` beside its own, under the adapter's `name`.
+
+    Raises `ConfigError` with PEFT's own words where the two do not fit.
+    """
+    from peft import inject_adapter_in_model
+
+    quiet_transformers()
+    try:
+        with warnings.catch_warnings():
+            # Merging goes through the dequantized weights here, not through torchao's own layer.
+            warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")
+            # Several adapters on one base are what is wanted.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, module, name)
+    except ValueError as error:
+        raise ConfigError("adapter", " ".join(str(error).split())) from error
+    if takes_from_base(config):
+        _remember_beginning(module, name)
+
+
+def takes_from_base(config: Any) -> bool:
+    """Whether the adapter's beginning was taken out of the weights (PiSSA, OLoRA), which are incomplete without it."""
+    return bool(config.peft_type.value == "LORA" and config.init_lora_weights in ("pissa", "olora"))
+
+
+def layers(module: nn.Module) -> Iterator[Any]:
+    """Every layer of an adapter, and every wrapper of a module that one trains whole."""
+    if "peft_config" not in vars(module):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for part in module.modules():
+        if isinstance(part, BaseTunerLayer) or is_wrapper(part):
+            yield part
+
+
+def is_wrapper(part: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper of a module that an adapter trains whole."""
+    return type(part).__name__ == "ModulesToSaveWrapper"
+
+
+def merge(module: Any) -> None:
+    """Add the adapter in force to the weights, in place, and take its layers out.
+
+    Raises `ConfigError` for one that is no change of weights (prefix, prompt), or beside quantized weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from kajiya.models.quantized import is_quantized
+    from kajiya.models.virtual_tokens import ATTRIBUTE
+
+    if ATTRIBUTE in module._modules:
+        raise ConfigError("merge", "virtual tokens are no change of the weights, so they cannot be merged into them")
+    if any(is_quantized(parameter) for parameter in module.parameters()):
+        raise ConfigError("merge", "the weights are quantized; an adapter merges into dequantized ones")
+    for name, part in list(module.named_modules()):
+        if isinstance(part, BaseTunerLayer):
+            part.merge(safe_merge=True)  # type: ignore[operator]
+            module.set_submodule(name, part.get_base_layer())
+        elif is_wrapper(part):
+            module.set_submodule(name, part.modules_to_save[part.active_adapters[0]])  # type: ignore[index,operator]
+    del module.peft_config
+    head = module.get_output_embeddings()
+    if head is not None and head.weight is not module.get_input_embeddings().weight:
+        module.config.tie_word_embeddings = False
+
+
+def _remember_beginning(module: nn.Module, name: str) -> None:
+    """Keep the first matrices of PiSSA and OLoRA: what was taken out of the weights is their product."""
+    for part in layers(module):
+        if not is_wrapper(part) and name in part.lora_A:
+            for buffer, matrices in zip(BEGINNING, (part.lora_A, part.lora_B), strict=True):
+                part.register_buffer(buffer, matrices[name].weight.detach().clone())

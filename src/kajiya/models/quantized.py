@@ -1,0 +1,168 @@
+"""Frozen linear layers in few bits: NF4 with double quantization, LLM.int8, torchao's int8; on a CPU or a GPU."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.errors import ConfigError, MissingExtraError
+
+
+def quantize(module: nn.Module, kind: str) -> nn.Module:
+    """Replace the weights of every linear layer of `module` but the head, in place; `kind` is `model.quantize`.
+
+    nf4: 4-bit NormalFloat in blocks of 64, the blocks' scales in 8 bits (QLoRA, arXiv:2305.14314, sections 3 and 4); int8: LLM.int8
+    with outlier columns of activations kept (arXiv:2208.07339); torchao-int8: weights alone, a scale a row. The layers compute in
+    the dtype of what they read. Raises `ConfigError` for a module without linear layers.
+    """
+    if kind == "none":
+        return module
+    found = list(_linear_layers(module))
+    if not found:
+        raise ConfigError("model.quantize", f"{type(module).__name__} has no linear layer to quantize")
+    for name, layer in found:
+        module.set_submodule(name, _KINDS[kind](layer))
+    if kind in ("nf4", "int8"):
+        # PEFT's layers look here for what they stand beside.
+        setattr(module, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+    return module
+
+
+def dequantize(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace quantized layers by plain ones of the exact weights that they stand for, in `dtype`, in place."""
+    for name, part in list(module.named_modules()):
+        if isinstance(part, nn.Linear) and is_quantized(part.weight):
+            plain = nn.Linear(part.in_features, part.out_features, part.bias is not None, part.weight.device, dtype)
+            plain.weight = nn.Parameter(weight_values(part).to(dtype), requires_grad=False)
+            if part.bias is not None:
+                plain.bias = nn.Parameter(part.bias.detach().to(dtype), requires_grad=False)
+            module.set_submodule(name, plain)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(module).pop(flag, None)
+    return module
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether the tensor stands for weights in few bits."""
+    return type(parameter).__name__ in _VALUES
+
+
+def weight_values(layer: Any) -> torch.Tensor:
+    """The weights [out, in] that a quantized layer stands for, in the dtype that they had."""
+    values: torch.Tensor = _VALUES[type(layer.weight).__name__](layer.weight).detach()
+    return values.reshape(layer.out_features, layer.in_features)
+
+
+def n_values(parameter: torch.Tensor) -> int:
+    """Parameters that a tensor stands for: two in each byte of an NF4 weight."""
+    if type(parameter).__name__ == "Params4bit":
+        return int(torch.Size(parameter.quant_state.shape).numel())  # type: ignore[attr-defined]
+    return parameter.numel()
+
+
+def count_params(module: nn.Module, *, trainable: bool = False) -> int:
+    """Parameters of the module, or those that are trained; shared ones count once."""
+    return sum(n_values(each) for each in module.parameters() if each.requires_grad or not trainable)
+
+
+def stored_bytes(module: nn.Module) -> tuple[int, int]:
+    """Bytes that the quantized layers' weights take, scales included, and the parameters that they stand for."""
+    n_bytes = n_params = 0
+    for part in module.modules():
+        if not isinstance(part, nn.Linear) or not is_quantized(part.weight):
+            continue
+        held = part.state_dict()
+        n_bytes += sum(_bytes(each) for name, each in held.items() if isinstance(each, torch.Tensor) and name != "bias")
+        n_params += part.in_features * part.out_features
+    return n_bytes, n_params
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that one consists of: itself, or the integers and the scales behind torchao's."""
+    if type(tensor).__name__ == "Int8Tensor":
+        return [tensor.qdata, tensor.scale]  # type: ignore[attr-defined]
+    return [tensor]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return sum(each.numel() * each.element_size() for each in plain_tensors(tensor))
+
+
+def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    from transformers import PreTrainedModel
+
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    for name, part in module.named_modules():
+        if type(part) is nn.Linear and part is not head:
+            yield name, part
+
+
+def _nf4(layer: nn.Linear) -> nn.Module:
+    bnb = _bitsandbytes()
+    made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
+    # On a CPU its layer would pack the weights anew for evaluation, and round there as it does not in training.
+    made.support_avx512bf16_for_cpu = False
+    weight = bnb.nn.Params4bit(
+        layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
+    )
+    return _filled(made, weight.to(layer.weight.device), layer)
+
+
+def _int8(layer: nn.Linear) -> nn.Module:
+    bnb = _bitsandbytes()
+    made = bnb.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=6.0
+    )
+    weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    return _filled(made, weight.to(layer.weight.device), layer)
+
+
+def _torchao_int8(layer: nn.Linear) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise MissingExtraError("torchao", "quant", "model.quantize=torchao-int8") from error
+    layer.requires_grad_(False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    return layer
+
+
+def _filled(made: Any, weight: torch.Tensor, layer: nn.Linear) -> nn.Module:
+    made.weight = weight
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    made.train(layer.training)
+    return made  # type: ignore[no-any-return]
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "quant", "model.quantize") from error
+    # It says at every product that LLM.int8 reads activations in 16 bits.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return bitsandbytes
+
+
+def _values_nf4(weight: Any) -> torch.Tensor:
+    return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+
+
+def _values_int8(weight: Any) -> torch.Tensor:
+    # LLM.int8, equation 1: a row's largest absolute value stands for 127.
+    return weight.CB.float() * (weight.SCB / 127).unsqueeze(1)  # type: ignore[no-any-return]
+
+
+_KINDS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {"nf4": _nf4, "int8": _int8, "torchao-int8": _torchao_int8}
+_VALUES: Mapping[str, Callable[[Any], torch.Tensor]] = {
+    "Params4bit": _values_nf4,
+    "Int8Params": _values_int8,
+    "Int8Tensor": lambda weight: weight.dequantize(),
+}
+"""How each library's tensor of few bits, by its class's name, gives its values back."""

@@ -1,0 +1,64 @@
+"""Checks of the run as a whole: the learning rate over its steps, and whether it fits into memory."""
+
+import math
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from kajiya.config.quantities import format_bytes
+from kajiya.preflight.subject import Finding, Subject, failed, passed
+
+_MARKS = "▁▂▃▄▅▆▇█"
+_DRAWN = 24
+
+
+def check_schedule(subject: Subject) -> Finding:
+    """The learning rate as it will be: rises over the warm-up, reaches its peak, is never negative."""
+    setup, config = subject.setup, subject.config
+    steps, peak = setup.steps, config.optim.lr
+    points = sorted({1 + round(i * (steps - 1) / (_DRAWN - 1)) for i in range(_DRAWN)})
+    rates = [setup.lr(step) for step in points]
+    drawn = "".join(_MARKS[min(7, max(0, int(8 * rate / peak)))] if math.isfinite(rate) else "?" for rate in rates)
+    warmup = round(config.schedule.warmup_fraction * steps)
+    facts = {"curve": drawn, "steps": steps, "warmup_steps": warmup}
+    remedy = f"Look at schedule.name={config.schedule.name} and schedule.warmup_fraction."
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        return failed(f"the learning rate is negative or no number somewhere: {drawn}", remedy, **facts)
+    if max(setup.lr(min(steps, max(1, warmup + 1))), *rates) < 0.5 * peak:
+        return failed(f"the learning rate never comes near optim.lr={peak:g}: {drawn}", remedy, **facts)
+    if warmup >= steps:
+        return failed(f"the warm-up takes {warmup} of {steps} steps", remedy, **facts)
+    if warmup >= 2:
+        rising = [setup.lr(step) for step in sorted({1, max(1, warmup // 2), warmup})]
+        if not all(a < b for a, b in pairwise(rising)) or rising[0] > 0.75 * peak:
+            return failed(
+                f"the learning rate does not rise over the {warmup} steps of warm-up: {drawn}", remedy, **facts
+            )
+    return passed(f"{drawn}  {warmup} steps of warm-up, then {config.schedule.name}, {steps:,} in all", **facts)
+
+
+def check_memory(subject: Subject) -> Finding:
+    """Whole steps at the longest rows were measured for the plan; what they took, of what there is."""
+    there = available_bytes(subject.setup.strategy.device)
+    peak = subject.peak_bytes
+    facts = {"peak_bytes": peak, "available_bytes": there}
+    if peak > 0.97 * there:
+        return failed(
+            f"a step takes {format_bytes(peak)} of {format_bytes(there)}, which leaves nothing for evaluation and checkpoints",
+            "Lower train.micro_batch (and raise train.accumulate), or set train.gradient_checkpointing=true.",
+            **facts,
+        )
+    return passed(f"the largest batch was run: {format_bytes(peak)} of {format_bytes(there)}", **facts)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of the device, or of this machine as far as its control group lets a process have it, bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        return min(whole, int(text))
+    return whole

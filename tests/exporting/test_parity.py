@@ -1,0 +1,54 @@
+"""The measures against their definitions, and what is past a tolerance."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from kajiya.errors import ParityError
+from kajiya.exporting.parity import compare, perplexity, require_parity
+
+Make = Callable[..., Any]
+ROWS = [[0, 5, 9, 33, 7, 8, 12, 90, 4], [0, 60, 61, 62, 63, 1]]
+
+
+def test_the_measures_are_those_of_their_definitions(tiny_model: Make) -> None:
+    parent, result = tiny_model(seed=0).eval(), tiny_model(seed=1).eval()
+    found = compare(parent, result, ROWS)
+    kl = same = nll = 0.0
+    worst = 0.0
+    for row in ROWS:
+        with torch.no_grad():
+            a, b = (model(input_ids=torch.tensor([row])).logits[0].double() for model in (parent, result))
+        p, q = a.softmax(-1), b.softmax(-1)
+        kl += float((p * (p / q).log()).sum())
+        same += float((a.argmax(-1) == b.argmax(-1)).sum())
+        nll -= sum(math.log(q[i, row[i + 1]]) for i in range(len(row) - 1))
+        worst = max(worst, float((a - b).abs().max()))
+    n_tokens = sum(len(row) for row in ROWS)
+    assert found.n_tokens == n_tokens
+    assert found.kl == pytest.approx(kl / n_tokens, rel=1e-4)
+    assert found.top1 == pytest.approx(same / n_tokens)
+    assert found.perplexity == pytest.approx(math.exp(nll / (n_tokens - 2)), rel=1e-4)
+    assert found.perplexity == pytest.approx(perplexity(result, ROWS), rel=1e-5)
+    assert found.max_difference == pytest.approx(worst, rel=1e-3)
+    assert found.problems() != []
+
+
+def test_equal_models_agree_in_all(tiny_model: Make) -> None:
+    found = compare(tiny_model().eval(), tiny_model().eval(), ROWS)
+    assert (found.max_difference, found.kl, found.top1, found.greedy) == (0.0, 0.0, 1.0, 1.0)
+    require_parity("it", [found])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_one_wrong_weight_is_past_the_tolerance(dtype: torch.dtype, value: float, tiny_model: Make) -> None:
+    parent, result = (tiny_model(init_std=0.5).to(dtype).eval() for _ in range(2))
+    with torch.no_grad():
+        result.model.layers[1].mlp.down_proj.weight[3, :8] += value
+    with pytest.raises(ParityError, match="does not compute what its parent does"):
+        require_parity("the result", [compare(parent, result, ROWS)])
+    require_parity("the result", [compare(parent, result, ROWS, is_held=False)])

@@ -1,0 +1,139 @@
+"""A model trained through an adapter: its base from the store, what is left, evaluated, served, gone on with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.conftest import Finished
+from transformers import AutoModelForCausalLM
+
+from kajiya.api import load
+from kajiya.config.compose import compose
+from kajiya.config.schema import Config
+from kajiya.errors import ConfigError, StoreError
+from kajiya.flows.targets import find_model
+from kajiya.flows.train import Trained, train
+from kajiya.models.weights_digest import weights_digest
+from kajiya.run.store import Store
+
+BASE = ("model.path=stdlib-pretrain", "tokenizer.path=stdlib-pretrain", "optim=adamw", "eval.samples=1")
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    finished: Finished, small_config: Callable[..., Config]
+) -> tuple[Trained, list[tuple[str, dict[str, Any]]]]:
+    heard: list[tuple[str, dict[str, Any]]] = []
+    config = small_config(*BASE, "name=small-lora", "adapter.name=lora", "adapter.options.r=4", "model.quantize=nf4")
+    trained = train(config, finished.store, on_event=lambda kind, **fields: heard.append((kind, fields)))
+    return trained, heard
+
+
+def test_the_base_is_a_parent_and_the_trained_share_is_recorded(adapted: Any, finished: Finished) -> None:
+    trained, heard = adapted
+    manifest = trained.run.manifest()
+    parents = json.loads((trained.model.path / "manifest.json").read_text())["parents"]
+    assert parents["base"]["digest"] == finished.trained.model.digest
+    assert manifest["artifacts"]["base"]["digest"] == finished.trained.model.digest
+    n_trainable = manifest["derived"]["adapter.n_trainable"]
+    assert 0 < n_trainable < manifest["derived"]["model.n_params"] / 2
+    assert manifest["plan"]["n_trainable"] == trained.model.facts["n_trainable"] == n_trainable
+    assert [fields["facts"]["n_trainable"] for kind, fields in heard if kind == "plan"] == [n_trainable]
+    assert trained.model.facts["base"] == {
+        "path": f"../{finished.trained.model.path.name}",
+        "digest": weights_digest(finished.trained.model.path),
+        "quantize": "nf4",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_it_is_evaluated_sampled_and_loads_in_plain_peft(adapted: Any, finished: Finished) -> None:
+    trained, _ = adapted
+    evaluation = find_artifact_facts(trained, finished.store, "evaluation")
+    assert evaluation["n_samples"] == 1
+    assert evaluation["perplexity"] > 1
+    base = AutoModelForCausalLM.from_pretrained(finished.trained.model.path)
+    peft = PeftModel.from_pretrained(base, trained.model.path)
+    assert any("lora_" in name for name, _ in peft.named_parameters())
+    model, tokenizer = load(trained.model.path, finished.store.root)
+    assert len(tokenizer) == 512
+    assert model.config.vocab_size == 512
+
+
+def find_artifact_facts(trained: Trained, store: Store, name: str) -> dict[str, Any]:
+    entry = trained.run.manifest()["artifacts"][name]
+    facts: dict[str, Any] = json.loads((store.root / entry["path"] / "manifest.json").read_text())["facts"]
+    return facts
+
+
+@pytest.mark.slow
+def test_a_recipe_goes_on_from_it(adapted: Any, finished: Finished, small_config: Callable[..., Config]) -> None:
+    config = small_config(
+        "model.path=small-lora", "tokenizer.path=small-lora", "name=small-freeze", "optim=adamw", "train.steps=4",
+        "adapter.name=freeze", "adapter.options.train=lm_head", "eval.samples=0",
+    )  # fmt: skip
+    again = train(config, finished.store)
+    assert again.model is not None
+    before, after = (load(folder, finished.store.root)[0] for folder in (adapted[0].model.path, again.model.path))
+    down = "model.layers.0.mlp.down_proj"
+    merged = before.get_submodule(down)
+    expected = merged.base_layer.weight + merged.get_delta_weight("default")
+    torch.testing.assert_close(after.get_submodule(down).weight, expected)
+
+
+@pytest.mark.slow
+def test_an_adapter_without_a_base_of_its_own_brings_it_along(
+    finished: Finished, small_config: Callable[..., Config]
+) -> None:
+    config = small_config(
+        "name=scratch-prefix", "optim=adamw", "adapter.name=prefix", "adapter.options.n_tokens=2", "train.steps=4",
+        "model.init=bigram",
+    )  # fmt: skip
+    trained = train(config, finished.store)
+    assert (trained.model.path / "base" / "config.json").is_file()
+    assert "virtual tokens" in find_artifact_facts(trained, finished.store, "evaluation")["note"]
+    weights = trained.model.path / "base" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(StoreError, match=r"corrupt|belongs to weights"):
+        load(trained.model.path, finished.store.root)
+
+
+@pytest.mark.slow
+def test_a_stand_in_is_small_of_the_same_architecture_and_said(
+    finished: Finished, small_config: Callable[..., Config]
+) -> None:
+    heard: list[str] = []
+    config = small_config(
+        "name=standing-in", "model.path=someone/Llama-8B", "model.stand_in=true", "model.n_params=null", "optim=adamw",
+        "model.hidden_size=4096", "model.n_layers=32", "model.n_heads=32", "model.n_kv_heads=8", "model.ffn_size=14336",
+        "tokenizer.path=someone/Llama-8B", "adapter.name=lora", "train.steps=2", "eval.samples=0",
+    )  # fmt: skip
+    trained = train(
+        config, finished.store, on_event=lambda kind, **f: heard.append(f["text"]) if kind == "warning" else None
+    )
+    assert any("stands in for someone/Llama-8B" in text for text in heard)
+    shape = json.loads((trained.model.path / "base" / "config.json").read_text())
+    assert (shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]) == (256, 2, 896)
+    assert shape["num_attention_heads"] == 4 * shape["num_key_value_heads"]
+
+
+def test_names_that_are_not_there_are_named(finished: Finished, small_config: Callable[..., Config]) -> None:
+    with pytest.raises(StoreError, match="no-such-run"):
+        train(small_config("model.path=no-such-run", "tokenizer.path=no-such-run"), finished.store)
+    with pytest.raises(ConfigError, match="stand_in"):
+        small_config("model.stand_in=true")
+    with pytest.raises(ConfigError, match="quantize"):
+        small_config("model.quantize=nf4")
+    assert find_model("stdlib-pretrain", finished.store).model.digest == finished.trained.model.digest
+
+
+def test_the_packaged_recipes_compose() -> None:
+    config = compose("stdlib-lora")
+    assert config.adapter.name == "lora"
+    assert Path(str(config.model.path)).name == "stdlib-pretrain"

@@ -1,0 +1,100 @@
+"""`kajiya merge`: an adapter into its base with its certificate, a corrupted one refused, several models into one."""
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Finished
+from transformers import AutoModelForCausalLM
+
+from kajiya.config.schema import AdapterConfig
+from kajiya.data.tokenizer import load_tokenizer
+from kajiya.errors import ConfigError, ParityError
+from kajiya.exporting import merge as merging
+from kajiya.flows.merge import Joining, merge_targets
+from kajiya.models.adapt import transform
+from kajiya.models.adapter_files import Base, save_adapter
+from kajiya.models.load import load_model
+from kajiya.models.weights_digest import weights_digest
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """A recipe over a small text, whose held-out documents are compared on."""
+    path = tmp_path / "small.yaml"
+    root = Path(sysconfig.get_paths()["stdlib"]) / "email"
+    path.write_text(f"data: {{heldout_every: 5, source: {{name: stdlib, options: {{root: '{root}'}}}}}}\n")
+    return str(path)
+
+
+def _adapter(folder: Path, base: Path, quantized: str = "none", seed: int = 0) -> str:
+    module = load_model(base)
+    transform(module, AdapterConfig("lora", {"r": 4, "init": "gaussian"}), quantized, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(module, load_tokenizer(base), folder, Base(str(base), weights_digest(base), quantized))
+    return str(folder)
+
+
+@pytest.mark.parametrize("quantized", ["none", "nf4"])
+def test_an_adapter_is_merged_and_certified(quantized: str, finished: Finished, recipe: str, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "adapter", finished.trained.model.path, quantized)
+    model, certificate = merge_targets([adapter], finished.store, recipe=recipe)
+    single, half = certificate.facts["parity"]
+    assert (single["dtype"], single["is_held"]) == ("float32", True)
+    assert single["max_difference"] <= 1e-4
+    assert single["top1"] == single["greedy"] == 1.0
+    assert single["perplexity"] == pytest.approx(single["parent_perplexity"], rel=1e-4)
+    assert (half["dtype"], half["is_held"]) == ("bfloat16", False)
+    assert ("nf4 ones stand for" in certificate.facts["base"]) == (quantized == "nf4")
+    plain = AutoModelForCausalLM.from_pretrained(model.path)
+    base = load_model(finished.trained.model.path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(plain.get_parameter(name), base.get_parameter(name))
+    again, _ = merge_targets([adapter], finished.store, recipe=recipe)
+    assert again.digest == model.digest
+
+
+def test_a_corrupted_merge_fails_and_leaves_nothing(
+    finished: Finished, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = _adapter(tmp_path / "adapter", finished.trained.model.path, seed=7)
+    saved = merging.save_model
+
+    def corrupt(module: Any, tokenizer: Any, folder: Path) -> None:
+        with torch.no_grad():
+            module.model.layers[0].self_attn.o_proj.weight[0, 0] += 1.0
+        saved(module, tokenizer, folder)
+
+    before = sorted(path for path in finished.store.root.glob("artifacts/*/*"))
+    monkeypatch.setattr(merging, "save_model", corrupt)
+    with pytest.raises(ParityError, match="a logit differs by"):
+        merge_targets([adapter], finished.store, recipe=recipe)
+    left = sorted(path for path in finished.store.root.glob("artifacts/*/*"))
+    assert [path for path in left if path.parent.name in ("model", "certificate")] == [
+        path for path in before if path.parent.name in ("model", "certificate")
+    ]
+
+
+def test_several_models_are_joined_and_measured(finished: Finished, recipe: str, tmp_path: Path) -> None:
+    base = finished.trained.model.path
+    adapters = [_adapter(tmp_path / f"adapter{seed}", base, seed=seed) for seed in (1, 2)]
+    model, certificate = merge_targets(
+        adapters, finished.store, base=str(base), joining=Joining("ties", "1,3"), recipe=recipe
+    )
+    assert certificate.facts["mixing"]["weights"] == [1.0, 3.0]
+    assert len(certificate.facts["parent_perplexities"]) == 2
+    assert 1 < certificate.facts["perplexity"] < 600
+    AutoModelForCausalLM.from_pretrained(model.path)
+    with pytest.raises(ConfigError, match="numbers between commas"):
+        merge_targets(adapters, finished.store, joining=Joining("linear", "a,b"), recipe=recipe)
+
+
+def test_a_whole_model_has_nothing_to_merge(finished: Finished) -> None:
+    with pytest.raises(ConfigError, match="whole model already"):
+        merge_targets(["stdlib-pretrain"], finished.store)
