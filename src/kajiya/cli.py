@@ -170,6 +170,42 @@ def prove(
         _print_json(facts)
 
 
+@app.command()
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="Rows to show.", min=1)] = 2,
+    split: Annotated[str, typer.Option(help="train, in the order of the training; or heldout.")] = "train",
+    row: Annotated[int, typer.Option(help="Number of the first row shown, from 0.", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="Another order of the rows than the recipe's.", min=0)] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Each token's id behind it.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file, too.")] = None,
+    config_dir: ConfigDir = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Rows as they are trained on: targets coloured, special tokens and boundaries visible; and the ledger of all rows."""
+    from kajiya.config.compose import compose
+    from kajiya.flows.preview import Wanted, preview_recipe, write_preview_page
+    from kajiya.flows.preview_text import preview_text, print_preview
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    wanted = Wanted(rows=rows, split=split, first=row, seed=seed)
+    with Screen(_console(to_stderr=True)) as screen:
+        config = compose(recipe, overrides or [], config_dir)
+        shown = preview_recipe(config, default_store(store), wanted, screen.on_event)
+    if html is not None:
+        write_preview_page(shown, html)
+    console = _console()
+    if as_json:
+        _print_json(shown.facts())
+    elif console.is_terminal:
+        print_preview(console, shown, ids)
+    else:
+        sys.stdout.write(preview_text(shown, ids))
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[

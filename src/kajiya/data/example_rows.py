@@ -48,6 +48,11 @@ class PackedRows:
         """As `Rows`'s."""
         return {"row_tokens": self.row_tokens, "n_rows": self.n, "n_examples": len(self.packing.examples)}
 
+    def documents(self, place: int) -> list[int]:
+        """As `Rows`'s."""
+        found = self.packing.examples[slice(*self.packing.rows[place % self.n :][:2].tolist())]
+        return [int(index) for index in found]
+
     def batch(self, places: np.ndarray) -> Batch | ExampleBatch:
         """The rows at these places."""
         canvas = _Canvas(self.split, len(places), self.row_tokens)
@@ -86,6 +91,10 @@ class PaddedRows:
         """As `Rows`'s."""
         return {"n_examples": self.n, "n_tokens": int(self.packing.lengths.sum())}
 
+    def documents(self, place: int) -> list[int]:
+        """As `Rows`'s."""
+        return [int(self.packing.examples[place % self.n])]
+
     def batch(self, places: np.ndarray) -> Batch | ExampleBatch:
         """The examples at these places."""
         indices = places % self.n
@@ -122,6 +131,10 @@ class PairRows:
     def identity(self) -> dict[str, int]:
         """As `Rows`'s."""
         return {"n_examples": self.n, "n_tokens": int(self.packing.lengths.sum())}
+
+    def documents(self, place: int) -> list[int]:
+        """As `Rows`'s."""
+        return [int(self.packing.examples[place % self.n])]
 
     def batch(self, places: np.ndarray) -> Seq2SeqBatch:
         """The pairs at these places; the decoder reads its start token and then each target but the last."""

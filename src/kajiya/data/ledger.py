@@ -150,7 +150,10 @@ def _split_lines(
     split: str, tally: Mapping[str, Any], shards: Mapping[str, Any] | None, packing: Mapping[str, Any] | None
 ) -> Iterator[Line]:
     """What became of a split: whole, and where rows were longer than they may be, cut and dropped."""
+    unrendered = {} if shards is None or "dropped" not in shards[split] else shards[split]["dropped"]
     rows, n_bytes = tally["documents"], tally["bytes"]
+    if unrendered:
+        rows, n_bytes = rows - unrendered["documents"], n_bytes - unrendered["bytes"]
     tokens = None if shards is None else shards[split]["tokens"]
     long = dict.fromkeys(_LONG_FACTS, 0) | {
         name: value for name, value in (packing or {}).get(split, {}).items() if name in _LONG_FACTS
@@ -170,8 +173,12 @@ def _split_lines(
         what = f"{_WORDS[split]}: dropped, longer than a row may be"
         counts = (long["dropped_examples"], long["dropped_bytes"], long["dropped_tokens"])
         yield Line(what, LOST, *counts, setting=_LONG)
+    if unrendered:
+        counts = (unrendered["documents"], unrendered["bytes"], None)
+        yield Line(_NOT_RENDERED, LOST, *counts, tuple(unrendered["examples"]), "data.on_unreadable or data.render")
 
 
+_NOT_RENDERED = "cannot be rendered"
 _LONG_FACTS = ("cut_examples", "cut_tokens", "dropped_examples", "dropped_tokens", "dropped_bytes")
 
 
@@ -192,8 +199,10 @@ def _problems(
         sums.append(("tokens made", tokens, "accounted for", sum(line.tokens or 0 for line in lines)))
     for split in (TRAIN, HELDOUT):
         if shards is not None:
-            sums.append((f"rows {_WORDS[split]}", ledger[split]["documents"], "tokenized", shards[split]["documents"]))
-            sums.append((f"bytes {_WORDS[split]}", ledger[split]["bytes"], "tokenized", shards[split]["bytes"]))
+            refused = shards[split].get("dropped") or {"documents": 0, "bytes": 0}
+            for noun, unit in (("rows", "documents"), ("bytes", "bytes")):
+                n_read = shards[split][unit] + refused[unit]
+                sums.append((f"{noun} {_WORDS[split]}", ledger[split][unit], "tokenized", n_read))
         if shards is not None and packing is not None and "dropped_examples" in packing.get(split, {}):
             packed = packing[split]
             n_tokens = packed["tokens"] + packed["cut_tokens"] + packed["dropped_tokens"]

@@ -134,7 +134,7 @@ def heldout_rows(shards: Path, feed: Feed, *, rows: int, batch: int = 8, seed: i
     At most `rows` rows, spread evenly over the split. Every token of a text is a target once, but for the first of a
     document (of the whole text, without `isolate`).
     """
-    source = _heldout(open_split(shards, "heldout"), feed, seed)
+    source = heldout_source(shards, feed, seed)
     n_chosen = min(rows, source.n)
     chosen = np.arange(n_chosen, dtype=np.int64) * source.n // n_chosen
     for first in range(0, n_chosen, batch):
@@ -147,7 +147,9 @@ def _training_rows(split: Split, feed: Feed, seed: int) -> Rows:
     return _masked(TextRows(split, feed.row_tokens, isolate=feed.isolate, seed=seed), feed, seed)
 
 
-def _heldout(split: Split, feed: Feed, seed: int) -> Rows:
+def heldout_source(shards: Path, feed: Feed, seed: int) -> Rows:
+    """The rows of the held-out split, in its own order."""
+    split = open_split(shards, "heldout")
     if feed.packed is not None:
         return _masked(_example_rows(split, feed, feed.packed), feed, seed)
     return _masked(HeldoutText(split, feed.row_tokens, isolate=feed.isolate), feed, seed)

@@ -44,6 +44,10 @@ class MaskedRows:
         """As `Rows`'s."""
         return self.rows.identity()
 
+    def documents(self, place: int) -> list[int]:
+        """As `Rows`'s."""
+        return self.rows.documents(place)
+
     def batch(self, places: np.ndarray) -> Batch:
         """The rows at these places; the targets are the hidden tokens, in their own place."""
         whole: Batch = self.rows.batch(places)

@@ -224,6 +224,7 @@ def _examples(split: Split, config: DataConfig) -> _Pieces:
         "cut_tokens": int((totals - left)[~is_dropped].sum()),
         "dropped_examples": int(is_dropped.sum()),
         "dropped_tokens": int(totals[is_dropped].sum()),
+        "dropped_bytes": int(split.document_bytes[is_dropped].sum()),
     }
     stay = np.flatnonzero(~is_dropped)
     starts = split.offsets[:-1].reshape(-1, split.segments)

@@ -7,6 +7,7 @@ are cut at other places.
 Shape letters: B rows of a batch, T tokens of a row.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,10 @@ class Rows(Protocol):
 
     def epoch(self, row: int) -> int:
         """Passes over the data that are behind the row given out as number `row`."""
+        ...
+
+    def documents(self, place: int) -> list[int]:
+        """Numbers of the documents of the row at this place, in the order in which they lie in it."""
         ...
 
     def identity(self) -> dict[str, int]:
@@ -74,6 +79,11 @@ class TextRows:
         tokens, begins = (np.stack(parts) for parts in zip(*spans, strict=True))
         return text_batch(tokens, begins, self.isolate)
 
+    def documents(self, place: int) -> list[int]:
+        """As `Rows`'s."""
+        spans = self._sources(place * self.row_tokens, (place + 1) * self.row_tokens)
+        return [index for _, source, n in spans for index in documents_between(self.split, source, source + n)]
+
     def first_document(self, epoch: int) -> int:
         """The document that the epoch begins with; those behind it follow, and then those before it."""
         known, first = self._first
@@ -86,19 +96,24 @@ class TextRows:
 
     def _span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int64) and document beginnings (bool) of the endless stream from `start` to before `stop`."""
-        n_tokens = self.split.n_tokens
         tokens = np.empty(stop - start, dtype=np.int64)
         begins = np.zeros(stop - start, dtype=np.bool_)
+        for at, source, n in self._sources(start, stop):
+            part = slice(at - start, at - start + n)
+            tokens[part] = self.split.read(source, source + n)
+            begins[part][document_starts(self.split, source, source + n)] = True
+        return tokens, begins
+
+    def _sources(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The stream from `start` to before `stop` as (place in it, place in the split's tokens, length)."""
+        n_tokens = self.split.n_tokens
         at = start
         while at < stop:
             epoch, inside = divmod(at, n_tokens)
             source = (int(self.split.offsets[self.first_document(epoch)]) + inside) % n_tokens
             n = min(stop - at, n_tokens - inside, n_tokens - source)
-            part = slice(at - start, at - start + n)
-            tokens[part] = self.split.read(source, source + n)
-            begins[part][document_starts(self.split, source, source + n)] = True
+            yield at, source, n
             at += n
-        return tokens, begins
 
 
 class HeldoutText:
@@ -128,6 +143,11 @@ class HeldoutText:
         tokens, begins, filled = (np.stack(parts) for parts in zip(*spans, strict=True))
         return text_batch(tokens, begins, self.isolate, filled[:, 1:])
 
+    def documents(self, place: int) -> list[int]:
+        """As `Rows`'s."""
+        start = place % self.n * self.row_tokens
+        return documents_between(self.split, start, min(start + self.row_tokens, self.split.n_tokens))
+
     def _span(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, document beginnings, and which are tokens of the text, from `start`; each [T + 1]."""
         stop = min(start + self.row_tokens + 1, self.split.n_tokens)
@@ -145,6 +165,12 @@ def document_starts(split: Split, start: int, stop: int) -> np.ndarray:
     """Where documents begin among the tokens from `start` to before `stop`, counted from `start`; int64."""
     low, high = np.searchsorted(split.offsets, (start, stop))
     return split.offsets[low:high] - start
+
+
+def documents_between(split: Split, start: int, stop: int) -> list[int]:
+    """Numbers of the documents that some of the tokens from `start` to before `stop` are of."""
+    first = int(np.searchsorted(split.offsets, start, side="right")) - 1
+    return list(range(first, int(np.searchsorted(split.offsets, stop, side="left"))))
 
 
 def text_batch(tokens: np.ndarray, begins: np.ndarray, isolate: bool, has_target_BT: np.ndarray | None = None) -> Batch:
