@@ -20,8 +20,8 @@ from kajiya.data.loader import Feed, open_loader
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
-from kajiya.flows.preview import Preview, Wanted, preview_recipe, write_preview_page
-from kajiya.flows.preview_rows import Piece, Reader, Strand, shown_rows
+from kajiya.flows.preview import Wanted, preview_recipe, write_preview_page
+from kajiya.flows.preview_rows import Piece, Preview, Reader, Strand, shown_rows
 from kajiya.flows.preview_text import plain_strand, preview_text, print_preview
 
 

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from kajiya.config.schema import Config
-from kajiya.data.ledger import DataLedger, data_ledger, ledger_table
+from kajiya.data.ledger import data_ledger, ledger_table
 from kajiya.data.loader import heldout_source
 from kajiya.data.progress import OnEvent, silent
 from kajiya.data.shards import open_split
@@ -15,34 +13,12 @@ from kajiya.data.text_rows import Rows
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Feeding, open_feeding
-from kajiya.flows.preview_rows import Reader, Shown, shown_rows
+from kajiya.flows.preview_rows import Preview, Reader, Shown, shown_rows
 from kajiya.flows.preview_text import ledger_notes, piece_text, row_words, strand_words
 from kajiya.flows.report_page import visible
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data
 from kajiya.run.store import Store
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Some rows of a split, and the ledger of all."""
-
-    title: str
-    """Name of the recipe."""
-    words: tuple[str, ...]
-    """What it is, in a few lines."""
-    split: str
-    rows: tuple[Shown, ...]
-    ledger: DataLedger
-
-    def facts(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "recipe": self.title,
-            "split": self.split,
-            "rows": [row.facts() for row in self.rows],
-            "ledger": self.ledger.facts(),
-        }
 
 
 @dataclass(frozen=True)

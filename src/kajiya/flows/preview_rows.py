@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, Seq2SeqBatch
+from kajiya.data.ledger import DataLedger
 from kajiya.serving.text import byte_reader
 
 
@@ -69,6 +70,28 @@ class Shown:
         return (
             {"row": self.number} | counts | {"groups": [[asdict(strand) for strand in group] for group in self.groups]}
         )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Some rows of a split, and the ledger of all."""
+
+    title: str
+    """Name of the recipe."""
+    words: tuple[str, ...]
+    """What it is, in a few lines."""
+    split: str
+    rows: tuple[Shown, ...]
+    ledger: DataLedger
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "recipe": self.title,
+            "split": self.split,
+            "rows": [row.facts() for row in self.rows],
+            "ledger": self.ledger.facts(),
+        }
 
 
 class Reader:

@@ -5,26 +5,24 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kajiya.data.ledger import ledger_table, ledger_words
-from kajiya.flows.preview_rows import Piece, Shown, Strand
+from kajiya.flows.preview_rows import Piece, Preview, Shown, Strand
 from kajiya.flows.report_page import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from kajiya.flows.preview import Preview
-
 _STYLES = {"target": "bold green", "context": "default", "special": "reverse cyan", "special target": "reverse green"}
 _SIDE_BY_SIDE = 100
 """Columns from which on two sequences stand side by side."""
 
 
-def preview_text(preview: "Preview", with_ids: bool) -> str:
+def preview_text(preview: Preview, with_ids: bool) -> str:
     """The preview for a pipe or a file: «trained», ⟦special⟧, a weight that is not 1 as «…»×0.5."""
     return "\n".join(_lines(preview, with_ids)) + "\n"
 
 
-def print_preview(console: "Console", preview: "Preview", with_ids: bool) -> None:
+def print_preview(console: "Console", preview: Preview, with_ids: bool) -> None:
     """The preview for a terminal: trained tokens green and bold, special tokens on a coloured ground."""
     from rich.panel import Panel
     from rich.rule import Rule
@@ -85,7 +83,7 @@ def strand_words(strand: Strand) -> str:
     return f"{name}{len(strand.pieces):,} tokens, {strand.n_targets:,} trained"
 
 
-def ledger_notes(preview: "Preview") -> list[str]:
+def ledger_notes(preview: Preview) -> list[str]:
     """What the ledger says beside its table."""
     ledger = preview.ledger
     lost = [f"{n:,} of {whole:,} {unit}" for unit, (n, whole) in ledger.lost.items() if n]
@@ -107,7 +105,7 @@ def number_words(weight: float) -> str:
 # ---------------------------------------------------------------- plain
 
 
-def _lines(preview: "Preview", with_ids: bool) -> Iterator[str]:
+def _lines(preview: Preview, with_ids: bool) -> Iterator[str]:
     yield from preview.words
     yield "Legend: «trained», context, ⟦special token⟧" + (", ‹id›" if with_ids else "")
     for row in preview.rows:
