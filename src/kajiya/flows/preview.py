@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 
 from kajiya.config.schema import Config
