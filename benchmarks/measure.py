@@ -153,8 +153,8 @@ def _kib(field: str) -> int:
 
 
 def peers() -> list[str]:
-    """Names of the scripts in `peers/`."""
-    return sorted(path.stem for path in (HERE / "peers").glob("*.py"))
+    """Names of the scripts in `peers/` that train; those that serve are another benchmark's."""
+    return sorted(path.stem for path in (HERE / "peers").glob("*.py") if not path.stem.startswith("serve_"))
 
 
 def default_python() -> str:
