@@ -439,6 +439,56 @@ def diff(first: str, second: str, store: StoreOption = None, as_json: Json = Fal
 
 
 @app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")],
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Run again from the manifest; says whether the result is bit-identical, within tolerance or different, and why."""
+    from kajiya.flows.replay import replay as replay_flow
+    from kajiya.run.folder import find_run
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    console = _console(to_stderr=as_json)
+    with Screen(console) as screen:
+        found = replay_flow(find_run(default_store(store), run), screen.on_event)
+    if as_json:
+        _print_json(found)
+        return
+    console.print(f"[bold]{found.verdict}[/bold]: {found.weights}", highlight=False)
+    for name, (first, again) in found.metrics.items():
+        console.print(f"  {name}: {first} then, {again} now", highlight=False)
+    for kind, pairs in found.differs.items():
+        for name, (first, again) in pairs.items():
+            console.print(f"  {kind}: {name}: {first} then, {again} now", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sync(
+    run: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")],
+    trackers: Annotated[list[str], typer.Argument(help="mlflow, tensorboard, wandb, or my_pkg.mod:Class.")],
+    option: Annotated[
+        list[str] | None, typer.Option(help="A setting of the tracker, as name=value; else those of the run.")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Replay a run's event log into trackers, exactly; what they already have is not sent twice."""
+    import yaml
+
+    from kajiya.run.folder import find_run
+    from kajiya.run.store import default_store
+    from kajiya.run.trackers.dispatch import replay as replay_log
+
+    found = find_run(default_store(store), run)
+    given = dict(word.partition("=")[::2] for word in option or [])
+    for name in trackers:
+        recorded = found.manifest()["config"]["track"]["options"].get(name) or {}
+        position = replay_log(found.folder, name, recorded | {k: yaml.safe_load(v) for k, v in given.items()})
+        _console().print(f"{name}: {position.n_events:,} events of {found.id}, {position.status}", highlight=False)
+
+
+@app.command()
 def ui(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 5000,

@@ -271,6 +271,15 @@ class TrainConfig:
     """Held-out rows in each evaluation during training."""
     save_every: int | None = setting(None, ge=1)
     """Steps between two checkpoints; `None`: ten over the run."""
+    best_metric: str | None = None
+    """Metric of an evaluation by which the best checkpoint is told, minimized; `max:` before it maximizes it; `None`: the
+    held-out loss."""
+    early_stop_evals: int | None = setting(None, ge=1)
+    """Evaluations without a better one after which the training ends; `None`: it runs to its last step."""
+    early_stop_delta: float = setting(0.0, ge=0)
+    """By how much an evaluation must be better to count as better."""
+    final: str = setting("last", choices=("last", "best"))
+    """Whether the model is that of the last step, or of the best evaluation."""
     keep_last: int = setting(2, ge=1)
     """Most recent checkpoints that are kept, beside the best."""
 

@@ -1,7 +1,5 @@
 """What happens along a training: progress, lines of the log, evaluation, checkpoints, the look whether everything moves."""
 
-import math
-
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
 from kajiya.flows.feeding import Feeding
@@ -11,6 +9,7 @@ from kajiya.training.fit import Hook, StepReport
 from kajiya.training.movement import Movement
 from kajiya.training.profile import Profile
 from kajiya.training.state import TrainState
+from kajiya.training.stopping import is_new_best
 from kajiya.training.terms import drain_window
 
 
@@ -46,10 +45,8 @@ def make_hooks(
     def evaluate(report: StepReport) -> None:
         with setup.optimizer.averaged():
             values = heldout_values(config.train.loss.name, setup, kept)
-        loss = next(iter(values.values()))
         hear("metrics", step=report.state.step, values=values)
-        if math.isfinite(loss) and (report.state.best_loss is None or loss < report.state.best_loss):
-            report.state.best_loss, report.state.best_step = loss, report.state.step
+        if is_new_best(config.train, report.state, values):
             save(report)
 
     def save(report: StepReport) -> None:

@@ -41,6 +41,7 @@ from kajiya.training.ranks import Ranks, find_ranks, join, wait_for_all
 from kajiya.training.recompute import recompute_activations
 from kajiya.training.saving import CheckpointWriter
 from kajiya.training.state import TrainState
+from kajiya.training.stopping import is_stale
 from kajiya.training.strategy import open_strategy
 from kajiya.training.timing import time_words
 
@@ -234,12 +235,14 @@ def fit_run(
     hear("stage", name="train", state="begun", seconds=0.0, text="")
     hooks = make_hooks(config, prepared.feeding, keeper, state, hear, compiled=prepared.compiled.startswith("yes"))
     try:
-        fit(setup, state, hooks, should_stop)
-        finished = state.step == setup.steps
+        fit(setup, state, hooks, lambda: should_stop() or is_stale(config.train, state))
+        finished = state.step == setup.steps or is_stale(config.train, state)
         if not finished:
             keeper.save(state)
     finally:
         keeper.finish()
+    if finished and config.train.final == "best" and state.best_step is not None:
+        keeper.take(state.best_step)
     elapsed = time.perf_counter() - began
     time_facts = _time_facts(setup, state, facts)
     words = _fit_words(setup, state, time_facts)

@@ -81,6 +81,10 @@ class Keeper:
             path = str(outcome.folder.relative_to(self.run.folder))
             self.hear("checkpoint", step=outcome.step, path=path, bytes=size)
 
+    def take(self, step: int) -> None:
+        """The weights of that step's checkpoint, in place of the last ones."""
+        self._load(step)
+
     def finish(self) -> None:
         """Wait for the save in progress, and tell of it."""
         self.writer.wait()

@@ -19,6 +19,7 @@ from kajiya.flows.figure_files import (
     standalone_svg,
 )
 from kajiya.flows.figures import BarsData, CurvesData, draw_bars, draw_curves
+from kajiya.flows.report_comparison import comparison_section, cost_section, tasks_section
 from kajiya.flows.report_course import asked_section, data_section, plan_section, time_section
 from kajiya.flows.report_evidence import curves_data, curves_section, documents_section, samples_section
 from kajiya.flows.report_facts import RunFacts, gather
@@ -103,12 +104,15 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
         problems_section(runs),
         asked_section(runs, recipes),
         result_section(runs),
+        comparison_section(runs),
+        tasks_section(runs),
         curves_section(runs),
         documents_section(writing) if writing else None,
         data_section(runs),
         plan_section(runs),
         samples_section(writing) if writing else None,
         time_section(runs),
+        cost_section(runs),
         derived_section(runs),
         config_section(runs),
         lineage_section(runs),

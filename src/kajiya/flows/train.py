@@ -21,6 +21,7 @@ from kajiya.run.folder import Run, find_run, open_run, run_name
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
 from kajiya.run.trackers.dispatch import start_trackers
+from kajiya.run.usage import usage_with
 from kajiya.training.precision import resolve_device
 from kajiya.training.ranks import Ranks, find_ranks, join, leave, wait_for_all
 
@@ -108,6 +109,7 @@ def train(
                 on_event("warning", text=text)
 
     stages.on_event = hear_and_watch
+    used = run.manifest().get("usage")
     status = "failed"
     error: str | None = None
     model: Artifact | None = None
@@ -117,7 +119,8 @@ def train(
         if model is not None:
             if scope.is_evaluated:
                 _evaluation(config, store, run, data, model, stages)
-            run.record(timings=run.manifest().get("timings", {}) | stages.timings, status="finished")
+            timings = run.manifest().get("timings", {}) | stages.timings
+            run.record(timings=timings, status="finished", usage=usage_with(used))
             if can_report:
                 report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
                 hear("report", path=str(report))
@@ -127,7 +130,7 @@ def train(
         error = f"{type(problem).__name__}: {problem}"
         raise
     finally:
-        run.record(status=status, timings=run.manifest().get("timings", {}) | stages.timings)
+        run.record(status=status, timings=run.manifest().get("timings", {}) | stages.timings, usage=usage_with(used))
         run.events.emit("ended", status=status, error=error)
         warnings = trackers.finish()
     return Trained(run, model, report, tuple(warnings))

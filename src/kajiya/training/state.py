@@ -19,7 +19,9 @@ class TrainState:
     seconds: float = 0.0
     """Time in the loop over all attempts, seconds."""
     best_loss: float | None = None
-    """Lowest held-out loss so far, nats per token."""
+    """Best figure of `train.best_metric` so far; by default the lowest held-out loss, nats per token."""
+    n_stale: int = 0
+    """Evaluations since it was last bettered."""
     best_step: int | None = None
     """Step of it."""
     spikes: int = 0

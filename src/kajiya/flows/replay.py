@@ -1,0 +1,105 @@
+"""`kajiya replay`: a run once more from its manifest, in a store of its own, and whether it came out the same."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kajiya.config.compose import from_plain
+from kajiya.config.schema import Config
+from kajiya.data.progress import OnEvent, silent
+from kajiya.errors import StoreError
+from kajiya.flows.train import train
+from kajiya.run.files import hash_file
+from kajiya.run.folder import Run
+from kajiya.run.inspect import run_diff
+from kajiya.run.store import Store, open_artifact
+
+_TOLERANCE = 1e-4
+"""Largest relative difference of held-out bits per byte that counts as within tolerance."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay came to."""
+
+    run: str
+    verdict: str
+    """bit-identical, within tolerance, or different."""
+    weights: str
+    """How the weights compare, in words."""
+    metrics: dict[str, list[float | None]] = field(default_factory=dict)
+    """Final figures of the run and of its replay."""
+    differs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Data, code and environment that are not what they were."""
+
+
+def replay(run: Run, on_event: OnEvent = silent) -> Replayed:
+    """Run again from the recorded config and derived values, the data made anew, and compare.
+
+    The replay lies in `<store>/replays/<run>`, where it can be looked at; an interrupted one goes on. Raises `StoreError`
+    for a run that is not finished.
+    """
+    manifest = run.manifest()
+    if "model" not in manifest["artifacts"]:
+        raise StoreError(f"{run.id} has no finished model to compare with.")
+    store = Store(run.store.root / "replays" / run.id)
+    again = train(_settled(manifest), store, command=["kajiya", "replay", run.id], on_event=on_event)
+    if again.model is None:
+        raise KeyboardInterrupt
+    first = open_artifact(run.store.root / manifest["artifacts"]["model"]["path"])
+    difference = run_diff(run, again.run)
+    metrics = {
+        name: [pair["first"], pair["second"]]
+        for name, pair in difference.metrics.items()
+        if name.startswith(("test/", "eval/", "train/nll"))
+    }
+    is_identical, weights = _compare_weights(first.path, again.model.path)
+    apart = max((_relative(*pair) for pair in metrics.values()), default=0.0)
+    verdict = "bit-identical" if is_identical else "within tolerance" if apart <= _TOLERANCE else "different"
+    data = {name: pair for name, pair in difference.artifacts.items() if name in ("corpus", "tokenizer", "shards")}
+    environment = {name: pair for name, pair in difference.environment.items() if name != "working_directory"}
+    differs = {"data": data, "code": difference.code, "environment": environment}
+    return Replayed(again.run.id, verdict, weights, metrics, {name: found for name, found in differs.items() if found})
+
+
+def _settled(manifest: dict[str, Any]) -> Config:
+    """The recorded config with every derived length set, so that a slower machine does not train for fewer steps."""
+    config, derived = from_plain(manifest["config"]), manifest["derived"]
+    settled = replace(
+        config.train,
+        steps=derived["train.steps"],
+        minutes=None,
+        epochs=None,
+        eval_every=derived["train.eval_every"],
+        save_every=derived["train.save_every"],
+        precision=derived["train.precision"],
+    )
+    return replace(config, train=settled, track=replace(config.track, trackers=()))
+
+
+def _compare_weights(first: Path, second: Path) -> tuple[bool, str]:
+    from safetensors import safe_open
+
+    names = sorted(path.name for path in first.glob("*.safetensors"))
+    if all((second / name).is_file() and hash_file(first / name) == hash_file(second / name) for name in names):
+        return True, "every weight has the same bits"
+    largest, where = 0.0, ""
+    for name in names:
+        if not (second / name).is_file():
+            return False, f"{name} is missing in the replay"
+        with safe_open(first / name, "pt") as a, safe_open(second / name, "pt") as b:
+            if set(a.keys()) != set(b.keys()):
+                return False, "the two models have different tensors"
+            for key in a.keys():  # noqa: SIM118  # a safetensors file is no mapping
+                one, other = a.get_tensor(key).float(), b.get_tensor(key).float()
+                if one.shape != other.shape:
+                    return False, f"{key} has another shape"
+                gap = float((one - other).abs().max())
+                largest, where = max((largest, where), (gap, key))
+    return False, f"the largest difference of a weight is {largest:.3g} ({where})"
+
+
+def _relative(first: float | None, second: float | None) -> float:
+    if first is None or second is None:
+        return float("inf")
+    return abs(float(first) - float(second)) / max(abs(float(first)), 1e-12)
