@@ -1,5 +1,7 @@
 """Fixtures that every room shares: a tiny config over real text, and one finished run of it."""
 
+import dataclasses
+import shutil
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +71,18 @@ def finished(small_config: Callable[..., Config], tmp_path_factory: pytest.TempP
     trained = train(config, store, command=command, on_event=lambda kind, **fields: heard.append((kind, fields)))
     patch.undo()
     return Finished(config, store, trained, heard)
+
+
+@pytest.fixture(scope="module")
+def own_finished(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same in a copy of its store, for tests that add to it."""
+    from kajiya.run.folder import find_run
+    from kajiya.run.store import Store
+
+    store = Store(tmp_path_factory.mktemp("copy") / "store")
+    shutil.copytree(finished.store.root, store.root)
+    trained = dataclasses.replace(finished.trained, run=find_run(store, finished.trained.run.id))
+    return Finished(finished.config, store, trained, finished.events)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,27 +18,27 @@ from kajiya.evals.tasks import find_task, list_tasks, load_task, read_rows
 from kajiya.flows.task_evaluation import Asked, evaluate_tasks
 
 
-def _evaluate(finished: Finished, *tasks: str, **more: Any) -> list[TaskResult]:
-    return evaluate_tasks(Asked(finished.trained.run.id, tasks, **more), finished.config, finished.store)
+def _evaluate(own_finished: Finished, *tasks: str, **more: Any) -> list[TaskResult]:
+    return evaluate_tasks(Asked(own_finished.trained.run.id, tasks, **more), own_finished.config, own_finished.store)
 
 
-def test_packaged_tasks_on_a_run(finished: Finished) -> None:
-    line, cloze = _evaluate(finished, "stdlib-next-line", "stdlib-call-cloze", limit=6)
+def test_packaged_tasks_on_a_run(own_finished: Finished) -> None:
+    line, cloze = _evaluate(own_finished, "stdlib-next-line", "stdlib-call-cloze", limit=6)
     assert line.facts["n_rows"] == cloze.facts["n_rows"] == 6
     assert 0 <= line.facts["figures"]["chrf"]["value"] <= 100
     low, high = cloze.facts["figures"]["accuracy"]["interval"]
     assert 0 <= low <= cloze.facts["figures"]["accuracy"]["value"] <= high <= 1
     rows = cloze.rows()
     assert all(len(row["choices"]) == len(row["logprobs"]) == 4 for row in rows)
-    engine = LocalModel(finished.trained.model.path, 4)
+    engine = LocalModel(own_finished.trained.model.path, 4)
     ids = engine._ids(rows[0]["prompt"], False, 64)
     choice = engine._encode(rows[0]["choices"][0])
     by_engine = sum(engine._engine.score([*ids, *choice][-65:])[-len(choice) :])
     if len(engine._encode(rows[0]["prompt"])) + len(choice) < 64:
         assert rows[0]["logprobs"][0] == pytest.approx(by_engine, abs=1e-3)
     # The run lists them, and the same question is answered from the store.
-    assert "task stdlib-call-cloze" in finished.trained.run.manifest()["artifacts"]
-    assert _evaluate(finished, "stdlib-call-cloze", limit=6)[0].folder == cloze.folder
+    assert "task stdlib-call-cloze" in own_finished.trained.run.manifest()["artifacts"]
+    assert _evaluate(own_finished, "stdlib-call-cloze", limit=6)[0].folder == cloze.folder
     assert set(list_tasks()) == {"stdlib-body", "stdlib-call-cloze", "stdlib-next-line"}
 
 
@@ -66,15 +66,15 @@ def _own_task(folder: Path, **more: Any) -> Path:
     return folder / "mine.yaml"
 
 
-def test_a_task_of_ones_own_and_its_fingerprint(finished: Finished, tmp_path: Path) -> None:
+def test_a_task_of_ones_own_and_its_fingerprint(own_finished: Finished, tmp_path: Path) -> None:
     path = str(_own_task(tmp_path))
-    first = _evaluate(finished, path)[0]
+    first = _evaluate(own_finished, path)[0]
     assert first.facts["n_groups"] == 3
     assert first.facts["figures"]["bleu"]["signature"].startswith("nrefs:1")
     assert len(first.misses("exact_match")) >= 1
     same = compare_results(first, first, "bleu")
     assert same.difference == 0
-    other = _evaluate(finished, str(_own_task(tmp_path, temperature=0.5)))[0]
+    other = _evaluate(own_finished, str(_own_task(tmp_path, temperature=0.5)))[0]
     assert first.fingerprint.differences(other.fingerprint) == ["template", "sampling"]
     with pytest.raises(StoreError, match="differ in template, sampling"):
         compare_results(first, other, "f1")
@@ -107,18 +107,18 @@ def test_mistakes_in_rows_are_named(tmp_path: Path) -> None:
         find_task("stdlib-bodi")
 
 
-def test_programs_of_samples_are_counted(finished: Finished, tmp_path: Path) -> None:
+def test_programs_of_samples_are_counted(own_finished: Finished, tmp_path: Path) -> None:
     path = _own_task(
         tmp_path, metrics=["pass_at_k"], tests="assert {{ answer | length }} >= 0", samples=2, temperature=1.0
     )
-    found = _evaluate(finished, str(path), limit=3)[0]
+    found = _evaluate(own_finished, str(path), limit=3)[0]
     assert found.facts["figures"]["pass_at_k"]["value"] == 1.0
     assert found.rows()[0]["pass_at_k: note"].startswith("2 of 2 passed")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_on_the_engine_equals_its_own_backend(finished: Finished, tmp_path: Path) -> None:
+def test_lm_eval_on_the_engine_equals_its_own_backend(own_finished: Finished, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     import torch
     from lm_eval import simple_evaluate
@@ -148,8 +148,8 @@ def test_lm_eval_on_the_engine_equals_its_own_backend(finished: Finished, tmp_pa
         "generation_kwargs:\n  until: ['\\n']\n  max_gen_toks: 8\nmetric_list:\n  - metric: exact_match\n" + shared
     )
     folder = tmp_path / "model"
-    shutil.copytree(finished.trained.model.path, folder)
-    load_model(finished.trained.model.path, dtype=torch.float32).save_pretrained(folder)  # bf16 rounds by shape
+    shutil.copytree(own_finished.trained.model.path, folder)
+    load_model(own_finished.trained.model.path, dtype=torch.float32).save_pretrained(folder)  # bf16 rounds by shape
     names = ["own_choice", "own_text", "own_write"]
     ours = run_lm_eval(
         folder, [str(tmp_path / f"{name}.yaml") for name in ("choice", "text", "write")], limit=None, batch=4

@@ -18,8 +18,8 @@ from kajiya.run.usage import usage_with
 
 
 @pytest.mark.slow
-def test_a_replay_is_bit_identical(finished: Finished) -> None:
-    found = replay(finished.trained.run)
+def test_a_replay_is_bit_identical(own_finished: Finished) -> None:
+    found = replay(own_finished.trained.run)
     assert found.verdict == "bit-identical", found
     assert found.metrics["test/bits_per_byte"][0] == found.metrics["test/bits_per_byte"][1]
     assert found.differs.keys() <= {"environment"}  # the fixture pretends to have one core
@@ -33,10 +33,10 @@ def test_usage_adds_up() -> None:
 
 
 def test_a_report_of_two_runs_compares_them_by_document(
-    finished: Finished, small_config: Callable[..., Config], tmp_path: Path
+    own_finished: Finished, small_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    other = train(small_config("seed=5", "train.steps=24", "eval.baselines=[]"), finished.store)
-    runs = [finished.trained.run, other.run]
+    other = train(small_config("seed=5", "train.steps=24", "eval.baselines=[]"), own_finished.store)
+    runs = [own_finished.trained.run, other.run]
     text = write_report(runs, tmp_path).with_name("report.md").read_text()
     assert "## Paired comparison" in text
     assert "On bits per byte," in text

@@ -78,8 +78,8 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     return found
 
 
-def _tune(finished: Finished, *words: str, **more: Any) -> Any:
-    return tune(RECIPE, [*small_overrides(), *words], finished.store, **more)
+def _tune(own_finished: Finished, *words: str, **more: Any) -> Any:
+    return tune(RECIPE, [*small_overrides(), *words], own_finished.store, **more)
 
 
 LR = "optim.lr=tag(log,interval(1e-5,1e-1))"
@@ -87,10 +87,10 @@ LAYERS = "model.n_layers=choice(2,4)"
 
 
 def test_a_search_finds_the_best_writes_its_recipe_and_says_whether_it_is_beyond_the_noise(
-    finished: Finished, trials: Trials
+    own_finished: Finished, trials: Trials
 ) -> None:
     heard: list[str] = []
-    done = _tune(finished, LR, LAYERS, "tune.trials=12", on_event=lambda kind, **_: heard.append(kind))
+    done = _tune(own_finished, LR, LAYERS, "tune.trials=12", on_event=lambda kind, **_: heard.append(kind))
     assert done.counts == {"finished": 12}
     assert heard.count("trial") == 12
     best = compose(str(done.best))
@@ -108,26 +108,26 @@ def test_a_search_finds_the_best_writes_its_recipe_and_says_whether_it_is_beyond
         assert f'id="figure-{name}"' in html
     # The same command has nothing left to do; more trials are added to the same study.
     n_jobs = len(trials.jobs)
-    assert _tune(finished, LR, LAYERS, "tune.trials=12", "tune.confirm_seeds=0").counts == {"finished": 12}
+    assert _tune(own_finished, LR, LAYERS, "tune.trials=12", "tune.confirm_seeds=0").counts == {"finished": 12}
     assert len(trials.jobs) == n_jobs
-    more = _tune(finished, LR, LAYERS, "tune.trials=13", "tune.confirm_seeds=0", "tune.storage=null")
+    more = _tune(own_finished, LR, LAYERS, "tune.trials=13", "tune.confirm_seeds=0", "tune.storage=null")
     assert more.counts == {"finished": 13}
     assert more.run.id == done.run.id
 
 
-def test_a_grid_is_tried_once_each_and_failures_are_counted(finished: Finished, trials: Trials) -> None:
+def test_a_grid_is_tried_once_each_and_failures_are_counted(own_finished: Finished, trials: Trials) -> None:
     words = ("tune.sampler.name=grid", "train.micro_batch=choice(2,13)", LAYERS, "tune.confirm_seeds=0")
-    done = _tune(finished, *words, "tune.storage=journal")
+    done = _tune(own_finished, *words, "tune.storage=journal")
     assert done.counts == {"finished": 2, "out of memory": 2}
     tried = sorted((job.config.train.micro_batch, job.config.model.n_layers) for job in trials.jobs)
     assert tried == [(2, 2), (2, 4), (13, 2), (13, 4)]
     assert "killed" in (done.report.parent / "report.md").read_text()
     with pytest.raises(ConfigError, match="has no grid"):
-        _tune(finished, "tune.sampler.name=grid", LR)
+        _tune(own_finished, "tune.sampler.name=grid", LR)
 
 
 def test_what_was_interrupted_goes_on_and_counts_once(
-    finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+    own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("optim.lr=tag(log,interval(1e-5,2e-1))", "tune.trials=4", "tune.confirm_seeds=0")
     real = trials.execute
@@ -141,9 +141,9 @@ def test_what_was_interrupted_goes_on_and_counts_once(
     monkeypatch.setattr(tune_jobs, "execute", cut)
     monkeypatch.setattr("kajiya.flows.tune.is_alive", lambda _owner: False)
     with pytest.raises(KeyboardInterrupt):
-        _tune(finished, *words)
-    assert finished.store.root.joinpath("studies").is_dir()
-    done = _tune(finished, *words)
+        _tune(own_finished, *words)
+    assert own_finished.store.root.joinpath("studies").is_dir()
+    done = _tune(own_finished, *words)
     assert done.counts == {"finished": 4}
     assert trials.jobs[2].config == trials.jobs[3].config  # the same settings again, whose run goes on
     assert len(trials.jobs) == 5
@@ -151,10 +151,10 @@ def test_what_was_interrupted_goes_on_and_counts_once(
 
 
 def test_halving_ends_the_worse_and_lets_a_promoted_trial_go_on_from_its_rung(
-    finished: Finished, trials: Trials
+    own_finished: Finished, trials: Trials
 ) -> None:
     words = (LR, "tune.trials=9", "tune.confirm_seeds=0", "tune.pruner.name=asha", "tune.sampler.name=random")
-    done = _tune(finished, *words)
+    done = _tune(own_finished, *words)
     study = open_study(compose(RECIPE, list(words[1:])).tune, done.run.folder, done.run.id, 0)
     assert sum(done.counts.values()) == 9
     assert trials.steps_run < 9 * EVALS * 0.7
@@ -194,9 +194,9 @@ def test_promotion_by_hand() -> None:
 
 
 def test_conditional_spaces_and_several_objectives(
-    finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+    own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (module := finished.store.root / "own_space.py").write_text(
+    (module := own_finished.store.root / "own_space.py").write_text(
         "def space(trial, values):\n"
         "    if values['optim'] == 'adamw':\n        return {}\n"
         "    return {'optim.options.momentum': trial.suggest_float('momentum', 0.8, 0.99)}\n"
@@ -205,25 +205,25 @@ def test_conditional_spaces_and_several_objectives(
     monkeypatch.syspath_prepend(str(module.parent))
     words = ("optim=adamw,muon", "tune.space=own_space:space", "tune.trials=6", "tune.confirm_seeds=0")
     done = _tune(
-        finished, *words, "tune.sampler.name=nsga2", "tune.objectives=[eval/nll,'max:train/tokens_per_second']"
+        own_finished, *words, "tune.sampler.name=nsga2", "tune.objectives=[eval/nll,'max:train/tokens_per_second']"
     )
     assert done.counts == {"finished": 6}
     for job in trials.jobs:
         assert ("momentum" in job.config.optim.options) == (job.config.optim.name == "muon")
     assert 'id="figure-front"' in done.report.read_text()
     with pytest.raises(ConfigError, match=r"optim\.lrr.*unknown key"):
-        _tune(finished, "optim=adamw,muon", "tune.space=own_space:broken")
+        _tune(own_finished, "optim=adamw,muon", "tune.space=own_space:broken")
 
 
 @pytest.mark.parametrize(("sampler", "pruner"), [("cmaes", "median"), ("gp", "wilcoxon"), ("tpe", "hyperband")])
-def test_samplers_and_pruners(finished: Finished, trials: Trials, sampler: str, pruner: str) -> None:
+def test_samplers_and_pruners(own_finished: Finished, trials: Trials, sampler: str, pruner: str) -> None:
     words = [f"tune.sampler.name={sampler}", "tune.sampler.options.startup_trials=3", f"tune.pruner.name={pruner}"]
-    done = _tune(finished, LR, *words, "tune.trials=7", "tune.confirm_seeds=0")
+    done = _tune(own_finished, LR, *words, "tune.trials=7", "tune.confirm_seeds=0")
     assert sum(done.counts.values()) == 7
     assert set(done.counts) <= {"finished", "pruned"}
 
 
-def test_what_cannot_be_searched_is_said_before_anything_runs(finished: Finished, trials: Trials) -> None:
+def test_what_cannot_be_searched_is_said_before_anything_runs(own_finished: Finished, trials: Trials) -> None:
     for words, problem in (
         ((), "nothing varies"),
         (("tune.trials=2,3",), "settings of the search itself"),
@@ -232,7 +232,7 @@ def test_what_cannot_be_searched_is_said_before_anything_runs(finished: Finished
         ((LR, "tune.pruner.options.reduction=1", "tune.pruner.name=asha"), "out of range"),
     ):
         with pytest.raises(ConfigError, match=problem):
-            _tune(finished, *words)
+            _tune(own_finished, *words)
     assert trials.jobs == []
 
 
