@@ -303,7 +303,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reader, str, str, Pa
 
 def test_holds_every_section_in_order(full: tuple[Reader, str, str, Path]) -> None:
     reader, html, markdown, _ = full
-    order = ["asked", "result", "curves", "documents", "data", "plan", "samples", "time", "derived", "config", "lineage",
+    order = ["asked", "result", "curves", "documents", "data", "plan", "samples", "time", "cost", "derived", "config", "lineage",
              "environment", "attempts", "checks"]  # fmt: skip
     assert [found["id"] for tag, found in reader.elements if tag == "section"] == order
     assert html.startswith("<!doctype html>")

@@ -257,13 +257,15 @@ def comparison_words(comparison: Comparison, first: str, second: str, *, scale: 
         is_second = (comparison.difference < 0) == comparison.is_lower_better
         return f"{second if is_second else first} is better by {size:.3g} ± {half:.2g}{unit} (p = {_p(comparison)})"
     words = f"no difference shown between {first} and {second} ({size:.3g} ± {half:.2g}{unit}, p = {_p(comparison)})"
-    if comparison.n_needed is not None and comparison.n_needed > comparison.n_groups:
+    if comparison.test == "exact permutation" and 2.0 ** (1 - comparison.n_groups) > 0.05:
+        words += f"; {comparison.n_groups} sources are too few for the test to show any"
+    elif comparison.n_needed is not None and comparison.n_needed > comparison.n_groups:
         words += f"; n = {comparison.n_needed:,} would be needed to show this one, there are {comparison.n_groups:,}"
     return words
 
 
 def _p(comparison: Comparison) -> str:
-    return "< 0.001" if comparison.p_value < 0.001 else f"{comparison.p_value:.3f}".rstrip("0")
+    return "< 0.001" if comparison.p_value < 0.001 else f"{comparison.p_value:.2g}"
 
 
 # ---------------------------------------------------------------- seeds

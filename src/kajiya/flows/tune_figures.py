@@ -69,6 +69,7 @@ def draw_history(figure: "Figure", data: HistoryData, palette: Palette, is_narro
         low = axes.get_ylim()[0]
         axes.plot(data.ended_early, [low] * len(data.ended_early), "|", color=palette["neutral"], markersize=11,
                   markeredgewidth=2, label="pruned or failed", clip_on=False)  # fmt: skip
+    _whole_numbers(axes)
     axes.set_xlabel("trial")
     axes.set_ylabel(data.metric)
     axes.legend(loc="best")

@@ -1,0 +1,91 @@
+"""Streaming perplexity beside lm-eval's Hugging Face backend: the same model, rows, windows and batch, interleaved.
+
+python benchmarks/eval_throughput.py [--rounds 3] [--rows 48] [--vocab 32000]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Measure and print JSON: seconds of each, their ratio round by round, the largest difference of a row's nats."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=48, help="documents of the standard library")
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--batch", type=int, default=8)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(_measure(Path(folder), given), indent=1))
+
+
+def _measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from kajiya.evals.lm_eval_engine import make_lm
+
+    texts = _texts(given.rows)
+    tokenizer = _tokenizer(texts, given.vocab)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=given.vocab, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    ours = make_lm(folder, given.batch)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = HFLM(pretrained=model, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder), batch_size=given.batch,
+                  max_length=512)  # fmt: skip
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    answers = {}
+    seconds: dict[str, list[float]] = {"kajiya": [], "lm-eval": []}
+    for round_ in range(given.rounds + 1):
+        for name, lm in (("kajiya", ours), ("lm-eval", theirs)):
+            began = time.perf_counter()
+            answers[name] = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+            if round_:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+    ratios = [b / a for a, b in zip(seconds["kajiya"], seconds["lm-eval"], strict=True)]
+    apart = max(abs(a - b) / abs(b) for a, b in zip(answers["kajiya"], answers["lm-eval"], strict=True))
+    return {
+        "documents": len(texts),
+        "tokens": sum(len(ours.tok_encode(text)) for text in texts),
+        "seconds": seconds,
+        "ratio_by_round": ratios,
+        "ratio": statistics.median(ratios),
+        "largest_relative_difference": apart,
+        "peak_bytes_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _texts(n: int) -> list[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text(encoding="utf-8")[:6000] for path in sorted(root.glob("*.py"))[:n]]
+
+
+def _tokenizer(texts: list[str], vocab: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<end>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+if __name__ == "__main__":
+    sys.exit(main())
