@@ -70,7 +70,7 @@ def score_documents(
     return sums
 
 
-def token_nll(model: Any, batch: Batch, chunk_tokens: int = 4096) -> torch.Tensor:
+def token_nll(model: Any, batch: Batch, chunk_tokens: int = 512) -> torch.Tensor:
     """−log p of each target, nats, float32 [B, T]; 0 where there is none. At most `chunk_tokens` rows of logits at once."""
     targets = batch.targets.reshape(-1)
     wanted = (targets != NO_TARGET).nonzero().squeeze(1)
@@ -160,7 +160,7 @@ def score_continuations(
     return [found[i] for i in range(len(rows))]
 
 
-def _target_scores(model: Any, batch: Batch, chunk_tokens: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+def _target_scores(model: Any, batch: Batch, chunk_tokens: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
     """log p of each target, float32 [B, T], and whether it is the likeliest token, bool [B, T]."""
     targets = batch.targets.reshape(-1)
     wanted = (targets != NO_TARGET).nonzero().squeeze(1)

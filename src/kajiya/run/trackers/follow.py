@@ -123,6 +123,7 @@ def _facts(folder: Path, position: Position) -> RunFacts:
         created=manifest["created"],
         token=position.token,
         saved=position.saved,
+        study=manifest.get("study"),
     )
 
 

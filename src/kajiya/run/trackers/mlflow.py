@@ -56,6 +56,7 @@ class MLflowTracker:
             self.run_id = found[0].info.run_id
             self.params = dict(found[0].data.params)
             self.client.update_run(self.run_id, status="RUNNING")
+            self._nest(experiment)
             return True
         tags = {_TOKEN_TAG: facts.token, "kajiya.run": facts.run, "kajiya.folder": str(facts.folder)}
         created = self.client.create_run(
@@ -63,6 +64,7 @@ class MLflowTracker:
         )
         self.run_id = created.info.run_id
         self.params = {}
+        self._nest(experiment)
         return False
 
     def consume(self, events: Sequence[Event]) -> Mapping[str, Any]:
@@ -87,6 +89,15 @@ class MLflowTracker:
     def close(self, status: str) -> None:
         """Set the run's status and end time."""
         self.client.set_terminated(self.run_id, _STATUS[status], _milliseconds(self.ended))
+
+    def _nest(self, experiment: str) -> None:
+        """Put a trial's run below its study's, where that is known; studies are delivered before their trials."""
+        if self.facts.study is None:
+            return
+        self.client.set_tag(self.run_id, "kajiya.study", self.facts.study)
+        found = self.client.search_runs([experiment], f"tags.`kajiya.run` = '{self.facts.study}'", max_results=1)
+        if found:
+            self.client.set_tag(self.run_id, "mlflow.parentRunId", found[0].info.run_id)
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException

@@ -29,6 +29,8 @@ class RunFacts:
     """32 hex digits that stand for this run in this tracker, the same after every restart, unlike any other's."""
     saved: Mapping[str, Any]
     """What the last `consume` returned, as it was saved with the position in the log; empty at first."""
+    study: str | None = None
+    """Id of the study that the run is a trial of."""
 
 
 class Tracker(Protocol):
