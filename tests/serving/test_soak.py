@@ -21,7 +21,7 @@ N_CALLS = 60
 @pytest.mark.slow
 def test_mixed_traffic(model_folder: Path, tokenizer: Any, reference: Any) -> None:
     engine = open_engine(model_folder, max_batch=5, max_waiting=64)
-    engine.scheduler.prefill_tokens = 48
+    engine.scheduler.step_tokens = 48
     answers: list[tuple[list[int], list[str]]] = []
     statuses: list[int] = []
     failures: list[BaseException] = []
