@@ -111,13 +111,15 @@ def test_the_tracked_recipe_composes(tmp_path: Path) -> None:
     assert compose(str(tmp_path / block.title)).track.trackers == ("mlflow", "tensorboard")
 
 
-def test_the_package_reads_one_variable_of_the_environment() -> None:
+def test_the_package_reads_one_variable_of_the_environment_and_torchruns() -> None:
     """Others are passed to trackers or set for the process; `doctor` looks for the compiler where torch looks for it."""
+    ranks = {"'RANK'", "'LOCAL_RANK'", "'WORLD_SIZE'", "'LOCAL_WORLD_SIZE'"}
     reading: dict[str, list[str]] = {}
     for path in sorted((ROOT / "src" / "kajiya").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):
-                reading.setdefault(path.name, []).append(ast.unparse(node.args[0]))
+            is_call = isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv")
+            if is_call and (variable := ast.unparse(node.args[0])) not in ranks:
+                reading.setdefault(path.name, []).append(variable)
             if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
                 assert ast.unparse(node.value) != "os.environ", f"{path}: {ast.unparse(node)}"
     assert reading == {"store.py": ["STORE_VARIABLE"], "doctor.py": ["'CXX'"]}

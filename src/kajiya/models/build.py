@@ -22,6 +22,7 @@ from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.models.vocabulary import Vocabulary as Vocabulary
 from kajiya.models.vocabulary import grow_embedding
 from kajiya.models.vocabulary import vocabulary_of as vocabulary_of
+from kajiya.run.process import quiet_transformers
 
 _SIZE_FIELDS = {
     "hidden_size": "hidden_size",
@@ -50,6 +51,7 @@ class BuiltModel:
 
 def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Task = CAUSAL) -> BuiltModel:
     """The model with the task's head, in float32 on the CPU, its random weights a function of `seed` alone."""
+    quiet_transformers()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if ":" in config.name:

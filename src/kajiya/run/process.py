@@ -1,6 +1,7 @@
 """What is set in the process, and only here: threads, the memory allocator, an accelerator's switches, caches, seeds."""
 
 import ctypes
+import logging
 import os
 import random
 import sys
@@ -65,7 +66,12 @@ def keep_large_blocks() -> str:
 
 
 def quiet_transformers() -> None:
-    """Turn Transformers' own progress bars off: this project draws one for each stage."""
-    from transformers.utils import logging
+    """Turn off Transformers' own progress bars, since this project draws one for each stage, and what torchao says at import.
 
-    logging.disable_progress_bar()
+    Transformers imports torchao wherever it is installed, and that names each GPU library that a CPU cannot load.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
