@@ -30,7 +30,7 @@ def _metrics(folder: Path) -> dict[tuple[int, str], float]:
     for event in read_events(folder):
         if event["kind"] == "metrics":
             for name, value in event["values"].items():
-                if "per_second" not in name:
+                if "per_second" not in name and name != "train/data_wait_s":
                     values[event["step"], name] = value
     return values
 
