@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.models.attention import attention_name, packed_sdpa, segment_mask
 from kajiya.models.hidden import forward_inputs
-from kajiya.models.isolation import can_isolate, isolation_inputs, sequence_bounds
+from kajiya.models.isolation import architecture_isolates, can_isolate, isolation_inputs, sequence_bounds
 from kajiya.models.outputs import masked_logits
 
 LENGTHS = ((7, 12, 5), (16, 8))
@@ -189,3 +191,12 @@ def test_which_models_can_keep_segments_apart() -> None:
     assert not can_isolate(torch.nn.Linear(2, 2))
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 50, "pad_token_id": 2}
     assert not can_isolate(AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)))
+
+
+def test_which_architectures_can_is_known_before_there_is_a_model(tmp_path: Path) -> None:
+    assert architecture_isolates(ModelConfig(name="llama"))
+    assert architecture_isolates(ModelConfig(name="bert"))
+    assert not architecture_isolates(ModelConfig(name="mamba"))
+    assert not architecture_isolates(ModelConfig(name="mine:model"))
+    AutoConfig.for_model("mamba", hidden_size=16).save_pretrained(tmp_path)
+    assert not architecture_isolates(ModelConfig(path=str(tmp_path)))

@@ -12,11 +12,12 @@ from kajiya.config.tables import Row, check_choice, loss_row
 from kajiya.data.loader import Feed, Loader, heldout_rows, open_loader
 from kajiya.data.masking import Masking
 from kajiya.data.mismatch import add_mismatched
-from kajiya.data.pack import build_packing, choose_packing, open_packing
+from kajiya.data.pack import ChosenPacking, choose_packing, open_packing
 from kajiya.data.render import Renderer, read_template
 from kajiya.data.shards import Rendering, open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
+from kajiya.models.isolation import architecture_isolates
 from kajiya.models.tasks import Task
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
@@ -68,13 +69,6 @@ def rendering_of(config: Config, corpus: Artifact, tokenizer: Artifact) -> Rende
         key={"format": form, "classes": classes, "render": render, "template": read_template(render)},
         code=("kajiya.data.render",),
     )
-
-
-def pack(config: Config, corpus: Artifact, shards: Artifact, store: Store) -> tuple[Artifact, bool] | None:
-    """The packing of the shards for the config's loss, and whether it was there; `None` where none is needed."""
-    if _packing(config, corpus.facts["format"]) == "concatenate":
-        return None
-    return build_packing(config.data, shards, store)
 
 
 def task_of(config: Config, corpus: Artifact) -> Task:
@@ -164,7 +158,7 @@ def open_feeding(config: Config, data: Data, reference: Artifact | None, start_i
         row_tokens=config.data.row_tokens,
         isolate=config.data.isolate,
         takes=row.takes,
-        packing=_packing(config, data.corpus.facts["format"]),
+        packing=packing_of(config, data.corpus.facts["format"]).name,
         packed=None if data.packing is None else data.packing.path,
         is_causal=row.task == "causal",
         masking=_masking(data.tokenizer) if row.takes == "masked" else None,
@@ -221,13 +215,12 @@ def build_reference(
     )
 
 
-def _packing(config: Config, form: str) -> str:
+def packing_of(config: Config, form: str) -> ChosenPacking:
+    """How sequences of that format share rows under the config's loss and model."""
     takes = loss_row(config.train.loss.name).takes
-    # A module of the user's own is not known to keep the sequences of a row apart.
-    can_isolate = ":" not in config.model.name
-    if form == "text" and not can_isolate and config.data.packing == "auto":
-        return "concatenate"
-    return choose_packing(config.data.packing, takes, form == "text", can_isolate).name
+    if form == "text" and ":" in config.model.name and config.data.packing == "auto":
+        return ChosenPacking("concatenate", "text is cut where a row is full; a module of one's own reads whole rows")
+    return choose_packing(config.data.packing, takes, form == "text", architecture_isolates(config.model))
 
 
 def _mismatched(row: Row, data: Data, split: str, row_tokens: int) -> list[Enrich]:

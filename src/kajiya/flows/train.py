@@ -11,7 +11,7 @@ from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
 from kajiya.flows.bases import find_bases, without_places
-from kajiya.flows.feeding import Data, pack, rendering_of
+from kajiya.flows.feeding import Data, packing_of, rendering_of
 from kajiya.flows.fitting import fit_run, follow_run, save_fitted
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
@@ -174,6 +174,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     """Corpus, tokenizer and shards of the config, made or found."""
     from kajiya.data.corpus import build_corpus
     from kajiya.data.ledger import data_ledger, ledger_words, require_kept
+    from kajiya.data.pack import build_packing
     from kajiya.data.shards import build_shards
     from kajiya.data.tokenizer import build_tokenizer
 
@@ -190,8 +191,14 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     shards = stages.produce(
         "shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell, rendering), _shards_words
     )
-    packed = pack(config, corpus, shards, store)
-    packing = None if packed is None else stages.produce("packing", lambda: packed, _packing_words)
+    chosen = packing_of(config, corpus.facts["format"])
+    packing = None
+    if chosen.name != "concatenate":
+        packing = stages.produce(
+            "packing",
+            lambda: build_packing(config.data, shards, store),
+            lambda made: f"{_packing_words(made)}; {chosen.name}: {chosen.why}",
+        )
     ledger = data_ledger(corpus.facts, shards.facts, None if packing is None else packing.facts)
     require_kept(ledger, config.data.max_lost_fraction)
     tell("ledger", text=ledger_words(ledger), facts=ledger.facts())

@@ -8,12 +8,15 @@ Shape letters: B rows, T tokens of a row.
 """
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
+from kajiya.models.adapter_files import is_adapter
 from kajiya.models.attention import PACKED_SDPA, segment_mask
 
 
@@ -80,3 +83,29 @@ def can_isolate(model: nn.Module) -> bool:
     if isinstance(model, PreTrainedModel):
         return not model._is_stateful
     return "segments" in inspect.signature(model.forward).parameters
+
+
+def architecture_isolates(config: ModelConfig) -> bool:
+    """The same, told by the config before there is a model; a module of the user's own counts as one that cannot.
+
+    An adapter's base is not looked into: `kajiya prove` changes a segment and sees whether another moves.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if ":" in config.name:
+        return False
+    if config.path is not None and is_adapter(Path(config.path)):
+        return True
+    if config.path is not None:
+        architecture = type(
+            AutoConfig.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        )
+    elif config.name in CONFIG_MAPPING:
+        architecture = CONFIG_MAPPING[config.name]
+    else:
+        return True
+    known: Any = AutoModelForCausalLM._model_mapping
+    return architecture not in known or not known[architecture]._is_stateful
