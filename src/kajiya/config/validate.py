@@ -191,7 +191,7 @@ def _check_adapter(config: Config) -> None:
             f"{adapter.options['init']} takes a part out of the weights, which {quantize} weights do not let go",
             "Set adapter.options.init=default, or model.quantize=none.",
         )
-    if adapter.name == "prefix" and config.train.gradient_checkpointing:
+    if adapter.name == "prefix" and config.train.gradient_checkpointing != "off":
         raise ConfigError(
             "train.gradient_checkpointing", "does not go with adapter.name=prefix, whose keys and values are a cache"
         )

@@ -60,8 +60,13 @@ def by_ray(work: Callable[[T], R], jobs: Sequence[T], parallel: int, options: Ra
         import ray
     except ModuleNotFoundError as error:
         raise MissingExtraError("ray", "ray", "The launcher ray") from error
+
+    # Ray takes a plain function, and no partial one.
+    def call(job: T) -> R:
+        return work(job)
+
     with _cluster(ray, parallel, options):
-        remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0)(work)
+        remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0)(call)
         waiting: list[Any] = []
         rest = list(jobs)
         while rest or waiting:

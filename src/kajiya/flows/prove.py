@@ -19,6 +19,7 @@ from kajiya.preflight.prove import Verdict, prove, require_proven
 from kajiya.preflight.prove_run import check_schedule
 from kajiya.preflight.subject import Finding, Subject
 from kajiya.run.code import code_revision
+from kajiya.run.events import finite
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, artifact_key, produce
 from kajiya.training.fit import Setup
@@ -40,7 +41,7 @@ def prove_run(
     found = store.find("proof", artifact_key("proof", code, section, parents))
     hear("stage", name="prove", state="begun", seconds=0.0, text="")
     verdict = _with_own_schedule(found, subject) if found is not None else prove(subject)
-    facts = verdict_facts(verdict)
+    facts = finite(verdict_facts(verdict))
     hear("proof", facts=facts)
     require_proven(verdict.failures())
     proof, _ = produce(

@@ -90,12 +90,13 @@ class Outcome:
     seconds: float
 
 
-def run_ticket(plan: StudyPlan, _ticket: int) -> list[Outcome]:
+def run_ticket(plan: StudyPlan, ticket: int) -> list[Outcome]:
     """Run the next trial of the study, and after it every trial that successive halving has promoted meanwhile."""
     if plan.deadline is not None and time.time() > plan.deadline:
         return []
     tune = plan.base.tune
-    study = open_study(tune, plan.folder, plan.id, plan.base.seed)
+    # Tickets that begin in the same moment see the same trials, and would draw the same settings from one seed.
+    study = open_study(tune, plan.folder, plan.id, plan.base.seed + 104_729 * ticket)
     outcomes = [run_trial(plan, study)]
     while isinstance(study.pruner, ASHA):
         candidates = study.pruner.promotable(study)

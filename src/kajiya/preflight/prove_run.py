@@ -47,7 +47,7 @@ def check_memory(subject: Subject) -> Finding:
     if peak > 0.97 * there:
         return failed(
             f"a step takes {format_bytes(peak)} of {format_bytes(there)}, which leaves nothing for evaluation and checkpoints",
-            "Lower train.micro_batch (and raise train.accumulate), or set train.gradient_checkpointing=true.",
+            "Lower train.micro_batch (and raise train.accumulate), or set train.gradient_checkpointing=full.",
             **facts,
         )
     return passed(f"the largest batch was run: {format_bytes(peak)} of {format_bytes(there)}", **facts)

@@ -45,7 +45,7 @@ class EventLog:
 
     def emit(self, kind: str, **fields: Any) -> Event:
         """Append one event and return it. Non-finite numbers are written as strings (`"nan"`), since JSON has none."""
-        event: Event = {"t": time.time(), "kind": kind, **_finite(fields)}
+        event: Event = {"t": time.time(), "kind": kind, **finite(fields)}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode("utf-8", errors="backslashreplace")
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -115,11 +115,12 @@ def _decode(line: bytes, begins: int) -> tuple[Event | None, int]:
     return event, begins + len(text[:ends].encode("utf-8", errors="surrogateescape"))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with numbers that are not finite as strings (`"nan"`), since JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return value
