@@ -300,7 +300,7 @@ def test_real_failures_do_not_end_the_search(tmp_path: Path) -> None:
     (tmp_path / "own_loss.py").write_text(
         "import os, torch\n"
         "from kajiya.config.options import NextTokenLoss\n"
-        "from kajiya.training.losses import next_token\n"
+        "from kajiya.training.losses.next_token import next_token\n"
         "def loss(model, batch, how='well', chunk_tokens=512):\n"
         "    if how == 'crash': raise RuntimeError('on purpose')\n"
         "    if how == 'kill': os.kill(os.getpid(), 9)\n"

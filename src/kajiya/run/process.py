@@ -28,6 +28,7 @@ def set_up_process(
 
     # Processes that torchrun starts on one machine share its cores.
     share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    quiet_torchao()
     done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": threads or share}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(store_root / "compile-cache")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -66,12 +67,17 @@ def keep_large_blocks() -> str:
 
 
 def quiet_transformers() -> None:
-    """Turn off Transformers' own progress bars, since this project draws one for each stage, and what torchao says at import.
-
-    Transformers imports torchao wherever it is installed, and that names each GPU library that a CPU cannot load.
-    """
+    """Turn Transformers' own progress bars off: this project draws one for each stage."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    quiet_torchao()
+
+
+def quiet_torchao() -> None:
+    """Turn off what torchao says at its import, which Transformers and PEFT bring about wherever it is installed.
+
+    It names each GPU library that a CPU cannot load, and types that torch has come to know by itself.
+    """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
