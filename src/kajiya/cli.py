@@ -11,6 +11,8 @@ import typer
 from kajiya.errors import ConfigError, KajiyaError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from kajiya.config.schema import Config
@@ -85,7 +87,7 @@ def train(
         _find_lr(compose(recipe, overrides or [], config_dir), store, as_json)
         return
     trained = _train(compose(recipe, overrides or [], config_dir), store, _console(to_stderr=as_json))
-    if as_json and os.environ.get("RANK", "0") == "0":
+    if as_json and _is_first_rank():
         from kajiya.run.inspect import run_facts
 
         _print_json(run_facts(trained.run))
@@ -139,14 +141,8 @@ def plan(
     """Parameters, tokens, time and memory of a recipe, measured by a few steps, without training it."""
     from kajiya.config.compose import compose
     from kajiya.flows.plan import plan_recipe
-    from kajiya.run.store import default_store
-    from kajiya.screen import Screen
 
-    console = _console(to_stderr=as_json)
-    with Screen(console) as screen:
-        facts = plan_recipe(compose(recipe, overrides or [], config_dir), default_store(store), screen.on_event)
-    if as_json:
-        _print_json(facts)
+    _show_facts(plan_recipe, compose(recipe, overrides or [], config_dir), store, as_json)
 
 
 @app.command()
@@ -160,14 +156,8 @@ def prove(
     """Check before a step is spent: targets, isolation, accumulation, what trains and is saved, learning, memory."""
     from kajiya.config.compose import compose
     from kajiya.flows.plan import prove_recipe
-    from kajiya.run.store import default_store
-    from kajiya.screen import Screen
 
-    console = _console(to_stderr=as_json)
-    with Screen(console) as screen:
-        facts = prove_recipe(compose(recipe, overrides or [], config_dir), default_store(store), screen.on_event)
-    if as_json:
-        _print_json(facts)
+    _show_facts(prove_recipe, compose(recipe, overrides or [], config_dir), store, as_json)
 
 
 @app.command()
@@ -726,11 +716,27 @@ def _engine(target: str, overrides: list[str] | None, store: str | None) -> tupl
     return engine, AutoTokenizer.from_pretrained(found.model.path), found.name
 
 
+def _show_facts(flow: "Callable[..., dict[str, Any]]", config: "Config", store: str | None, as_json: bool) -> None:
+    """Run a flow that tells its facts as it goes; with `as_json`, print them too."""
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    with Screen(_console(to_stderr=as_json)) as screen:
+        facts = flow(config, default_store(store), screen.on_event)
+    if as_json:
+        _print_json(facts)
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _console(to_stderr: bool = False) -> "Console":
     from rich.console import Console
 
     console = Console(stderr=to_stderr, highlight=False)
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first_rank():
         return Console(quiet=True)  # of the processes that torchrun starts, one speaks
     # A pipe has no width of its own: lines stay whole, for whoever reads them next.
     return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=160)

@@ -12,10 +12,11 @@ import pytest
 
 from kajiya.data import parts
 from kajiya.data.documents import DocumentWriter, open_documents
-from kajiya.data.memory import FAST, PLAIN, peak_memory, portions_within
+from kajiya.data.memory import FAST, PLAIN, portions_within
 from kajiya.data.shards import build_shards
 from kajiya.errors import DataError, StoreError
 from kajiya.run.store import Artifact, Store, open_artifact
+from kajiya.run.usage import peak_memory
 
 KILLED = """
 import os, signal, sys
@@ -107,6 +108,7 @@ from pathlib import Path
 from kajiya.config.schema import DataConfig
 from kajiya.data.shards import build_shards
 from kajiya.run.store import Artifact, Store, open_artifact
+from kajiya.run.usage import peak_memory
 
 cap, corpus, tokenizer, store = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 artifact = Artifact(corpus, "corpus", "k", "d", {})

@@ -1,15 +1,13 @@
 """How much memory preparing the data takes: what is held at once is cut so that the cap in the config is kept."""
 
-import resource
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from kajiya.data.documents import Documents
 from kajiya.data.parts import Portions
 from kajiya.errors import DataError
+from kajiya.run.usage import peak_memory
 
 _LARGEST_CHUNK = 4 * 2**20
 _SMALLEST_CHUNK = 2**16
@@ -27,17 +25,6 @@ class Appetite:
 
 FAST = Appetite(32, 2)
 PLAIN = Appetite(120, 1)
-
-
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, bytes."""
-    # Linux's `ru_maxrss` outlives an exec: a process begun by a large one would seem as large.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def portions_within(memory_mib: int, splits: list[Documents], appetite: Appetite, part_bytes: int) -> Portions:

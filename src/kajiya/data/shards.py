@@ -18,13 +18,14 @@ from kajiya.config.schema import DataConfig
 from kajiya.data.documents import SPLITS, Documents, cumulated, map_file, open_documents
 from kajiya.data.encode import open_bulk_encoder
 from kajiya.data.encoding import RenderMany, RowsEncoder, TextEncoder
-from kajiya.data.memory import FAST, PLAIN, peak_memory, portions_within
+from kajiya.data.memory import FAST, PLAIN, portions_within
 from kajiya.data.parts import Encode, Part, link_parts, write_parts
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.errors import DataError, StoreError
 from kajiya.run.code import code_revision
 from kajiya.run.files import read_json, require_space, write_json
 from kajiya.run.store import Artifact, Store, produce
+from kajiya.run.usage import peak_memory
 
 STAGE = "shards"
 _INDEX = "shards.json"

@@ -19,6 +19,7 @@ from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.models.isolation import architecture_isolates
 from kajiya.models.tasks import Task
+from kajiya.models.weights_digest import tensors_digest
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
 from kajiya.training.portions import rows_at_once
@@ -28,7 +29,6 @@ from kajiya.training.reference import (
     compute_reference,
     open_reference,
     save_reference,
-    weights_digest,
 )
 
 MASK = "<|mask|>"
@@ -205,7 +205,7 @@ def build_reference(
         "reference",
         code=code_revision("kajiya.training.reference", "kajiya.flows.feeding", "kajiya.data.mismatch"),
         config={
-            "weights": weights_digest(model),
+            "weights": tensors_digest(sorted(model.state_dict().items())),
             "precision": precision.name,
             "row_tokens": config.data.row_tokens,
             "takes": row.takes,

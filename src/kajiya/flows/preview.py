@@ -16,7 +16,7 @@ from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Feeding, open_feeding
 from kajiya.flows.preview_rows import Preview, Reader, Shown, shown_rows
 from kajiya.flows.preview_text import ledger_notes, piece_text, row_words, strand_words
-from kajiya.flows.report_page import visible
+from kajiya.flows.report_page import html_templates
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data
 from kajiya.run.store import Store
@@ -81,16 +81,8 @@ def _places(feeding: Feeding, wanted: Wanted) -> tuple[Rows, np.ndarray]:
 
 def write_preview_page(preview: Preview, path: Path) -> None:
     """The preview as one HTML file without anything from outside, for light and dark screens."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("kajiya.flows", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"visible": visible, "row_words": row_words, "strand_words": strand_words}
+    environment = html_templates()
+    environment.filters |= {"row_words": row_words, "strand_words": strand_words}
     environment.filters |= {"piece_text": piece_text, "ledger_notes": ledger_notes}
     page = environment.get_template("preview.html.j2").render(preview=preview, table=ledger_table(preview.ledger))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,12 @@ class Page:
 
 def render_html(page: Page, variables: str) -> str:
     """One HTML file without anything from outside; `variables` is the CSS that gives the figures' colours."""
+    html: str = html_templates().get_template("report.html.j2").render(page=page, variables=variables)
+    return html
+
+
+def html_templates() -> "Environment":
+    """The page templates of this folder: escaping by itself, strict about names, with the filter `visible`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -143,7 +152,7 @@ def render_html(page: Page, variables: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
-    return environment.get_template("report.html.j2").render(page=page, variables=variables)
+    return environment
 
 
 def visible(text: str) -> str:

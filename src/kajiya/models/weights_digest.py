@@ -1,13 +1,17 @@
-"""One digest for the same weights: over the tensors by name, however they are cut into files."""
+"""One digest for the same weights: of files, over the tensors by name however they are cut; and of tensors in memory."""
 
 import hashlib
 import json
 import struct
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kajiya.errors import StoreError
+from kajiya.models.quantized import plain_tensors
 
 _CHUNK = 16 * 2**20
 
@@ -19,6 +23,16 @@ def weights_digest(folder: Path) -> str:
         raise StoreError(f"{folder}: has no safetensors")
     stats = [(path, path.stat()) for path in files]
     return _digest(tuple((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats))
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in the order given, 64 hex digits."""
+    hasher = hashlib.sha256()
+    for name, tensor in tensors:
+        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for part in plain_tensors(tensor.detach()):
+            hasher.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 @cache

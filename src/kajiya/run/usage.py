@@ -3,15 +3,26 @@
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
 def usage_with(before: Mapping[str, Any] | None) -> dict[str, Any]:
     """`cpu_seconds` of this process added to those of earlier attempts, `peak_bytes` the most of any of them."""
     own = resource.getrusage(resource.RUSAGE_SELF)
-    unit = 1 if sys.platform == "darwin" else 1024
     earlier = before or {"cpu_seconds": 0.0, "peak_bytes": 0}
     return {
         "cpu_seconds": earlier["cpu_seconds"] + own.ru_utime + own.ru_stime,
-        "peak_bytes": max(earlier["peak_bytes"], own.ru_maxrss * unit),
+        "peak_bytes": max(earlier["peak_bytes"], peak_memory()),
     }
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, bytes."""
+    # Linux's `ru_maxrss` outlives an exec: a process begun by a large one would seem as large.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

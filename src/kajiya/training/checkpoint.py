@@ -5,7 +5,6 @@ tensor's pieces are, so that several ranks may each write a file of their own), 
 """
 
 import copy
-import hashlib
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import StoreError
-from kajiya.models.quantized import plain_tensors
+from kajiya.models.weights_digest import tensors_digest
 from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, write_json
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.pieces import index_of, read_pieces
@@ -154,15 +153,12 @@ def frozen_digest(model: nn.Module) -> str | None:
     """SHA-256 of the weights that are not trained, which a checkpoint names and does not hold; `None` where there are none."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     held = _buffers(model)
-    hasher, n_frozen = hashlib.sha256(), 0
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor) or id(tensor) in trained or f"model/{name}" in held:
-            continue
-        n_frozen += 1
-        hasher.update(name.encode())
-        for part in plain_tensors(tensor.detach()):
-            hasher.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest() if n_frozen else None
+    frozen = [
+        (name, tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in trained and f"model/{name}" not in held
+    ]
+    return tensors_digest(frozen) if frozen else None
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

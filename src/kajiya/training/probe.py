@@ -2,8 +2,6 @@
 
 import math
 import random
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from kajiya.run.usage import peak_memory
 from kajiya.training.fit import Setup, train_step
 from kajiya.training.state import TrainState
 
@@ -102,8 +101,7 @@ def peak_bytes(device: torch.device) -> int:
     """Highest resident memory of this process, or highest allocation on a GPU, bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()
 
 
 def _timed_step(setup: Setup, state: TrainState) -> float:

@@ -3,7 +3,6 @@
 Shape letters: E examples of a batch, k sequences of each.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from torch import nn
 
 from kajiya.data.batch import ExampleBatch
 from kajiya.evals.scoring import evaluation_mode
-from kajiya.models.quantized import plain_tensors
 from kajiya.training.losses.sequences import sequence_log_probs
 from kajiya.training.precision import Precision
 
@@ -71,16 +69,6 @@ def add_reference(table: Table, split: str) -> Callable[[ExampleBatch], ExampleB
         return replace(batch, reference=reference, mismatched=mismatched)
 
     return add
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers by name, 64 hex digits."""
-    hasher = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        for part in plain_tensors(tensor.detach()):
-            hasher.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
 
 
 def _dense(rows: Mapping[int, torch.Tensor]) -> torch.Tensor:
