@@ -4,13 +4,39 @@ import pytest
 import torch
 
 from kajiya.errors import ConfigError
+from kajiya.training import precision
 from kajiya.training.precision import resolve_device, resolve_precision
+from kajiya.training.product_rates import ProductRates, measure_product_rates
+
+CPU = torch.device("cpu")
 
 
-def test_auto_picks_by_the_hardware_and_says_why() -> None:
-    chosen = resolve_precision("auto", torch.device("cpu"))
-    assert chosen.name == ("bf16" if torch.cpu._is_amx_tile_supported() else "fp32")
-    assert "CPU" in chosen.reason
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "chosen"), [(100e9, 250e9, "bf16"), (100e9, 110e9, "fp32"), (284e9, 150e9, "fp32")]
+)
+def test_auto_takes_bf16_where_it_measures_it_to_be_faster_and_says_the_rates(
+    fp32: float, bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(precision, "measure_product_rates", lambda: ProductRates(fp32, bf16))
+    picked = resolve_precision("auto", CPU)
+    assert picked.name == chosen
+    assert f"{bf16 / 1e9:.0f} GFLOP/s in bf16, {fp32 / 1e9:.0f} in fp32" in picked.reason
+
+
+def test_auto_measures_nothing_on_a_cpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(precision, "measure_product_rates", lambda: pytest.fail("measured"))
+    picked = resolve_precision("auto", CPU)
+    assert (picked.name, picked.reason) == ("fp32", "this CPU has no bf16 instructions")
+
+
+def test_the_measurement_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    rates = measure_product_rates.__wrapped__()
+    assert rates.fp32 > 1e8
+    assert rates.bf16 > 1e6
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

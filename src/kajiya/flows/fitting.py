@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kajiya.config.schema import Config
 from kajiya.data.bigrams import Bigrams, count_bigrams
 from kajiya.data.loader import Loader
@@ -36,8 +38,8 @@ from kajiya.training.losses import load_loss, load_measure
 from kajiya.training.memory import largest_micro_batch
 from kajiya.training.optimizers import load_optimizer
 from kajiya.training.portions import AUTO, Portions, rows_of_step, share_out
-from kajiya.training.precision import resolve_device, resolve_precision
-from kajiya.training.ranks import Ranks, find_ranks, join, wait_for_all
+from kajiya.training.precision import PRECISIONS, Precision, resolve_device, resolve_precision
+from kajiya.training.ranks import Ranks, agreed, find_ranks, join, wait_for_all
 from kajiya.training.recompute import recompute_activations
 from kajiya.training.saving import CheckpointWriter
 from kajiya.training.state import TrainState
@@ -86,7 +88,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     ranks = find_ranks(config.train.strategy)
     device = resolve_device(config.train.device, "train.device", ranks.local)
     join(ranks, device)
-    precision = resolve_precision(settled.get("train.precision", config.train.precision), device)
+    precision = _resolve_precision(config, settled, device, ranks)
     built = _build(config, data)
     adapted = transform(built.module, config.adapter, config.model.quantize, config.seed)
     if has_adapter(built.module) and config.model.path and data.tokenizer.facts["added_tokens"]:
@@ -135,6 +137,20 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
         }
     )
     return Prepared(setup, derived, compiled, ranks, feeding, reference)
+
+
+def _resolve_precision(config: Config, settled: dict[str, Any], device: torch.device, ranks: Ranks) -> Precision:
+    """The run's precision; what `auto` picked at its beginning is kept, and every rank takes the first one's pick."""
+    kept = settled.get("train.precision")
+    if kept is not None and config.train.precision == AUTO:
+        return replace(resolve_precision(kept, device), reason="auto picked it when the run began")
+    precision = resolve_precision(config.train.precision, device)
+    name = agreed(ranks, precision.name, PRECISIONS)
+    return (
+        precision
+        if name == precision.name
+        else replace(resolve_precision(name, device), reason="the first rank's pick")
+    )
 
 
 def _share_out(config: Config, setup: Setup, loader: Loader, ranks: Ranks, settled: dict[str, Any]) -> Portions:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError, MissingExtraError
+from kajiya.training.product_rates import has_bf16_instructions, measure_product_rates
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ _KINDS = {
     "fp16-mixed": (torch.float32, torch.float16),
     "fp8": (torch.bfloat16, None),
 }
+PRECISIONS = tuple(_KINDS)
+"""Every precision by name."""
 _FP8_SINCE = (8, 9)
 """Compute capability of the first GPUs with fp8 products (Ada, Hopper)."""
 
@@ -73,7 +76,10 @@ def _named_device(name: str, field: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """The precision of that name; `auto` picks bf16 where the hardware multiplies it faster than fp32."""
+    """The precision of that name; `auto` picks bf16 where the hardware multiplies it faster than fp32.
+
+    On a CPU with bf16 instructions that is measured, once in a process. A run records what was picked and keeps it.
+    """
     if name == "fp8":
         _require_fp8(device)
     if name != "auto":
@@ -88,10 +94,18 @@ def _fastest(device: torch.device) -> tuple[str, str]:
             return "bf16", "this GPU has bf16 tensor cores"
         return "fp32", "this GPU has no bf16 tensor cores"
     if device.type == "cpu":
-        if torch.cpu._is_amx_tile_supported():
-            return "bf16", "this CPU has AMX tiles for bf16"
-        return "fp32", "this CPU has no AMX; without it bf16 products are no faster"
+        return _fastest_on_cpu()
     return "fp32", f"bf16 is not relied on for {device.type}"
+
+
+def _fastest_on_cpu() -> tuple[str, str]:
+    if not has_bf16_instructions():
+        return "fp32", "this CPU has no bf16 instructions"
+    rates = measure_product_rates()
+    measured = f"{rates.bf16 / 1e9:,.0f} GFLOP/s in bf16, {rates.fp32 / 1e9:,.0f} in fp32"
+    if rates.prefers_bf16:
+        return "bf16", f"this CPU multiplies bf16 {rates.bf16 / rates.fp32:.1f} times as fast ({measured})"
+    return "fp32", f"bf16 is no faster on this CPU ({measured})"
 
 
 def _require_fp8(device: torch.device) -> None:

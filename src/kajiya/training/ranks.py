@@ -1,6 +1,7 @@
 """Which of several processes this one is, as `torchrun` says it in the environment, and the group that they form."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -64,3 +65,12 @@ def wait_for_all(ranks: Ranks) -> None:
     """Go on when every rank is here."""
     if ranks.n > 1:
         torch.distributed.barrier()
+
+
+def agreed(ranks: Ranks, own: str, names: Sequence[str]) -> str:
+    """The first rank's pick among `names`, on every rank: what each measures for itself may differ."""
+    if ranks.n == 1:
+        return own
+    index = torch.tensor(names.index(own))
+    torch.distributed.broadcast(index, 0)
+    return names[int(index)]
