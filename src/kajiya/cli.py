@@ -274,7 +274,7 @@ def serve(
 
     from kajiya.config.compose import compose
     from kajiya.config.validate import validate
-    from kajiya.flows.targets import find_model
+    from kajiya.flows.targets import find_model, with_folders
     from kajiya.run.store import default_store
 
     if api_key == "":
@@ -285,6 +285,7 @@ def serve(
     config = replace(config, serve=replace(config.serve, **given))
     validate(config)
     found = find_model(target, default_store(store))
+    config = replace(config, serve=with_folders(config.serve, default_store(store)))
     _serve(config, found.model.path, found.name, _console())
 
 
@@ -705,14 +706,14 @@ def _engine(target: str, overrides: list[str] | None, store: str | None) -> tupl
 
     from kajiya.config.compose import compose
     from kajiya.config.validate import validate
-    from kajiya.flows.targets import find_model
+    from kajiya.flows.targets import find_model, with_folders
     from kajiya.run.store import default_store
     from kajiya.serving.server import open_engine
 
     config = compose(DEFAULT_RECIPE, overrides or [])
     validate(config)
     found = find_model(target, default_store(store))
-    engine = open_engine(config.serve, found.model.path)
+    engine = open_engine(with_folders(config.serve, default_store(store)), found.model.path)
     return engine, AutoTokenizer.from_pretrained(found.model.path), found.name
 
 

@@ -149,3 +149,15 @@ def server_url(model_folder: Path, tokenizer: Any) -> Iterator[str]:
     """A server that all tests of the session share."""
     with running(create_app(open_engine(model_folder), tokenizer, NAME, ServeConfig(default_max_tokens=16))) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def roomy_url(tmp_path_factory: pytest.TempPathFactory, reference: Any, tokenizer: Any) -> Iterator[str]:
+    """A server of a model with room for what is said of tools."""
+    folder = tmp_path_factory.mktemp("roomy")
+    config = reference.config.__class__(**reference.config.to_dict() | {"max_position_embeddings": 2048})
+    torch.manual_seed(1)
+    reference.__class__(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with running(create_app(open_engine(folder), tokenizer, NAME, ServeConfig())) as url:
+        yield url

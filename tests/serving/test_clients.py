@@ -1,12 +1,31 @@
 """Clients of the OpenAI API that others have written, against the real server."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .conftest import NAME, open_engine
+
+PROMPT = "def wrap(text, width):"
+
+
+@pytest.fixture
+def chatted(tokenizer: Any, greedy: Callable[..., list[int]]) -> Callable[..., str]:
+    """What the plain model says greedily behind a conversation, rendered as training renders it.
+
+    Without an end that is no whole character: the server keeps that back.
+    """
+    from kajiya.data.chat import render_chat
+
+    def say(messages: list[dict[str, str]], n_tokens: int) -> str:
+        ids = render_chat(tokenizer, messages, add_generation_prompt=True)
+        found = greedy(ids, n_tokens)
+        return str(tokenizer.decode(found, skip_special_tokens=True)).rstrip("\ufffd")
+
+    return say
 
 
 def test_the_api_model_of_lm_eval_scores_as_the_engine_does(
@@ -34,3 +53,81 @@ def test_the_api_model_of_lm_eval_scores_as_the_engine_does(
         before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
         # The whole text's tokens, those past as many as the context has alone: lm-eval's own convention.
         assert logprob == pytest.approx(sum(engine.score(whole)[len(before) - 1 :]), abs=1e-3)
+
+
+def test_langchain_chats_streams_batches_and_binds(server_url: str, chatted: Callable[..., str]) -> None:
+    from langchain_core.messages import HumanMessage, SystemMessage
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(
+        base_url=f"{server_url}/v1", api_key="none", model=NAME, temperature=0, max_completion_tokens=8, max_retries=0
+    )
+    messages = [SystemMessage("Be brief."), HumanMessage("Rain?")]
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
+    expected = chatted(plain, 8)
+    reply = chat.invoke(messages)
+    assert reply.content == expected
+    assert reply.usage_metadata is not None
+    assert reply.usage_metadata["output_tokens"] == 8
+    assert reply.response_metadata["finish_reason"] == "length"
+
+    pieces = list(chat.stream(messages, stream_usage=True))
+    assert "".join(str(piece.content) for piece in pieces) == expected
+    assert len(pieces) > 4
+    assert sum(piece.usage_metadata["output_tokens"] for piece in pieces if piece.usage_metadata) == 8
+
+    questions = ["One?", "Two?", "Three?"]
+    found = chat.batch(questions)
+    assert [one.content for one in found] == [chatted([{"role": "user", "content": each}], 8) for each in questions]
+
+    scored = chat.bind(logprobs=True, top_logprobs=2).invoke(messages)
+    content = scored.response_metadata["logprobs"]["content"]
+    assert len(content) == 8
+    assert all(len(one["top_logprobs"]) == 2 for one in content)
+
+
+def test_langchain_gets_objects_by_schema_and_calls_of_tools(roomy_url: str) -> None:
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(base_url=f"{roomy_url}/v1", api_key="none", model=NAME, temperature=0, max_retries=0)
+    schema = {
+        "title": "Size",
+        "description": "A size.",
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    bound = chat.with_structured_output(schema, method="json_schema", strict=True)
+    found = bound.invoke("A size?")
+    assert isinstance(found, dict)
+    assert list(found) == ["n"]
+    assert 0 <= found["n"] <= 99
+    calling = chat.bind_tools([schema], tool_choice="Size")
+    reply = calling.invoke("A size?")
+    assert [call["name"] for call in reply.tool_calls] == ["Size"]
+    assert 0 <= reply.tool_calls[0]["args"]["n"] <= 99
+    assert reply.response_metadata["finish_reason"] == "tool_calls"
+
+
+def test_llama_index_completes_chats_and_streams(
+    server_url: str, chatted: Callable[..., str], tokenizer: Any, greedy: Callable[..., list[int]]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports
+        from llama_index.core.llms import ChatMessage
+        from llama_index.llms.openai_like import OpenAILike
+
+    given = {"api_base": f"{server_url}/v1", "api_key": "none", "model": NAME, "temperature": 0, "max_tokens": 8}
+    chat = OpenAILike(**given, is_chat_model=True, context_window=192, max_retries=0)
+    messages = [ChatMessage(role="system", content="Be brief."), ChatMessage(role="user", content="Rain?")]
+    expected = chatted([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}], 8)
+    assert chat.chat(messages).message.content == expected
+    pieces = list(chat.stream_chat(messages))
+    assert "".join(piece.delta or "" for piece in pieces) == expected
+
+    plain = OpenAILike(**given, is_chat_model=False, context_window=192, max_retries=0)
+    expected = tokenizer.decode(greedy(tokenizer.encode(PROMPT), 8), skip_special_tokens=True).rstrip("\ufffd")
+    assert plain.complete(PROMPT).text == expected
+    streamed = list(plain.stream_complete(PROMPT))
+    assert streamed[-1].text == expected

@@ -102,16 +102,9 @@ def test_a_schema_that_is_none_is_refused(server_url: str) -> None:
         assert reply.json()["error"]["param"] == "response_format"
 
 
-@pytest.fixture(scope="module")
-def roomy(tmp_path_factory: pytest.TempPathFactory, reference: Any, tokenizer: Any) -> Iterator[openai.OpenAI]:
-    """A server of a model with room for what is said of tools."""
-    folder = tmp_path_factory.mktemp("roomy")
-    config = reference.config.__class__(**reference.config.to_dict() | {"max_position_embeddings": 2048})
-    torch.manual_seed(1)
-    reference.__class__(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    app = create_app(open_engine(folder), tokenizer, NAME, ServeConfig())
-    with running(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+@pytest.fixture
+def roomy(roomy_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{roomy_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 

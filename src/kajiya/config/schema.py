@@ -339,10 +339,12 @@ class ServeConfig:
     """Positions in the key-value cache; `None`: the whole batch at full length, in 4 GiB at most."""
     guesses: int = setting(0, ge=0, le=16)
     """Tokens guessed from the text so far and confirmed together in one step; answers stay the same. 0: none."""
+    draft: str | None = None
+    """A smaller model with the same tokens that guesses in place of the text so far: a run, an artifact, a folder, a hub name."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters of the model, name → folder as PEFT saves it; requests choose one as their `model`."""
     models: dict[str, str] = field(default_factory=dict)
-    """Further models, name → folder, loaded when they are first asked for."""
+    """Further models, name → run, artifact, folder or hub name, loaded when they are first asked for."""
     idle_unload_s: float | None = setting(None, gt=0)
     """Further models are let go after that many seconds without a request; `None`: never."""
     allow_loading: bool = False

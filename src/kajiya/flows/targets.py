@@ -1,10 +1,11 @@
 """What a person points at (a run, an artifact, a folder, a hub name) as a model on disk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.digest import digest
+from kajiya.config.schema import ServeConfig
 from kajiya.errors import StoreError
 from kajiya.run.files import hash_folder
 from kajiya.run.folder import Run, find_run, list_runs
@@ -48,6 +49,19 @@ def find_model(target: str, store: Store, *, from_hub: bool = True) -> Target:
     if entry is None:
         raise StoreError(f"{run.id} has no finished model.\nGo on with its training: the same command continues it.")
     return Target(open_artifact(store.root / entry["path"]), str(run.manifest()["name"]), run)
+
+
+def with_folders(cfg: ServeConfig, store: Store) -> ServeConfig:
+    """The server's settings with the folders of the further models and of the draft that they name.
+
+    Raises `StoreError` as `find_model` does.
+    """
+
+    def folder(name: str) -> str:
+        return name if Path(name).is_dir() else str(find_model(name, store).model.path)
+
+    models = {name: folder(target) for name, target in cfg.models.items()}
+    return replace(cfg, models=models, draft=cfg.draft and folder(cfg.draft))
 
 
 def _newest_of_recipe(name: str, store: Store) -> Run | None:

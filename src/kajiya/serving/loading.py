@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kajiya.errors import ConfigError, KajiyaError
+from kajiya.serving.draft_model import DraftModel
 from kajiya.serving.drafts import Drafter, PromptLookup
 from kajiya.serving.engine import Engine, ModelFacts
 from kajiya.serving.runner import BLOCK_TOKENS, PlainRunner, Runner, TransformersRunner
@@ -41,7 +42,9 @@ class EngineOptions:
     cache_tokens: int | None = None
     """Positions in the key-value cache; `None`: the batch at full length, in 4 GiB at most."""
     guesses: int = 0
-    """Tokens guessed from the text so far and confirmed together; 0: none."""
+    """Tokens guessed and confirmed together in a step; 0: none."""
+    draft: str | None = None
+    """Folder of a smaller model with the same tokens that guesses; `None`: the text so far does."""
 
 
 def load_engine(folder: Path, *, options: EngineOptions | None = None, runner: str = "auto", **settings: Any) -> Engine:
@@ -58,21 +61,56 @@ def load_engine(folder: Path, *, options: EngineOptions | None = None, runner: s
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise ConfigError("model", f"{str(folder)!r} is no folder with a saved model (config.json is missing)")
     device = pick_device(opts.device)
-    model = open_model(folder, pick_dtype(opts.precision, device), "eager", is_merged=True).to(device)
-    return engine_of(model, end_tokens(folder, model), opts, runner)
+    dtype = pick_dtype(opts.precision, device)
+    drafter: Drafter | None = PromptLookup(opts.guesses) if opts.guesses else None
+    if opts.draft is not None:
+        n_tokens = _same_tokens(folder, Path(opts.draft), opts)
+        smaller = open_model(Path(opts.draft), dtype, "eager", is_merged=True).to(device)
+        found, _, context = _drive(smaller, opts, runner)
+        drafter = DraftModel(found, opts.guesses, context, n_tokens)
+    model = open_model(folder, dtype, "eager", is_merged=True).to(device)
+    return engine_of(model, end_tokens(folder, model), opts, runner, drafter)
 
 
-def engine_of(model: Any, eos_ids: frozenset[int], opts: EngineOptions, runner: str = "auto") -> Engine:
+def engine_of(
+    model: Any, eos_ids: frozenset[int], opts: EngineOptions, runner: str = "auto", drafter: Drafter | None = None
+) -> Engine:
     """An engine over a Transformers model in memory; the native runner packs its weights and lets go of it."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, note, context = _drive(model, opts, runner)
+    facts = ModelFacts(context, model.config.get_text_config().vocab_size, eos_ids, shapes, note)
+    return Engine(found, facts, opts.max_batch, opts.max_waiting, drafter)
+
+
+def _drive(model: Any, opts: EngineOptions, runner: str) -> tuple[Runner, str, int]:
+    """What computes the model, in words too, and the longest text that it takes."""
     config = model.config.get_text_config()
     if runner != "plain":
         _refuse_unsupported(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found, note = _choose_runner(model, config, opts, runner)
-    context = getattr(config, "max_position_embeddings", None) or found.n_blocks * found.block_tokens
-    facts = ModelFacts(context, config.vocab_size, eos_ids, shapes, note)
-    drafter: Drafter | None = PromptLookup(opts.guesses) if opts.guesses else None
-    return Engine(found, facts, opts.max_batch, opts.max_waiting, drafter)
+    return found, note, getattr(config, "max_position_embeddings", None) or found.n_blocks * found.block_tokens
+
+
+def _same_tokens(folder: Path, draft: Path, opts: EngineOptions) -> int:
+    """How many tokens model and draft have in common: all, without the padding of their tables.
+
+    Raises `ConfigError` where the draft's guesses would mean something else to the model, or none are asked for.
+    """
+    from transformers import AutoTokenizer
+
+    if not opts.guesses:
+        raise ConfigError("serve.draft", "guesses nothing", "Say how many tokens it guesses: serve.guesses=4.")
+    if not (draft / "config.json").is_file():
+        raise ConfigError("serve.draft", f"{str(draft)!r} is no folder with a saved model (config.json is missing)")
+    mine, its = (AutoTokenizer.from_pretrained(each).get_vocab() for each in (folder, draft))
+    if mine != its:
+        n_other = len(mine.items() ^ its.items())
+        raise ConfigError(
+            "serve.draft",
+            f"{str(draft)!r} has other tokens than the model ({n_other} differ)",
+            "Train the draft with the model's tokenizer, or leave serve.draft out: the text so far guesses then.",
+        )
+    return max(mine.values()) + 1
 
 
 def _choose_runner(model: Any, config: Any, opts: EngineOptions, runner: str) -> tuple[Runner, str]:

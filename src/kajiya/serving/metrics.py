@@ -28,6 +28,8 @@ class Metrics:
         self.cache_use = Gauge("kajiya_cache_use_ratio", "Part of the cache's blocks that is held", registry=registry)
         self.shared = Gauge("kajiya_shared_prompt_tokens", "Prompt tokens found in the cache so far", registry=registry)
         self.preemptions = Gauge("kajiya_preemptions", "Sequences read again for want of blocks", registry=registry)
+        self.guessed = Gauge("kajiya_guessed_tokens", "Tokens guessed ahead so far", registry=registry)
+        self.confirmed = Gauge("kajiya_confirmed_tokens", "Guesses that became the answer", registry=registry)
         self.first_token = Histogram(
             "kajiya_time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
         )
@@ -72,6 +74,8 @@ class Metrics:
         self.cache_use.set(1 - sum(each.pool.n_free for each in schedulers) / n_blocks)
         self.shared.set(sum(each.n_shared_tokens for each in schedulers))
         self.preemptions.set(sum(each.n_preemptions for each in schedulers))
+        self.guessed.set(sum(engine.n_drafted for engine in engines))
+        self.confirmed.set(sum(engine.n_confirmed for engine in engines))
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

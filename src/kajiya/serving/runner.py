@@ -4,6 +4,7 @@ Shape letters: R sequences, T tokens of the step, L cached positions, V vocabula
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -56,6 +57,9 @@ class TransformersRunner:
         self.device: torch.device = model.device
         self.cache = PagedCache(n_blocks, BLOCK_TOKENS, model.config.get_text_config().num_hidden_layers)
         self._patches = _Patches(model)
+        # Newer versions of Transformers call it `cache` and warn of the other name.
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         model.set_attn_implementation(self.cache.attention)
 
     @torch.inference_mode()
@@ -107,8 +111,8 @@ class TransformersRunner:
                 position_ids=torch.tensor([positions], device=self.device),
                 # Any four-dimensional mask is taken as it is; the attention makes its own.
                 attention_mask=torch.zeros((1, 1, 1, 1), dtype=self.model.dtype, device=self.device),
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self._cache_name: self.cache},
                 **extra,
             )
 

@@ -31,7 +31,7 @@ def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], N
     from transformers import AutoTokenizer
 
     def load(path: Path) -> Engine:
-        return open_engine(replace(cfg, adapters={}), path)
+        return open_engine(replace(cfg, adapters={}, draft=None), path)
 
     # Bound first: a busy port is said at once, not after a model has been loaded.
     with contextlib.closing(bind(cfg.host, cfg.port)) as listener:
@@ -74,6 +74,7 @@ def options_of(cfg: ServeConfig) -> EngineOptions:
         cache_precision=cfg.cache_precision,
         cache_tokens=cfg.cache_tokens,
         guesses=cfg.guesses,
+        draft=cfg.draft,
     )
 
 

@@ -17,6 +17,7 @@ _STOP_S = 20
 _ONLY_OURS: tuple[tuple[str, Any, str], ...] = (
     ("quantize", "none", "Quantize the artifact (kajiya quantize) and serve that."),
     ("guesses", 0, "Leave it at 0."),
+    ("draft", None, "Leave it out."),
     ("cache_precision", "auto", "Leave it at auto."),
     ("cache_tokens", None, "Leave it out."),
     ("models", {}, "Start one server for each model."),
