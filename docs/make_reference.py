@@ -16,6 +16,7 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 _TABLES = {
     "source": "data.source.name",
     "loss": "train.loss.name",
+    "reward": "train.loss.options.rewards",
     "adapter": "adapter.name",
     "optimizer": "optim.name",
     "schedule": "schedule.name",
@@ -153,7 +154,7 @@ def _plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
-    return '""' if value == "" else str(value)
+    return '""' if value == "" else str(value).replace("\n", "\\n")
 
 
 def _cell(text: str) -> str:

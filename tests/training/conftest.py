@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kajiya.config.schema import ModelConfig
-from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, Seq2SeqBatch
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, RolloutBatch, Seq2SeqBatch
 from kajiya.models.build import Vocabulary, build_model
 
 VOCABULARY = Vocabulary(97, 0, 1, 2)
@@ -89,6 +89,32 @@ def make_pairs_of_text(rows: int, seed: int = 0) -> Seq2SeqBatch:
     targets[torch.arange(7) >= torch.randint(3, 8, (rows, 1), generator=generator)] = NO_TARGET
     tokens = torch.cat([torch.zeros(rows, 1, dtype=torch.int64), targets[:, :-1].clamp_min(0)], dim=1)
     return Seq2SeqBatch(inputs, mask, tokens, targets, int((targets != NO_TARGET).sum()))
+
+
+def make_rollouts(
+    n_prompts: int, seed: int = 0, k: int = 3, old: bool = False, reference: bool = False
+) -> RolloutBatch:
+    """Answers of random ids to `n_prompts` prompts, with random advantages; log-probabilities drawn near −ln V."""
+    sequences = random_sequences(n_prompts * k, seed)
+    rows = make_examples(sequences, k=1, per_row=1).rows
+    generator = torch.Generator().manual_seed(seed)
+    is_target = (rows.targets != NO_TARGET).float()
+
+    def table() -> torch.Tensor:
+        return (-4.5 + 0.5 * torch.randn(rows.targets.shape, generator=generator)) * is_target
+
+    rewards = torch.randint(0, 2, (n_prompts * k, 2), generator=generator).float()
+    return RolloutBatch(
+        rows=rows,
+        sampled=table(),
+        advantages=torch.randn(n_prompts * k, generator=generator),
+        rewards=torch.cat([rewards.sum(dim=1, keepdim=True), rewards], dim=1),
+        names=("one", "two"),
+        group_size=k,
+        is_cut=torch.rand(n_prompts * k, generator=generator) < 0.5,
+        old=table() if old else None,
+        reference=table() if reference else None,
+    )
 
 
 class ListLoader:

@@ -13,6 +13,7 @@ from tests.training.conftest import (
     make_batch,
     make_examples,
     make_pairs_of_text,
+    make_rollouts,
     random_sequences,
 )
 from tests.training.test_fit import make_setup
@@ -52,6 +53,8 @@ def _batches(name: str, model: Any) -> list[Any]:
             replace(each, targets=torch.where(each.targets % 3 == 0, each.tokens, NO_TARGET), is_causal=False)
             for each in rows
         ]
+    if takes == "prompts":
+        return [make_rollouts(2, seed, old=True) for seed in range(3)]
     if takes == "seq2seq":
         return [make_pairs_of_text(3, seed) for seed in range(3)]
     k = 2 if takes == "preference" else 1

@@ -9,19 +9,21 @@ from unittest import mock
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
-from trl import DPOTrainer, KTOTrainer, RewardTrainer  # noqa: E402
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer  # noqa: E402
 from trl.experimental.cpo import CPOTrainer  # noqa: E402
 from trl.experimental.gkd import GKDTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOTrainer  # noqa: E402
 
 from kajiya.config.schema import LossConfig  # noqa: E402
-from kajiya.data.batch import Batch, ExampleBatch  # noqa: E402
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, RolloutBatch  # noqa: E402
 from kajiya.training.losses import distill as distilling  # noqa: E402
 from kajiya.training.losses import (  # noqa: E402
     feedback,
     load_loss,
+    policy,
     preference,
 )
+from kajiya.training.rollouts import Rollout, with_advantages  # noqa: E402
 
 E, T = 5, 9
 
@@ -35,6 +37,10 @@ class Accelerator:
         return value
 
     gather_for_metrics = gather
+    num_processes = 1
+
+    def reduce(self, value: torch.Tensor, reduction: str) -> torch.Tensor:
+        return value
 
     def unwrap_model(self, model: Any) -> Any:
         return model
@@ -157,6 +163,65 @@ def main() -> None:
             float(distilling._DIVERGENCES[divergence](log_p, log_q, share).sum()),
             float(theirs),
         )
+    _policies()
+
+
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "token": ("dapo", {"clip_low": 0.2, "clip_high": 0.28}),
+    "sequence": ("grpo", {"beta": 0.3}),
+    "constant": ("dr_grpo", {"clip_low": 0.1, "clip_high": 0.1, "beta": 0.05}),
+}
+"""By our `normalize`: TRL's loss type, and options that are tried with it."""
+
+
+def _policies() -> None:
+    """Values and advantages of GRPO, whose completions are the columns of a row."""
+    n, k = 6, 3
+    lengths = torch.randint(1, T + 1, (n,))
+    mask = torch.arange(T) < lengths[:, None]
+    now, old, reference = (-torch.rand(n, T) * 3 * mask for _ in range(3))
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 0.5])
+    targets = torch.where(mask, 1, NO_TARGET)
+    rows = Batch(targets, targets, targets, targets, int(mask.sum()))
+    advantages = torch.randn(n)
+    batch = RolloutBatch(
+        rows, old, advantages, rewards[:, None], (), k, torch.zeros(n, dtype=torch.bool), old=old, reference=reference
+    )
+    for normalize, (loss_type, options) in _KINDS.items():
+        used = {"clip_low": 0.2, "clip_high": 0.2, "beta": 0.0} | options
+        trainer = _trainer(
+            loss_type=loss_type, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+            importance_sampling_level="token", beta=used["beta"], epsilon_low=used["clip_low"],
+            epsilon_high=used["clip_high"], args=SimpleNamespace(
+                use_bias_correction_kl=False, delta=None, steps_per_generation=1
+            ),
+            current_gradient_accumulation_steps=1, max_completion_length=T, _entropy_bonus_enabled=False,
+        )  # fmt: skip
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (now, torch.zeros(n, T), None)
+        inputs = {
+            "prompt_ids": torch.ones(n, 1), "prompt_mask": torch.ones(n, 1), "completion_ids": torch.ones(n, T),
+            "completion_mask": mask.long(), "advantages": advantages, "old_per_token_logps": old,
+            "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
+        }  # fmt: skip
+        theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
+        with mock.patch.object(policy, "token_log_probs", return_value=now):
+            loss = load_loss(LossConfig("grpo", {"normalize": normalize, "max_tokens": T, **options}))
+            ((total, unit),) = loss(None, batch)[0].values()
+        _tell(f"grpo-{normalize}", float(total) / batch.counts[str(unit)], float(theirs))
+    for is_scaled in (True, False):
+        ours = _advantages(rewards.tolist(), k, is_scaled)
+        grouped = rewards.view(-1, k)
+        centred = grouped - grouped.mean(dim=1, keepdim=True)
+        # As `GRPOTrainer._generate_and_score_completions` has it, which needs a whole trainer.
+        theirs = centred / (grouped.std(dim=1, keepdim=True) + 1e-4) if is_scaled else centred
+        weights = torch.arange(1.0, n + 1)
+        _tell(f"advantages-{is_scaled}", float((ours * weights).sum()), float((theirs.flatten() * weights).sum()))
+
+
+def _advantages(rewards: list[float], k: int, is_scaled: bool) -> torch.Tensor:
+    groups = [rewards[first : first + k] for first in range(0, len(rewards), k)]
+    found = [with_advantages([Rollout([1], [0.0], False, "", [r]) for r in group], is_scaled) for group in groups]
+    return torch.tensor([each.advantage for group in found for each in group])
 
 
 main()

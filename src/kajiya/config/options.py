@@ -38,6 +38,16 @@ class StdlibPairsSource:
 
 
 @dataclass(frozen=True)
+class StdlibBracketsSource:
+    """Lines of the standard library's code, cut where brackets are open: prompt → the brackets that close them."""
+
+    root: str | None = None
+    """Folder to read in its place; `None` is the interpreter's own standard library."""
+    max_chars: int = setting(60, ge=8)
+    """Longest line that is taken, characters, without its indentation."""
+
+
+@dataclass(frozen=True)
 class TextSource:
     """Plain text files, one row per file."""
 
@@ -234,6 +244,95 @@ class DistillLoss:
     """The teacher's share of the mixture (jsd)."""
     chunk_tokens: int = setting(1024, ge=1)
     """Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class GRPOLoss:
+    """Group relative policy optimization: answers that the model itself gives, each judged beside the others to its prompt."""
+
+    rewards: list[Any] = field(default_factory=list)
+    """What an answer earns, each `{name, weight, options}`; the reward is their weighted sum."""
+    group_size: int = setting(8, ge=2)
+    """Answers drawn to each prompt."""
+    max_tokens: int = setting(64, ge=1)
+    """Longest answer, tokens."""
+    stop: list[str] = field(default_factory=list)
+    """An answer ends with the first token whose text holds one of these; its text is cut there."""
+    scale_advantages: bool = True
+    """Divide a group's advantages by the standard deviation of its rewards; false: Dr. GRPO (arXiv:2503.20783)."""
+    normalize: str = setting("token", choices=("token", "sequence", "constant"))
+    """Mean over all tokens of a step (DAPO), over the answers' own means (GRPO), or over answers times `max_tokens` (Dr. GRPO)."""
+    clip_low: float = setting(0.2, ge=0, lt=1)
+    """How far below 1 a token's probability ratio is followed."""
+    clip_high: float = setting(0.2, ge=0)
+    """How far above 1; a larger one than `clip_low` leaves rare tokens more room (DAPO, arXiv:2503.14476)."""
+    beta: float = setting(0.0, ge=0)
+    """Weight of the KL divergence from the model as it was before training; 0: none, and no reference is kept."""
+    inner_epochs: int = setting(1, ge=1)
+    """Optimizer steps on each set of answers."""
+    chunk_tokens: int = setting(2048, ge=1)
+    """Tokens whose logits are held at once."""
+
+
+# ---------------------------------------------------------------- rewards (train.loss.options.rewards)
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    """One of several rewards."""
+
+    name: str = setting()
+    """exact_match, regex, unit_test, model, or `my_pkg.mod:fn`."""
+    weight: float = 1.0
+    """Factor in the sum; a negative one punishes."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that reward."""
+
+
+@dataclass(frozen=True)
+class ExactMatchReward:
+    """1 for an answer that is the row's completion, else 0."""
+
+    strip: bool = True
+    """White space around both does not count."""
+    ignore_case: bool = False
+    """Upper and lower case are the same."""
+
+
+@dataclass(frozen=True)
+class RegexReward:
+    """1 for an answer that a regular expression matches as a whole, else 0."""
+
+    pattern: str | None = None
+    """The expression; `None`: the row's completion is one."""
+    strip: bool = True
+    """White space around the answer does not count."""
+
+
+@dataclass(frozen=True)
+class UnitTestReward:
+    """1 for an answer with which a Python program ends without an error, in a process of its own with limits, else 0."""
+
+    program: str = "{prompt}{answer}\n{completion}\n"
+    """The program: `{answer}` is the model's, `{completion}` the row's own, which holds the tests."""
+    seconds: float = setting(5.0, gt=0)
+    """Longest time."""
+    memory_mb: int = setting(512, ge=64)
+    """Largest address space, MiB."""
+
+
+@dataclass(frozen=True)
+class ModelReward:
+    """What a reward model (`train.loss.name=reward`) gives for prompt and answer."""
+
+    path: str = setting()
+    """Folder or hub name of the reward model."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    prompt_style: str = setting("chat", choices=("chat", "plain"))
+    """How it was shown prompts and answers (`data.render.prompt_style`)."""
+    batch: int = setting(16, ge=1)
+    """Answers that pass through it at once."""
 
 
 # ---------------------------------------------------------------- what is trained (adapter)

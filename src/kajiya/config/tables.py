@@ -23,13 +23,13 @@ class Row:
     target: str
     options: type
     takes: str = "tokens"
-    """Of a loss: the batch it is a function of: tokens, masked, preference, feedback, labelled or seq2seq."""
+    """Of a loss: the batch it is a function of: tokens, masked, preference, feedback, labelled, seq2seq or prompts."""
     task: str = "causal"
     """Of a loss: the model's head: causal, masked, seq2seq, classes, or one number (score)."""
     measure: str | None = None
     """Of a loss: `module:function` that measures what it must know of the whole group before its micro-batches."""
     needs: str | None = None
-    """Of a loss: `module:function` that loads, from its options, what else it reads."""
+    """Of a loss or a reward: `module:function` that loads, from its options, what else it reads."""
     has_reference: bool = False
     """Of a loss: it compares with log-probabilities under the model as it was before training."""
 
@@ -38,6 +38,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
     "source": {
         "stdlib": Row("kajiya.data.sources:stdlib", o.StdlibSource),
         "stdlib_pairs": Row("kajiya.data.function_rows:stdlib_pairs", o.StdlibPairsSource),
+        "stdlib_brackets": Row("kajiya.data.bracket_rows:stdlib_brackets", o.StdlibBracketsSource),
         "text": Row("kajiya.data.sources:text", o.TextSource),
         "jsonl": Row("kajiya.data.sources:jsonl", o.LinesSource),
         "csv": Row("kajiya.data.sources:csv_rows", o.TableSource),
@@ -68,6 +69,15 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         ),
         "classify": Row("kajiya.training.losses.labelled:classify", o.ClassifyLoss, takes="labelled", task="classes"),
         "regress": Row("kajiya.training.losses.labelled:regress", o.RegressLoss, takes="labelled", task="score"),
+        "grpo": Row("kajiya.training.losses.policy:grpo", o.GRPOLoss, takes="prompts"),
+    },
+    "reward": {
+        "exact_match": Row("kajiya.training.rewards:exact_match", o.ExactMatchReward),
+        "regex": Row("kajiya.training.rewards:regex", o.RegexReward),
+        "unit_test": Row("kajiya.training.rewards:unit_test", o.UnitTestReward),
+        "model": Row(
+            "kajiya.training.rewards:by_model", o.ModelReward, needs="kajiya.training.rewards:load_reward_model"
+        ),
     },
     "adapter": {
         "none": Row("kajiya.models.adapt:everything", o.NoOptions),

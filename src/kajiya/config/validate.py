@@ -1,6 +1,7 @@
 """What a config must satisfy beyond its types: bounds, choices, options of each chosen row, combinations."""
 
 from kajiya.config.quantities import parse_count
+from kajiya.config.rewards import check_rewards
 from kajiya.config.schema import Config, ModelConfig
 from kajiya.config.setting import check_bounds
 from kajiya.config.tables import TABLES, check_choice, loss_row, nearest
@@ -30,6 +31,7 @@ _FORMATS = {
     "feedback": ("feedback",),
     "labelled": ("labelled",),
     "seq2seq": ("seq2seq",),
+    "prompts": ("instruction",),
 }
 """Formats of rows by what a loss takes."""
 _LENGTHS = ("steps", "epochs", "minutes")
@@ -63,6 +65,7 @@ def validate(config: Config) -> None:
     _check_length(config)
     _check_growth(config)
     _check_kind(config)
+    _check_policy(config)
     _check_model(config)
     _check_tune(config)
     _check_adapter(config)
@@ -136,6 +139,30 @@ def _check_kind(config: Config) -> None:
             "model.init",
             f"{config.model.init} is for a model that says the next token, and the loss {config.train.loss.name} trains another",
             "Set model.init=normal.",
+        )
+
+
+def _check_policy(config: Config) -> None:
+    if loss_row(config.train.loss.name).takes != "prompts":
+        return
+    check_rewards(config.train.loss.options.get("rewards") or [], "train.loss.options.rewards")
+    if ":" in config.model.name:
+        raise ConfigError(
+            "model.name",
+            f"{config.train.loss.name} draws answers with the engine that serves, which drives models of Transformers",
+            "Choose an architecture that Transformers knows.",
+        )
+    if config.adapter.name in ("prefix", "prompt"):
+        raise ConfigError(
+            "adapter.name",
+            f"{config.adapter.name} is no change of weights that could be handed to the engine that draws the answers",
+            "Set adapter.name=lora.",
+        )
+    if config.data.render.train_on == "all":
+        raise ConfigError(
+            "data.render.train_on",
+            f"all leaves no prompt for {config.train.loss.name} to answer",
+            "Set it to assistant.",
         )
 
 

@@ -4,7 +4,7 @@ Shape letters: B rows of the micro-batch, T tokens of a row, E examples, S seque
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -157,3 +157,52 @@ class Seq2SeqBatch:
             targets=self.targets.to(device, non_blocking=True),
             n_targets=self.n_targets,
         )
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Answers that the model gave to prompts, one a row, k to each prompt one behind the other, and what they earned."""
+
+    rows: Batch
+    """Prompt and answer, the answer's tokens being targets; padded to the longest."""
+    sampled: torch.Tensor
+    """Log-probability of each target as the engine that drew it gave it, nats, float32 [B, T]; 0 where there is none."""
+    advantages: torch.Tensor
+    """Of each answer over the others to its prompt, float32 [S]."""
+    rewards: torch.Tensor
+    """Weighted sum of each answer, and behind it each reward by itself, float32 [S, 1 + n]."""
+    names: tuple[str, ...]
+    """Of the rewards, [n]."""
+    group_size: int
+    """Answers to each prompt, k."""
+    is_cut: torch.Tensor
+    """Whether the answer reached its greatest length before it ended, bool [S]."""
+    old: torch.Tensor | None = None
+    """As `sampled`, by the trainer's own forward pass, before the first step on these answers; `None` where there is but one."""
+    reference: torch.Tensor | None = None
+    """As `old`, under the model as it was before training."""
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens of all answers."""
+        return self.rows.n_targets
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.rows.n_tokens
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """As a `Batch`'s, the answers (`sequences`), and the prompts (`examples`)."""
+        n = len(self.advantages)
+        return self.rows.counts | {"sequences": n, "examples": n // self.group_size}
+
+    def to(self, device: torch.device | str) -> "RolloutBatch":
+        """The same batch on another device."""
+        moved = {
+            name: None if tensor is None else tensor.to(device, non_blocking=True)
+            for name, tensor in vars(self).items()
+            if tensor is None or isinstance(tensor, torch.Tensor)
+        }
+        return replace(self, rows=self.rows.to(device), **moved)

@@ -1,9 +1,9 @@
 """What a run's loss is fed with: the artifacts it reads, its batches of training and of evaluation, its reference."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,11 +17,13 @@ from kajiya.data.render import Renderer, read_template
 from kajiya.data.shards import Rendering, open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
+from kajiya.flows.heldout import heldout_values
 from kajiya.models.isolation import architecture_isolates
 from kajiya.models.tasks import Task
 from kajiya.models.weights_digest import tensors_digest
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
+from kajiya.training.fit import Setup
 from kajiya.training.portions import rows_at_once
 from kajiya.training.precision import Precision
 from kajiya.training.reference import (
@@ -92,6 +94,33 @@ def task_of(config: Config, corpus: Artifact) -> Task:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation during training tells."""
+
+    values: dict[str, float]
+    """The first is the one that is to fall."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """Answers to look at: prompt, answer, reward."""
+
+
+class Feeds(Protocol):
+    """What opens the batches of a run, and evaluates its model on what is held out."""
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row, which the plan counts in."""
+        ...
+
+    def loader(self, *, batch: int | None = None, rank: int = 0, world: int = 1) -> Any:
+        """Training batches of `batch` rows (`None`: the config's micro-batch), from the beginning."""
+        ...
+
+    def evaluator(self, setup: Setup, rows: int) -> Callable[[], Evaluation]:
+        """What evaluates the model as it is on at most `rows` held-out rows, the same every time."""
+        ...
+
+
+@dataclass(frozen=True)
 class Feeding:
     """Opens the batches of both splits for one config."""
 
@@ -101,6 +130,18 @@ class Feeding:
     micro_batch: int
     enrich: Callable[[str], Enrich]
     """What is added to each batch of a split."""
+    loss: str
+    """Name of the loss."""
+
+    @property
+    def row_tokens(self) -> int:
+        """As `Feeds`'s."""
+        return self.feed.row_tokens
+
+    def evaluator(self, setup: Setup, rows: int) -> Callable[[], Evaluation]:
+        """As `Feeds`'s."""
+        kept = list(self.heldout(rows))
+        return lambda: Evaluation(heldout_values(self.loss, setup, kept))
 
     def loader(self, *, batch: int | None = None, rank: int = 0, world: int = 1) -> "EnrichedLoader":
         """Training batches of `batch` rows (`None`: the config's micro-batch), from the beginning."""
@@ -123,6 +164,15 @@ class EnrichedLoader:
     def __init__(self, loader: Loader, enrich: Enrich) -> None:
         self.loader = loader
         self.enrich = enrich
+
+    @property
+    def batch(self) -> int:
+        """Rows of a batch."""
+        return self.loader.batch
+
+    @batch.setter
+    def batch(self, rows: int) -> None:
+        self.loader.batch = rows
 
     @property
     def rows_per_epoch(self) -> int:
@@ -172,7 +222,7 @@ def open_feeding(config: Config, data: Data, reference: Artifact | None, start_i
             steps.append(add_reference(table, split))
         return lambda batch: _through(steps, batch)
 
-    return Feeding(data.shards.path, feed, config.seed, rows_at_once(config.train), enrich)
+    return Feeding(data.shards.path, feed, config.seed, rows_at_once(config.train), enrich, config.train.loss.name)
 
 
 def build_reference(

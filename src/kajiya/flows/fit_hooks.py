@@ -2,8 +2,7 @@
 
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
-from kajiya.flows.feeding import Feeding
-from kajiya.flows.heldout import heldout_values
+from kajiya.flows.feeding import Feeds
 from kajiya.flows.keeping import Keeper
 from kajiya.training.fit import Hook, StepReport
 from kajiya.training.movement import Movement
@@ -14,11 +13,11 @@ from kajiya.training.terms import drain_window
 
 
 def make_hooks(
-    config: Config, feeding: Feeding, keeper: Keeper, state: TrainState, hear: OnEvent, *, compiled: bool
+    config: Config, feeding: Feeds, keeper: Keeper, state: TrainState, hear: OnEvent, *, compiled: bool
 ) -> list[Hook]:
     """The hooks of the one process that writes."""
     setup = keeper.setup
-    kept = list(feeding.heldout(config.train.eval_rows))
+    heldout = feeding.evaluator(setup, config.train.eval_rows)
     movement = Movement(setup.model, setup.optimizer, state)
     speed = _Speed(state)
     profile = Profile(setup.model, setup.strategy.device, keeper.run.folder / "profile", compiled)
@@ -44,9 +43,11 @@ def make_hooks(
 
     def evaluate(report: StepReport) -> None:
         with setup.optimizer.averaged():
-            values = heldout_values(config.train.loss.name, setup, kept)
-        hear("metrics", step=report.state.step, values=values)
-        if is_new_best(config.train, report.state, values):
+            found = heldout()
+        hear("metrics", step=report.state.step, values=found.values)
+        if found.samples:
+            hear("samples", step=report.state.step, samples=list(found.samples))
+        if is_new_best(config.train, report.state, found.values):
             save(report)
 
     def save(report: StepReport) -> None:

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from kajiya.config.schema import Config
+from kajiya.config.tables import loss_row
 from kajiya.data.bigrams import Bigrams, count_bigrams
-from kajiya.data.loader import Loader
 from kajiya.data.progress import OnEvent, silent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
-from kajiya.flows.feeding import Data, Feeding, build_reference, open_feeding, task_of
+from kajiya.flows.feeding import Data, Feeds, build_reference, open_feeding, task_of
 from kajiya.flows.fit_hooks import make_hooks
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.prove import prove_run
+from kajiya.flows.rolling import open_rollouts
 from kajiya.models.adapt import has_adapter, rate_ratios, transform
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import BuiltModel, build_model, vocabulary_of
@@ -66,7 +67,7 @@ class Prepared:
     derived: dict[str, Any]
     compiled: str
     ranks: Ranks
-    feeding: Feeding
+    feeding: Feeds
     reference: Artifact | None
 
 
@@ -107,7 +108,11 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     if ranks.is_first:
         wait_for_all(ranks)
     reference = None if made is None else made[0]
-    feeding = open_feeding(config, data, reference, start_id=decoder_start(model))
+    feeding: Feeds
+    if loss_row(config.train.loss.name).takes == "prompts":
+        feeding = open_rollouts(config, data, model, precision, device)
+    else:
+        feeding = open_feeding(config, data, reference, start_id=decoder_start(model))
     loader = feeding.loader(batch=1, rank=ranks.rank, world=ranks.n)
     setup = Setup(
         model=model,
@@ -124,8 +129,8 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
         max_skipped=config.optim.max_skipped,
         row_growth=config.train.row_growth,
     )
-    portions = _share_out(config, setup, loader.loader, ranks, settled)
-    guard = Guard(shrink=_shrinker(loader.loader, portions) if ranks.n == 1 else None)
+    portions = _share_out(config, setup, loader, ranks, settled)
+    guard = Guard(shrink=_shrinker(loader, portions) if ranks.n == 1 else None)
     setup = replace(setup, accumulate=portions.accumulate, guard=guard)
     derived = (
         built.derived
@@ -153,7 +158,7 @@ def _resolve_precision(config: Config, settled: dict[str, Any], device: torch.de
     )
 
 
-def _share_out(config: Config, setup: Setup, loader: Loader, ranks: Ranks, settled: dict[str, Any]) -> Portions:
+def _share_out(config: Config, setup: Setup, loader: Any, ranks: Ranks, settled: dict[str, Any]) -> Portions:
     """This rank's part of a step, and the loader's batches of that size; the micro-batch found by measuring where it is auto."""
     rows = rows_of_step(config.train)
     wanted = settled.get("train.micro_batch", config.train.micro_batch)
@@ -166,7 +171,7 @@ def _share_out(config: Config, setup: Setup, loader: Loader, ranks: Ranks, settl
     return portions
 
 
-def _shrinker(loader: Loader, portions: Portions) -> Callable[[int], bool]:
+def _shrinker(loader: Any, portions: Portions) -> Callable[[int], bool]:
     """Makes the loader's batches 2ⁿ times smaller, where they can be halved so often."""
 
     def shrink(times: int) -> bool:
@@ -190,12 +195,20 @@ def _build(config: Config, data: Data) -> BuiltModel:
 
 def plan_run(config: Config, prepared: Prepared, data: Data, began: float) -> Plan:
     """The plan, its steps measured; `began` is when the time of `train.minutes` began (`time.perf_counter()`)."""
+    row_tokens = prepared.feeding.row_tokens
     if data.packing is None:
         tokens = open_split(data.shards.path, "train").n_tokens
     else:
-        tokens = prepared.feeding.loader().rows_per_epoch * config.data.row_tokens
+        tokens = prepared.feeding.loader().rows_per_epoch * row_tokens
     spent = time.perf_counter() - began
-    return make_plan(config, prepared.setup, tokens_per_epoch=tokens, spent_s=spent, compiled=prepared.compiled)
+    return make_plan(
+        config,
+        prepared.setup,
+        tokens_per_epoch=tokens,
+        row_tokens=row_tokens,
+        spent_s=spent,
+        compiled=prepared.compiled,
+    )
 
 
 def fit_run(

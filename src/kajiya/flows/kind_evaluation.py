@@ -1,22 +1,26 @@
 """The evaluation of a model that is not judged by the bits of a text: its loss and metrics on all held-out rows."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kajiya.config.schema import Config
 from kajiya.config.tables import loss_row
 from kajiya.flows.feeding import Data, open_feeding, task_of
-from kajiya.flows.heldout import Scorer, score_batches
+from kajiya.flows.heldout import Scorer, Sums, score_batches
 from kajiya.flows.own_module import rebuild_own_module
-from kajiya.models.load import load_model, stored_dtype
+from kajiya.flows.rolling import HeldoutReward, open_rollouts
+from kajiya.models.open import model_dtype, open_model
 from kajiya.models.outputs import decoder_start
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, produce
 from kajiya.training.losses import load_loss, load_measure
-from kajiya.training.precision import resolve_device, resolve_precision
+from kajiya.training.precision import Precision, resolve_device, resolve_precision
 
-_FIRST = ("loss", "accuracy", "rewards/accuracies", "absolute_error", "nll")
+_FIRST = ("reward", "loss", "accuracy", "rewards/accuracies", "absolute_error", "nll")
 """Metrics that stand before the others."""
 
 
@@ -38,14 +42,11 @@ def evaluate_kind(
     def make(folder: Path) -> dict[str, Any]:
         module = rebuild_own_module(config, model, data.tokenizer)
         if module is None:
-            module = load_model(model.path, dtype=stored_dtype(model.path), task=task_of(config, data.corpus))
+            module = open_model(model.path, model_dtype(model.path), task=task_of(config, data.corpus))
         device = resolve_device(config.train.device, "train.device")
         precision = resolve_precision(str(model.facts["derived"]["train.precision"]), device)
         module = module.to(device)
-        feeding = open_feeding(config, data, reference, decoder_start(module))
-        scorer = Scorer(load_loss(config.train.loss, device), load_measure(config.train.loss), device, precision)
-        batches = list(feeding.heldout())
-        sums = score_batches(module, batches, scorer)
+        sums = _sums(config, data, reference, module, precision, device)
         figures = {
             name: {"value": each.mean, "interval": each.interval(), "n": float(each.counts.sum())}
             for name, each in sorted(
@@ -53,7 +54,8 @@ def evaluate_kind(
             )
         }
         write_json(folder / "figures.json", figures)
-        return {"loss": config.train.loss.name, "n_batches": len(batches), "figures": figures, "note": None}
+        n_batches = max(len(each.totals) for each in sums.values())
+        return {"loss": config.train.loss.name, "n_batches": n_batches, "figures": figures, "note": None}
 
     parents = data.parents() | {"model": model}
     return produce(
@@ -68,3 +70,14 @@ def evaluate_kind(
         parents=parents if reference is None else parents | {"reference": reference},
         make=make,
     )
+
+
+def _sums(
+    config: Config, data: Data, reference: Artifact | None, module: Any, precision: Precision, device: torch.device
+) -> Mapping[str, Sums]:
+    """The rewards of answers to all held-out prompts, or the loss and its metrics on all held-out rows."""
+    if loss_row(config.train.loss.name).takes == "prompts":
+        return HeldoutReward(open_rollouts(config, data, module, precision, device), None).measure()[0]
+    feeding = open_feeding(config, data, reference, decoder_start(module))
+    scorer = Scorer(load_loss(config.train.loss, device), load_measure(config.train.loss), device, precision)
+    return score_batches(module, list(feeding.heldout()), scorer)

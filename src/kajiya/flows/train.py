@@ -7,6 +7,7 @@ from typing import Any
 
 from kajiya.config.quantities import format_bytes, format_count
 from kajiya.config.schema import Config
+from kajiya.config.tables import loss_row
 from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
@@ -236,7 +237,14 @@ def _own_names(config: Config) -> tuple[str, ...]:
         config.optim.name,
         config.schedule.name,
         config.train.loss.name,
+        *_reward_names(config),
     )
+
+
+def _reward_names(config: Config) -> list[str]:
+    if loss_row(config.train.loss.name).takes != "prompts":
+        return []
+    return [each["name"] for each in config.train.loss.options["rewards"]]
 
 
 def _model(

@@ -72,13 +72,16 @@ def _trained_words(n_params: int, n_trainable: int) -> str:
     return f"{format_count(n_params)}, {format_count(n_trainable)} ({share} %) trained"
 
 
-def make_plan(config: Config, setup: Setup, *, tokens_per_epoch: int, spent_s: float, compiled: str) -> Plan:
+def make_plan(
+    config: Config, setup: Setup, *, tokens_per_epoch: int, row_tokens: int, spent_s: float, compiled: str
+) -> Plan:
     """Measure a few steps (undone afterwards) and derive what the config leaves open.
 
-    `tokens_per_epoch` is the training split's, `spent_s` the seconds of `train.minutes` that are already gone.
+    `tokens_per_epoch` is the training split's, `row_tokens` a row's, `spent_s` the seconds of
+    `train.minutes` that are already gone.
     """
     cost = measure_steps(setup)
-    tokens_per_step = config.data.row_tokens * rows_of_step(config.train)
+    tokens_per_step = row_tokens * rows_of_step(config.train)
     steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
     n_params = count_params(setup.model)
     n_trainable = count_params(setup.model, trainable=True)

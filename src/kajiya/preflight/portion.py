@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.batch import NO_TARGET, Batch, RolloutBatch
 from kajiya.training.fit import Setup
 
 _ROWS = 2
@@ -22,7 +22,14 @@ def first_batch(setup: Setup) -> Any:
 
 
 def portion(batch: Any, rows: int = _ROWS, tokens: int = _TOKENS) -> Any:
-    """The beginning of the rows of packed text that have the most targets there; batches of whole examples stay whole."""
+    """The beginning of the rows of packed text that have the most targets there; batches of whole examples stay whole.
+
+    Answers that all earned the same teach nothing: one and the next get advantages of 1 and −1.
+    """
+    if isinstance(batch, RolloutBatch) and not bool(batch.advantages.any()):
+        signs = torch.ones_like(batch.advantages)
+        signs[1::2] = -1
+        return replace(batch, advantages=signs)
     if not isinstance(batch, Batch):
         return batch
     length = min(tokens, batch.tokens.shape[1])

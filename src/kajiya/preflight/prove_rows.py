@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, RolloutBatch
 from kajiya.data.documents import open_documents
 from kajiya.models.hidden import all_logits
 from kajiya.preflight.portion import first_batch
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 
 _LOOKED_THROUGH = 12
+_HAS_ROWS = (ExampleBatch, RolloutBatch)
 _ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest change of a logit in the other documents. Leaking changes them by tenths and more."""
 
@@ -20,7 +21,7 @@ def check_targets(subject: Subject) -> Finding:
     """Targets exist, are the tokens that follow, end of text is learnt, and the model stops at what was learnt."""
     setup, tokenizer = subject.setup, subject.tokenizer
     batches = [setup.loader.next() for _ in range(_LOOKED_THROUGH)]
-    rows = [batch.rows if isinstance(batch, ExampleBatch) else batch for batch in batches]
+    rows = [batch.rows if isinstance(batch, _HAS_ROWS) else batch for batch in batches]
     if not isinstance(rows[0], Batch):
         n_targets = sum(batch.n_targets for batch in batches)
         if n_targets == 0:
@@ -106,10 +107,10 @@ def check_isolation(subject: Subject) -> Finding:
     """Change the first document of a packed row: what the model says of the others must not move."""
     setup, config = subject.setup, subject.config
     batch = first_batch(setup)
-    rows = batch.rows if isinstance(batch, ExampleBatch) else batch
+    rows = batch.rows if isinstance(batch, _HAS_ROWS) else batch
     if not isinstance(rows, Batch) or not rows.is_causal:
         return skipped("rows of this kind hold one text each, or are read from both sides")
-    if not config.data.isolate and not isinstance(batch, ExampleBatch):
+    if not config.data.isolate and not isinstance(batch, _HAS_ROWS):
         return skipped("data.isolate=false: documents of a row see each other as the config says")
     if ":" in config.model.name:
         return skipped("the model is the user's own module: what it does with segments is its own")

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.batch import NO_TARGET, Batch, RolloutBatch
 from kajiya.models.adapt import adapter_off, has_adapter
 from kajiya.models.hidden import all_logits
 from kajiya.preflight.portion import Repeated, first_batch, portion, restore_dropout, without_dropout
+from kajiya.preflight.prove_policy import check_policy_learning, check_policy_start
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 from kajiya.training.fit import Setup, train_step
 from kajiya.training.state import TrainState
@@ -178,6 +179,8 @@ def check_start(subject: Subject) -> Finding:
     loss = loss_on(setup, batch)
     if not math.isfinite(loss):
         return failed(f"the first loss is {loss}", "Look at the weights, and set train.precision=fp32.", loss=loss)
+    if isinstance(batch, RolloutBatch):
+        return check_policy_start(subject, batch, said)
     name = config.train.loss.name
     if name == "dpo" and config.train.loss.options.get("kind", "sigmoid") in ("sigmoid", "sigmoid_norm"):
         expected = math.log(2)
@@ -238,6 +241,8 @@ def check_learning(subject: Subject) -> Finding:
     """Twenty steps on one batch lower its loss."""
     setup, peak = subject.setup, subject.config.optim.lr
     batch = first_batch(setup)
+    if isinstance(batch, RolloutBatch):
+        return check_policy_learning(subject, batch)
     before = loss_on(setup, batch)
     setup.model.train()
     loader: Any = Repeated([batch])

@@ -184,12 +184,17 @@ class Engine:
     # ---------------------------------------------------------------- conveniences
 
     def generate(
-        self, prompts: list[list[int]], params: SamplingParams, adapter: str | None = None
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        adapter: str | None = None,
+        seeds: Rows[int] | None = None,
     ) -> list[Completion]:
         """Continue all prompts, as many at once as the batch holds; answers in the order of the prompts.
 
-        With a seed, the i-th prompt draws from its own stream derived from it. Raises `RequestError` for a prompt that
-        cannot be served, `EngineError` when the engine fails or has other requests; nothing of the call is left behind then.
+        The i-th prompt draws with the i-th of the `seeds`; without them, with a seed in `params`, from its own stream derived
+        from that. Raises `RequestError` for a prompt that cannot be served, `EngineError` when the engine fails or has other
+        requests; nothing of the call is left behind then.
         """
         if not self.is_idle:
             raise EngineError("generate needs the engine for itself, but other requests are in it")
@@ -198,7 +203,7 @@ class Engine:
             Request(
                 f"generate-{self._n_generate_calls}-{i}",
                 tuple(prompt),
-                _with_seed(params, derive_seed(params.seed, i)),
+                _with_seed(params, derive_seed(params.seed, i) if seeds is None else seeds[i]),
                 adapter,
             )
             for i, prompt in enumerate(prompts)

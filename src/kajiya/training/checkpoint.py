@@ -46,7 +46,7 @@ class Snapshot:
 
 
 def take_snapshot(
-    state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, int], run_key: str
+    state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, Any], run_key: str
 ) -> Snapshot:
     """A copy of the state on the CPU, which nothing that follows changes."""
     tensors = _buffers(model) | optimizer.state_tensors() | _generator_tensors()
@@ -73,7 +73,7 @@ def write_snapshot(root: Path, snapshot: Snapshot) -> Path:
 
 
 def save_checkpoint(
-    root: Path, state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, int], run_key: str
+    root: Path, state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, Any], run_key: str
 ) -> Path:
     """Write `root/step-<step>` at once; returns the folder."""
     return write_snapshot(root, take_snapshot(state, model, optimizer, loader, run_key))
@@ -81,7 +81,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str
-) -> tuple[TrainState, dict[str, int]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """Verify every hash, restore model, optimizer and generators; returns the counters and the loader's state."""
     tensors, plain = _read(folder, run_key)
     _restore_weights(folder, (tensors, plain), model, optimizer)

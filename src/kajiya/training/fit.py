@@ -32,11 +32,11 @@ class Loader(Protocol):
         """The next micro-batch; the data begin again at their end."""
         ...
 
-    def state(self) -> dict[str, int]:
-        """The position, to go on from it."""
+    def state(self) -> dict[str, Any]:
+        """The position, to go on from it, as JSON can hold it."""
         ...
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go to a position."""
         ...
 
@@ -187,7 +187,7 @@ def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str],
     gather(state, names[1:], [*values[2 : 1 + len(names)], *values[2 + len(names) :]])
 
 
-def _halve(setup: Setup, state: TrainState, position: dict[str, int], problem: torch.OutOfMemoryError) -> None:
+def _halve(setup: Setup, state: TrainState, position: dict[str, Any], problem: torch.OutOfMemoryError) -> None:
     """Memory ran out: forget the group and have it come again in twice as many micro-batches of half the rows."""
     guard = setup.guard
     setup.optimizer.clear_grads()

@@ -1,0 +1,79 @@
+"""Prompts of a split for policies: token ids up to where the row's own completion begins, and the row's words."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kajiya.data.conversations import message_text
+from kajiya.data.documents import Documents, open_documents
+from kajiya.data.pack import open_packing
+from kajiya.data.shards import Split, open_split
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an answer is drawn to."""
+
+    ids: tuple[int, ...]
+    text: str
+    """The prompt as it stands in the data, before any template."""
+    completion: str
+    """The row's own completion."""
+
+
+class Prompts:
+    """The prompts of one split, in its order; those too long to leave room for an answer are left out and counted."""
+
+    def __init__(self, corpus: Path, shards: Path, packed: Path, split: str, most_tokens: int) -> None:
+        self._documents: Documents = open_documents(corpus, split)
+        self._split: Split = open_split(shards, split)
+        self._rows = _rows_of(self._documents.names, self._split.names)
+        # What is longer than a row as a whole was left out, or an error, when the rows were packed.
+        fitting = np.unique(open_packing(packed, split).examples).tolist()
+        self._lengths = {index: self._n_tokens(index) for index in fitting}
+        self._kept = [index for index in fitting if self._lengths[index] <= most_tokens]
+        self.n_left_out = len(fitting) - len(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(self._lengths[index] for index in self._kept)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens of a prompt."""
+        return sum(self._lengths[index] for index in self._kept) / len(self)
+
+    def __getitem__(self, place: int) -> Prompt:
+        index = self._kept[place]
+        ids = self._split.document(index)[: self._lengths[index]]
+        row = json.loads(self._documents.text(self._rows[index]))
+        return Prompt(tuple(ids.tolist()), _text(row["prompt"]), _text(row["completion"]))
+
+    def _n_tokens(self, index: int) -> int:
+        """Tokens before the first that is trained."""
+        start, stop = self._split.offsets[index : index + 2].tolist()
+        weights = self._split.read_weights(start, stop)
+        return 1 + int(np.argmax(weights[1:] > 0))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "\n".join(message_text(message) for message in value)
+
+
+def _rows_of(names: Sequence[str], kept: Sequence[str]) -> list[int]:
+    """Where each of the `kept` names stands in `names`, of which it is a part in the same order."""
+    places, place = [], 0
+    for name in kept:
+        while names[place] != name:
+            place += 1
+        places.append(place)
+        place += 1
+    return places

@@ -1,0 +1,177 @@
+"""What a policy's loss is fed with: prompts, the engine that answers them, rewards, a reference; and its held-out reward."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kajiya.config.options import GRPOLoss
+from kajiya.config.schema import Config
+from kajiya.config.tables import check_choice
+from kajiya.data.prompts import Prompts
+from kajiya.data.tokenizer import load_tokenizer
+from kajiya.errors import ConfigError, DataError
+from kajiya.flows.feeding import Data, Evaluation
+from kajiya.flows.heldout import Sums
+from kajiya.models.adapt import adapter_off, has_adapter
+from kajiya.training.fit import Setup
+from kajiya.training.policy import Policy
+from kajiya.training.portions import rows_at_once, rows_of_step
+from kajiya.training.precision import Precision
+from kajiya.training.rewards import load_rewards
+from kajiya.training.rollouts import (
+    HELDOUT,
+    LogProbs,
+    Roller,
+    RolloutLoader,
+    answer_seed,
+    own_log_probs,
+    stop_tokens,
+)
+
+_SHOWN = 3
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class RolloutFeeding:
+    """Opens the rollouts of training, and answers held-out prompts."""
+
+    prompts: dict[str, Prompts]
+    """Of both splits."""
+    roller: Roller
+    seed: int
+    micro_batch: int
+    step_rows: int
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a prompt with all its answers, the longest that they can be."""
+        return round(self.roller.options.group_size * (self.prompts["train"].mean_tokens + self._options.max_tokens))
+
+    @property
+    def _options(self) -> GRPOLoss:
+        return self.roller.options
+
+    def loader(self, *, batch: int | None = None, rank: int = 0, world: int = 1) -> RolloutLoader:
+        """Rollouts of `batch` prompts at a time (`None`: the config's micro-batch), from the beginning."""
+        if world > 1 and self._options.inner_epochs > 1:
+            raise ConfigError(
+                "train.loss.options.inner_epochs",
+                f"{self._options.inner_epochs} in {world} processes: a checkpoint would hold the answers of the first alone",
+                "Set it to 1.",
+            )
+        return RolloutLoader(
+            self.prompts["train"],
+            self.roller,
+            seed=self.seed,
+            batch=batch or self.micro_batch,
+            step_rows=self.step_rows,
+            rank=rank,
+            world=world,
+        )
+
+    def evaluator(self, setup: Setup, rows: int) -> "HeldoutReward":
+        """What answers at most `rows` held-out prompts with the weights as they are."""
+        return HeldoutReward(self, rows)
+
+
+@dataclass(frozen=True)
+class HeldoutReward:
+    """Answers the same held-out prompts, with the same seeds, every time."""
+
+    feeding: RolloutFeeding
+    rows: int | None
+    """Most prompts, spread evenly over the split; `None`: all."""
+
+    def __call__(self) -> Evaluation:
+        """Means of the rewards; `eval/loss`, which is to fall, is the reward's negative."""
+        sums, samples = self.measure()
+        values = {f"eval/{name}": each.mean for name, each in sums.items()}
+        return Evaluation({"eval/loss": -values["eval/reward"]} | values, samples)
+
+    def measure(self) -> tuple[dict[str, Sums], list[dict[str, Any]]]:
+        """Each reward's sum over the prompts, one answer to each, and a few answers to look at."""
+        roller, prompts = self.feeding.roller, self.feeding.prompts["heldout"]
+        n = len(prompts) if self.rows is None else min(self.rows, len(prompts))
+        places = [place * len(prompts) // n for place in range(n)]
+        roller.policy.renew()
+        rewards: list[list[float]] = []
+        lengths: list[float] = []
+        cut: list[float] = []
+        shown: list[dict[str, Any]] = []
+        for first in range(0, n, _AT_ONCE):
+            part = [prompts[place] for place in places[first : first + _AT_ONCE]]
+            seeds = [[answer_seed(self.feeding.seed, HELDOUT + place, 0)] for place in places[first : first + _AT_ONCE]]
+            for prompt, (answer,) in zip(part, roller.roll(part, seeds), strict=True):
+                rewards.append(answer.rewards)
+                lengths.append(float(len(answer.tokens)))
+                cut.append(float(answer.is_cut))
+                if len(shown) < _SHOWN:
+                    shown.append({"prompt": prompt.text, "answer": answer.text, "reward": answer.rewards[0]})
+        columns = dict(zip(("reward", *_named(roller.rewards.names)), np.array(rewards).T, strict=True))
+        columns |= {"length": np.array(lengths), "cut": np.array(cut)}
+        return {name: Sums(column, np.ones(n)) for name, column in columns.items()}, shown
+
+
+def open_rollouts(config: Config, data: Data, model: Any, precision: Precision, device: torch.device) -> RolloutFeeding:
+    """Prompts of both splits, and what answers them with the weights of `model`, which is as it was before training.
+
+    Raises `DataError` where no prompt leaves room for an answer, or some do not and `data.on_long=error`.
+    """
+    options = check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
+    assert isinstance(options, GRPOLoss)
+    assert data.packing is not None, "prompts are no plain text"
+    vocabulary = load_tokenizer(data.tokenizer.path)
+    room = config.data.row_tokens - options.max_tokens
+    prompts = {
+        split: Prompts(data.corpus.path, data.shards.path, data.packing.path, split, room)
+        for split in ("train", "heldout")
+    }
+    _require_room(config, options, prompts)
+    most = max(each.longest for each in prompts.values()) + options.max_tokens
+
+    def context() -> Any:
+        return precision.context(device)
+
+    roller = Roller(
+        policy=Policy(model, vocabulary, most, precision.weights),
+        rewards=load_rewards(options.rewards, device),
+        options=options,
+        vocabulary=vocabulary,
+        stop_ids=stop_tokens(vocabulary, options.stop),
+        old=own_log_probs(model, context, device, options.chunk_tokens) if options.inner_epochs > 1 else None,
+        reference=_reference(model, context, device, options) if options.beta else None,
+    )
+    return RolloutFeeding(prompts, roller, config.seed, rows_at_once(config.train), rows_of_step(config.train))
+
+
+def _require_room(config: Config, options: GRPOLoss, prompts: dict[str, Prompts]) -> None:
+    for split, each in prompts.items():
+        if not len(each) or (each.n_left_out and config.data.on_long == "error"):
+            raise DataError(
+                f"data.row_tokens={config.data.row_tokens}: {each.n_left_out} prompts of the split {split!r} leave no room "
+                f"for the {options.max_tokens} tokens of an answer (train.loss.options.max_tokens).\n"
+                "Raise data.row_tokens, or set data.on_long=drop, which leaves them out."
+            )
+
+
+def _reference(model: Any, context: Any, device: torch.device, options: GRPOLoss) -> LogProbs:
+    """With an adapter the base, which is there anyway; otherwise a copy of the whole model."""
+    if not has_adapter(model):
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        return own_log_probs(frozen, context, device, options.chunk_tokens)
+    own = own_log_probs(model, context, device, options.chunk_tokens)
+
+    def log_probs(rows: Any) -> torch.Tensor:
+        with adapter_off(model):
+            return own(rows)
+
+    return log_probs
+
+
+def _named(names: Sequence[str]) -> list[str]:
+    return [f"rewards/{name}" for name in names]

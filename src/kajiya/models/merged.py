@@ -1,0 +1,67 @@
+"""The weights that a model computes with while an adapter is trained, as those of the plain model: nothing in it changes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.errors import ConfigError
+from kajiya.models.injection import is_wrapper, layers
+from kajiya.models.quantized import is_quantized, weight_values
+from kajiya.models.virtual_tokens import virtual_tokens
+
+
+@torch.no_grad()
+def merged_tensors(module: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """By the names of the plain Transformers model's `state_dict`, in `dtype`: the adapter in force added, quantized weights
+    as what they stand for. Tensors that are in `dtype` already are the model's own.
+
+    Raises `ConfigError` for an adapter that is no change of weights.
+    """
+    if virtual_tokens(module) is not None:
+        raise ConfigError("adapter", "virtual tokens are no change of the weights, so they cannot be merged into them")
+    changed = {name: part for name, part in module.named_modules() if any(part is each for each in layers(module))}
+    tensors: dict[str, torch.Tensor] = {}
+    for path, part in module.named_modules():
+        if any(path.startswith(f"{name}.") for name in changed):
+            continue
+        if path in changed:
+            found = _of_wrapper(part) if is_wrapper(part) else _of_layer(part)
+        else:
+            found = _own(part)
+        tensors |= {f"{path}.{name}" if path else name: value.detach().to(dtype) for name, value in found.items()}
+    return tensors
+
+
+def _own(part: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and lasting buffers of the module itself, without those of its children."""
+    own = {name: each for name, each in part._parameters.items() if each is not None}
+    for name, buffer in part._buffers.items():
+        if buffer is not None and name not in part._non_persistent_buffers_set:
+            own[name] = buffer  # type: ignore[assignment]
+    return {name: _plain(part, each) for name, each in own.items()}
+
+
+def _plain(part: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return weight_values(part) if is_quantized(tensor) else tensor
+
+
+def _of_wrapper(part: Any) -> dict[str, torch.Tensor]:
+    return _own(part.modules_to_save[part.active_adapters[0]])
+
+
+def _of_layer(part: Any) -> dict[str, torch.Tensor]:
+    tensors = _own(part.get_base_layer())
+    (name,) = part.active_adapters
+    weight = tensors["weight"].float()
+    if name in getattr(part, "ia3_l", {}):
+        factor = part.ia3_l[name].float()
+        if "bias" in tensors and not part.is_feedforward:
+            tensors["bias"] = tensors["bias"].float() * factor.reshape(-1)
+        return tensors | {"weight": weight * (factor.T if part.fan_in_fan_out else factor)}
+    weight = weight + part.get_delta_weight(name).float()
+    magnitude = getattr(part, "lora_magnitude_vector", None) or {}
+    if name in magnitude:
+        # DoRA, equation 5: each output's direction, scaled to its own length.
+        weight = weight * (magnitude[name].weight.float()[:, None] / weight.norm(dim=1, keepdim=True))
+    return tensors | {"weight": weight}

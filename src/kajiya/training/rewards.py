@@ -1,0 +1,172 @@
+"""What an answer earns: functions of samples, named in the config, and their weighted sum."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from kajiya.config.options import ExactMatchReward, ModelReward, RegexReward, UnitTestReward
+from kajiya.config.rewards import check_rewards
+from kajiya.config.schema import RenderConfig
+from kajiya.config.tables import TABLES, import_target, is_options, resolve
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
+from kajiya.errors import ConfigError, TrainingError
+from kajiya.evals.sandbox import run_program
+
+_FIELD = "train.loss.options.rewards"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to be judged."""
+
+    prompt: str
+    """The row's prompt, as it stands in the data."""
+    answer: str
+    """What the model said, without the token that ended it."""
+    completion: str
+    """The row's own completion: what is right, or what tells."""
+    is_ended: bool
+    """Whether the model ended the answer itself, before its greatest length."""
+
+
+Reward = Callable[[Sequence[Sample]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Several rewards and their weights."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    functions: tuple[Reward, ...]
+
+    def judge(self, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
+        """Of each sample the weighted sum, and behind it each reward by itself.
+
+        Raises `TrainingError` for a reward that gives something else than a finite number for each sample.
+        """
+        columns = [
+            _numbers(function(samples), len(samples), name)
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        rows = list(zip(*columns, strict=True))
+        return [(math.fsum(w * x for w, x in zip(self.weights, row, strict=True)), *row) for row in rows]
+
+
+def load_rewards(given: Sequence[Any], device: torch.device) -> Rewards:
+    """The rewards of `train.loss.options.rewards`, with what they read loaded onto `device`."""
+    parts = check_rewards(given, _FIELD)
+    names, functions = [], []
+    for number, part in enumerate(parts):
+        field = f"{_FIELD}[{number}]"
+        function, options = resolve("reward", part.name, part.options, field)
+        if is_options(options):
+            row = TABLES["reward"][part.name]
+            needs = import_target(row.needs, field)(options, device) if row.needs else {}
+            functions.append(partial(function, options=options, **needs))
+        else:
+            functions.append(partial(function, **options))
+        name = part.name.rpartition(":")[2]
+        names.append(name if name not in names else f"{name}_{number}")
+    return Rewards(tuple(names), tuple(part.weight for part in parts), tuple(functions))
+
+
+def _numbers(given: Sequence[float], n: int, name: str) -> list[float]:
+    values = [float(value) for value in given]
+    if len(values) != n:
+        raise TrainingError(f"the reward {name} gave {len(values)} numbers for {n} answers")
+    wrong = next((value for value in values if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise TrainingError(f"the reward {name} gave {wrong}, which no sum can hold")
+    return values
+
+
+# ---------------------------------------------------------------- rows of the table
+
+
+def exact_match(samples: Sequence[Sample], options: ExactMatchReward) -> list[float]:
+    """1 where the answer is the row's completion."""
+
+    def plain(text: str) -> str:
+        text = text.strip() if options.strip else text
+        return text.casefold() if options.ignore_case else text
+
+    return [float(plain(each.answer) == plain(each.completion)) for each in samples]
+
+
+def regex(samples: Sequence[Sample], options: RegexReward) -> list[float]:
+    """1 where the pattern matches the whole answer. Raises `ConfigError` for what is no regular expression."""
+
+    def matches(sample: Sample) -> float:
+        answer = sample.answer.strip() if options.strip else sample.answer
+        pattern = sample.completion if options.pattern is None else options.pattern
+        try:
+            return float(re.fullmatch(pattern, answer) is not None)
+        except re.error as error:
+            raise ConfigError(
+                f"{_FIELD}[…].options.pattern", f"{pattern!r} is no regular expression: {error}"
+            ) from error
+
+    return [matches(each) for each in samples]
+
+
+_PARTS = re.compile(r"\{(prompt|answer|completion)\}")
+
+
+def unit_test(samples: Sequence[Sample], options: UnitTestReward) -> list[float]:
+    """1 where the program ends without an error within its limits; several run at once."""
+
+    def passes(sample: Sample) -> float:
+        source = _PARTS.sub(lambda found: str(vars(sample)[found[1]]), options.program)
+        return float(run_program(source, seconds=options.seconds, memory_mb=options.memory_mb).is_passed)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="kajiya-tests") as pool:
+        return list(pool.map(passes, samples))
+
+
+def load_reward_model(options: ModelReward, device: torch.device) -> dict[str, Any]:
+    """The reward model of `options.path`, frozen, and what renders prompts and answers for it."""
+    from kajiya.data.render import Renderer
+    from kajiya.data.tokenizer import load_tokenizer
+    from kajiya.models.load import load_model
+    from kajiya.models.tasks import Task
+
+    model = load_model(options.path, options.revision, task=Task("score"))
+    renderer = Renderer(load_tokenizer(options.path), RenderConfig(prompt_style=options.prompt_style), "instruction")
+    return {"model": model.requires_grad_(False).to(device), "renderer": renderer}
+
+
+def by_model(samples: Sequence[Sample], options: ModelReward, model: Any, renderer: Any) -> list[float]:
+    """The reward model's number for each prompt with its answer."""
+    import json
+
+    from kajiya.models.outputs import sequence_logits
+
+    rows = [json.dumps({"prompt": each.prompt, "completion": each.answer}) for each in samples]
+    ids = [renderer.render(row).segments[0].ids for row in rows]
+    found: list[float] = []
+    for first in range(0, len(ids), options.batch):
+        batch = _alone(ids[first : first + options.batch])
+        with torch.no_grad():
+            found += sequence_logits(model, batch.to(model.device)).squeeze(-1).float().tolist()
+    return found
+
+
+def _alone(sequences: Sequence[Any]) -> ExampleBatch:
+    """Each sequence in a row of its own, without targets."""
+    n, width = len(sequences), max(len(ids) for ids in sequences)
+    tokens, owner = torch.zeros(n, width, dtype=torch.int64), torch.full((n, width), -1)
+    for row, ids in enumerate(sequences):
+        tokens[row, : len(ids)] = torch.as_tensor(ids)
+        owner[row, : len(ids)] = row
+    positions = torch.arange(width).expand(n, width).contiguous()
+    rows = Batch(tokens, torch.full_like(tokens, NO_TARGET), positions, (owner < 0).long(), 0)
+    last = torch.tensor([row * width + len(ids) - 1 for row, ids in enumerate(sequences)])
+    return ExampleBatch(rows, owner, last, torch.arange(n))

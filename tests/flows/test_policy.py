@@ -1,0 +1,157 @@
+"""A policy trained from end to end: what it leaves, that it is proven, and that a kill changes nothing."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kajiya.api import load
+from kajiya.config.compose import compose
+from kajiya.errors import ConfigError, DataError
+from kajiya.flows.train import Trained, train
+from kajiya.run.events import read_events
+from kajiya.run.folder import find_run
+from kajiya.run.store import Store
+
+SMALL = (
+    "model.hidden_size=32",
+    "model.ffn_size=48",
+    "model.n_heads=2",
+    "model.n_kv_heads=2",
+    "train.steps=8",
+    "train.micro_batch=2",
+    "train.loss.options.group_size=4",
+    "train.eval_rows=8",
+    "train.eval_every=4",
+    "train.save_every=2",
+    "train.log_every=1",
+    "train.precision=fp32",
+    "tokenizer.vocab_size=300",
+    "track.trackers=[]",
+)
+LORA = ("adapter.name=lora", "adapter.options.r=4", "model.quantize=nf4", "train.loss.options.beta=0.05")
+PHASES = ("train.accumulate=2", "train.loss.options.inner_epochs=3", "train.loss.options.beta=0.05")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of code whose lines have brackets."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        lines = [
+            f"value_{number}_{i} = table_{i}[call({'first' if i % 2 else 'second'}, [other_{number}])]"
+            for i in range(6)
+        ]
+        (folder / f"file_{number}.py").write_text("\n".join(lines))
+    return f"data.source.options.root={folder}"
+
+
+def _train(text: str, store: Path, *more: str) -> tuple[Trained, list[tuple[str, dict[str, Any]]]]:
+    heard: list[tuple[str, dict[str, Any]]] = []
+    config = compose("stdlib-grpo", [text, *SMALL, "data.duplicates=off", *more])
+    trained = train(config, Store(store), on_event=lambda kind, **fields: heard.append((kind, fields)))
+    return trained, heard
+
+
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "qlora"])
+def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    trained, heard = _train(text, tmp_path, *more)
+    assert trained.model is not None
+    manifest = trained.run.manifest()
+    findings = {each["name"]: each for each in manifest["proof"]["findings"]}
+    assert all(each["state"] != "failed" for each in findings.values())
+    assert "engine drew from the model that is trained" in findings["start"]["text"]
+    assert "with the advantage" in findings["learning"]["text"]
+    assert manifest["plan"]["tokens_per_step"] > 2 * 4 * 6
+    metrics = [fields["values"] for kind, fields in heard if kind == "metrics"]
+    names = {name for values in metrics for name in values}
+    told = {"reward", "reward_std", "rewards/exact_match", "alike", "length", "cut", "entropy", "clipped"}
+    assert {f"train/{name}" for name in told | {"mismatch/ratio", "mismatch/difference"}} <= names
+    assert {"eval/reward", "eval/loss", "test/reward"} <= names
+    assert ("train/kl" in names) == bool(more)
+    assert all(values["train/mismatch/difference"] < 1e-3 for values in metrics if "train/loss" in values)
+    samples = [fields["samples"] for kind, fields in heard if kind == "samples"]
+    assert samples
+    assert {"prompt", "answer", "reward"} <= samples[0][0].keys()
+    entry = manifest["artifacts"]["evaluation"]
+    figures = json.loads((tmp_path / entry["path"] / "figures.json").read_text())
+    low, high = figures["reward"]["interval"]
+    assert low <= figures["reward"]["value"] <= high
+    model, _ = load(trained.model.path, tmp_path)
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_what_cannot_be_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names no reward"):
+        compose("stdlib-grpo", ["train.loss.options.rewards=[]"])
+    with pytest.raises(ConfigError, match="engine"):
+        compose("stdlib-grpo", ["adapter.name=prompt"])
+    with pytest.raises(ConfigError, match="group_size"):
+        compose("stdlib-grpo", ["train.loss.options.group_size=1"])
+    with pytest.raises(ConfigError, match="preference rows"):
+        compose("stdlib-grpo", ["data.format=preference"])
+    with pytest.raises(DataError, match="leave no room"):
+        _train(text, tmp_path, "data.on_long=error", "train.loss.options.max_tokens=50", "data.row_tokens=64")
+
+
+def _command(text: str, store: Path, *more: str) -> list[str]:
+    settings = [text, *SMALL, "data.duplicates=off", "train.steps=14", *more]
+    return [sys.executable, "-m", "kajiya", "train", "stdlib-grpo", *settings, "--store", str(store)]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def _finish(command: list[str], store: Path) -> tuple[str, dict[tuple[int, str], float]]:
+    """Digest of the trained weights, and each metric by step, but for times."""
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    run = find_run(Store(store), "latest")
+    folder = store / run.manifest()["artifacts"]["model"]["path"]
+    weights = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.safetensors")))
+    values = {
+        (event["step"], name): value
+        for event in read_events(run.folder)
+        if event["kind"] == "metrics"
+        for name, value in event["values"].items()
+        if "per_second" not in name and name != "train/data_wait_s"
+    }
+    return hashlib.sha256(weights).hexdigest(), values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), PHASES, LORA], ids=["on-policy", "inner-epochs", "qlora"])
+def test_killed_twice_equals_uninterrupted_bit_for_bit(text: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    """The kills come between two lines of the log, where most of the time goes into answers."""
+    whole = _finish(_command(text, tmp_path / "whole", *more), tmp_path / "whole")
+    command = _command(text, tmp_path / "killed", *more)
+    for step in (5, 9):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment())
+        while process.poll() is None and not _has_logged(tmp_path / "killed", step):
+            time.sleep(0.005)
+        assert process.poll() is None, "ended before its kill"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert _finish(command, tmp_path / "killed") == whole
+    starts = [
+        each for each in read_events(find_run(Store(tmp_path / "killed"), "latest").folder) if each["kind"] == "started"
+    ]
+    assert len(starts) == 3
+
+
+def _has_logged(store: Path, step: int) -> bool:
+    logs = store.glob("runs/*/events.jsonl")
+    return any(
+        event["kind"] == "metrics" and event["step"] >= step and "train/loss" in event["values"]
+        for log in logs
+        for event in read_events(log.parent)
+    )

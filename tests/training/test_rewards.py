@@ -1,0 +1,105 @@
+"""Rewards: what each gives, their weighted sum, one's own, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kajiya.config.rewards import check_rewards
+from kajiya.errors import ConfigError, TrainingError
+from kajiya.training.rewards import Rewards, Sample, load_rewards
+
+CPU = torch.device("cpu")
+
+
+def _sample(answer: str, completion: str = "", prompt: str = "") -> Sample:
+    return Sample(prompt, answer, completion, True)
+
+
+def _judge(samples: list[Sample], *parts: dict[str, Any]) -> list[tuple[float, ...]]:
+    return load_rewards(list(parts), CPU).judge(samples)
+
+
+def test_exact_match() -> None:
+    samples = [_sample(" Paris\n", "paris"), _sample("paris", "paris"), _sample("", "paris")]
+    assert [row[0] for row in _judge(samples, {"name": "exact_match"})] == [0, 1, 0]
+    loose = {"name": "exact_match", "options": {"ignore_case": True}}
+    assert [row[0] for row in _judge(samples, loose)] == [1, 1, 0]
+    strict = {"name": "exact_match", "options": {"ignore_case": True, "strip": False}}
+    assert [row[0] for row in _judge(samples, strict)] == [0, 1, 0]
+
+
+def test_regex() -> None:
+    samples = [_sample("42", r"\d+"), _sample("42a", r"\d+"), _sample(" 7 ", "x")]
+    assert [row[0] for row in _judge(samples, {"name": "regex", "options": {"pattern": r"\d+"}})] == [1, 0, 1]
+    assert [row[0] for row in _judge(samples, {"name": "regex"})] == [1, 0, 0]
+    with pytest.raises(ConfigError, match="regular expression"):
+        _judge(samples, {"name": "regex", "options": {"pattern": "("}})
+
+
+def test_a_unit_test_runs_in_a_process_with_limits() -> None:
+    tests = "assert double(4) == 8"
+    head = "def double(x):\n"
+    samples = [
+        _sample("    return 2 * x", tests, head),
+        _sample("    return x + x + 1", tests, head),
+        _sample("    while True: pass", tests, head),
+        _sample("    return bytearray(10**9)", tests, head),
+        _sample("    this is no program", tests, head),
+        _sample("    return {'{answer}': 8}['{answer}']", tests, head),
+    ]
+    part = {"name": "unit_test", "options": {"seconds": 1.5, "memory_mb": 256}}
+    assert [row[0] for row in _judge(samples, part)] == [1, 0, 0, 0, 0, 1]
+
+
+def test_several_are_weighed_and_told_apart() -> None:
+    samples = [_sample("ab", "ab"), _sample("abc", "ab")]
+    rows = _judge(
+        samples,
+        {"name": "exact_match", "weight": 2.0},
+        {"name": "regex", "weight": -0.5, "options": {"pattern": "a.*"}},
+        {"name": "regex", "options": {"pattern": "..."}},
+    )
+    assert rows == [(1.5, 1, 1, 0), (0.5, 0, 1, 1)]
+    rewards = load_rewards([{"name": "regex", "options": {"pattern": "a"}}, {"name": "regex"}], CPU)
+    assert rewards.names == ("regex", "regex_1")
+
+
+def test_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rewards.py").write_text(
+        "def short(samples, most: int = 3):\n    return [float(len(each.answer) <= most) for each in samples]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    samples = [_sample("ab"), _sample("abcd")]
+    own = {"name": "own_rewards:short"}
+    assert _judge(samples, own) == [(1.0, 1.0), (0.0, 0.0)]
+    assert _judge(samples, own | {"options": {"most": 4}}) == [(1.0, 1.0), (1.0, 1.0)]
+    with pytest.raises(ConfigError, match=r"rewards\[0\]\.options\.mots.*most"):
+        check_rewards([own | {"options": {"mots": 4}}], "train.loss.options.rewards")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "names no reward"),
+        ([{"name": "exact_mach"}], "exact_match"),
+        ([{"weight": 1.0}], r"\[0\]\.name: is required"),
+        ([{"name": "regex", "wight": 2}], "weight"),
+        ([{"name": "unit_test", "options": {"seconds": 0}}], r"\[0\]\.options\.seconds"),
+        (["regex"], "no mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(given: list[Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        check_rewards(given, "train.loss.options.rewards")
+
+
+def test_a_reward_gives_a_finite_number_for_each_answer() -> None:
+    for function, expected in (
+        (lambda samples: [1.0], "gave 1 numbers for 2"),
+        (lambda samples: [0.0, float("nan")], "nan"),
+    ):
+        with pytest.raises(TrainingError, match=expected):
+            Rewards(("x",), (1.0,), (function,)).judge([_sample("a"), _sample("b")])  # type: ignore[arg-type]
