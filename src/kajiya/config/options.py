@@ -39,7 +39,7 @@ class StdlibPairsSource:
 
 @dataclass(frozen=True)
 class StdlibBracketsSource:
-    """Lines of the standard library's code, cut where brackets are open: prompt → the brackets that close them."""
+    """Lines of the standard library's code up to the brackets that end them → these brackets."""
 
     root: str | None = None
     """Folder to read in its place; `None` is the interpreter's own standard library."""

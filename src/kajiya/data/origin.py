@@ -12,6 +12,7 @@ from kajiya.config.options import (
     HubSource,
     LinesSource,
     MixtureSource,
+    StdlibBracketsSource,
     StdlibPairsSource,
     StdlibSource,
     TableSource,
@@ -107,11 +108,12 @@ class _Followed:
         return self._digest
 
 
-_FileOptions = StdlibSource | StdlibPairsSource | TextSource | LinesSource | TableSource | HubSource
+_StdlibOptions = StdlibSource | StdlibPairsSource | StdlibBracketsSource
+_FileOptions = _StdlibOptions | TextSource | LinesSource | TableSource | HubSource
 
 
 def _fingerprint(options: _FileOptions) -> str:
-    if isinstance(options, (StdlibSource, StdlibPairsSource)):
+    if isinstance(options, (StdlibSource, StdlibPairsSource, StdlibBracketsSource)):
         return files_digest(stdlib_files(StdlibSource(options.root)))
     if isinstance(options, (TextSource, LinesSource, TableSource)):
         return files_digest(matching_files(options.files))
