@@ -43,7 +43,7 @@ class StdlibBracketsSource:
 
     root: str | None = None
     """Folder to read in its place; `None` is the interpreter's own standard library."""
-    max_chars: int = setting(60, ge=8)
+    max_chars: int = setting(40, ge=8)
     """Longest line that is taken, characters, without its indentation."""
 
 

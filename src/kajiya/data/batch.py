@@ -5,6 +5,7 @@ Shape letters: B rows of the micro-batch, T tokens of a row, E examples, S seque
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -200,9 +201,9 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str) -> "RolloutBatch":
         """The same batch on another device."""
-        moved = {
-            name: None if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in vars(self).items()
-            if tensor is None or isinstance(tensor, torch.Tensor)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
         }
         return replace(self, rows=self.rows.to(device), **moved)
