@@ -1,10 +1,12 @@
 """Rewards: what each gives, their weighted sum, one's own, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from kajiya.config.rewards import check_rewards
 from kajiya.errors import ConfigError, TrainingError
@@ -103,3 +105,37 @@ def test_a_reward_gives_a_finite_number_for_each_answer() -> None:
     ):
         with pytest.raises(TrainingError, match=expected):
             Rewards(("x",), (1.0,), (function,)).judge([_sample("a"), _sample("b")])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_a_reward_model_judges_what_it_was_trained_to(style: str, tmp_path: Path) -> None:
+    """Each number is the model's own for the rendered text alone, whatever else is judged with it."""
+    from kajiya.config.schema import ModelConfig, RenderConfig
+    from kajiya.data.render import Renderer
+    from kajiya.data.tokenizer import train_bpe
+    from kajiya.models.build import build_model, vocabulary_of
+    from kajiya.models.save import save_model
+    from kajiya.models.tasks import Task
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(iter(["aa bb\n", "b a b\n"] * 20), 270, 2),
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+    )
+    model = build_model(
+        ModelConfig(n_params="40k", max_positions=64), vocabulary_of(tokenizer, ()), 0, Task("score")
+    ).module
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    save_model(model, tokenizer, tmp_path / "reward")
+    samples = [_sample(answer, prompt="say") for answer in ("a", "aa bb", "b a b")]
+    part = {"name": "model", "options": {"path": str(tmp_path / "reward"), "prompt_style": style, "batch": 2}}
+    got = [row[0] for row in _judge(samples, part)]
+    renderer = Renderer(tokenizer, RenderConfig(prompt_style=style), "preference")
+    for sample, value in zip(samples, got, strict=True):
+        row = json.dumps({"prompt": sample.prompt, "chosen": sample.answer, "rejected": "x"})
+        ids = torch.from_numpy(renderer.render(row).segments[0].ids)[None]
+        with torch.no_grad():
+            expected = float(model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert len(set(got)) == 3

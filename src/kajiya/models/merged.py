@@ -20,15 +20,14 @@ def merged_tensors(module: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """
     if virtual_tokens(module) is not None:
         raise ConfigError("adapter", "virtual tokens are no change of the weights, so they cannot be merged into them")
-    changed = {name: part for name, part in module.named_modules() if any(part is each for each in layers(module))}
+    changed = {id(part) for part in layers(module)}
     tensors: dict[str, torch.Tensor] = {}
+    whole = None
     for path, part in module.named_modules():
-        if any(path.startswith(f"{name}.") for name in changed):
-            continue
-        if path in changed:
-            found = _of_wrapper(part) if is_wrapper(part) else _of_layer(part)
-        else:
-            found = _own(part)
+        if whole is not None and path.startswith(f"{whole}."):
+            continue  # a part of a layer that was taken as one
+        whole = path if id(part) in changed else None
+        found = _own(part) if whole is None else _of_wrapper(part) if is_wrapper(part) else _of_layer(part)
         tensors |= {f"{path}.{name}" if path else name: value.detach().to(dtype) for name, value in found.items()}
     return tensors
 
