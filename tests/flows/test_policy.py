@@ -47,8 +47,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("text")
     for number in range(40):
         lines = [
-            f"value_{number}_{i} = table_{i}[call({'first' if i % 2 else 'second'}, [other_{number}])]"
-            for i in range(6)
+            line
+            for i in range(3)
+            for line in (f"v{number} = t[f(x{i})]", f"v{number} = g(t[x{i}])", f"while t[v{number} + {i}]:")
         ]
         (folder / f"file_{number}.py").write_text("\n".join(lines))
     return f"data.source.options.root={folder}"
@@ -99,7 +100,7 @@ def test_what_cannot_be_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="preference rows"):
         compose("stdlib-grpo", ["data.format=preference"])
     with pytest.raises(DataError, match="leave no room"):
-        _train(text, tmp_path, "data.on_long=error", "train.loss.options.max_tokens=50", "data.row_tokens=64")
+        _train(text, tmp_path, "data.on_long=error", "train.loss.options.max_tokens=60", "data.row_tokens=64")
 
 
 def _command(text: str, store: Path, *more: str) -> list[str]:
