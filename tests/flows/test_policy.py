@@ -79,9 +79,9 @@ def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[s
     assert {"eval/reward", "eval/loss", "test/reward"} <= names
     assert ("train/kl" in names) == bool(more)
     assert all(values["train/mismatch/difference"] < 1e-3 for values in metrics if "train/loss" in values)
-    samples = [fields["samples"] for kind, fields in heard if kind == "samples"]
-    assert samples
-    assert {"prompt", "answer", "reward"} <= samples[0][0].keys()
+    samples = [fields for kind, fields in heard if kind == "sample"]
+    assert len(samples) == 2 * 3
+    assert samples[0].keys() == {"step", "prompt", "text", "reward"}
     entry = manifest["artifacts"]["evaluation"]
     figures = json.loads((tmp_path / entry["path"] / "figures.json").read_text())
     low, high = figures["reward"]["interval"]

@@ -100,7 +100,7 @@ class Evaluation:
     values: dict[str, float]
     """The first is the one that is to fall."""
     samples: Sequence[Mapping[str, Any]] = ()
-    """Answers to look at: prompt, answer, reward."""
+    """Answers to look at: prompt, text, reward."""
 
 
 class Feeds(Protocol):

@@ -45,8 +45,8 @@ def make_hooks(
         with setup.optimizer.averaged():
             found = heldout()
         hear("metrics", step=report.state.step, values=found.values)
-        if found.samples:
-            hear("samples", step=report.state.step, samples=list(found.samples))
+        for sample in found.samples:
+            hear("sample", step=report.state.step, **sample)
         if is_new_best(config.train, report.state, found.values):
             save(report)
 

@@ -111,7 +111,7 @@ class HeldoutReward:
                 lengths.append(float(len(answer.tokens)))
                 cut.append(float(answer.is_cut))
                 if len(shown) < _SHOWN:
-                    shown.append({"prompt": prompt.text, "answer": answer.text, "reward": answer.rewards[0]})
+                    shown.append({"prompt": prompt.text, "text": answer.text, "reward": answer.rewards[0]})
         columns = dict(zip(("reward", *_named(roller.rewards.names)), np.array(rewards).T, strict=True))
         columns |= {"length": np.array(lengths), "cut": np.array(cut)}
         return {name: Sums(column, np.ones(n)) for name, column in columns.items()}, shown

@@ -23,7 +23,7 @@ Event = dict[str, Any]
 - `ledger`: `text` (what became of the rows, in one line), `facts` (`kajiya.data.ledger.DataLedger`)
 - `derived`: `values` {name: value} of settings that were `auto`
 - `checkpoint`: `step`, `path`, `bytes`
-- `sample`: `step`, `prompt`, `text`
+- `sample`: `step`, `prompt`, `text`, and of an answer that was judged its `reward`
 - `artifact`: `name`, `path`, `stage`, `digest`
 - `report`: `path`
 - `proof`: `facts` (`seconds`, `findings`: name, state, text, remedy, figures)
