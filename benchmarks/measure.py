@@ -30,7 +30,8 @@ class Result:
 
     peer: str
     tokens_per_second: float
-    """Tokens of a step over the median time of a step, the first ones left out."""
+    """Tokens that are no padding a second, the first steps left out: over the median time of a step where all steps have the
+    same number, else over the time of all; work done before the steps (`before_s`) is charged to them in equal parts."""
     first_step_s: float
     """From the start of the process to the end of its first step, seconds."""
     peak_bytes: int | None
@@ -43,26 +44,65 @@ class Result:
     initial_weights: float
     versions: dict[str, str]
     settings: dict[str, Any]
+    step_tokens: list[int]
+    """Tokens of each step that are no padding."""
+    before_s: float
+    """Work done once for all steps (a reference pass), seconds."""
+    own_order: str | None
+    """Why the peer's rows are others than were ordered; `None` when they are not."""
     load_before: float
     """Load average of the machine over the last minute before the start."""
 
 
-def run_peer(peer: str, order: WorkOrder, *, python: str, warmup_steps: int) -> Result:
-    """Run `peers/<peer>.py` on the order in a process of its own. Raises `PeerError` when it fails."""
+@dataclass(frozen=True)
+class Peer:
+    """A script of `peers/` and what it is told besides the order."""
+
+    name: str
+    """As it was asked for: `script` or `script:option=value,option=value`."""
+    script: str
+    options: dict[str, str]
+
+
+def parse_peer(name: str) -> Peer:
+    """The peer that a word of the command line means. Raises `ValueError` for one that does not exist."""
+    script, _, rest = name.partition(":")
+    if script not in peers():
+        raise ValueError(f"{script!r} is no peer; there are: {', '.join(peers())}")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if any(not value for _, _, value in pairs):
+        raise ValueError(f"{name!r}: options are written peer:option=value,option=value")
+    return Peer(name, script, {key: value for key, _, value in pairs})
+
+
+def speed(step_tokens: list[int], step_s: list[float], before_s: float, warmup_steps: int) -> float:
+    """Tokens a second of a run whose `step_s` are those of the second step on (`Result.tokens_per_second`)."""
+    counted = step_tokens[max(1, warmup_steps) :]
+    seconds = step_s[max(0, warmup_steps - 1) :]
+    charged = before_s / len(step_tokens)
+    if len(set(counted)) == 1:
+        return counted[0] / (median(seconds) + charged)
+    return sum(counted) / (sum(seconds) + charged * len(seconds))
+
+
+def run_peer(peer: Peer, common: WorkOrder, *, python: str, warmup_steps: int) -> Result:
+    """Run `peers/<script>.py` on the order in a process of its own. Raises `PeerError` when it fails."""
+    order = common.with_options(peer.options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "order.json"
         order.write(path)
-        cache = Path(order.store) / "benchmarks" / "compile-cache" / peer
+        cache = Path(order.store) / "benchmarks" / "compile-cache" / peer.script
         variables = os.environ | {
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "true",
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
         }
         load = os.getloadavg()[0]
         with open(Path(folder) / "errors", "w+b") as errors:
             started = time.monotonic()
             process = subprocess.Popen(
-                [python, "-m", f"peers.{peer}", str(path)],
+                [python, "-m", f"peers.{peer.script}", str(path)],
                 cwd=HERE,
                 env=variables,
                 stdout=subprocess.PIPE,
@@ -79,15 +119,17 @@ def run_peer(peer: str, order: WorkOrder, *, python: str, warmup_steps: int) -> 
             if process.returncode != 0:
                 errors.seek(0)
                 tail = errors.read().decode(errors="replace")[-3000:]
-                raise PeerError(f"{peer} ended with {process.returncode}:\n{tail}")
+                raise PeerError(f"{peer.name} ended with {process.returncode}:\n{tail}")
     answer = json.loads(printed.rstrip().splitlines()[-1])
     finished_at = answer.pop("finished_at")
     step_s = [after - before for before, after in pairwise(finished_at)]
     if len(finished_at) != order.steps:
-        raise PeerError(f"{peer} did {len(finished_at)} steps of {order.steps}")
+        raise PeerError(f"{peer.name} did {len(finished_at)} steps of {order.steps}")
+    step_tokens = answer.pop("step_tokens") or [order.rows * order.tokens] * order.steps
     return Result(
-        peer=peer,
-        tokens_per_second=order.rows * order.tokens / median(step_s[max(0, warmup_steps - 1) :]),
+        peer=peer.name,
+        tokens_per_second=speed(step_tokens, step_s, answer["before_s"], warmup_steps),
+        step_tokens=step_tokens,
         first_step_s=finished_at[0] - started,
         peak_bytes=memory.peak_bytes,
         step_s=step_s,

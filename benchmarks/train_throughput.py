@@ -9,47 +9,14 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from measure import PeerError, Result, default_python, peers, run_peer
-from work_order import WorkOrder
+from compare import Comparison, agreement_words, compare
+from measure import Peer, PeerError, Result, default_python, parse_peer, peers, run_peer
+from work_order import METHODS, WorkOrder
 from workload import SIZES, make_workload
-
-_LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
-"""Nats by which two curves may differ at any step; the order of sums is not the same, and training amplifies it."""
-_WEIGHTS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
-"""Relative difference of Σ|w| before the first step."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Whether two peers did the same work, and by how much they differ."""
-
-    same_tokens: bool
-    same_weights: bool
-    same_losses: bool
-    largest_loss_difference: float
-    at_step: int
-    tolerance: float
-
-    @property
-    def holds(self) -> bool:
-        return self.same_tokens and self.same_weights and self.same_losses
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The first peer's medians over another's."""
-
-    peer: str
-    tokens_per_second: float
-    tokens_per_second_rounds: list[float]
-    """The same ratio in each round by itself."""
-    peak_memory: float | None
-    first_step: float
-    agreement: Agreement
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,21 +36,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             precision=options.precision,
             compile=options.compile == "on",
             seed=options.seed,
+            method=options.method,
         )
     )
+    peaks = measured_peaks()
     pythons = dict(pair.split("=", 1) for pair in options.python)
-    results: dict[str, list[Result]] = {peer: [] for peer in options.peers}
+    results: dict[str, list[Result]] = {peer.name: [] for peer in options.peers}
+    failed: set[str] = set()
     for number in range(options.repeats):
-        for peer in options.peers:
-            python = pythons.get(peer) or default_python()
+        for peer in (each for each in options.peers if each.name not in failed):
+            python = pythons.get(peer.script) or default_python()
             try:
                 result = run_peer(peer, order, python=python, warmup_steps=options.warmup_steps)
             except PeerError as error:
-                print(error, file=sys.stderr)
-                return 1
-            results[peer].append(result)
+                # The others are still worth their figures; the exit code says that one is missing.
+                print(error, file=sys.stderr, flush=True)
+                failed.add(peer.name)
+                continue
+            results[peer.name].append(result)
             print(f"round {number + 1} of {options.repeats}: {_words(result)}", file=sys.stderr, flush=True)
-    first, *others = options.peers
+    chosen = [peer for peer in options.peers if peer.name not in failed]
+    results = {peer.name: results[peer.name] for peer in chosen}
+    if not results:
+        return 1
+    first, *others = results
     comparisons = [compare(results[first], results[other], order.precision) for other in others]
     if options.json:
         print(
@@ -91,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 {
                     "order": asdict(order),
                     "warmup_steps": options.warmup_steps,
-                    "machine": machine(),
+                    "machine": machine() | {"matmul_peaks": peaks},
                     "runs": {peer: [asdict(result) for result in runs] for peer, runs in results.items()},
                     "comparisons": [asdict(comparison) for comparison in comparisons],
                 },
@@ -99,8 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
     else:
-        print_table(order, results, comparisons)
-    return 0
+        print_table(order, chosen, results, comparisons, peaks)
+    return 1 if failed else 0
+
+
+DEFAULT_PEERS = {
+    "pretrain": ["kajiya_train", "hf_trainer"],
+    "sft": ["kajiya_train", "trl_sft", "trl_sft:packing=on", "bare_samples"],
+    "lora": ["kajiya_train", "trl_sft", "trl_sft:packing=on", "bare_samples:rows=full"],
+    "dpo": ["kajiya_train", "trl_dpo"],
+}
+"""Those that the test environment can run."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -108,8 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=SIZES, default="S", help="size: XS (smoke test), S (6M parameters), M (52M)")
-    add("--rows", type=int, default=16, help="rows of a step")
-    add("--tokens", type=int, default=512, help="tokens of a row")
+    add("--method", choices=METHODS, default="pretrain", help="what is trained (default: text from scratch)")
+    add("--rows", type=int, help="rows of a step (default: 16; of tuning 4, which hold about 17 samples)")
+    add("--tokens", type=int, help="tokens of a row (default: 512; of dpo 1,024)")
     add("--micro-rows", type=int, help="rows that pass through the model at once (default: all of a step)")
     add("--steps", type=int, default=12, help="steps of a run")
     add("--warmup-steps", type=int, default=2, help="first steps that the speed leaves out")
@@ -117,12 +103,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: what this hardware is fastest in")
     add("--compile", choices=("off", "on"), default="off", help="torch.compile, in every peer's own way")
     add("--seed", type=int, default=0)
-    add("--peers", nargs="+", choices=peers(), default=["kajiya_train", "hf_trainer"], help="the first over each other")
+    add(
+        "--peers",
+        nargs="+",
+        help=f"the first over each other, each with options of its own: peer:precision=bf16,compile=on; {', '.join(peers())}",
+    )
     add("--python", action="append", default=[], metavar="PEER=PATH", help="interpreter of a peer")
     add("--store", help="Kajiya's store (default: $KAJIYA_STORE or ./kajiya-store)")
     add("--text", help="folder of .py files to train on (default: the standard library)")
     add("--json", action="store_true", help="print every figure of every run as JSON instead of the table")
     options = parser.parse_args(arguments)
+    options.rows = options.rows or (16 if options.method == "pretrain" else 4)
+    options.tokens = options.tokens or (1024 if options.method == "dpo" else 512)
+    try:
+        options.peers = [parse_peer(name) for name in options.peers or DEFAULT_PEERS[options.method]]
+    except ValueError as error:
+        parser.error(str(error))
     if options.rows % (options.micro_rows or options.rows):
         parser.error("--micro-rows must divide --rows")
     if not 1 <= options.warmup_steps < options.steps:
@@ -130,93 +126,61 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def compare(ours: Sequence[Result], theirs: Sequence[Result], precision: str) -> Comparison:
-    """Ratios of the medians, and whether all runs of both did the same work."""
-    memory: float | None = None
-    our_peaks = [result.peak_bytes for result in ours if result.peak_bytes is not None]
-    their_peaks = [result.peak_bytes for result in theirs if result.peak_bytes is not None]
-    if our_peaks and their_peaks:
-        memory = median(our_peaks) / median(their_peaks)
-    return Comparison(
-        peer=theirs[0].peer,
-        tokens_per_second=median(r.tokens_per_second for r in ours) / median(r.tokens_per_second for r in theirs),
-        tokens_per_second_rounds=[a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)],
-        peak_memory=memory,
-        first_step=median(r.first_step_s for r in ours) / median(r.first_step_s for r in theirs),
-        agreement=agreement(ours[0], [*ours, *theirs], precision),
-    )
+def measured_peaks() -> dict[str, float]:
+    """Operations a second of a square matrix product, by precision; what the utilization is a share of."""
+    from kajiya.training.flops import matmul_peak
+    from kajiya.training.precision import resolve_device, resolve_precision
+
+    device = resolve_device("auto", "train.device")
+    return {name: matmul_peak(device, resolve_precision(name, device)) for name in ("fp32", "bf16")}
 
 
-def agreement(reference: Result, results: Sequence[Result], precision: str) -> Agreement:
-    """How far the runs are from the reference; a loss that is not a number agrees with nothing."""
-    differences = [
-        (abs(a - b) if a == a and b == b else float("inf"), step)
-        for result in results
-        for step, (a, b) in enumerate(zip(reference.losses, result.losses, strict=True), start=1)
-    ]
-    largest, at_step = max(differences)
-    tolerance = _LOSS_TOLERANCE[precision]
-    allowed = _WEIGHTS_TOLERANCE[precision] * reference.initial_weights
-    return Agreement(
-        same_tokens=all(result.tokens_digest == reference.tokens_digest for result in results),
-        same_weights=all(abs(result.initial_weights - reference.initial_weights) <= allowed for result in results),
-        same_losses=largest <= tolerance,
-        largest_loss_difference=largest,
-        at_step=at_step,
-        tolerance=tolerance,
-    )
-
-
-def print_table(order: WorkOrder, results: dict[str, list[Result]], comparisons: Sequence[Comparison]) -> None:
+def print_table(
+    order: WorkOrder,
+    chosen: Sequence[Peer],
+    results: dict[str, list[Result]],
+    comparisons: Sequence[Comparison],
+    peaks: dict[str, float],
+) -> None:
     """Medians, ratios, and whether the work was the same."""
     n_runs = len(next(iter(results.values())))
     facts = machine()
     print(
-        f"\nmodel {order.size}, {order.rows} x {order.tokens} tokens a step, {order.micro_rows} rows at once, "
+        f"\n{order.method}, model {order.size}, {order.rows} x {order.tokens} tokens a step, {order.micro_rows} rows at once, "
         f"{order.steps} steps, {order.precision}, compile {'on' if order.compile else 'off'}; "
         f"medians of {n_runs} interleaved runs\n{facts['cpu']}, {facts['cores']} cores, {facts['accelerator']}\n"
     )
-    print(f"{'':<22}{'tokens/s':>16}{'peak memory':>16}{'first step':>14}{'last loss':>12}")
-    for peer, runs in results.items():
+    print(
+        "matrix products: " + ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()) + "\n"
+    )
+    wide = max(22, *(len(label) + 2 for label in _labels(results, comparisons)))
+    print(f"{'':<{wide}}{'tokens/s':>12}{'of the peak':>13}{'peak memory':>16}{'first step':>14}{'last loss':>12}")
+    for peer, runs in zip(chosen, results.values(), strict=True):
         speeds = sorted(result.tokens_per_second for result in runs)
-        peaks = [result.peak_bytes for result in runs if result.peak_bytes is not None]
-        memory = f"{median(peaks) / 2**30:.2f} GiB" if peaks else "not measured"
+        held = [result.peak_bytes for result in runs if result.peak_bytes is not None]
+        memory = f"{median(held) / 2**30:.2f} GiB" if held else "not measured"
         first = median(result.first_step_s for result in runs)
-        print(f"{peer:<22}{median(speeds):>16,.0f}{memory:>16}{first:>12.1f} s{runs[0].losses[-1]:>12.4f}")
-    for each in comparisons:
+        used = median(speeds) * order.flops_per_token / peaks[order.with_options(peer.options).precision]
+        print(
+            f"{peer.name:<{wide}}{median(speeds):>12,.0f}{used:>13.0%}{memory:>16}{first:>12.1f} s{runs[0].losses[-1]:>12.4f}"
+        )
+    for label, each in zip(_labels(results, comparisons)[len(results) :], comparisons, strict=True):
         memory = f"{each.peak_memory:.2f} x" if each.peak_memory is not None else "not measured"
-        label = f"{next(iter(results))} / {each.peer}" if len(comparisons) > 1 else "ratio"
-        print(f"{label:<22}{each.tokens_per_second:>14.2f} x{memory:>16}{each.first_step:>12.2f} x")
+        print(f"{label:<{wide}}{each.tokens_per_second:>10.2f} x{'':>13}{memory:>16}{each.first_step:>12.2f} x")
     print()
     for each in comparisons:
         low, high = min(each.tokens_per_second_rounds), max(each.tokens_per_second_rounds)
         print(f"tokens/s against {each.peer}, round by round: {low:.2f} to {high:.2f}")
-        print(_agreement_words(each))
-    for peer, runs in results.items():
-        print(f"{peer}: {_settings_words(runs[0])}")
+        print(agreement_words(each))
+    for name, runs in results.items():
+        print(f"{name}: {_settings_words(runs[0])}")
+        print(f"  losses {' '.join(f'{loss:.4f}' for loss in runs[0].losses)}")
 
 
-def _agreement_words(comparison: Comparison) -> str:
-    each = comparison.agreement
-    if each.holds:
-        return (
-            f"same tokens, same initial weights; losses agree to {each.largest_loss_difference:.1e} nats "
-            f"(tolerance {each.tolerance:g})"
-        )
-    wrong = [
-        words
-        for holds, words in (
-            (each.same_tokens, "other tokens"),
-            (each.same_weights, "other initial weights"),
-            (
-                each.same_losses,
-                f"losses {each.largest_loss_difference:.2e} nats apart at step {each.at_step} "
-                f"(tolerance {each.tolerance:g})",
-            ),
-        )
-        if not holds
-    ]
-    return f"DISAGREEMENT with {comparison.peer}: {'; '.join(wrong)}. The ratios compare different work."
+def _labels(results: dict[str, list[Result]], comparisons: Sequence[Comparison]) -> list[str]:
+    """What stands in front of the table's lines: the peers, then the ratios."""
+    first = next(iter(results))
+    return [*results, *(f"{first} / {each.peer}" if len(comparisons) > 1 else "ratio" for each in comparisons)]
 
 
 def _settings_words(result: Result) -> str:

@@ -7,9 +7,16 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+METHODS = ("pretrain", "sft", "lora", "dpo")
+LORA_RANK = 16
+LORA_ALPHA = 32
+"""Of every peer's adapter, which stands beside q, k, v and o."""
+DPO_BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,31 @@ class WorkOrder:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
+    method: str = "pretrain"
+    """One of `METHODS`."""
+    samples_file: str = ""
+    """What is tuned on (`samples.read_samples`); empty for pretraining."""
+    flops_per_token: float = 0.0
+    """Operations of a training step a token that is no padding."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """What one peer is told besides, each in its own words."""
 
     @property
     def accumulate(self) -> int:
         """Micro-batches of one optimizer step."""
         return self.rows // self.micro_rows
+
+    def with_options(self, options: Mapping[str, str]) -> "WorkOrder":
+        """The order of one peer: `precision`, `compile` and `micro_rows` take the place of the common ones."""
+        own = dict(options)
+        changed: dict[str, Any] = {}
+        if "precision" in own:
+            changed["precision"] = own.pop("precision")
+        if "compile" in own:
+            changed["compile"] = own.pop("compile") == "on"
+        if "micro_rows" in own:
+            changed["micro_rows"] = int(own.pop("micro_rows"))
+        return replace(self, options=own, **changed)
 
     def write(self, path: Path) -> None:
         """Write the order as JSON."""
@@ -69,17 +96,31 @@ class Record:
         self._ids = hashlib.sha256()
 
     def tokens(self, ids: Any) -> None:
-        """Token ids of a micro-batch as they go into the model, an integer array [rows, tokens]."""
+        """Token ids in the order in which they go into the model, an integer array without padding."""
         self._ids.update(ids.astype("<i4").tobytes())
 
     def step(self, loss: float) -> None:
-        """A step is finished; `loss` is its mean over the targets, nats."""
+        """A step is finished; `loss` is its mean over the targets (over the pairs, of DPO), nats."""
         # The monotonic clock is one for all processes, so that the parent can subtract the time of the start.
         self._finished_at.append(time.monotonic())
         self._losses.append(loss)
 
-    def answer(self, *, initial_weights: float, versions: dict[str, str], settings: dict[str, Any]) -> None:
-        """Print the result: the last line of standard output. `initial_weights` is Σ|w|, each shared weight once."""
+    def answer(
+        self,
+        *,
+        initial_weights: float,
+        versions: dict[str, str],
+        settings: dict[str, Any],
+        step_tokens: Sequence[int] | None = None,
+        before_s: float = 0.0,
+        own_order: str | None = None,
+    ) -> None:
+        """Print the result: the last line of standard output.
+
+        `initial_weights` is Σ|w| before any adapter, each shared weight once. `step_tokens`: tokens of each step that are no
+        padding (`None`: all that were ordered). `before_s`: seconds of work done once for all steps, which are charged to
+        them. `own_order`: why this peer's rows are others than were ordered, in words.
+        """
         result = {
             "finished_at": self._finished_at,
             "losses": self._losses,
@@ -87,5 +128,8 @@ class Record:
             "initial_weights": initial_weights,
             "versions": versions | {"python": ".".join(map(str, sys.version_info[:3]))},
             "settings": settings,
+            "step_tokens": None if step_tokens is None else list(map(int, step_tokens)),
+            "before_s": before_s,
+            "own_order": own_order,
         }
         print("\n" + json.dumps(result), flush=True)

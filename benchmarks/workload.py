@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from work_order import WorkOrder
+from samples import samples_of, save_samples
+from work_order import DPO_BETA, LORA_ALPHA, LORA_RANK, WorkOrder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kajiya.config.schema import Config
+    from kajiya.flows.feeding import Data
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,21 @@ SIZES = {
 }
 """XS serves the smoke test alone; S has 6M parameters, M 52M."""
 
-_RECIPE = Path(__file__).resolve().parent / "pretraining.yaml"
+_HERE = Path(__file__).resolve().parent
+_RECIPES = {"pretrain": "pretraining.yaml", "sft": "tuning.yaml", "lora": "tuning.yaml", "dpo": "tuning.yaml"}
+_LORA = [
+    "adapter.name=lora",
+    f"adapter.options.r={LORA_RANK}",
+    f"adapter.options.alpha={LORA_ALPHA}",
+    "adapter.options.targets=attention",
+]
+_PAIRS = ["data.source.options.rows=preference", "train.loss.name=dpo", f"train.loss.options.beta={DPO_BETA}"]
+_METHODS = {"pretrain": [], "sft": [], "lora": _LORA, "dpo": _PAIRS}
+"""What Kajiya's config says for each method."""
+_MAX_BYTES = {"sft": 1200, "lora": 1200, "dpo": 800}
+"""Of a sample; both sequences of a pair share a row."""
+_DPO_PACKAGES = "email"
+"""Few pairs, for a reference pass over all of them is a part of what is measured."""
 
 
 def kajiya_config(order: WorkOrder) -> "Config":
@@ -57,10 +75,18 @@ def kajiya_config(order: WorkOrder) -> "Config":
         f"train.accumulate={order.accumulate}",
         f"train.precision={order.precision}",
         f"train.compile={'on' if order.compile else 'off'}",
+        *_METHODS[order.method],
     ]
+    if order.method in _MAX_BYTES:
+        # XS has short tokens.
+        max_bytes = order.tokens * 3 // 4 if order.size == "XS" else _MAX_BYTES[order.method]
+        overrides.append(f"data.source.options.max_bytes={max_bytes}")
+    if order.method == "dpo" and order.text is None:
+        overrides.append(f"data.source.options.packages={_DPO_PACKAGES}")
+    overrides += [f"{name}={value}" for name, value in order.options.items()]
     if order.text is not None:
         overrides.append(f"data.source.options.root={order.text}")
-    return compose(str(_RECIPE), overrides)
+    return compose(str(_HERE / _RECIPES[order.method]), overrides)
 
 
 def make_workload(order: WorkOrder) -> WorkOrder:
@@ -68,47 +94,79 @@ def make_workload(order: WorkOrder) -> WorkOrder:
 
     The text, the tokenizer and the shards are artifacts of the store; the model and the rows lie in `<store>/benchmarks/`.
     """
-    import numpy as np
-
-    from kajiya.data.loader import Feed, open_loader
-    from kajiya.data.tokenizer import load_tokenizer
     from kajiya.flows.stages import Stages
     from kajiya.flows.train import prepare_data
-    from kajiya.models.build import build_model, vocabulary_of
-    from kajiya.models.save import save_model
     from kajiya.run.code import code_revision
     from kajiya.run.files import new_folder
+    from kajiya.run.process import quiet_torchao
     from kajiya.run.store import Store
     from kajiya.training.precision import resolve_device, resolve_precision
 
+    quiet_torchao()
     if order.precision == "auto":
         precision = resolve_precision("auto", resolve_device("auto", "train.device"))
         order = replace(order, precision=precision.name)
     config = kajiya_config(order)
     data = prepare_data(config, Store(Path(order.store)), Stages(_tell))
     made_of = {
-        "shards": data.shards.digest,
-        "order": asdict(replace(order, store="")),
+        "data": {name: artifact.digest for name, artifact in data.parents().items()},
+        "order": asdict(replace(order, store="", precision="", compile=False)),
         "code": code_revision("kajiya.data.loader", "kajiya.models.build"),
     }
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(order.store) / "benchmarks" / name
     if not folder.is_dir():
         with new_folder(folder) as fresh:
-            tokenizer = load_tokenizer(data.tokenizer.path)
-            save_model(
-                build_model(config.model, vocabulary_of(tokenizer), config.seed).module, tokenizer, fresh / "model"
-            )
-            loader = open_loader(
-                data.shards.path, "train", Feed(order.tokens, isolate=False), batch=order.rows, seed=order.seed
-            )
-            batches = [loader.next() for _ in range(order.steps)]
-            rows = [np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1) for batch in batches]
-            np.save(fresh / "rows.npy", np.concatenate(rows).astype(np.int32))
-            (fresh / "scratch").mkdir()
+            _write(order, config, data, fresh)
+    facts = json.loads((folder / "facts.json").read_text())
+    rows, samples = folder / "rows.npy", folder / "samples.npz"
     return replace(
-        order, model=str(folder / "model"), rows_file=str(folder / "rows.npy"), scratch=str(folder / "scratch")
+        order,
+        model=str(folder / "model"),
+        rows_file=str(rows) if rows.exists() else "",
+        samples_file=str(samples) if samples.exists() else "",
+        scratch=str(folder / "scratch"),
+        **facts,
     )
+
+
+def _write(order: WorkOrder, config: "Config", data: "Data", folder: Path) -> None:
+    """The model with its initial weights, and the rows or samples of every step, in the order of Kajiya's loader."""
+    import numpy as np
+
+    from kajiya.data.tokenizer import load_tokenizer
+    from kajiya.flows.feeding import open_feeding
+    from kajiya.models.adapt import transform
+    from kajiya.models.build import build_model, vocabulary_of
+    from kajiya.models.save import save_model
+
+    tokenizer = load_tokenizer(data.tokenizer.path)
+    model = build_model(config.model, vocabulary_of(tokenizer), config.seed).module
+    save_model(model, tokenizer, folder / "model")
+    transform(model, config.adapter, "none", config.seed)
+    loader = open_feeding(config, data, None).loader(batch=order.rows)
+    steps = range(order.steps)
+    if order.method == "pretrain":
+        batches = [loader.next() for _ in steps]
+        rows = [np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1) for batch in batches]
+        np.save(folder / "rows.npy", np.concatenate(rows).astype(np.int32))
+        mean_length: float = order.tokens
+    else:
+        samples = [samples_of(loader.next()) for _ in steps]
+        save_samples(samples, folder / "samples.npz")
+        lengths = [len(sample.ids) for step in samples for sample in step]
+        mean_length = sum(lengths) / len(lengths)
+    (folder / "scratch").mkdir()
+    facts = {"flops_per_token": flops_of(order, model, mean_length)}
+    (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def flops_of(order: WorkOrder, model: "nn.Module", row_tokens: float) -> float:
+    """Operations a token of the order's training; of DPO, those of the reference's forward pass too."""
+    from kajiya.training.flops import flops_per_token
+
+    each = flops_per_token(model, row_tokens)
+    return each * 4 / 3 if order.method == "dpo" else each
 
 
 def _tell(kind: str, **fields: object) -> None:

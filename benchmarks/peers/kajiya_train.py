@@ -1,25 +1,36 @@
-"""Kajiya: the path of `kajiya train` from the config to the last step, without its plan, evaluations and checkpoints."""
+"""Kajiya: the path of `kajiya train` from the config to the last step, without its plan, proof, evaluations and checkpoints.
 
+Options of this peer are overrides of its config.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Store
+from samples import samples_of
 from work_order import Record, WorkOrder, read_order
 from workload import kajiya_config
 
 
-class NotingLoader:
-    """The real loader; every batch that it gives out is noted."""
+class KeepingLoader:
+    """The real loader; every batch that it gives out is kept."""
 
-    def __init__(self, loader: Any, record: Record) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
-        self._record = record
+        self.given: list[Any] = []
+
+    @property
+    def waited_s(self) -> float:
+        return self._loader.waited_s
 
     def next(self) -> Any:
         batch = self._loader.next()
-        self._record.tokens(batch.tokens.numpy())
+        self.given.append(batch)
         return batch
 
     def state(self) -> dict[str, int]:
@@ -27,6 +38,27 @@ class NotingLoader:
 
     def load_state(self, state: dict[str, int]) -> None:
         self._loader.load_state(state)
+
+
+class TimedReference:
+    """`build_reference`, timed; its result is not left for the next run to find."""
+
+    def __init__(self, build: Callable[..., Any]) -> None:
+        self._build = build
+        self._folder: Path | None = None
+        self.seconds = 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        made = self._build(*arguments)
+        if made is not None:
+            self.seconds = time.perf_counter() - began
+            self._folder = made[0].path
+        return made
+
+    def forget(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder)
 
 
 def train(order: WorkOrder, record: Record) -> None:
@@ -39,7 +71,7 @@ def train(order: WorkOrder, record: Record) -> None:
 
     import kajiya
     from kajiya.data.progress import silent
-    from kajiya.flows.fitting import prepare
+    from kajiya.flows import fitting
     from kajiya.flows.stages import Stages
     from kajiya.flows.train import prepare_data
     from kajiya.preflight.plan import with_schedule
@@ -48,17 +80,26 @@ def train(order: WorkOrder, record: Record) -> None:
     from kajiya.training.terms import drain_window
 
     data = prepare_data(config, store, Stages(silent))
-    prepared = prepare(config, data, store, {})
-    setup = with_schedule(prepared.setup, config, order.steps)
-    setup = replace(setup, loader=NotingLoader(setup.loader, record))
-    initial = float(sum(weight.detach().float().abs().sum() for weight in setup.model.parameters()))
+    reference = TimedReference(fitting.build_reference)
+    fitting.build_reference = reference
+    prepared = fitting.prepare(config, data, store, {})
+    rows_per_epoch = prepared.feeding.loader().rows_per_epoch
+    loader = KeepingLoader(prepared.setup.loader)
+    setup = replace(with_schedule(prepared.setup, config, order.steps), loader=loader)
+    weights = (weight for name, weight in setup.model.named_parameters() if "lora_" not in name)
+    initial = float(sum(weight.detach().float().abs().sum() for weight in weights))
+    loss_name = "train/loss" if order.method == "dpo" else "train/nll"
 
     def log(report: StepReport) -> None:
-        record.step(drain_window(report.state)["train/nll"])
+        record.step(drain_window(report.state)[loss_name])
 
     fit(setup, TrainState(), [Hook("log", 1, log)], lambda: False)
+    reference.forget()
     record.answer(
         initial_weights=initial,
+        step_tokens=note(order, loader.given, record),
+        # The reference is of all examples; these steps are charged with their share of it.
+        before_s=reference.seconds * min(1.0, order.steps * order.rows / rows_per_epoch),
         versions={"kajiya": kajiya.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         settings={
             "precision": setup.precision.name,
@@ -69,6 +110,19 @@ def train(order: WorkOrder, record: Record) -> None:
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         },
     )
+
+
+def note(order: WorkOrder, batches: list[Any], record: Record) -> list[int]:
+    """Note the ids that went into the model; returns how many each step had, padding left out."""
+    counts = []
+    for batch in batches:
+        is_text = order.method == "pretrain"
+        parts = [batch.tokens.numpy()] if is_text else [sample.ids for sample in samples_of(batch)]
+        for ids in parts:
+            record.tokens(ids)
+        counts.append(sum(ids.size for ids in parts))
+    each = len(counts) // order.steps
+    return [sum(counts[step * each : (step + 1) * each]) for step in range(order.steps)]
 
 
 if __name__ == "__main__":

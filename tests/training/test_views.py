@@ -10,8 +10,11 @@ import pytest
 import torch
 from tests.training.conftest import make_batch
 from tests.training.test_fit import make_setup
+from torch.utils.flop_counter import FlopCounterMode
 
+from kajiya.config.schema import AdapterConfig
 from kajiya.errors import ConfigError
+from kajiya.models.adapt import transform
 from kajiya.training.find_lr import range_test
 from kajiya.training.fit import fit, train_step
 from kajiya.training.flops import flops_per_token, matmul_peak
@@ -119,3 +122,21 @@ def test_operations_by_palms_formula(tiny_model: Make) -> None:
 def test_fp8_says_what_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"train\.precision.*GPU"):
         resolve_precision("fp8", CPU)
+
+
+def test_operations_of_an_adapter_are_those_that_torch_counts(tiny_model: Make) -> None:
+    model = tiny_model(tied=False)
+    whole = flops_per_token(model, 64)
+    lora = AdapterConfig("lora", {"r": 4})
+    transform(model, lora, "none", seed=0)
+    model.set_attn_implementation("eager")
+    model.enable_input_require_grads()  # the first block's inputs, too, as the formula has it
+    ids = torch.randint(0, model.config.vocab_size, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    norms = sum(4 * each.numel() for name, each in model.named_parameters() if "norm" in name)
+    assert flops_per_token(model, 64) - norms == counter.get_total_flops() / ids.numel()
+    assert flops_per_token(model, 64) < whole
+    quantized = tiny_model(tied=False)
+    transform(quantized, lora, "nf4", seed=0)
+    assert flops_per_token(quantized, 64) == flops_per_token(model, 64)

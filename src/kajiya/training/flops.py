@@ -5,25 +5,28 @@ import time
 import torch
 from torch import nn
 
+from kajiya.models.quantized import n_values
 from kajiya.training.precision import Precision
 
 _SIZE = 1024
 _ENOUGH_S = 0.15
 
 
-def flops_per_token(model: nn.Module, row_tokens: int) -> float:
-    """Operations of forward and backward pass a token, 6 N + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).
+def flops_per_token(model: nn.Module, row_tokens: float) -> float:
+    """Operations of forward and backward pass a token, 6 N + 4 F + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).
 
-    N counts the parameters of matrix products: all but an embedding that is not the head too. The attention term (L layers of H
-    heads of width Q over T tokens) is left out for a module that is not of Transformers.
+    N counts the trained parameters of matrix products (all but an embedding that is not the head too), F the frozen ones:
+    their products with the gradient of what they read are made, those of their own gradient are not. The attention term (L
+    layers of H heads of width Q over T tokens) is left out for a module that is not of Transformers.
     """
     from transformers import PreTrainedModel
 
-    looked_up = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(head, nn.Linear):
-        looked_up.pop(id(head.weight), None)
-    multiplied = sum(parameter.numel() for parameter in model.parameters()) - sum(looked_up.values())
+        looked_up.discard(id(head.weight))
+    multiplied = [each for each in model.parameters() if id(each) not in looked_up]
+    products = sum(n_values(each) * (6 if each.requires_grad else 4) for each in multiplied)
     attention = 0.0
     if isinstance(model, PreTrainedModel):
         sizes = model.config.to_dict() | {
@@ -34,7 +37,7 @@ def flops_per_token(model: nn.Module, row_tokens: int) -> float:
             if isinstance(sizes.get("head_dim"), int) and isinstance(sizes.get("num_attention_heads"), int):
                 width = sizes["head_dim"] * sizes["num_attention_heads"]
             attention = 12.0 * sizes["num_hidden_layers"] * width * row_tokens
-    return 6.0 * multiplied + attention
+    return float(products) + attention
 
 
 _SIZES = ("hidden_size", "num_hidden_layers")
