@@ -23,6 +23,7 @@ from kajiya.flows.rolling import open_rollouts
 from kajiya.models.adapt import has_adapter, rate_ratios, transform
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import BuiltModel, build_model, vocabulary_of
+from kajiya.models.fused import fuse_blocks
 from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.outputs import decoder_start
 from kajiya.models.quantized import count_params
@@ -101,7 +102,8 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     recompute_activations(built.module, config.train.gradient_checkpointing, device)
     strategy = open_strategy(device, precision, ranks)
     model = strategy.prepare(built.module)
-    compiled = compile_where_it_pays(config.train, model, device)
+    fused = fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
+    compiled = compile_where_it_pays(config.train, model, device, fused)
     if not ranks.is_first:
         wait_for_all(ranks)  # the first computes the reference, the others find it
     made = build_reference(config, data, model, precision, store)

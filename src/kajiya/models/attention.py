@@ -49,13 +49,23 @@ def packed_sdpa(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of query [B, N, T, H] over key and value [B, K, T, H]; returns [B, T, N, H].
 
-    `attention_mask` is `None` (plain causal) or a boolean [B, 1, T, T] that is true where a query may look
-    (`segment_mask`). A length-1 query with a longer key is one decoding step and sees all of the keys.
+    `attention_mask` is `None` (plain causal), the first key that each query sees, int32 [B, 1, 1, T] (`first_keys`), or a boolean
+    [B, 1, T, T] that is true where a query may look (`segment_mask`). A length-1 query with a longer key is one decoding step
+    and sees all of the keys. First keys go to the C++ operator, which holds no scores, where it takes these heads.
     """
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"packed_sdpa has no {unknown[0]}; set model.attention=eager for this architecture")
     window = kwargs.get("sliding_window")
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        first_BT = attention_mask[:, 0, 0]
+        if not dropout and _takes(query, key, value):
+            if window is not None:
+                first_BT = first_BT.maximum(_window_starts(first_BT, window))
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            result, _ = torch.ops.kajiya.attention(query, key, value, first_BT.contiguous(), scale)
+            return result, None
+        attention_mask = seen_from(first_BT)
     if window is not None and query.shape[2] > 1 and key.shape[2] > window:
         attention_mask = _windowed(attention_mask, query.shape[2], key.shape[2], window, query.device)
     result = functional.scaled_dot_product_attention(
@@ -71,6 +81,18 @@ def packed_sdpa(
     return result.transpose(1, 2).contiguous(), None
 
 
+def _takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    from kajiya.models.native.operators import attention_fits
+
+    return not torch.is_autocast_enabled(query.device.type) and attention_fits(query, key, value)
+
+
+def _window_starts(first_BT: torch.Tensor, window: int) -> torch.Tensor:
+    """The first token within each query's window, int32 [T]."""
+    tokens = torch.arange(first_BT.shape[1], dtype=torch.int32, device=first_BT.device)
+    return (tokens - (window - 1)).clamp_min(0)
+
+
 def _windowed(
     mask: torch.Tensor | None, n_queries: int, n_keys: int, window: int, device: torch.device
 ) -> torch.Tensor:
@@ -79,6 +101,23 @@ def _windowed(
     key_1T = torch.arange(n_keys, device=device)[None, :]
     near = (key_1T <= query_T1) & (query_T1 - key_1T < window)
     return near if mask is None else mask & near
+
+
+def first_keys(segments: torch.Tensor) -> torch.Tensor:
+    """Where the segment of each token begins in its row: the first key that it sees, int32 [B, 1, 1, T].
+
+    It stands for a mask, in whose place architectures pass it on; `packed_sdpa` alone understands it.
+    """
+    tokens = torch.arange(segments.shape[1], dtype=torch.int32, device=segments.device).expand_as(segments)
+    begins = torch.zeros_like(tokens)
+    begins[:, 1:] = torch.where(segments[:, 1:] != segments[:, :-1], tokens[:, 1:], 0)
+    return begins.cummax(dim=1).values[:, None, None, :]
+
+
+def seen_from(first_BT: torch.Tensor) -> torch.Tensor:
+    """Boolean [B, 1, T, T], true where token i may look at token j: first[i] ≤ j ≤ i."""
+    tokens = torch.arange(first_BT.shape[1], device=first_BT.device)
+    return ((tokens[None, None, :] >= first_BT[:, :, None]) & (tokens[None, :] <= tokens[:, None])).unsqueeze(1)
 
 
 def segment_mask(segments: torch.Tensor) -> torch.Tensor | None:

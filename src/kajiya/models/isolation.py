@@ -1,8 +1,8 @@
 """What a model's attention is told so that the segments of a row do not see each other.
 
-Every implementation has a way of its own: torch's SDPA a boolean mask, eager attention a mask that is added, FlexAttention
-the blocks to compute, flash attention the sequences' bounds. Where nothing needs to be said, Transformers finds the segments
-of a causal row by the positions, which restart in each.
+Every implementation has a way of its own: torch's SDPA a boolean mask, the C++ operator each token's first key, eager attention
+a mask that is added, FlexAttention the blocks to compute, flash attention the sequences' bounds. Where nothing needs to be said,
+Transformers finds the segments of a causal row by the positions, which restart in each.
 
 Shape letters: B rows, T tokens of a row.
 """
@@ -17,7 +17,8 @@ from torch import nn
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
 from kajiya.models.adapter_files import is_adapter
-from kajiya.models.attention import PACKED_SDPA, segment_mask
+from kajiya.models.attention import PACKED_SDPA, first_keys, segment_mask
+from kajiya.models.native.library import native_problem
 
 
 def isolation_inputs(model: Any, batch: Batch, *, is_causal: bool = True) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def isolation_inputs(model: Any, batch: Batch, *, is_causal: bool = True) -> dic
     if implementation.startswith("flash_attention"):
         return sequence_bounds(batch.segments)
     if implementation == PACKED_SDPA:
-        return {"attention_mask": segment_mask(batch.segments)}
+        can_point = batch.segments.device.type == "cpu" and native_problem() is None
+        return {"attention_mask": first_keys(batch.segments) if can_point else segment_mask(batch.segments)}
     if is_causal:
         return {}
     return {"attention_mask": _TWO_WAY[implementation](batch.segments, model.dtype)}

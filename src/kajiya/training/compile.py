@@ -12,8 +12,14 @@ _PAYS_STEPS = 1000
 """A run shorter than this does not repay the compilation (about half a minute on a CPU, for steps 5 to 15 % faster)."""
 
 
-def compile_where_it_pays(train: TrainConfig, model: nn.Module, device: torch.device) -> str:
-    """Compile where the config and the machine say so; returns what was done and why, in words."""
+def compile_where_it_pays(train: TrainConfig, model: nn.Module, device: torch.device, fused: str) -> str:
+    """Compile where the config and the machine say so; returns what was done and why, in words.
+
+    `fused` says whether the blocks were joined (`models.fused`), which leaves a compiler nothing to gain.
+    """
+    is_fused = fused.startswith("yes")
+    if train.compile == "auto" and is_fused:
+        return f"no: joined products and C++ operators take its place ({fused.partition(': ')[2]})"
     if train.compile == "off":
         return "no: set in the config"
     problem = compiler_problem(device)
@@ -22,7 +28,7 @@ def compile_where_it_pays(train: TrainConfig, model: nn.Module, device: torch.de
     is_short = (train.minutes or _PAYS_MINUTES) < _PAYS_MINUTES or (train.steps or _PAYS_STEPS) < _PAYS_STEPS
     if train.compile == "auto" and is_short:
         return "no: the run is too short to repay it"
-    return f"yes: {compile_blocks(model)} blocks"
+    return f"yes: {compile_blocks(model)} blocks" + (", joined in C++" if is_fused else "")
 
 
 def compiler_problem(device: torch.device) -> str | None:

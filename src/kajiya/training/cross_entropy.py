@@ -74,32 +74,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if needs_head else None
         nll_sum = torch.zeros((), dtype=wide, device=hidden.device)
         more_sum = torch.zeros((), dtype=wide, device=hidden.device)
+        chunk = _ENTROPY[_takes_native(hidden, head)]
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            index = targets[rows].clamp_min(0).unsqueeze(1)
-            # 0 where there is no target: a column that multiplies what each position adds.
-            weight = weights[rows].unsqueeze(1)
-            logits = (hidden[rows] @ head.T).to(wide)
-            log_z = torch.logsumexp(logits, dim=1, keepdim=True) if z_loss else None
-            log_p = torch.log_softmax(logits, dim=1)
-            del logits
-            chosen = log_p.gather(1, index)
-            nll_sum -= (chosen * weight).sum()
-            if smoothing:
-                more_sum += smoothing * ((chosen - log_p.mean(dim=1, keepdim=True)) * weight).sum()
-            if log_z is not None:
-                more_sum += z_loss * (log_z.square() * weight).sum()
-            if not (needs_hidden or needs_head):
+            logits = hidden[rows] @ head.T
+            grad, nll, more = chunk(
+                logits, targets[rows], weights[rows], z_loss, smoothing, needs_grad=needs_hidden or needs_head
+            )
+            nll_sum += nll
+            more_sum += more
+            if grad is None:
                 continue
-            grad = log_p.exp_()
-            if log_z is not None:
-                grad *= 1 + 2 * z_loss * log_z
-            if smoothing:
-                grad -= smoothing / head.shape[0]
-            grad.scatter_add_(1, index, torch.full_like(weight, smoothing - 1))
-            if not bool((weight == 1).all()):
-                grad *= weight
-            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[rows])
             _add_product(grad_head, grad, hidden[rows])
@@ -116,6 +101,72 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_head is not None:
             grad_head = (grad_head * grad_total).to(ctx.head_dtype)
         return grad_hidden, grad_head, None, None, None, None, None
+
+
+def _takes_native(hidden: torch.Tensor, head: torch.Tensor) -> bool:
+    """Whether the C++ operator takes these logits: it reads them twice, where torch's own operators pass over them eight times."""
+    from kajiya.models.native.library import LANES, fits, native_problem
+
+    return fits(hidden, head) and head.shape[0] % LANES == 0 and native_problem() is None
+
+
+Chunk = tuple[torch.Tensor | None, torch.Tensor | float, torch.Tensor | float]
+"""The logits' gradient, where it is wanted; Σ weight · −log p; what z-loss and smoothing add."""
+
+
+def _native_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    z_loss: float,
+    smoothing: float,
+    *,
+    needs_grad: bool,
+) -> Chunk:
+    from kajiya.models.native.operators import entropy_
+
+    targets, weights = targets.contiguous(), weights.contiguous()
+    nll, more = entropy_(logits, targets, weights, z_loss, smoothing, needs_grad=needs_grad)
+    return logits if needs_grad else None, nll, more
+
+
+def _torch_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    z_loss: float,
+    smoothing: float,
+    *,
+    needs_grad: bool,
+) -> Chunk:
+    index = targets.clamp_min(0).unsqueeze(1)
+    # 0 where there is no target: a column that multiplies what each position adds.
+    weight = weights.unsqueeze(1)
+    dtype, logits = logits.dtype, logits.to(_wide(logits.dtype))
+    log_z = torch.logsumexp(logits, dim=1, keepdim=True) if z_loss else None
+    log_p = torch.log_softmax(logits, dim=1)
+    del logits
+    chosen = log_p.gather(1, index)
+    nll = -(chosen * weight).sum()
+    more = torch.zeros_like(nll)
+    if smoothing:
+        more += smoothing * ((chosen - log_p.mean(dim=1, keepdim=True)) * weight).sum()
+    if log_z is not None:
+        more += z_loss * (log_z.square() * weight).sum()
+    if not needs_grad:
+        return None, nll, more
+    grad = log_p.exp_()
+    if log_z is not None:
+        grad *= 1 + 2 * z_loss * log_z
+    if smoothing:
+        grad -= smoothing / grad.shape[1]
+    grad.scatter_add_(1, index, torch.full_like(weight, smoothing - 1))
+    if not bool((weight == 1).all()):
+        grad *= weight
+    return grad.to(dtype), nll, more
+
+
+_ENTROPY = {True: _native_entropy, False: _torch_entropy}
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

@@ -1,0 +1,227 @@
+"""Decoder blocks whose products are joined and whose rest runs in C++ operators, forward and backward.
+
+A block of the Llama family is a chain of four functions: norm and the product with q, k and v at once; rotary attention; norm and
+the product with gate and up at once; SwiGLU and the product with down. Each keeps its own input for the backward pass and makes
+norms and gates again there. The parameters stay those of Transformers, under their own names: joined matrices are laid one
+behind the other in memory. A block that does not fit, and a call that these functions do not know (a cache, autocast), goes
+through Transformers' own code.
+
+Shape letters: B rows, T tokens of a row, M = B · T tokens flattened, D hidden width, F width of the gate, H width of a head.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from kajiya.models.attention import PACKED_SDPA
+from kajiya.models.native.library import LANES, WIDEST_HEAD, native_problem
+
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer")
+"""Decoder layers that are this chain where they have no bias; each is compared with Transformers' code before it is taken."""
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+"""Largest difference of a block's result from Transformers', over the largest value of the result."""
+
+
+def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *, is_autocast: bool) -> str:
+    """Put the joined form in place of the model's blocks where it fits; returns what was done and why, in words."""
+    if device.type != "cpu":
+        return "no: the operators are for a CPU"
+    if is_autocast or weights not in _TOLERANCE:
+        return "no: not in this precision"
+    layers = [module for module in model.modules() if type(module).__name__ in _LAYERS]
+    if not layers:
+        return f"no: {type(model).__name__} is no architecture that they are known of"
+    problem = native_problem() or _misfit(layers[0])
+    if problem is not None:
+        return f"no: {problem}"
+    import kajiya.models.native.operators  # noqa: F401 (registers them)
+
+    for layer in layers:
+        _join(layer)
+    if not _agrees(layers[0], weights):
+        raise AssertionError(f"the joined form of {type(layers[0]).__name__} gives another result")
+    for layer in layers:
+        layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+    return f"yes: {len(layers)} blocks"
+
+
+def _misfit(layer: Any) -> str | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    width = attention.head_dim
+    if attention.config._attn_implementation != PACKED_SDPA:
+        return f"attention is {attention.config._attn_implementation}"
+    if width % (2 * LANES) or width > WIDEST_HEAD:
+        return f"heads of width {width}; multiples of {2 * LANES} up to {WIDEST_HEAD} fit"
+    if attention.attention_dropout:
+        return "attention has dropout"
+    if getattr(attention.config, "sliding_window", None) is not None:
+        return "attention has a sliding window"
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return f"the gate's function is {type(mlp.act_fn).__name__}"
+    linears = [*_projections(attention), attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if any(_inner(each).bias is not None for each in linears):
+        return "its products have a bias"
+    if any(_inner(each).out_features % LANES or _inner(each).in_features % LANES for each in linears):
+        return f"widths are no multiples of {LANES}"
+    return None
+
+
+def _inner(linear: Any) -> Any:
+    """The product within an adapter's layer, or itself."""
+    return linear.base_layer if hasattr(linear, "base_layer") else linear  # PEFT's own name for it
+
+
+def _projections(attention: Any) -> list[Any]:
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _are_plain(*linears: Any) -> bool:
+    """Whether these are bare matrices, without an adapter around them."""
+    return all(type(each) is nn.Linear for each in linears)
+
+
+def _join(layer: Any) -> None:
+    """Lay the matrices that share an input one behind the other in memory."""
+    for group in (_projections(layer.self_attn), [layer.mlp.gate_proj, layer.mlp.up_proj]):
+        if not _are_plain(*group):
+            continue
+        weights = [linear.weight for linear in group]
+        whole = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+            weight.data = part
+
+
+def _whole(weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The matrices as one: a view where they lie one behind the other, else a copy."""
+    first = weights[0]
+    at = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != at or not weight.is_contiguous():
+            return torch.cat(weights)
+        at += weight.numel() * weight.element_size()
+    n_rows = sum(len(weight) for weight in weights)
+    if first.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
+        return torch.cat(weights)
+    return first.as_strided((n_rows, first.shape[1]), first.stride(), first.storage_offset())
+
+
+class _NormProduct(torch.autograd.Function):
+    """norm(x) · Wᵀ of x [M, D] and the matrices, joined; the normed x is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, *weights: torch.Tensor) -> torch.Tensor:
+        y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps)
+        ctx.save_for_backward(x, norm_weight, *weights)
+        ctx.eps = eps
+        return y @ _whole(weights).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        x, norm_weight, *weights = ctx.saved_tensors
+        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps)
+        whole = _whole(tuple(weights))
+        grads: list[Any] = [None] * len(weights)
+        if any(ctx.needs_input_grad[3:]):
+            grads = list((grad.T @ y).split([len(weight) for weight in weights]))
+        grad_x, grad_norm = torch.ops.kajiya.rms_norm_backward(grad @ whole, x, norm_weight, scales)
+        return grad_x, grad_norm if ctx.needs_input_grad[1] else None, None, *grads
+
+
+class _SwigluProduct(torch.autograd.Function):
+    """(silu(gate) · up) · Wᵀ of both halves [M, 2F]; what is multiplied is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Any, weight: Any) -> torch.Tensor:
+        ctx.save_for_backward(both, weight)
+        return torch.ops.kajiya.swiglu(both) @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        both, weight = ctx.saved_tensors
+        grad_both, y = torch.ops.kajiya.swiglu_backward(grad @ weight, both)
+        return grad_both, grad.T @ y if ctx.needs_input_grad[1] else None
+
+
+def _products(x_MD: torch.Tensor, norm: Any, linears: list[Any]) -> torch.Tensor:
+    """The products of the normed x with all of the linears, side by side."""
+    eps = norm.variance_epsilon
+    if _are_plain(*linears):
+        return _NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
+    normed, _ = torch.ops.kajiya.rms_norm(x_MD, norm.weight, eps)
+    return torch.cat([linear(normed) for linear in linears], dim=-1)
+
+
+def _forward(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The layer's forward pass. `attention_mask` is `None`, or each token's first key, int32 [B, 1, 1, T]."""
+    is_known = attention_mask is None or attention_mask.dtype == torch.int32
+    if (
+        not is_known
+        or position_embeddings is None
+        or kwargs.get("cache") is not None
+        or not _fits(layer, hidden_states)
+    ):
+        return type(layer).forward(  # type: ignore[no-any-return]
+            layer,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+    return _chain(layer, hidden_states, attention_mask, position_embeddings)
+
+
+def _fits(layer: Any, hidden: torch.Tensor) -> bool:
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype == layer.input_layernorm.weight.dtype
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _chain(layer: Any, hidden_BTD: torch.Tensor, first: torch.Tensor | None, angles: Any) -> torch.Tensor:
+    attention, mlp = layer.self_attn, layer.mlp
+    n_rows, n_tokens, width = hidden_BTD.shape
+    x_MD = hidden_BTD.reshape(-1, width)
+    heads = _products(x_MD, layer.input_layernorm, _projections(attention))
+    heads_BTAH = heads.view(n_rows, n_tokens, -1, attention.head_dim)
+    n_kv = (heads_BTAH.shape[2] * attention.head_dim - _inner(attention.o_proj).in_features) // (2 * attention.head_dim)
+    if first is None:
+        first = heads.new_zeros(n_rows, n_tokens, dtype=torch.int32)
+    cos, sin = (each.float().expand(n_rows, -1, -1).contiguous() for each in angles)
+    attended, _ = torch.ops.kajiya.rotary_attention(
+        heads_BTAH, first.reshape(n_rows, n_tokens), cos, sin, n_kv, attention.scaling
+    )
+    x_MD = x_MD + attention.o_proj(attended.view(len(x_MD), -1))
+    both_MF = _products(x_MD, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
+    if _are_plain(mlp.down_proj):
+        written = _SwigluProduct.apply(both_MF, mlp.down_proj.weight)
+    else:
+        written = mlp.down_proj(torch.ops.kajiya.swiglu(both_MF))
+    return (x_MD + written).view(hidden_BTD.shape)
+
+
+def _agrees(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether the joined form gives what Transformers' code gives, on a few tokens; adapters' dropout is off for it."""
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    attention = layer.self_attn
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        x = torch.randn(1, 24, _inner(attention.q_proj).in_features).to(dtype)
+        angle = torch.rand(1, 24, attention.head_dim // 2).repeat(1, 1, 2) * 6
+        angles = (angle.cos().to(dtype), angle.sin().to(dtype))
+        mask = (torch.arange(24, dtype=torch.int32) // 10 * 10).view(1, 1, 1, 24)
+        ours = _chain(layer, x, mask, angles).float()
+        theirs = type(layer).forward(layer, x, attention_mask=mask, position_embeddings=angles).float()
+    for module, is_training in modes:
+        module.training = is_training
+    difference: float = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    return difference <= _TOLERANCE[dtype]

@@ -1,0 +1,58 @@
+// The operators as C functions: the element type by number, everything else by pointer.
+#include "attention.h"
+#include "pointwise.h"
+
+using namespace kajiya;
+
+// 0: float32, 1: bf16.
+#define BY_TYPE(kind, call_floats, call_halves) \
+    if ((kind) == 0) {                          \
+        call_floats;                            \
+    } else {                                    \
+        call_halves;                            \
+    }
+
+extern "C" {
+
+void kajiya_attention_forward(int32_t kind, const Attention* x) {
+    BY_TYPE(kind, forward<Singles>(*x), forward<Pairs>(*x))
+}
+
+void kajiya_attention_backward(int32_t kind, const Attention* x) {
+    BY_TYPE(kind, backward<Singles>(*x), backward<Pairs>(*x))
+}
+
+#define FLOATS(p) ((float*)(p))
+#define HALVES(p) ((uint16_t*)(p))
+
+void kajiya_norm_forward(int32_t kind, int64_t N, int64_t D, float eps, void* x, void* weight, void* y, float* scales,
+                         int64_t n_threads) {
+    BY_TYPE(kind, norm_forward(N, D, eps, FLOATS(x), FLOATS(weight), FLOATS(y), scales, n_threads),
+            norm_forward(N, D, eps, HALVES(x), HALVES(weight), HALVES(y), scales, n_threads))
+}
+
+void kajiya_norm_backward(int32_t kind, int64_t N, int64_t D, void* x, void* weight, float* scales, void* grad_y, void* more,
+                          void* grad_x, float* grad_weight, int64_t n_threads) {
+    BY_TYPE(kind,
+            norm_backward(N, D, FLOATS(x), FLOATS(weight), scales, FLOATS(grad_y), FLOATS(more), FLOATS(grad_x), grad_weight,
+                          n_threads),
+            norm_backward(N, D, HALVES(x), HALVES(weight), scales, HALVES(grad_y), HALVES(more), HALVES(grad_x), grad_weight,
+                          n_threads))
+}
+
+void kajiya_swiglu_forward(int32_t kind, int64_t N, int64_t F, void* both, void* y, int64_t n_threads) {
+    BY_TYPE(kind, swiglu_forward(N, F, FLOATS(both), FLOATS(y), n_threads),
+            swiglu_forward(N, F, HALVES(both), HALVES(y), n_threads))
+}
+
+void kajiya_swiglu_backward(int32_t kind, int64_t N, int64_t F, void* both, void* grad_y, void* grad_both, void* y,
+                            int64_t n_threads) {
+    BY_TYPE(kind, swiglu_backward(N, F, FLOATS(both), FLOATS(grad_y), FLOATS(grad_both), FLOATS(y), n_threads),
+            swiglu_backward(N, F, HALVES(both), HALVES(grad_y), HALVES(grad_both), HALVES(y), n_threads))
+}
+
+void kajiya_entropy(int32_t kind, const Entropy* x, void* logits, int32_t needs_grad) {
+    BY_TYPE(kind, entropy(*x, FLOATS(logits), needs_grad != 0), entropy(*x, HALVES(logits), needs_grad != 0))
+}
+
+}  // extern "C"

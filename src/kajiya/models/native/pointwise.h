@@ -1,0 +1,164 @@
+// What lies between the products of a block: RMS norm, SwiGLU and the softmax of the loss, forward and backward.
+//
+// Sums go in float32 and in an order that does not depend on the number of threads. Letters: N tokens, D width, F width of the
+// gate, V vocabulary.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "tiles.h"
+
+namespace kajiya {
+
+constexpr int64_t kSpans = 32;  // parts that sums over tokens are made in
+
+inline int64_t span_begin(int64_t n, int64_t span) { return n * span / kSpans; }
+
+// y = x · rsqrt(mean x² + eps) · weight; x is rounded before the weight multiplies it, as Transformers does.
+template <class E>
+void norm_forward(int64_t N, int64_t D, float eps, const E* x, const E* weight, E* y, float* scales, int64_t n_threads) {
+#pragma omp parallel for num_threads(n_threads)
+    for (int64_t t = 0; t < N; ++t) {
+        const E* row = x + t * D;
+        Floats squares{};
+        for (int64_t d = 0; d < D; d += kLanes) {
+            Floats value = load_element(row + d);
+            squares += value * value;
+        }
+        float scale = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
+        scales[t] = scale;
+        E* out = y + t * D;
+        for (int64_t d = 0; d < D; d += kLanes) {
+            E rounded[kLanes];
+            store_element(rounded, load_element(row + d) * scale);
+            store_element(out + d, load_element(rounded) * load_element(weight + d));
+        }
+    }
+}
+
+// grad_x (+)= the norm's; `more` is a gradient of x that comes past the norm, or null. grad_weight is float32 [D].
+template <class E>
+void norm_backward(int64_t N, int64_t D, const E* x, const E* weight, const float* scales, const E* grad_y, const E* more,
+                   E* grad_x, float* grad_weight, int64_t n_threads) {
+    std::vector<float> partial(grad_weight ? kSpans * D : 0);
+#pragma omp parallel for num_threads(n_threads)
+    for (int64_t span = 0; span < kSpans; ++span) {
+        float* own = grad_weight ? partial.data() + span * D : nullptr;
+        for (int64_t t = span_begin(N, span); t < span_begin(N, span + 1); ++t) {
+            const E *row = x + t * D, *grad = grad_y + t * D;
+            float scale = scales[t];
+            Floats along{};
+            for (int64_t d = 0; d < D; d += kLanes) {
+                Floats value = load_element(row + d) * scale, slope = load_element(grad + d);
+                along += slope * load_element(weight + d) * value;
+                if (own) store(own + d, load<Floats>(own + d) + slope * value);
+            }
+            float mean = sum(along) / float(D);
+            for (int64_t d = 0; d < D; d += kLanes) {
+                Floats value = load_element(row + d) * scale;
+                Floats slope = (load_element(grad + d) * load_element(weight + d) - value * mean) * scale;
+                if (more) slope += load_element(more + t * D + d);
+                store_element(grad_x + t * D + d, slope);
+            }
+        }
+    }
+    for (int64_t d = 0; grad_weight && d < D; ++d) {
+        float total = 0;
+        for (int64_t span = 0; span < kSpans; ++span) total += partial[span * D + d];
+        grad_weight[d] = total;
+    }
+}
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// y = silu(gate) · up; gate and up are the halves of a row of both [N, 2F].
+template <class E>
+void swiglu_forward(int64_t N, int64_t F, const E* both, E* y, int64_t n_threads) {
+#pragma omp parallel for num_threads(n_threads)
+    for (int64_t t = 0; t < N; ++t) {
+        const E *gate = both + t * 2 * F, *up = gate + F;
+        for (int64_t f = 0; f < F; f += kLanes) {
+            Floats g = load_element(gate + f);
+            E rounded[kLanes];
+            store_element(rounded, g * sigmoid(g));
+            store_element(y + t * F + f, load_element(rounded) * load_element(up + f));
+        }
+    }
+}
+
+// The gradient of both halves [N, 2F], and y once more where it is not null.
+template <class E>
+void swiglu_backward(int64_t N, int64_t F, const E* both, const E* grad_y, E* grad_both, E* y, int64_t n_threads) {
+#pragma omp parallel for num_threads(n_threads)
+    for (int64_t t = 0; t < N; ++t) {
+        const E *gate = both + t * 2 * F, *up = gate + F;
+        E* to = grad_both + t * 2 * F;
+        for (int64_t f = 0; f < F; f += kLanes) {
+            Floats g = load_element(gate + f), u = load_element(up + f), slope = load_element(grad_y + t * F + f);
+            Floats s = sigmoid(g), silu = g * s;
+            store_element(to + f, slope * u * s * (1.0f + g * (1.0f - s)));
+            store_element(to + F + f, slope * silu);
+            if (y) {
+                E rounded[kLanes];
+                store_element(rounded, silu);
+                store_element(y + t * F + f, load_element(rounded) * u);
+            }
+        }
+    }
+}
+
+struct Entropy {
+    int64_t N, V;
+    const int64_t* targets;  // [N], any negative number where there is none
+    const float* weights;    // [N]
+    float z_loss, smoothing;
+    double* sums;  // [2]: Σ weight · (−log p), and what z-loss and smoothing add
+    int64_t n_threads;
+};
+
+// Logits [N, V] become the gradient of Σ weight · (smoothed −log p + z_loss · log²Z), in place.
+template <class E>
+void entropy(const Entropy& x, E* logits, bool needs_grad) {
+    std::vector<double> partial(2 * kSpans);
+#pragma omp parallel for num_threads(x.n_threads) schedule(dynamic)
+    for (int64_t span = 0; span < kSpans; ++span) {
+        for (int64_t t = span_begin(x.N, span); t < span_begin(x.N, span + 1); ++t) {
+            E* row = logits + t * x.V;
+            float weight = x.targets[t] < 0 ? 0.0f : x.weights[t];
+            if (weight == 0.0f) {
+                if (needs_grad) std::memset((void*)row, 0, x.V * sizeof(E));
+                continue;
+            }
+            Floats top = all(-INFINITY), total{}, plain{};
+            for (int64_t v = 0; v < x.V; v += kLanes) top = larger(load_element(row + v), top);
+            float peak = largest(top);
+            for (int64_t v = 0; v < x.V; v += kLanes) {
+                Floats value = load_element(row + v);
+                total += exponential(value - peak);
+                plain += value;
+            }
+            float denominator = sum(total), log_z = peak + std::log(denominator);
+            E at[kLanes] = {row[x.targets[t]]};
+            float chosen = load_element(at)[0] - log_z;
+            partial[2 * span] -= double(weight) * chosen;
+            if (x.smoothing != 0)
+                partial[2 * span + 1] += double(weight) * x.smoothing * (chosen - (sum(plain) / float(x.V) - log_z));
+            if (x.z_loss != 0) partial[2 * span + 1] += double(weight) * x.z_loss * log_z * log_z;
+            if (!needs_grad) continue;
+            float factor = weight * (1.0f + 2.0f * x.z_loss * log_z) / denominator, less = weight * x.smoothing / float(x.V);
+            for (int64_t v = 0; v < x.V; v += kLanes)
+                store_element(row + v, exponential(load_element(row + v) - peak) * factor - less);
+            // The target's own gradient is made from its logit once more, not from the rounded value.
+            E made[kLanes];
+            float own = std::exp(chosen) * weight * (1.0f + 2.0f * x.z_loss * log_z) - less + weight * (x.smoothing - 1.0f);
+            store_element(made, all(own));
+            row[x.targets[t]] = made[0];
+        }
+    }
+    for (int64_t span = 0; span < kSpans; ++span) {
+        x.sums[0] += partial[2 * span];
+        x.sums[1] += partial[2 * span + 1];
+    }
+}
+
+}  // namespace kajiya

@@ -1,0 +1,107 @@
+// Small products whose operands lie in a core's cache: C[m][n] (+)= Σ_p A[m][p] · B[p][n].
+//
+// Operands are 32-bit words: one float, or two bf16 that the processor multiplies and adds at once (`Pairs`). A word of A is
+// broadcast to all lanes, a row of B is read lane by lane; how far apart words of A lie is free, so A may be read transposed.
+#pragma once
+#include "vectors.h"
+
+namespace kajiya {
+
+// A word is one float.
+struct Singles {
+    static constexpr int kPer = 1;
+    typedef float Element;
+    static Floats step(Floats acc, Words b, uint32_t a) {
+        float value;
+        std::memcpy(&value, &a, 4);
+        return acc + as_floats(b) * value;
+    }
+};
+
+// A word is two bf16, the first in its low half.
+struct Pairs {
+    static constexpr int kPer = 2;
+    typedef uint16_t Element;
+    static Floats step(Floats acc, Words b, uint32_t a) {
+#ifdef __AVX512BF16__
+        return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(int(a)));
+#else
+        Words all_a = Words{} + a;
+        acc += as_floats(b << 16) * as_floats(all_a << 16);
+        return acc + as_floats(b & 0xffff0000u) * as_floats(all_a & 0xffff0000u);
+#endif
+    }
+};
+
+// Sixteen floats to bf16, nearest, ties to even.
+inline void store_bf16(uint16_t* to, Floats value) {
+#ifdef __AVX512BF16__
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(to, &halves, 32);
+#else
+    Words bits = (Words)value;
+    Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    auto is_nan = value != value;
+    rounded = is_nan ? (bits >> 16 | 0x40u) : rounded;
+    store(to, __builtin_convertvector(rounded, Halves));
+#endif
+}
+
+inline Floats load_element(const uint16_t* from) { return from_bf16(from); }
+inline Floats load_element(const float* from) { return load<Floats>(from); }
+inline void store_element(uint16_t* to, Floats value) { store_bf16(to, value); }
+inline void store_element(float* to, Floats value) { store(to, value); }
+
+// Sixteen words whose low half is `first` and whose high half is `second`, both rounded to bf16.
+inline Words paired(Floats first, Floats second) {
+    uint16_t low[kLanes], high[kLanes];
+    store_bf16(low, first);
+    store_bf16(high, second);
+    return __builtin_convertvector(load<Halves>(low), Words) | __builtin_convertvector(load<Halves>(high), Words) << 16;
+}
+
+struct Left {
+    const uint32_t* words;
+    int64_t row, step;  // words from one m to the next, from one p to the next
+};
+
+struct Right {
+    const uint32_t* words;
+    int64_t step;  // words from one p to the next
+};
+
+template <class Kind, int M, int V, bool kAdd>
+inline void tile(Left a, Right b, float* c, int64_t row, int64_t n_steps) {
+    Floats acc[M][V];
+    for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) acc[m][v] = kAdd ? load<Floats>(c + m * row + v * kLanes) : Floats{};
+    for (int64_t p = 0; p < n_steps; ++p) {
+        Words right[V];
+        for (int v = 0; v < V; ++v) right[v] = load<Words>(b.words + p * b.step + v * kLanes);
+        for (int m = 0; m < M; ++m) {
+            uint32_t left = a.words[m * a.row + p * a.step];
+            for (int v = 0; v < V; ++v) acc[m][v] = Kind::step(acc[m][v], right[v], left);
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) store(c + m * row + v * kLanes, acc[m][v]);
+}
+
+// C is [m][n]; m is a multiple of 8, n of 16.
+template <class Kind, bool kAdd>
+inline void product(int64_t m, int64_t n, int64_t n_steps, Left a, Right b, float* c, int64_t row) {
+    constexpr int kRows = 8;
+    for (int64_t j = 0; j < n; j += 2 * kLanes) {
+        bool is_wide = n - j >= 2 * kLanes;
+        Right right{b.words + j, b.step};
+        for (int64_t i = 0; i < m; i += kRows) {
+            Left left{a.words + i * a.row, a.row, a.step};
+            if (is_wide)
+                tile<Kind, kRows, 2, kAdd>(left, right, c + i * row + j, row, n_steps);
+            else
+                tile<Kind, kRows, 1, kAdd>(left, right, c + i * row + j, row, n_steps);
+        }
+    }
+}
+
+}  // namespace kajiya

@@ -1,0 +1,247 @@
+"""Joined blocks and their C++ operators: equal to Transformers' code and to the formulas, forward and backward."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kajiya.config.options import NextTokenLoss
+from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.models import fused
+from kajiya.models.attention import PACKED_SDPA, first_keys, register_packed_sdpa, seen_from, segment_mask
+from kajiya.models.fused import fuse_blocks
+from kajiya.models.hidden import last_hidden
+from kajiya.models.native import operators
+from kajiya.models.native.library import native_problem
+from kajiya.training.losses.next_token import next_token
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(native_problem() is not None, reason="no C++ compiler")
+
+
+def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    register_packed_sdpa()
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(architecture, **sizes | fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_SDPA, dtype=torch.float32).train()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.15)
+    return model.to(dtype)
+
+
+def make_batch(lengths: tuple[int, ...] = (17, 3, 20, 1, 33), rows: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    n_tokens = sum(lengths)
+    tokens = torch.randint(0, 96, (rows, n_tokens), generator=generator)
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).expand(rows, -1).contiguous()
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1).contiguous()
+    targets = tokens.roll(-1, dims=1)
+    targets[:, torch.tensor(lengths).cumsum(0) - 1] = NO_TARGET
+    return Batch(tokens, targets, positions, segments, int((targets >= 0).sum()))
+
+
+def step(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    terms, _ = next_token(model, batch, NextTokenLoss(chunk_tokens=40))
+    (terms["loss"][0] / batch.n_targets).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(terms["loss"][0].detach()) / batch.n_targets, grads
+
+
+def assert_close(ours: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
+    assert ours.shape == truth.shape
+    ours, truth = ours.detach(), truth.detach()
+    difference = (ours.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-6)
+    assert float(difference) < tolerance
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_loss_and_gradients_are_those_of_transformers(architecture: str) -> None:
+    fields = {"sliding_window": None} if architecture == "mistral" else {}
+    model, batch = make_model(architecture, **fields), make_batch()
+    truth = copy.deepcopy(model).double()
+    truth.set_attn_implementation("eager")
+    wanted_loss, wanted = step(truth, batch)
+    assert fuse_blocks(model, torch.float32, CPU, is_autocast=False) == "yes: 2 blocks"
+    loss, grads = step(model, batch)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert grads.keys() == wanted.keys()
+    for name, grad in grads.items():
+        assert_close(grad, wanted[name], 1e-4)
+
+
+def test_bf16_is_as_near_to_the_truth_as_transformers_code_is() -> None:
+    batch = make_batch()
+    truth_loss, truth = step(make_model().double(), batch)
+    plain_loss, plain = step(make_model(dtype=torch.bfloat16), batch)
+    model = make_model(dtype=torch.bfloat16)
+    assert fuse_blocks(model, torch.bfloat16, CPU, is_autocast=False).startswith("yes")
+    loss, grads = step(model, batch)
+    assert abs(loss - truth_loss) < 2 * abs(plain_loss - truth_loss) + 5e-3
+
+    def distance(found: dict[str, torch.Tensor]) -> float:
+        return sum(float((found[n].double() - g.double()).norm() / g.double().norm()) for n, g in truth.items())
+
+    assert distance(grads) < 1.1 * distance(plain)
+
+
+def test_parameters_keep_names_values_and_updates_in_place() -> None:
+    model, batch = make_model(), make_batch()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fuse_blocks(model, torch.float32, CPU, is_autocast=False)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    first, _ = step(model, batch)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    other = make_model()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    assert step(model, batch)[0] == pytest.approx(step(other, batch)[0], rel=1e-5) != first
+
+
+def test_matrices_that_were_moved_apart_are_joined_by_a_copy() -> None:
+    model, batch = make_model(), make_batch()
+    fuse_blocks(model, torch.float32, CPU, is_autocast=False)
+    wanted, _ = step(model, batch)
+    attention = model.model.layers[1].self_attn
+    attention.v_proj.weight.data = attention.v_proj.weight.detach().clone()
+    assert step(model, batch)[0] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_segments_do_not_see_each_other() -> None:
+    model = make_model()
+    fuse_blocks(model, torch.float32, CPU, is_autocast=False)
+    packed, alone = make_batch((17, 20), rows=1), make_batch((17, 20), rows=1)
+    second = slice(17, 37)
+    single = Batch(
+        alone.tokens[:, second], alone.targets[:, second], alone.positions[:, second], alone.segments[:, second] * 0, 19
+    )
+    assert_close(last_hidden(model, packed)[:, second], last_hidden(model, single), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"head_dim": 16}, "heads of width 16"),
+        ({"attention_bias": True}, "bias"),
+        ({"attention_dropout": 0.1}, "dropout"),
+        ({"hidden_act": "gelu"}, "gate's function"),
+        ({"hidden_size": 72, "head_dim": 32}, "multiples of 16"),
+    ],
+)
+def test_a_block_that_does_not_fit_is_left_and_said(fields: dict[str, Any], why: str) -> None:
+    model = make_model(**fields)
+    said = fuse_blocks(model, torch.float32, CPU, is_autocast=False)
+    assert said.startswith("no: ")
+    assert why in said
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_another_architecture_autocast_and_a_missing_compiler_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no architecture" in fuse_blocks(make_model("qwen3"), torch.float32, CPU, is_autocast=False)
+    assert "precision" in fuse_blocks(make_model(), torch.float32, CPU, is_autocast=True)
+    monkeypatch.setattr(fused, "native_problem", lambda: "no C++ compiler was found")
+    assert fuse_blocks(make_model(), torch.float32, CPU, is_autocast=False) == "no: no C++ compiler was found"
+
+
+def test_a_call_with_a_cache_goes_through_transformers() -> None:
+    model = make_model().eval()
+    ids = torch.arange(1, 9)[None]
+    wanted = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
+    fuse_blocks(model, torch.float32, CPU, is_autocast=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True), wanted)
+
+
+def test_first_keys_are_the_mask() -> None:
+    segments = make_batch().segments
+    wanted = segment_mask(segments)
+    assert wanted is not None
+    assert torch.equal(seen_from(first_keys(segments)[:, 0, 0]), wanted)
+
+
+HEADS = [
+    pytest.param((2, 4, 2, 70, 32), 29, id="groups"),
+    pytest.param((1, 2, 1, 513, 64), 1000, id="two chunks of keys"),
+    pytest.param((2, 2, 2, 300, 16), 280, id="narrow heads"),
+    pytest.param((1, 3, 3, 33, 96), 7, id="short segments"),
+]
+
+
+@pytest.mark.parametrize(("shape", "segment"), HEADS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_is_the_formula(shape: tuple[int, ...], segment: int, dtype: torch.dtype, tolerance: float) -> None:
+    n_rows, n_heads, n_kv, n_tokens, width = shape
+    torch.manual_seed(0)
+    own = [
+        torch.randn(n_rows, n_tokens, n, width).to(dtype).transpose(1, 2).requires_grad_()
+        for n in (n_heads, n_kv, n_kv)
+    ]
+    first = (torch.arange(n_tokens) // segment * segment).to(torch.int32).expand(n_rows, -1).contiguous()
+    out, _ = operators.attention(*own, first, 0.2)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    q, k, v = (each.detach().double().requires_grad_() for each in own)
+    scores = q @ k.repeat_interleave(n_heads // n_kv, 1).transpose(2, 3) * 0.2
+    weights = scores.masked_fill(~seen_from(first), -torch.inf).softmax(-1)
+    wanted = (weights @ v.repeat_interleave(n_heads // n_kv, 1)).transpose(1, 2)
+    wanted.backward(grad.double())
+    assert_close(out, wanted, tolerance)
+    for mine, theirs in zip(own, (q, k, v), strict=True):
+        assert mine.grad is not None
+        assert_close(mine.grad, theirs.grad, tolerance)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(0)
+    first = (torch.arange(70) // 9 * 9).to(torch.int32).expand(2, -1).contiguous()
+    heads, x = torch.randn(2, 4, 70, 32), torch.randn(77, 64)
+    n_threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            out, log_sums = operators.attention(heads, heads, heads, first, 0.3)
+            grads = operators.attention_backward(out, heads, heads, heads, first, 0.3, out, log_sums)
+            y, scales = operators.rms_norm(x, x[0].contiguous(), 1e-6)
+            results.append((out, *grads, y, *operators.rms_norm_backward(y, x, x[0].contiguous(), scales)))
+    finally:
+        torch.set_num_threads(n_threads)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+def operator_samples() -> list[Any]:
+    torch.manual_seed(1)
+    heads = torch.randn(1, 20, 4, 32, requires_grad=True)
+    q, k, v = (torch.randn(1, n, 20, 32, requires_grad=True) for n in (2, 1, 1))
+    first, angle = torch.zeros(1, 20, dtype=torch.int32), torch.rand(1, 20, 32)
+    x, weight = torch.randn(6, 32, requires_grad=True), torch.rand(32, requires_grad=True)
+    return [
+        pytest.param(operators.attention, (q, k, v, first, 0.3), id="attention"),
+        pytest.param(operators.rotary_attention, (heads, first, angle.cos(), angle.sin(), 1, 0.3), id="rotary"),
+        pytest.param(operators.rms_norm, (x, weight, 1e-5), id="norm"),
+        pytest.param(operators.swiglu, (x,), id="swiglu"),
+    ]
+
+
+@pytest.mark.parametrize(("operator", "arguments"), operator_samples())
+def test_operators_are_registered_rightly(operator: Any, arguments: tuple[Any, ...]) -> None:
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, test_utils=checks)
