@@ -64,6 +64,29 @@ inline Ints dot4(Ints acc, Words weights, int32_t activations) {
 #endif
 }
 
+// Each lane: acc + Σ over two bf16 of weight × activation; the pairs lie in 32 bits, the first one low.
+inline Floats dot2(Floats acc, Words weights, uint32_t activations) {
+#ifdef __AVX512BF16__
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(int32_t(activations)));
+#else
+    Words pair = Words{} + activations;
+    acc += as_floats(weights << 16) * as_floats(pair << 16);
+    return acc + as_floats(weights & 0xffff0000u) * as_floats(pair & 0xffff0000u);
+#endif
+}
+
+// `to` may lie where `from` does.
+inline void to_bf16_row(const float* from, int64_t n, uint16_t* to) {
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    for (; i + kLanes <= n; i += kLanes) store(to + i, (Halves)_mm512_cvtneps_pbh((__m512)load<Floats>(from + i)));
+#endif
+    for (; i < n; ++i) {
+        uint16_t half = to_bf16(load<float>(from + i));
+        std::memcpy(to + i, &half, 2);
+    }
+}
+
 inline float sum(Floats value) {
     // A fixed tree, so that the result depends on nothing but the value.
     float lanes[kLanes];

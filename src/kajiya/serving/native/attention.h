@@ -1,8 +1,11 @@
 // Attention over a paged cache: blocks of 16 positions, read where they lie.
 //
 // A block of one layer: keys [head][width][16], so that one vector holds a coordinate of all positions and scores need no
-// sum across lanes; values [head][16][width]. Width is the head's, padded to 16. In 8 bits, each position of each head has a scale.
+// sum across lanes; values [head][16][width]. Width is the head's, padded to 16. In bf16, two coordinates of a key share a
+// word, and two positions' values. In 8 bits, each position of each head has a scale.
 #pragma once
+#include <algorithm>
+
 #include "vectors.h"
 
 namespace kajiya {
@@ -23,6 +26,14 @@ inline Floats read_cells(const uint8_t* from, int64_t index) {
     if constexpr (Kind == kCacheFloat32) return load<Floats>(from + 4 * index);
     if constexpr (Kind == kCacheBFloat16) return from_bf16((const uint16_t*)from + index);
     return __builtin_convertvector(load<Bytes>(from + index), Floats);
+}
+
+inline int64_t key_cell(int32_t kind, int64_t i, int64_t slot) {
+    return kind == kCacheBFloat16 ? (i / 2 * kBlock + slot) * 2 + i % 2 : i * kBlock + slot;
+}
+
+inline int64_t value_cell(int32_t kind, int64_t padded, int64_t slot, int64_t i) {
+    return kind == kCacheBFloat16 ? (slot / 2 * padded + i) * 2 + slot % 2 : slot * padded + i;
 }
 
 inline void write_cell(int32_t kind, uint8_t* to, int64_t index, float value) {
@@ -56,22 +67,36 @@ inline void remember(const Heads& heads, LayerCache& cache, int64_t block, int h
         value_scale = value_peak > 0 ? 127.0f / value_peak : 0.0f;
     }
     for (int i = 0; i < heads.width; ++i) {
-        write_cell(heads.cache_kind, cache.keys, start + i * kBlock + slot, key[i] * key_scale);
-        write_cell(heads.cache_kind, cache.values, start + slot * heads.padded + i, value[i] * value_scale);
+        int64_t to_key = key_cell(heads.cache_kind, i, slot), to_value = value_cell(heads.cache_kind, heads.padded, slot, i);
+        write_cell(heads.cache_kind, cache.keys, start + to_key, key[i] * key_scale);
+        write_cell(heads.cache_kind, cache.values, start + to_value, value[i] * value_scale);
     }
 }
 
-// Scores of Q queries (scaled, [padded] each) against the 16 positions of one block.
+// A head's cells of the next block, on their way while this one's are computed with.
+inline void fetch_cells(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// Scores of Q queries (scaled, [padded] each, in bf16 where the cache is) against the 16 positions of one block.
 template <int Kind, int Q>
-inline void block_scores(const float* const* queries, int64_t padded, const uint8_t* keys, int64_t start,
-                         const float* scales, float* const* scores) {
+inline void block_scores(const float* const* queries, int64_t padded, const uint8_t* keys, const float* scales,
+                         float* const* scores) {
     Floats acc[Q][4] = {};
-    for (int64_t i = 0; i < padded; i += 4) {
+    constexpr int kEach = Kind == kCacheBFloat16 ? 2 : 1;  // coordinates of a lane
+    for (int64_t i = 0; i < padded / kEach; i += 4) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            Floats key = read_cells<Kind>(keys, start + (i + j) * kBlock);
+            if constexpr (Kind == kCacheBFloat16) {
+                Words key = load<Words>(keys + (i + j) * kBlock * 4);
 #pragma GCC unroll 4
-            for (int q = 0; q < Q; ++q) acc[q][j] += all(queries[q][i + j]) * key;
+                for (int q = 0; q < Q; ++q)
+                    acc[q][j] = dot2(acc[q][j], key, load<uint32_t>((const uint8_t*)queries[q] + (i + j) * 4));
+            } else {
+                Floats key = read_cells<Kind>(keys, (i + j) * kBlock);
+#pragma GCC unroll 4
+                for (int q = 0; q < Q; ++q) acc[q][j] += all(queries[q][i + j]) * key;
+            }
         }
     }
     for (int q = 0; q < Q; ++q) {
@@ -81,8 +106,9 @@ inline void block_scores(const float* const* queries, int64_t padded, const uint
     }
 }
 
-// Turns the first n scores into probabilities, times nothing; returns 1 / their sum. The scores are padded to whole vectors.
-inline float soften(float* scores, int64_t n) {
+// Turns the first n scores into probabilities times their sum, with zeros behind them up to `room`, which is in whole
+// vectors; returns 1 / their sum.
+inline float soften(float* scores, int64_t n, int64_t room) {
     int64_t end = (n + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = n; i < end; ++i) scores[i] = -INFINITY;
     Floats best = load<Floats>(scores);
@@ -94,60 +120,94 @@ inline float soften(float* scores, int64_t n) {
         store(scores + i, p);
         total += p;
     }
+    for (int64_t i = end; i < room; i += kLanes) store(scores + i, Floats{});
     return 1.0f / sum(total);
 }
 
-// Σ p[i] value[i] of one query over its n positions, 64 coordinates at a time.
-template <int Kind>
-inline void weigh(const float* p, int64_t n, float inverse, const Heads& heads, const LayerCache& cache, int head,
-                  const int32_t* table, float* to) {
-    for (int first = 0; first < heads.padded; first += 4 * kLanes) {
-        int parts = std::min(4, (heads.padded - first) / kLanes);
-        Floats acc[4] = {};
-        for (int64_t i = 0; i < n; ++i) {
-            int64_t place = int64_t(table[i / kBlock]) * heads.n_key + head, slot = i % kBlock;
-            int64_t at = (place * kBlock + slot) * heads.padded + first;
-            float weight = p[i];
-            if (Kind == kCacheInt8) weight *= cache.value_scales[place * kBlock + slot];
-            Floats w = all(weight);
-            if (parts == 4) {
+// Σ p[i] value[i] of Q queries over n positions, P · 16 coordinates from `first` on.
+template <int Kind, int Q, int P>
+inline void weigh(const float* p, int64_t stride, int64_t n, const float* inverse, const Heads& heads,
+                  const LayerCache& cache, int head, const int32_t* table, int first, float* const* to) {
+    Floats acc[Q][P] = {};
+    int64_t bytes = heads.padded * kBlock * cell_bytes(Kind);
+    for (int64_t start = 0; start < n; start += kBlock) {
+        int64_t place = int64_t(table[start / kBlock]) * heads.n_key + head, count = std::min<int64_t>(kBlock, n - start);
+        const uint8_t* values = cache.values + place * bytes;
+        if (start + kBlock < n)
+            fetch_cells(cache.values + (int64_t(table[start / kBlock + 1]) * heads.n_key + head) * bytes, bytes);
+        if constexpr (Kind == kCacheBFloat16) {
+            for (int64_t i = 0; i < count; i += 2) {
+                // What lies behind the last position is none of this sequence's.
+                uint32_t known = i + 1 < count ? 0xffffffffu : 0xffffu;
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) acc[j] += w * read_cells<Kind>(cache.values, at + j * kLanes);
-            } else {
-                for (int j = 0; j < parts; ++j) acc[j] += w * read_cells<Kind>(cache.values, at + j * kLanes);
+                for (int j = 0; j < P; ++j) {
+                    Words value = load<Words>(values + (i / 2 * heads.padded + first + j * kLanes) * 4) & known;
+#pragma GCC unroll 4
+                    for (int q = 0; q < Q; ++q) {
+                        const uint8_t* weights = (const uint8_t*)(p + q * stride);
+                        acc[q][j] = dot2(acc[q][j], value, load<uint32_t>(weights + (start + i) * 2));
+                    }
+                }
+            }
+        } else {
+            for (int64_t i = 0; i < count; ++i) {
+                float scale = Kind == kCacheInt8 ? cache.value_scales[place * kBlock + i] : 1.0f;
+#pragma GCC unroll 4
+                for (int j = 0; j < P; ++j) {
+                    Floats value = read_cells<Kind>(values, i * heads.padded + first + j * kLanes);
+#pragma GCC unroll 4
+                    for (int q = 0; q < Q; ++q) acc[q][j] += all(p[q * stride + start + i] * scale) * value;
+                }
             }
         }
-        for (int j = 0; j < parts; ++j) {
-            float lanes[kLanes];
-            store(lanes, acc[j] * inverse);
-            int from = first + j * kLanes;
-            std::memcpy(to + from, lanes, 4 * std::max(0, std::min(kLanes, heads.width - from)));
-        }
     }
+    for (int q = 0; q < Q; ++q)
+        for (int j = 0; j < P; ++j) {
+            float lanes[kLanes];
+            store(lanes, acc[q][j] * inverse[q]);
+            int from = first + j * kLanes;
+            std::memcpy(to[q] + from, lanes, 4 * std::max(0, std::min(kLanes, heads.width - from)));
+        }
 }
 
-// Up to four queries of one key head of one sequence: query q sees positions 0 … lengths[q] − 1.
+// Q queries of one key head of one sequence: query q sees positions 0 … lengths[q] − 1.
+template <int Kind, int Q>
+inline void attend_some(const float* const* queries, const int64_t* lengths, const Heads& heads, const LayerCache& cache,
+                        int head, const int32_t* table, float* scratch, int64_t stride, float* const* to) {
+    int64_t longest = *std::max_element(lengths, lengths + Q), room = (longest + kBlock - 1) / kBlock * kBlock;
+    int64_t bytes = heads.padded * kBlock * cell_bytes(Kind);
+    for (int64_t first = 0; first < longest; first += kBlock) {
+        int64_t place = int64_t(table[first / kBlock]) * heads.n_key + head;
+        const float* scales = Kind == kCacheInt8 ? cache.key_scales + place * kBlock : nullptr;
+        if (first + kBlock < longest)
+            fetch_cells(cache.keys + (int64_t(table[first / kBlock + 1]) * heads.n_key + head) * bytes, bytes);
+        float* scores[Q];
+        for (int q = 0; q < Q; ++q) scores[q] = scratch + q * stride + first;
+        block_scores<Kind, Q>(queries, heads.padded, cache.keys + place * bytes, scales, scores);
+    }
+    fetch_cells(cache.values + (int64_t(table[0]) * heads.n_key + head) * bytes, bytes);
+    float inverse[Q];
+    for (int q = 0; q < Q; ++q) {
+        float* row = scratch + q * stride;
+        inverse[q] = soften(row, lengths[q], room);
+        if (Kind == kCacheBFloat16) to_bf16_row(row, room, (uint16_t*)row);  // shorter, so it may lie where it was
+    }
+    int coordinate = 0;
+    for (; coordinate + 4 * kLanes <= heads.padded; coordinate += 4 * kLanes)
+        weigh<Kind, Q, 4>(scratch, stride, longest, inverse, heads, cache, head, table, coordinate, to);
+    for (; coordinate < heads.padded; coordinate += kLanes)
+        weigh<Kind, Q, 1>(scratch, stride, longest, inverse, heads, cache, head, table, coordinate, to);
+}
+
+// Up to four queries.
 template <int Kind>
 inline void attend(const float* const* queries, const int64_t* lengths, int n, const Heads& heads,
                    const LayerCache& cache, int head, const int32_t* table, float* scratch, int64_t stride, float* const* to) {
-    int64_t longest = 0;
-    for (int q = 0; q < n; ++q) longest = std::max(longest, lengths[q]);
-    for (int64_t first = 0; first < longest; first += kBlock) {
-        int64_t place = int64_t(table[first / kBlock]) * heads.n_key + head;
-        int64_t start = place * heads.padded * kBlock;
-        const float* scales = cache.key_scales ? cache.key_scales + place * kBlock : nullptr;
-        float* scores[4];
-        for (int q = 0; q < n; ++q) scores[q] = scratch + q * stride + first;
-        switch (n) {
-            case 1: block_scores<Kind, 1>(queries, heads.padded, cache.keys, start, scales, scores); break;
-            case 2: block_scores<Kind, 2>(queries, heads.padded, cache.keys, start, scales, scores); break;
-            case 3: block_scores<Kind, 3>(queries, heads.padded, cache.keys, start, scales, scores); break;
-            default: block_scores<Kind, 4>(queries, heads.padded, cache.keys, start, scales, scores);
-        }
-    }
-    for (int q = 0; q < n; ++q) {
-        float inverse = soften(scratch + q * stride, lengths[q]);
-        weigh<Kind>(scratch + q * stride, lengths[q], inverse, heads, cache, head, table, to[q]);
+    switch (n) {
+        case 1: attend_some<Kind, 1>(queries, lengths, heads, cache, head, table, scratch, stride, to); break;
+        case 2: attend_some<Kind, 2>(queries, lengths, heads, cache, head, table, scratch, stride, to); break;
+        case 3: attend_some<Kind, 3>(queries, lengths, heads, cache, head, table, scratch, stride, to); break;
+        default: attend_some<Kind, 4>(queries, lengths, heads, cache, head, table, scratch, stride, to);
     }
 }
 

@@ -22,7 +22,7 @@ struct Layer {
 
 struct Model {
     int32_t n_layers, width, n_query, n_key, head_width, rotary, mlp_width, vocab;
-    int32_t cache_kind, is_integer, embedding_kind, max_positions;
+    int32_t cache_kind, weight_kind, embedding_kind, max_positions;
     float epsilon, attention_scale;
     const void* embedding;   // [vocab][width], fp32 or bf16
     const float *cos, *sin;  // [position][rotary]
@@ -64,20 +64,25 @@ struct Buffer {
     Buffer(const Buffer&) = delete;
 };
 
-// Activations of all tokens with their integers, where the weights are integers.
+// Activations of all tokens, with what products of weights of a kind read instead: bf16, or integers.
 struct Activations {
-    int64_t stride, groups;
-    bool is_integer;
+    int64_t stride, groups, width;  // width: bytes of a token
+    int32_t kind;
     Buffer values, scales, sums, bytes;
-    Activations(int64_t n_tokens, int64_t n, bool integers)
-        : stride(n), groups(n_groups(n)), is_integer(integers), values(n_tokens * n),
-          scales(integers ? n_tokens * groups : 1), sums(integers ? n_tokens * groups : 1),
-          bytes(integers ? n_tokens * groups * kGroup / 4 : 1) {}
+    Activations(int64_t n_tokens, int64_t n, int32_t kind)
+        : stride(n), groups(n_groups(n)),
+          width(kind == kFloat32 ? 0 : kind == kBFloat16 ? n_pairs(n) * 4 : groups * kGroup), kind(kind),
+          values(n_tokens * n), scales(kind >= kInt8 ? n_tokens * groups : 1), sums(kind >= kInt8 ? n_tokens * groups : 1),
+          bytes(n_tokens * width / 4) {}
     float* row(int64_t t) { return values.at + t * stride; }
     void seal(int64_t t) {
-        if (is_integer)
-            quantize_row(row(t), stride, (int8_t*)bytes.at + t * groups * kGroup, scales.at + t * groups,
-                         (int32_t*)sums.at + t * groups);
+        int8_t* to = (int8_t*)bytes.at + t * width;
+        if (kind == kBFloat16) {
+            if (stride % 2) ((uint16_t*)to)[stride] = 0;
+            to_bf16_row(row(t), stride, (uint16_t*)to);
+        } else if (kind >= kInt8) {
+            quantize_row(row(t), stride, to, scales.at + t * groups, (int32_t*)sums.at + t * groups);
+        }
     }
     Rows rows() const {
         return {values.at, stride, (const int8_t*)bytes.at, scales.at, (const int32_t*)sums.at};
@@ -150,9 +155,9 @@ struct Run {
           n(s.n_tokens), qkv_width((m.n_query + 2 * m.n_key) * int64_t(m.head_width)),
           query_width(m.n_query * int64_t(m.head_width)), padded(heads.padded), longest(context(s)),
           stream(n * m.width), qkv(n * qkv_width), delta(n * m.width), gates(n * 2 * m.mlp_width),
-          queries(n * m.n_query * padded), scratch(s.n_threads * 4 * longest), normed(n, m.width, m.is_integer),
-          mixed(n, query_width, m.is_integer), gated(n, m.mlp_width, m.is_integer),
-          last(std::max(1, s.n_outputs), m.width, m.is_integer),
+          queries(n * m.n_query * padded), scratch(s.n_threads * 4 * longest), normed(n, m.width, m.weight_kind),
+          mixed(n, query_width, m.weight_kind), gated(n, m.mlp_width, m.weight_kind),
+          last(std::max(1, s.n_outputs), m.width, m.weight_kind),
           tokens_each(std::max<int64_t>(1, n / (4 * s.n_threads))), phases(16 * m.n_layers + 4) {
         plan();
     }
@@ -231,6 +236,7 @@ struct Run {
                 float* to = queries.at + (t * model.n_query + h) * padded;
                 for (int64_t i = 0; i < padded; ++i)
                     to[i] = i < width ? row[h * width + i] * model.attention_scale : 0.0f;
+                if (model.cache_kind == kCacheBFloat16) to_bf16_row(to, padded, (uint16_t*)to);
             }
             int64_t block = step.tables[int64_t(sequence_of[t]) * step.table_stride + position / kBlock];
             const float *keys = row + query_width, *values = keys + model.n_key * width;
@@ -265,7 +271,7 @@ struct Run {
                     attend<kCacheInt8>(from, lengths, count, heads, layer.cache, w.head, table, mine, longest, to);
             }
         });
-        if (model.is_integer) {
+        if (model.weight_kind != kFloat32) {
             phases.share(phase, n, tokens_each, [&](int64_t t) { mixed.seal(t); });
         }
     }
@@ -337,7 +343,7 @@ void kajiya_pack(const float* weights, int32_t kind, int32_t n_out, int32_t n_in
 
 // y [n][n_out] = W x: the product alone, for tests and measurements.
 void kajiya_product(const Linear* w, const float* x, int64_t n, float* y, int32_t n_threads) {
-    Activations rows(n, w->n_in, w->kind >= kInt8);
+    Activations rows(n, w->n_in, w->kind);
     for (int64_t t = 0; t < n; ++t) {
         std::memcpy(rows.row(t), x + t * w->n_in, w->n_in * 4);
         rows.seal(t);

@@ -46,7 +46,7 @@ _MODEL_INTEGERS = (
     "mlp_width",
     "vocab",
     "cache_kind",
-    "is_integer",
+    "weight_kind",
     "embedding_kind",
     "max_positions",
 )

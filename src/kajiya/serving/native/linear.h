@@ -25,19 +25,21 @@ struct Linear {
 struct Rows {
     const float* values;  // [token][stride]
     int64_t stride;
-    const int8_t* bytes;  // [token][padded n_in], 8 and 4 bits only
-    const float* scales;  // [token][groups]
+    const int8_t* bytes;  // [token][padded n_in]: bf16 for weights in bf16, integers for those in 8 and 4 bits
+    const float* scales;  // [token][groups], 8 and 4 bits only
     const int32_t* sums;  // [token][groups]: of the bytes
 };
 
 inline int64_t n_panels(const Linear& w) { return (w.n_out + kPanel - 1) / kPanel; }
 inline int64_t n_groups(int64_t n_in) { return (n_in + kGroup - 1) / kGroup; }
 
+inline int64_t n_pairs(int64_t n_in) { return (n_in + 1) / 2; }
+
 inline int64_t packed_bytes(int32_t kind, int64_t n_out, int64_t n_in) {
     int64_t outputs = (n_out + kPanel - 1) / kPanel * kPanel, padded = n_groups(n_in) * kGroup;
     switch (kind) {
         case kFloat32: return outputs * n_in * 4;
-        case kBFloat16: return outputs * n_in * 2;
+        case kBFloat16: return outputs * n_pairs(n_in) * 4;
         case kInt8: return outputs * padded;
         default: return outputs * padded / 2;
     }
@@ -75,9 +77,8 @@ inline void pack_panel(const float* w, Linear& to, int64_t panel, uint8_t* data,
         if (to.kind == kFloat32) {
             for (int64_t k = 0; k < n_in; ++k) ((float*)out)[k * kPanel + lane] = from[k];
         } else if (to.kind == kBFloat16) {
-            // Outputs i and i + 16 share a word: one shift and one mask make floats of them.
-            int place = lane < kLanes ? 2 * lane : 2 * (lane - kLanes) + 1;
-            for (int64_t k = 0; k < n_in; ++k) ((uint16_t*)out)[k * kPanel + place] = to_bf16(from[k]);
+            // Two inputs of an output share a word, as the processor multiplies them.
+            for (int64_t k = 0; k < n_in; ++k) ((uint16_t*)out)[(k / 2 * kPanel + lane) * 2 + k % 2] = to_bf16(from[k]);
         } else {
             int zero = to.kind == kInt8 ? 128 : 8;
             for (int64_t g = 0; g < groups; ++g) {
@@ -111,41 +112,57 @@ inline void put(float* y, int64_t stride, const Floats (&acc)[M][2], const Linea
     }
 }
 
+// Where a panel is read for the last time of several, the one behind it (`next`, or null) is fetched: memory is never idle.
+inline void fetch(const uint8_t* next) {
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + 64, 0, 2);
+}
+
 template <int M>
-inline void floats_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, float* y, int64_t stride) {
+inline void floats_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+                         int64_t stride) {
     const float* row = x.values + t * x.stride;
+    const float* at = (const float*)w.weights + panel * kPanel * w.n_in;
     Floats acc[M][2] = {};
-    if (w.kind == kFloat32) {
-        const float* at = (const float*)w.weights + panel * kPanel * w.n_in;
-        for (int64_t k = 0; k < w.n_in; ++k, at += kPanel) {
-            Floats a = load<Floats>(at), b = load<Floats>(at + kLanes);
+    for (int64_t k = 0; k < w.n_in; ++k, at += kPanel) {
+        Floats a = load<Floats>(at), b = load<Floats>(at + kLanes);
+        if (next) fetch(next + k * 128);
 #pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) {
-                Floats v = all(row[m * x.stride + k]);
-                acc[m][0] += v * a;
-                acc[m][1] += v * b;
-            }
+        for (int m = 0; m < M; ++m) {
+            Floats v = all(row[m * x.stride + k]);
+            acc[m][0] += v * a;
+            acc[m][1] += v * b;
         }
-    } else {
-        const uint16_t* at = (const uint16_t*)w.weights + panel * kPanel * w.n_in;
-        for (int64_t k = 0; k < w.n_in; ++k, at += kPanel) {
-            Words both = load<Words>(at);
-            Floats a = as_floats(both << 16), b = as_floats(both & 0xffff0000u);
+    }
+    put<M>(y + t * stride, stride, acc, w, panel);
+}
+
+template <int M>
+inline void pairs_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+                        int64_t stride) {
+    int64_t pairs = n_pairs(w.n_in);
+    const uint32_t* row = (const uint32_t*)x.bytes + t * pairs;
+    const uint32_t* at = (const uint32_t*)w.weights + panel * kPanel * pairs;
+    Floats acc[M][2] = {};
+    for (int64_t k = 0; k < pairs; ++k, at += kPanel) {
+        Words a = load<Words>(at), b = load<Words>(at + kLanes);
+        if (next) fetch(next + k * 128);
 #pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) {
-                Floats v = all(row[m * x.stride + k]);
-                acc[m][0] += v * a;
-                acc[m][1] += v * b;
-            }
+        for (int m = 0; m < M; ++m) {
+            uint32_t v = row[m * pairs + k];
+            acc[m][0] = dot2(acc[m][0], a, v);
+            acc[m][1] = dot2(acc[m][1], b, v);
         }
     }
     put<M>(y + t * stride, stride, acc, w, panel);
 }
 
 template <int M, bool Is4>
-inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, float* y, int64_t stride) {
+inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+                           int64_t stride) {
     int64_t groups = n_groups(w.n_in), width = groups * kGroup;
     const uint8_t* at = (const uint8_t*)w.weights + panel * kPanel * width / (Is4 ? 2 : 1);
+    const uint8_t* first = at;
     const uint16_t* scales = w.scales + panel * groups * kPanel;
     const int8_t* bytes = x.bytes + t * width;
     Floats acc[M][2] = {};
@@ -158,6 +175,7 @@ inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t pa
 #pragma GCC unroll 8
         for (int k = 0; k < kGroup; k += Is4 ? 8 : 4, at += 128) {
             Words a = load<Words>(at), b = load<Words>(at + 64);
+            if (next) fetch(next + (at - first));
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 int32_t v = load<int32_t>(values + m * width + k);
@@ -183,18 +201,21 @@ inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t pa
 }
 
 template <int M>
-inline void some_tokens(const Rows& x, int64_t t, const Linear& w, int64_t panel, float* y, int64_t stride) {
-    if (w.kind <= kBFloat16)
-        floats_panel<M>(x, t, w, panel, y, stride);
+inline void some_tokens(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+                        int64_t stride) {
+    if (w.kind == kFloat32)
+        floats_panel<M>(x, t, w, panel, next, y, stride);
+    else if (w.kind == kBFloat16)
+        pairs_panel<M>(x, t, w, panel, next, y, stride);
     else if constexpr (M <= 6) {
         if (w.kind == kInt8)
-            integers_panel<M, false>(x, t, w, panel, y, stride);
+            integers_panel<M, false>(x, t, w, panel, next, y, stride);
         else
-            integers_panel<M, true>(x, t, w, panel, y, stride);
+            integers_panel<M, true>(x, t, w, panel, next, y, stride);
     }
 }
 
-using Tile = void (*)(const Rows&, int64_t, const Linear&, int64_t, float*, int64_t);
+using Tile = void (*)(const Rows&, int64_t, const Linear&, int64_t, const uint8_t*, float*, int64_t);
 constexpr Tile kTiles[] = {nullptr,          some_tokens<1>, some_tokens<2>,  some_tokens<3>,  some_tokens<4>,
                            some_tokens<5>,   some_tokens<6>, some_tokens<7>,  some_tokens<8>,  some_tokens<9>,
                            some_tokens<10>, some_tokens<11>, some_tokens<12>};
@@ -203,10 +224,12 @@ constexpr Tile kTiles[] = {nullptr,          some_tokens<1>, some_tokens<2>,  so
 inline void product(const Rows& x, int64_t n, const Linear& w, int64_t panel, float* y, int64_t stride) {
     int64_t most = w.kind <= kBFloat16 ? 12 : 6;
     // Tiles of like size: 16 tokens are 8 + 8 and not 12 + 4, which would leave the second one waiting for loads.
-    int64_t tiles = (n + most - 1) / most;
+    int64_t tiles = (n + most - 1) / most, bytes = packed_bytes(w.kind, kPanel, w.n_in);
     for (int64_t tile = 0, t = 0; tile < tiles; ++tile) {
         int64_t count = (n - t + tiles - tile - 1) / (tiles - tile);
-        kTiles[count](x, t, w, panel, y, stride);
+        bool fetches = tile && tile + 1 == tiles && panel + 1 < n_panels(w);
+        const uint8_t* next = (const uint8_t*)w.weights + (panel + 1) * bytes;
+        kTiles[count](x, t, w, panel, fetches ? next : nullptr, y, stride);
         t += count;
     }
 }

@@ -46,7 +46,7 @@ class NativeModel:
             mlp_width=config.intermediate_size,
             vocab=config.vocab_size,
             cache_kind=layout.CACHE_KINDS[cache],
-            is_integer=weights in ("int8", "int4"),
+            weight_kind=layout.KINDS[weights],
             epsilon=config.rms_norm_eps,
             attention_scale=head_width**-0.5,
             layers=self.layers,
@@ -100,7 +100,7 @@ class NativeModel:
             size = self._library.kajiya_packed_bytes(kind, n_out, n_in)
             panels, groups = -(-n_out // layout.PANEL), -(-n_in // layout.GROUP)
             self._kept[f"{key}.packed"] = torch.empty(size, dtype=torch.uint8)
-            n_scales = panels * groups * layout.PANEL if self.model.is_integer else 0
+            n_scales = panels * groups * layout.PANEL if self.weights in ("int8", "int4") else 0
             self._kept[f"{key}.scales"] = torch.empty(n_scales, dtype=torch.int16)
         packed, scales = self._kept[f"{key}.packed"], self._kept[f"{key}.scales"]
         self._library.kajiya_pack(
