@@ -277,8 +277,7 @@ class Engine:
         given, unmodified = [], []
         for chunk in chunks:
             sequence, n = chunk.sequence, chunk.n_drafts + 1
-            mine = rows[sequence.request.id]
-            mine = Logits(mine.logits[-n:], mine.best[-n:], mine.log_sums[-n:])
+            mine = rows[sequence.request.id].last(n)
             unmodified.append(mine)
             given.append(mine if sequence.request.params.is_plain else shaped(sequence, mine))
         ids = [chunk.sequence.request.id for chunk in chunks]

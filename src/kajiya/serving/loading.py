@@ -38,7 +38,7 @@ class EngineOptions:
     quantize: str = "none"
     """none, int8 or int4: weights on a CPU, in groups of 32."""
     cache_precision: str = "auto"
-    """auto (that of the weights), fp32, bf16 or int8: keys and values."""
+    """auto (that of the weights; bf16 where those are quantized), fp32, bf16 or int8: keys and values."""
     cache_tokens: int | None = None
     """Positions in the key-value cache; `None`: the batch at full length, in 4 GiB at most."""
     guesses: int = 0
@@ -148,7 +148,9 @@ def _native(model: Any, config: Any, opts: EngineOptions) -> tuple[Runner, str]:
     require_native(config)
     precision = _precision(model.dtype)
     weights = precision if opts.quantize == "none" else opts.quantize
-    cache = precision if opts.cache_precision == "auto" else opts.cache_precision
+    cache = opts.cache_precision
+    if cache == "auto":
+        cache = precision if opts.quantize == "none" else "bf16"
     n_blocks = _n_blocks(config, opts, cache_bytes(config, cache))
     native = NativeModel(config, model.model.rotary_emb, weights, cache, n_blocks)
     native.load(model.state_dict())
@@ -261,7 +263,7 @@ def _compare(runner: Runner, plain_TV: torch.Tensor, precision: str, kind: str) 
     pieces, start = [], 0
     for count in _PROBE_CHUNKS:
         chunk = Chunk(sequence, start, tuple(ids[start : start + count]))
-        pieces.append(runner.run(Plan((), (chunk,)))["probe"].logits)
+        pieces.append(runner.run(Plan((), (chunk,)))["probe"].logits.clone())
         start += count
     difference = (torch.cat(pieces) - plain_TV).square().mean().sqrt() / plain_TV.std().clamp(min=1e-6)
     if not difference.item() <= _TOLERANCE[precision]:

@@ -132,13 +132,16 @@ def with_logprobs(rows: Logits, tokens: Rows[int], n_top: int) -> list[TokenLogp
     """Each row's token with its log-probability and its `n_top` most probable alternatives."""
     if not tokens:
         return []
-    if list(tokens) == rows.best or len(tokens) == 1:
-        # One number a row: read one by one, without a kernel for each.
-        values = [rows.logits[place, token].item() for place, token in enumerate(tokens)]
+    if rows.best_logprobs is not None and list(tokens) == rows.best:
+        logprobs = rows.best_logprobs
     else:
-        index_O1 = torch.tensor(tokens, dtype=torch.long, device=rows.logits.device).unsqueeze(1)
-        values = rows.logits.gather(1, index_O1).squeeze(1).tolist()
-    logprobs = [value - log_sum for value, log_sum in zip(values, rows.log_sums, strict=True)]
+        if len(tokens) == 1:
+            # One number: read without a kernel.
+            values = [rows.logits[0, tokens[0]].item()]
+        else:
+            index_O1 = torch.tensor(tokens, dtype=torch.long, device=rows.logits.device).unsqueeze(1)
+            values = rows.logits.gather(1, index_O1).squeeze(1).tolist()
+        logprobs = [value - log_sum for value, log_sum in zip(values, rows.log_sums, strict=True)]
     if not n_top:
         return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
     best_ON, ids_ON = rows.logits.topk(n_top, dim=-1)

@@ -73,10 +73,13 @@ inline void remember(const Heads& heads, LayerCache& cache, int64_t block, int h
     }
 }
 
-// A head's cells of the next block, on their way while this one's are computed with.
-inline void fetch_cells(const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+// Has a head's cells of a block on their way, for there is nothing in their addresses that the processor could foresee.
+inline void fetch_cells(const uint8_t* cells, const int32_t* table, int64_t block, const Heads& heads, int head, int64_t bytes) {
+    const uint8_t* from = cells + (int64_t(table[block]) * heads.n_key + head) * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
+
+constexpr int64_t kAhead = 4;  // blocks that are on their way
 
 // Scores of Q queries (scaled, [padded] each, in bf16 where the cache is) against the 16 positions of one block.
 template <int Kind, int Q>
@@ -133,8 +136,7 @@ inline void weigh(const float* p, int64_t stride, int64_t n, const float* invers
     for (int64_t start = 0; start < n; start += kBlock) {
         int64_t place = int64_t(table[start / kBlock]) * heads.n_key + head, count = std::min<int64_t>(kBlock, n - start);
         const uint8_t* values = cache.values + place * bytes;
-        if (start + kBlock < n)
-            fetch_cells(cache.values + (int64_t(table[start / kBlock + 1]) * heads.n_key + head) * bytes, bytes);
+        if (start + kAhead * kBlock < n) fetch_cells(cache.values, table, start / kBlock + kAhead, heads, head, bytes);
         if constexpr (Kind == kCacheBFloat16) {
             for (int64_t i = 0; i < count; i += 2) {
                 // What lies behind the last position is none of this sequence's.
@@ -175,17 +177,21 @@ template <int Kind, int Q>
 inline void attend_some(const float* const* queries, const int64_t* lengths, const Heads& heads, const LayerCache& cache,
                         int head, const int32_t* table, float* scratch, int64_t stride, float* const* to) {
     int64_t longest = *std::max_element(lengths, lengths + Q), room = (longest + kBlock - 1) / kBlock * kBlock;
-    int64_t bytes = heads.padded * kBlock * cell_bytes(Kind);
+    int64_t bytes = heads.padded * kBlock * cell_bytes(Kind), blocks = room / kBlock;
+    for (int64_t block = 0; block < std::min(blocks, kAhead); ++block)
+        fetch_cells(cache.keys, table, block, heads, head, bytes);
     for (int64_t first = 0; first < longest; first += kBlock) {
         int64_t place = int64_t(table[first / kBlock]) * heads.n_key + head;
         const float* scales = Kind == kCacheInt8 ? cache.key_scales + place * kBlock : nullptr;
-        if (first + kBlock < longest)
-            fetch_cells(cache.keys + (int64_t(table[first / kBlock + 1]) * heads.n_key + head) * bytes, bytes);
+        int64_t ahead = first / kBlock + kAhead;
+        if (ahead < blocks)
+            fetch_cells(cache.keys, table, ahead, heads, head, bytes);
+        else if (ahead - blocks < std::min(blocks, kAhead))
+            fetch_cells(cache.values, table, ahead - blocks, heads, head, bytes);
         float* scores[Q];
         for (int q = 0; q < Q; ++q) scores[q] = scratch + q * stride + first;
         block_scores<Kind, Q>(queries, heads.padded, cache.keys + place * bytes, scales, scores);
     }
-    fetch_cells(cache.values + (int64_t(table[0]) * heads.n_key + head) * bytes, bytes);
     float inverse[Q];
     for (int q = 0; q < Q; ++q) {
         float* row = scratch + q * stride;

@@ -52,6 +52,8 @@ struct Step {
     const int32_t* hidden_rows;          // [n_hidden]: tokens whose last hidden state is wanted
     float* logits;                       // [n_outputs][vocab]
     float* hidden;                       // [n_hidden][width]
+    int32_t* best;                       // [n_outputs]: the largest logit's place
+    float *best_logprobs, *log_sums;     // [n_outputs]: NaN for a row that is not finite
 };
 }
 
@@ -129,6 +131,48 @@ void patch(const Adapter* adapter, int layer, int target, const float* x, float*
             for (int64_t n = 0; n < part.n_out; ++n) to[n] += z * b[n];
         }
     }
+}
+
+// One row of logits: its largest entry's index and log-probability, and the logarithm of the sum of exponentials.
+void choose(const float* x, int64_t vocab, int32_t* best, float* best_logprob, float* log_sum) {
+    float peak = x[0];
+    int32_t at = 0;
+    bool is_finite = true;
+    for (int64_t i = 0; i < vocab; i += 1024) {
+        int64_t end = std::min(vocab, i + 1024), j = i;
+        Floats highest = all(-INFINITY), product{};
+        for (; j + kLanes <= end; j += kLanes) {
+            Floats v = load<Floats>(x + j);
+            highest = larger(highest, v);
+            product += v * 0.0f;  // 0, or NaN where an entry is not finite
+        }
+        float top = largest(highest), rest = sum(product);
+        for (; j < end; ++j) {
+            top = std::fmax(top, x[j]);
+            rest += x[j] * 0.0f;
+        }
+        is_finite &= rest == 0.0f;
+        if (top > peak)
+            for (j = i; j < end; ++j)
+                if (x[j] == top) {
+                    peak = top;
+                    at = int32_t(j);
+                    break;
+                }
+    }
+    // Sums of a few hundred terms in lanes, and of those in double precision.
+    double total = 0;
+    int64_t i = 0;
+    while (i + kLanes <= vocab) {
+        Floats part{};
+        for (int64_t end = std::min(vocab, i + 64 * kLanes); i + kLanes <= end; i += kLanes)
+            part += exponential(load<Floats>(x + i) - peak);
+        total += sum(part);
+    }
+    for (; i < vocab; ++i) total += std::exp(x[i] - peak);
+    *best = at;
+    *log_sum = is_finite ? float(peak + std::log(total)) : NAN;
+    *best_logprob = is_finite ? float(-std::log(total)) : NAN;
 }
 
 // Up to four queries of one key head of one sequence.
@@ -302,7 +346,11 @@ struct Run {
             normalize(to, model.final_norm, model.width, model.epsilon, to);
             if (is_output) last.seal(i);
         });
-        if (step.n_outputs) multiply(phase, model.head, last, step.logits, step.n_outputs);
+        if (!step.n_outputs) return;
+        multiply(phase, model.head, last, step.logits, step.n_outputs);
+        phases.share(phase, step.n_outputs, 1, [&](int64_t i) {
+            choose(step.logits + i * model.vocab, model.vocab, step.best + i, step.best_logprobs + i, step.log_sums + i);
+        });
     }
 
     void all_layers() {
@@ -371,44 +419,6 @@ void kajiya_copy_block(const Model* model, int32_t source, int32_t target) {
             std::memcpy(cache.key_scales + target * scales, cache.key_scales + source * scales, scales * 4);
             std::memcpy(cache.value_scales + target * scales, cache.value_scales + source * scales, scales * 4);
         }
-    }
-}
-// Of each row of logits: its largest entry's index, and the logarithm of the sum of exponentials (NaN where it is not finite).
-void kajiya_choose(const float* logits, int64_t n, int64_t vocab, int32_t* best, float* log_sum, int32_t n_threads) {
-#pragma omp parallel for schedule(static) num_threads(n_threads)
-    for (int64_t row = 0; row < n; ++row) {
-        const float* x = logits + row * vocab;
-        float peak = x[0];
-        int32_t at = 0;
-        bool is_finite = true;
-        for (int64_t i = 0; i < vocab; i += 1024) {
-            int64_t end = std::min(vocab, i + 1024), j = i;
-            Floats highest = all(-INFINITY), product{};
-            for (; j + kLanes <= end; j += kLanes) {
-                Floats v = load<Floats>(x + j);
-                highest = larger(highest, v);
-                product += v * 0.0f;  // 0, or NaN where an entry is not finite
-            }
-            float top = largest(highest), rest = sum(product);
-            for (; j < end; ++j) {
-                top = std::fmax(top, x[j]);
-                rest += x[j] * 0.0f;
-            }
-            is_finite &= rest == 0.0f;
-            if (top > peak)
-                for (j = i; j < end; ++j)
-                    if (x[j] == top) {
-                        peak = top;
-                        at = int32_t(j);
-                        break;
-                    }
-        }
-        double total = 0;
-        int64_t i = 0;
-        for (; i + kLanes <= vocab; i += kLanes) total += sum(exponential(load<Floats>(x + i) - peak));
-        for (; i < vocab; ++i) total += std::exp(x[i] - peak);
-        best[row] = at;
-        log_sum[row] = is_finite ? float(peak + std::log(total)) : NAN;
     }
 }
 }

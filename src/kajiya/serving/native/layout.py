@@ -93,6 +93,9 @@ class Step(Structure):
                 "hidden_rows",
                 "logits",
                 "hidden",
+                "best",
+                "best_logprobs",
+                "log_sums",
             )
         ),
     )
@@ -110,5 +113,3 @@ def declare(library: ctypes.CDLL) -> None:
     library.kajiya_step.restype = None
     library.kajiya_copy_block.argtypes = [POINTER(Model), c_int32, c_int32]
     library.kajiya_copy_block.restype = None
-    library.kajiya_choose.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32]
-    library.kajiya_choose.restype = None

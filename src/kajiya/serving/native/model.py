@@ -4,7 +4,6 @@ Shape letters: N outputs, K inputs, P positions, R rotary width, V vocabulary, D
 """
 
 import ctypes
-import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from kajiya.errors import KajiyaError
 from kajiya.serving.native import layout
 from kajiya.serving.native.build import load_library
+from kajiya.serving.native.memory import Arena
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose layers the decoder computes: RMSNorm, rotary attention (biases and norms of queries and keys
@@ -34,6 +34,7 @@ class NativeModel:
         self.config = config
         self.weights = weights
         self._rotary = rotary
+        self._arena = Arena()
         self._kept: dict[str, Any] = {}
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = (layout.Layer * config.num_hidden_layers)()
@@ -99,13 +100,11 @@ class NativeModel:
         if f"{key}.packed" not in self._kept:
             size = self._library.kajiya_packed_bytes(kind, n_out, n_in)
             panels, groups = -(-n_out // layout.PANEL), -(-n_in // layout.GROUP)
-            self._kept[f"{key}.packed"] = torch.empty(size, dtype=torch.uint8)
+            self._kept[f"{key}.packed"] = self._arena.take(size)
             n_scales = panels * groups * layout.PANEL if self.weights in ("int8", "int4") else 0
-            self._kept[f"{key}.scales"] = torch.empty(n_scales, dtype=torch.int16)
+            self._kept[f"{key}.scales"] = self._arena.take(2 * n_scales)
         packed, scales = self._kept[f"{key}.packed"], self._kept[f"{key}.scales"]
-        self._library.kajiya_pack(
-            matrix.data_ptr(), kind, n_out, n_in, packed.data_ptr(), scales.data_ptr(), torch.get_num_threads()
-        )
+        self._library.kajiya_pack(matrix.data_ptr(), kind, n_out, n_in, packed, scales, torch.get_num_threads())
         bias = None
         if any(one is not None for one in biases):
             parts = [
@@ -113,9 +112,7 @@ class NativeModel:
                 for rows, one in zip(matrices, biases, strict=True)
             ]
             bias = self._floats(f"{key}.bias", torch.cat(parts))
-        return layout.Linear(
-            kind=kind, n_out=n_out, n_in=n_in, weights=packed.data_ptr(), scales=scales.data_ptr(), bias=bias
-        )
+        return layout.Linear(kind=kind, n_out=n_out, n_in=n_in, weights=packed, scales=scales, bias=bias)
 
     # ---------------------------------------------------------------- positions and cache
 
@@ -138,17 +135,11 @@ class NativeModel:
         cells = n_blocks * self.model.n_key * layout.BLOCK_TOKENS
         widths = {"fp32": 4, "bf16": 2, "int8": 1}
         for layer in self.layers:
-            layer.cache.keys = self._zeros(cells * padded * widths[cache])
-            layer.cache.values = self._zeros(cells * padded * widths[cache])
+            layer.cache.keys = self._arena.take(cells * padded * widths[cache])
+            layer.cache.values = self._arena.take(cells * padded * widths[cache])
             if cache == "int8":
-                layer.cache.key_scales = self._zeros(cells * 4)
-                layer.cache.value_scales = self._zeros(cells * 4)
-
-    def _zeros(self, size: int) -> int:
-        # Pages of zeros that take memory only once they are written: an idle server holds what it has used, no more.
-        pages = mmap.mmap(-1, max(size, 1))
-        self._kept[f"pages {len(self._kept)}"] = pages
-        return ctypes.addressof(ctypes.c_char.from_buffer(pages))
+                layer.cache.key_scales = self._arena.take(cells * 4)
+                layer.cache.value_scales = self._arena.take(cells * 4)
 
     def step(self, step: layout.Step) -> None:
         """Compute one step; the cache is written."""

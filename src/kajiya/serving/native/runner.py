@@ -4,19 +4,20 @@ Shape letters: O outputs, V vocabulary, T tokens, D width.
 """
 
 import ctypes
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from kajiya.errors import ConfigError
 from kajiya.serving.adapters import LoraAdapter
 from kajiya.serving.native import layout
-from kajiya.serving.native.build import load_library
 from kajiya.serving.native.model import PARTS, NativeModel
 from kajiya.serving.rows import Rows
 from kajiya.serving.scheduler import Chunk, Plan
+
+_KEPT_ROWS = 64
 
 
 class NativeRunner:
@@ -29,31 +30,39 @@ class NativeRunner:
         self.n_blocks = n_blocks
         self.native = model
         self.device = torch.device("cpu")
-        self._library = load_library()
+        self._vocab = int(model.model.vocab)
+        self._kept_logits = torch.empty(_KEPT_ROWS, self._vocab)
         self._adapters: dict[str, tuple[layout.Adapter, Any]] = {}
 
-    @torch.inference_mode()
     def run(self, plan: Plan) -> dict[str, Rows]:
         """Copy blocks, read the chunks, and return the logits behind the places that each asks for."""
         for copy in plan.copies:
             self.native.copy_block(copy.source, copy.target)
         chunks = [chunk for chunk in plan.chunks if chunk.count]
-        outputs = [len(chunk.outputs) for chunk in chunks]
-        logits_OV = torch.empty(sum(outputs), self.native.config.vocab_size)
-        self._step(chunks, [list(chunk.outputs) for chunk in chunks], logits_OV, None)
-        best, log_sums = self._choose(logits_OV)
+        wanted = [chunk.outputs for chunk in chunks]
+        n_outputs = sum(map(len, wanted))
+        logits_OV = self._logits(n_outputs)
+        choice = _Choice(n_outputs)
+        self._step(chunks, wanted, logits_OV, choice, None)
+        best, logprobs, log_sums = choice.lists()
         rows, first = {}, 0
-        for chunk, n in zip(chunks, outputs, strict=True):
-            part = slice(first, first + n)
-            rows[chunk.sequence.request.id] = Rows(logits_OV[part], best[part], log_sums[part])
-            first += n
+        for chunk, places in zip(chunks, wanted, strict=True):
+            part = slice(first, first + len(places))
+            rows[chunk.sequence.request.id] = Rows(logits_OV[part], best[part], log_sums[part], logprobs[part])
+            first = part.stop
         return rows
+
+    def _logits(self, n: int) -> torch.Tensor:
+        """Room for `n` rows of logits; that of few is kept, for pages that are new cost more than what is written to them."""
+        if n > _KEPT_ROWS:
+            return torch.empty(n, self._vocab)
+        return self._kept_logits[:n]
 
     @torch.inference_mode()
     def hidden(self, chunk: Chunk) -> torch.Tensor:
         """The last hidden state of each token of a chunk, fp32 [T, D]; its keys and values go to its blocks."""
         hidden_TD = torch.empty(chunk.count, self.native.config.hidden_size)
-        self._step([chunk], [[]], torch.empty(0, 0), hidden_TD)
+        self._step([chunk], [range(0)], torch.empty(0, 0), _Choice(0), hidden_TD)
         return hidden_TD
 
     def clear(self, blocks: list[int]) -> None:
@@ -116,57 +125,70 @@ class NativeRunner:
     # ---------------------------------------------------------------- a call
 
     def _step(
-        self, chunks: list[Chunk], wanted: list[list[int]], logits_OV: torch.Tensor, hidden_TD: torch.Tensor | None
+        self,
+        chunks: list[Chunk],
+        wanted: list[range],
+        logits_OV: torch.Tensor,
+        choice: "_Choice",
+        hidden_TD: torch.Tensor | None,
     ) -> None:
-        n_tokens = sum(chunk.count for chunk in chunks)
-        if not n_tokens:
-            return
-        tokens: list[int] = []
-        positions: list[int] = []
-        outputs: list[int] = []
-        starts = [0]
+        tokens, positions, outputs, starts = array("i"), array("i"), array("i"), array("i", [0])
         for chunk, places in zip(chunks, wanted, strict=True):
-            outputs += [len(tokens) + place for place in places]
-            tokens += chunk.tokens
-            positions += range(chunk.start, chunk.start + chunk.count)
+            first = len(tokens)
+            outputs.extend(range(first + places.start, first + places.stop))
+            tokens.extend(chunk.tokens)
+            positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
             starts.append(len(tokens))
+        if not tokens:
+            return
         self.native.reach(max(positions) + 1)
         stride = max(len(chunk.sequence.blocks) for chunk in chunks)
-        tables = np.zeros((len(chunks), stride), np.int32)
-        for row, chunk in zip(tables, chunks, strict=True):
-            row[: len(chunk.sequence.blocks)] = chunk.sequence.blocks
-        hidden_rows = list(range(n_tokens)) if hidden_TD is not None else []
-        arrays = [np.array(one, np.int32) for one in (tokens, positions, starts, outputs, hidden_rows)]
-        names = [chunk.sequence.request.adapter for chunk in chunks]
-        adapters = (ctypes.c_void_p * len(chunks))(
-            *(ctypes.addressof(self._adapters[name][0]) if name else None for name in names)
-        )
-        at = [one.ctypes.data for one in arrays]
+        tables = array("i")
+        for chunk in chunks:
+            blocks = chunk.sequence.blocks
+            tables.extend(blocks)
+            tables.extend(range(stride - len(blocks)))  # any number: they are not looked at
+        adapters = (ctypes.c_void_p * len(chunks))()
+        for i, chunk in enumerate(chunks):
+            name = chunk.sequence.request.adapter
+            if name is not None:
+                adapters[i] = ctypes.addressof(self._adapters[name][0])
+        hidden_rows = array("i", range(len(tokens) if hidden_TD is not None else 0))
         self.native.step(
             layout.Step(
-                n_tokens=n_tokens,
+                n_tokens=len(tokens),
                 n_sequences=len(chunks),
                 table_stride=stride,
                 n_outputs=len(outputs),
                 n_threads=torch.get_num_threads(),
                 n_hidden=len(hidden_rows),
-                tokens=at[0],
-                positions=at[1],
-                starts=at[2],
-                tables=tables.ctypes.data,
+                tokens=_address(tokens),
+                positions=_address(positions),
+                starts=_address(starts),
+                tables=_address(tables),
                 adapters=ctypes.addressof(adapters),
-                outputs=at[3],
-                hidden_rows=at[4],
+                outputs=_address(outputs),
+                hidden_rows=_address(hidden_rows),
                 logits=logits_OV.data_ptr(),
                 hidden=hidden_TD.data_ptr() if hidden_TD is not None else None,
+                best=_address(choice.best),
+                best_logprobs=_address(choice.logprobs),
+                log_sums=_address(choice.log_sums),
             )
         )
 
-    def _choose(self, logits_OV: torch.Tensor) -> tuple[list[int], list[float]]:
-        n, vocab = logits_OV.shape
-        best, log_sums = np.empty(n, np.int32), np.empty(n, np.float32)
-        if n:
-            self._library.kajiya_choose(
-                logits_OV.data_ptr(), n, vocab, best.ctypes.data, log_sums.ctypes.data, torch.get_num_threads()
-            )
-        return best.tolist(), log_sums.tolist()
+
+class _Choice:
+    """What the decoder finds in each row of logits: the largest, its log-probability, the logarithm of the normalizer."""
+
+    def __init__(self, n: int) -> None:
+        self.best = array("i", bytes(4 * n))
+        self.logprobs = array("f", bytes(4 * n))
+        self.log_sums = array("f", bytes(4 * n))
+
+    def lists(self) -> tuple[list[int], list[float], list[float]]:
+        return self.best.tolist(), self.logprobs.tolist(), self.log_sums.tolist()
+
+
+def _address(values: "array[Any]") -> int:
+    return values.buffer_info()[0]
