@@ -1,12 +1,12 @@
 """Kajiya's engine in process: tokens a second by number of streams, from one JSON order."""
 
 import json
-import random
 import sys
 import time
 from pathlib import Path
 
 import torch
+from prompts import prompts
 
 from kajiya.serving.loading import load_engine
 from kajiya.serving.sequence import SamplingParams
@@ -17,13 +17,13 @@ def main() -> None:
     torch.set_num_threads(order["threads"])
     settings = {name: order[name] for name in ("precision", "quantize") if name in order}
     engine = load_engine(Path(order["folder"]), device="cpu", max_batch=64, **{"precision": "fp32"} | settings)
-    draw, found = random.Random(0), {}
+    found = {}
     params = SamplingParams(max_tokens=order["new_tokens"], temperature=0, ignore_eos=True)
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))
     for n in order["streams"]:
-        prompts = [[draw.randrange(1, 16000) for _ in range(order["prompt_tokens"])] for _ in range(n)]
+        given = prompts(order, n)
         begun = time.perf_counter()
-        engine.generate(prompts, params)
+        engine.generate(given, params)
         found[n] = n * order["new_tokens"] / (time.perf_counter() - begun)
     print(json.dumps(found))
 

@@ -5,7 +5,6 @@ Prints tokens a second by number of streams, from one JSON order.
 
 import ctypes
 import json
-import random
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
+from prompts import prompts
 from safetensors import safe_open
 
 NAMES = {
@@ -35,7 +35,7 @@ TYPES = {
 
 
 def write_gguf(folder: Path, to: Path, kind: str) -> None:
-    """The Llama in `folder` in llama.cpp's format, matrices in `kind`, without a tokenizer: tokens go in as numbers."""
+    """The Llama in `folder` in llama.cpp's format, matrices in `kind`."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(str(to), "llama")
     heads, width = config["num_attention_heads"], config["hidden_size"]
@@ -48,7 +48,7 @@ def write_gguf(folder: Path, to: Path, kind: str) -> None:
     writer.add_rope_dimension_count(width // heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    _add_tokenizer(writer, folder)
     with safe_open(folder / "model.safetensors", "numpy") as tensors:
         for name in tensors.keys():  # noqa: SIM118
             data = tensors.get_tensor(name).astype(np.float32)
@@ -61,6 +61,19 @@ def write_gguf(folder: Path, to: Path, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    control = gguf.TokenType.CONTROL
+    writer.add_token_types([control if token == "<|end|>" else gguf.TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
 
 
 def _name(name: str) -> str:
@@ -91,15 +104,14 @@ def main() -> None:
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp does not load {path}")
-    n_vocab, found, draw = 16000, {}, random.Random(0)
+    found = {}
     for n in order["streams"]:
-        prompts = [[draw.randrange(1, n_vocab) for _ in range(order["prompt_tokens"])] for _ in range(n)]
-        found[n] = n * order["new_tokens"] / _seconds(model, prompts, order, n_vocab)
+        found[n] = n * order["new_tokens"] / _seconds(model, prompts(order, n), order)
     print(json.dumps(found))
 
 
-def _seconds(model: object, prompts: list[list[int]], order: dict, n_vocab: int) -> float:
-    n = len(prompts)
+def _seconds(model: object, given: list[list[int]], order: dict) -> float:
+    n, n_vocab = len(given), order["vocab"]
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = n * (order["prompt_tokens"] + order["new_tokens"] + 16)
     settings.n_batch = settings.n_ubatch = 2048
@@ -125,7 +137,7 @@ def _seconds(model: object, prompts: list[list[int]], order: dict, n_vocab: int)
     tokens = [0] * n
     for first in range(0, n, 16):
         group = range(first, min(n, first + 16))
-        rows = [(t, p, s, p == len(prompts[s]) - 1) for s in group for p, t in enumerate(prompts[s])]
+        rows = [(t, p, s, p == len(given[s]) - 1) for s in group for p, t in enumerate(given[s])]
         put(rows)
         for i, s in enumerate(group):
             tokens[s] = best((i + 1) * order["prompt_tokens"] - 1)

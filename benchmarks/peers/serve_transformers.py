@@ -1,11 +1,11 @@
 """`generate` of Transformers, all streams in one batch: tokens a second by number of streams, from one JSON order."""
 
 import json
-import random
 import sys
 import time
 
 import torch
+from prompts import prompts
 from transformers import AutoModelForCausalLM
 
 
@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 def main() -> None:
     order = json.loads(sys.argv[1])
     torch.set_num_threads(order["threads"])
-    model = AutoModelForCausalLM.from_pretrained(order["folder"], dtype=torch.float32).eval()
-    draw, found = random.Random(0), {}
+    model = AutoModelForCausalLM.from_pretrained(order["folder"], dtype=getattr(torch, order["precision"])).eval()
+    found = {}
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, **settings)
     for n in order["streams"]:
-        ids = torch.tensor([[draw.randrange(1, 16000) for _ in range(order["prompt_tokens"])] for _ in range(n)])
+        ids = torch.tensor(prompts(order, n))
         begun = time.perf_counter()
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=order["new_tokens"], **settings)
         found[n] = n * order["new_tokens"] / (time.perf_counter() - begun)
