@@ -41,6 +41,9 @@ def test_the_grammar_becomes_dimensions() -> None:
         ("optim.lr=tag(log,interval(0,1))", "logarithmic scale cannot begin at 0"),
         ("seed=glob(x*)", "cannot be searched"),
         ("optim.lr=choice(", "is not an override"),
+        ("optim.lr=choice(1e-3,nan)", "nan is no value to search over"),
+        ("optim.lr=interval(1e-4,inf)", "no finite range"),
+        ("seed=range(0,inf)", "no finite range"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(override: str, problem: str) -> None:

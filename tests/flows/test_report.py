@@ -713,3 +713,19 @@ def test_failed_run_names_its_error(tmp_path: Path) -> None:
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="at least one run"):
         write_report([], tmp_path)
+
+
+def test_a_store_of_before_the_ledger_is_told_and_the_rest_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def old_facts(made: Made) -> dict[str, Any]:
+        facts = corpus_facts(made)
+        facts["ledger"] = {"entered": facts["ledger"]["entered"], "kept": facts["ledger"]["train"]}
+        return facts
+
+    monkeypatch.setitem(BUILDERS, "corpus", lambda store, made: put(store, "corpus", made, old_facts(made)))
+    reader = read_page(write_report([make_run(tmp_path, Made())], tmp_path / "report"))
+    assert "a manifest has no field 'train'; it was made by another version" in " ".join(
+        reader.sections["data"].split()
+    )
+    assert "bits per byte" in reader.sections["result"]

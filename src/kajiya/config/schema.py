@@ -271,6 +271,11 @@ class TrainConfig:
     """Held-out rows in each evaluation during training."""
     save_every: int | None = setting(None, ge=1)
     """Steps between two checkpoints; `None`: ten over the run."""
+    tasks: tuple[str, ...] = ()
+    """Tasks asked at every evaluation during training: packaged names, paths of YAML files, lm-eval:NAME. Their figures are
+    `task/<task>/<metric>`, which `best_metric` may name."""
+    task_rows: int = setting(32, ge=1)
+    """Most rows of each of these tasks."""
     best_metric: str | None = None
     """Metric of an evaluation by which the best checkpoint is told, minimized; `max:` before it maximizes it; `None`: the
     held-out loss."""

@@ -81,6 +81,9 @@ def _dimension(override: Any) -> Dimension:
     is_log = "log" in sweep.tags
     if isinstance(sweep, ChoiceSweep):
         return Dimension(key, choices=tuple(_plain(element, override) for element in sweep.list))
+    ends = (sweep.start, sweep.stop if isinstance(sweep, RangeSweep) else sweep.end)
+    if not all(math.isfinite(end or 0) for end in ends):
+        raise ConfigError(key, f"from {ends[0]} to {ends[1]} is no finite range")
     if isinstance(sweep, RangeSweep):
         low, step = float(sweep.start or 0), float(sweep.step)
         count = math.ceil((float(sweep.stop or 0) - low) / step - 1e-9)
@@ -98,6 +101,8 @@ def _dimension(override: Any) -> Dimension:
 
 
 def _plain(element: Any, override: Any) -> Value:
+    if isinstance(element, float) and math.isnan(element):
+        raise ConfigError(override.key_or_group, "nan is no value to search over", "null leaves a setting unset.")
     if element is None or isinstance(element, (bool, int, float)):
         return element
     text: str = override._get_value_element_as_str(element)

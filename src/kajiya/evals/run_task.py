@@ -62,8 +62,8 @@ def evaluate_task(
 ) -> tuple[Artifact, bool]:
     """The artifact of a task under a model, and whether it was there already; an endpoint (a string) is always asked anew.
 
-    Files: `result.json` (figures, intervals, signatures, fingerprint), `rows.parquet` (every prompt, answer and score),
-    `scores.npz` (what the figures are made of, for paired tests).
+    Files: `result.json` (figures, intervals, signatures, fingerprint), `rows.parquet` (every prompt and answer, and what the
+    figures are made of, for paired tests).
     """
     task = question.task
     fingerprint = Fingerprint(
@@ -76,17 +76,8 @@ def evaluate_task(
     )
 
     def make(folder: Path) -> dict[str, Any]:
-        began = time.perf_counter()
-        answers = ask(question, respondent)
-        measured = {name: _measure(name, answers, task) for name in task.metrics}
-        groups = groups_of(task, answers)
-        figures = {name: _figure(each, groups) for name, each in measured.items()}
-        result = {
-            "task": task.name, "n_rows": len(answers), "n_groups": len(set(groups)) if groups else len(answers),
-            "figures": figures, "fingerprint": asdict(fingerprint), "seconds": time.perf_counter() - began,
-        }  # fmt: skip
+        result = measure_task(question, respondent, folder) | {"fingerprint": asdict(fingerprint)}
         write_json(folder / "result.json", result)
-        _write_rows(folder / "rows.parquet", answers, measured, groups)
         return result
 
     asked_at = time.time_ns() if isinstance(model, str) else None
@@ -98,6 +89,22 @@ def evaluate_task(
         parents={} if isinstance(model, str) else {"model": model},
         make=make,
     )
+
+
+def measure_task(question: Question, respondent: Respondent, folder: Path | None = None) -> dict[str, Any]:
+    """Ask and measure: `task`, `n_rows`, `n_groups`, `figures` with intervals, `seconds`; with a folder, `rows.parquet` in it."""
+    began = time.perf_counter()
+    task = question.task
+    answers = ask(question, respondent)
+    measured = {name: _measure(name, answers, task) for name in task.metrics}
+    groups = groups_of(task, answers)
+    figures = {name: _figure(each, groups) for name, each in measured.items()}
+    if folder is not None:
+        _write_rows(folder / "rows.parquet", answers, measured, groups)
+    return {
+        "task": task.name, "n_rows": len(answers), "n_groups": len(set(groups)) if groups else len(answers),
+        "figures": figures, "seconds": time.perf_counter() - began,
+    }  # fmt: skip
 
 
 def ask(question: Question, respondent: Respondent) -> list[Answer]:

@@ -81,15 +81,15 @@ class Task:
         return digest(plain)
 
 
-def find_task(name: str) -> Task:
-    """A packaged task by its name, or one's own by the path of its YAML. Raises `ConfigError`."""
+def find_task(name: str, field: str = "--tasks") -> Task:
+    """A packaged task by its name, or one's own by the path of its YAML. Raises `ConfigError` that names `field`."""
     if name.endswith((".yaml", ".yml")):
-        return load_task(Path(name))
+        return load_task(Path(name), field)
     known = list_tasks()
     if name not in known:
         hint = nearest(name, known)
         raise ConfigError(
-            "--tasks",
+            field,
             f"{name!r} is not one of {', '.join(known)}" + (f"; {hint}" if hint else ""),
             "A task of your own is the path of its YAML; one of lm-eval is lm-eval:NAME.",
         )
@@ -101,14 +101,14 @@ def list_tasks() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
 
 
-def load_task(path: Path) -> Task:
+def load_task(path: Path, field: str = "--tasks") -> Task:
     """The task of a YAML file. Raises `ConfigError` naming the file and the field."""
     import yaml
 
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError("--tasks", f"no file {str(path)!r}") from error
+        raise ConfigError(field, f"no file {str(path)!r}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(str(path), f"is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(body, dict):

@@ -4,6 +4,7 @@ from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
 from kajiya.flows.feeding import Feeds
 from kajiya.flows.keeping import Keeper
+from kajiya.flows.task_watch import TaskWatch
 from kajiya.training.fit import Hook, StepReport
 from kajiya.training.movement import Movement
 from kajiya.training.profile import Profile
@@ -13,9 +14,16 @@ from kajiya.training.terms import drain_window
 
 
 def make_hooks(
-    config: Config, feeding: Feeds, keeper: Keeper, state: TrainState, hear: OnEvent, *, compiled: bool
+    config: Config,
+    feeding: Feeds,
+    keeper: Keeper,
+    state: TrainState,
+    hear: OnEvent,
+    *,
+    compiled: bool,
+    watch: TaskWatch | None = None,
 ) -> list[Hook]:
-    """The hooks of the one process that writes."""
+    """The hooks of the one process that writes; `watch` asks the tasks of `train.tasks`."""
     setup = keeper.setup
     heldout = feeding.evaluator(setup, config.train.eval_rows)
     movement = Movement(setup.model, setup.optimizer, state)
@@ -44,10 +52,11 @@ def make_hooks(
     def evaluate(report: StepReport) -> None:
         with setup.optimizer.averaged():
             found = heldout()
-        hear("metrics", step=report.state.step, values=found.values)
+            values = dict(found.values) | ({} if watch is None else watch())
+        hear("metrics", step=report.state.step, values=values)
         for sample in found.samples:
             hear("sample", step=report.state.step, **sample)
-        if is_new_best(config.train, report.state, found.values):
+        if is_new_best(config.train, report.state, values):
             save(report)
 
     def save(report: StepReport) -> None:

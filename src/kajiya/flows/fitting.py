@@ -20,6 +20,7 @@ from kajiya.flows.fit_hooks import make_hooks
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.prove import prove_run
 from kajiya.flows.rolling import open_rollouts
+from kajiya.flows.task_watch import open_watch
 from kajiya.models.adapt import has_adapter, rate_ratios, transform
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import BuiltModel, build_model, vocabulary_of
@@ -226,6 +227,8 @@ def fit_run(
     settled = dict(run.manifest().get("derived") or {})
     hear("stage", name="plan", state="begun", seconds=0.0, text="")
     prepared = prepare(config, data, run.store, settled)
+    module = prepared.setup.model
+    watch = open_watch(config, data.corpus, lambda folder: _save(config, module, data, folder), run.folder)
     if prepared.reference is not None:
         run.record_artifact("reference", prepared.reference)
     if "train.steps" not in settled:
@@ -264,7 +267,15 @@ def fit_run(
     run.record(attempts=run.manifest()["attempts"] + 1, status="running")
     hear("started", attempt=run.manifest()["attempts"], resumed_from=state.step if resumed else None)
     hear("stage", name="train", state="begun", seconds=0.0, text="")
-    hooks = make_hooks(config, prepared.feeding, keeper, state, hear, compiled=prepared.compiled.startswith("yes"))
+    hooks = make_hooks(
+        config,
+        prepared.feeding,
+        keeper,
+        state,
+        hear,
+        compiled=prepared.compiled.startswith("yes"),
+        watch=watch,
+    )
     try:
         fit(setup, state, hooks, lambda: should_stop() or is_stale(config.train, state))
         finished = state.step == setup.steps or is_stale(config.train, state)
@@ -352,13 +363,7 @@ def save_fitted(config: Config, fitted: Fitted, data: Data, folder: Path) -> dic
     """Write the trained model, or the adapter, into `folder`; returns the facts for its manifest."""
     module = fitted.setup.model
     with fitted.setup.optimizer.averaged():
-        facts = save_trained(
-            config.model,
-            module,
-            load_tokenizer(data.tokenizer.path, _longest(fitted)),
-            folder,
-            rebuild=lambda: _build(config, data).module,
-        )
+        facts = _save(config, module, data, folder)
     state = fitted.state
     return facts | {
         "n_params": count_params(module),
@@ -374,11 +379,15 @@ def save_fitted(config: Config, fitted: Fitted, data: Data, folder: Path) -> dic
     }
 
 
-def _longest(fitted: Fitted) -> int | None:
+def _save(config: Config, module: Any, data: Data, folder: Path) -> dict[str, Any]:
+    tokenizer = load_tokenizer(data.tokenizer.path, _longest(module))
+    return save_trained(config.model, module, tokenizer, folder, rebuild=lambda: _build(config, data).module)
+
+
+def _longest(model: Any) -> int | None:
     """Longest sequence that the model declares, or `None` for a module that declares none."""
     from transformers import PreTrainedModel
 
-    model = fitted.setup.model
     declared = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
     return int(declared["max_position_embeddings"]) if "max_position_embeddings" in declared else None
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kajiya.errors import StoreError
@@ -23,7 +23,7 @@ from kajiya.flows.report_comparison import comparison_section, cost_section, tas
 from kajiya.flows.report_course import asked_section, data_section, plan_section, time_section
 from kajiya.flows.report_evidence import curves_data, curves_section, documents_section, samples_section
 from kajiya.flows.report_facts import RunFacts, gather
-from kajiya.flows.report_page import Block, Details, Heading, Page, Plot, Section, render_html, render_markdown
+from kajiya.flows.report_page import Block, Details, Heading, Notice, Page, Plot, Section, render_html, render_markdown
 from kajiya.flows.report_results import bars_data, key_figures, result_section, run_title, verdict
 from kajiya.flows.report_settings import (
     attempts_section,
@@ -100,26 +100,27 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
     """The report as blocks, in their order."""
     # Documents and samples are those of models that write text.
     writing = [run for run in runs if not run.figures]
-    sections: list[Section | None] = [
-        problems_section(runs),
-        asked_section(runs, recipes),
-        result_section(runs),
-        comparison_section(runs),
-        tasks_section(runs),
-        curves_section(runs),
-        documents_section(writing) if writing else None,
-        data_section(runs),
-        plan_section(runs),
-        samples_section(writing) if writing else None,
-        time_section(runs),
-        cost_section(runs),
-        derived_section(runs),
-        config_section(runs),
-        lineage_section(runs),
-        environment_section(runs),
-        attempts_section(runs),
-        checks_section(runs),
+    wanted: list[tuple[str, str, Callable[[], Section | None]]] = [
+        ("problems", "Problems", lambda: problems_section(runs)),
+        ("asked", "What was asked", lambda: asked_section(runs, recipes)),
+        ("result", "Result", lambda: result_section(runs)),
+        ("comparison", "Paired comparison", lambda: comparison_section(runs)),
+        ("tasks", "Tasks", lambda: tasks_section(runs)),
+        ("curves", "Loss", lambda: curves_section(runs)),
+        ("documents", "Held-out documents", lambda: documents_section(writing) if writing else None),
+        ("data", "Data ledger", lambda: data_section(runs)),
+        ("plan", "The plan and what happened", lambda: plan_section(runs)),
+        ("samples", "Samples", lambda: samples_section(writing) if writing else None),
+        ("time", "Time", lambda: time_section(runs)),
+        ("cost", "Cost", lambda: cost_section(runs)),
+        ("derived", "Derived values", lambda: derived_section(runs)),
+        ("config", "Config", lambda: config_section(runs)),
+        ("lineage", "Artifacts", lambda: lineage_section(runs)),
+        ("environment", "Environment", lambda: environment_section(runs)),
+        ("attempts", "Attempts", lambda: attempts_section(runs)),
+        ("checks", "Checks and warnings", lambda: checks_section(runs)),
     ]
+    sections = [_unless_older(*each) for each in wanted]
     top: list[Block] = [notice for run in runs for notice in skipped_checks(run, runs)]
     for run in runs:
         if len(runs) > 1:
@@ -139,6 +140,18 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
         sections=[section for section in sections if section is not None],
         footer=f"Written by Kajiya on {moment(time.time())}, from the manifests of the store and the files that they list.",
     )
+
+
+def _unless_older(name: str, title: str, make: Callable[[], Section | None]) -> Section | None:
+    """The section; for manifests of an older Kajiya, which lack a field that it reads, a notice that says so in its place."""
+    try:
+        return make()
+    except KeyError as problem:
+        words = (
+            f"Not written: a manifest has no field {problem}; it was made by another version of Kajiya. "
+            "Run the same command again to have it made anew."
+        )
+        return Section(name, title, [Notice(words, "warn")])
 
 
 def _plots(page: Page) -> Iterator[Plot]:
