@@ -258,6 +258,39 @@ def report(
 
 
 @app.command()
+def shift(
+    first: Annotated[
+        str, typer.Argument(help="A file or glob (jsonl, csv, parquet, txt), RUN, RUN:heldout, RUN:task/NAME.")
+    ],
+    second: Annotated[str, typer.Argument(help="The same of the other side.")],
+    key: Annotated[list[str] | None, typer.Option(help="Column whose text counts; else all texts of a row.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose embeddings are mapped: a run, artifact, folder.")
+    ] = None,
+    map_: Annotated[str, typer.Option("--map", help="Kind of the map: pca, umap.")] = "pca",
+    limit: Annotated[int, typer.Option(help="Most rows of each side, spread evenly.", min=5)] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")] = Path("shift"),
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """How far two data sets, or two models' outputs, lie apart: Wasserstein, KS, PSI, maps of embeddings."""
+    from kajiya.flows.shift import ShiftAsked, compare_samples
+    from kajiya.listings import shift_table
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen
+
+    asked = ShiftAsked(first, second, tuple(key or ()), model, map_, limit)
+    console = _console(to_stderr=as_json)
+    with Screen(console) as screen:
+        facts = compare_samples(asked, default_store(store), out, screen.on_event)
+    if as_json:
+        _print_json(facts)
+        return
+    console.print(shift_table(facts))
+    console.print(f"Report: {facts['report']}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
 def serve(
     target: Annotated[
         str, typer.Argument(help="A run (id, beginning of it, latest), an artifact, a folder, or a hub name.")

@@ -52,6 +52,18 @@ def task_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def shift_table(facts: Mapping[str, Any]) -> Table:
+    """One line a quantity of two data sets, the largest shift first."""
+    table = _table("", "Wasserstein", "KS", "p", "PSI", "verdict")
+    for name, each in facts["quantities"].items():
+        figures = (f"{each['wasserstein']:.4g}", f"{each['ks']:.3f}", f"{each['ks_p_value']:.2g}", f"{each['psi']:.3f}")
+        table.add_row(escape(name), *figures, each["words"].partition(" (")[0])
+    table.caption = (
+        f"{facts['rows'][0]:,} rows of {escape(facts['first'])}, {facts['rows'][1]:,} of {escape(facts['second'])}"
+    )
+    return table
+
+
 def show_misses(console: Console, task: str, rows: Sequence[Mapping[str, Any]], most: int = 10) -> None:
     """Rows without full marks, the worst first: the end of the prompt, the answer, the target, what the metric noted."""
     console.print(f"{task}: {len(rows):,} rows without full marks, {min(most, len(rows))} of them:", highlight=False)

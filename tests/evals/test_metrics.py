@@ -112,6 +112,8 @@ def test_vectors() -> None:
     answers = [Answer({}, "", str(i), ("",), vectors=(near[i], eye[i] if i else -eye[0])) for i in range(4)]
     found = ml.recall_at_k(answers, None)  # type: ignore[arg-type]
     assert found.scores.value() == 0.75  # row 0's target is no nearer than those of the others
+    assert found.more["recall@5"].scores.value() == 1.0
+    assert found.more["mrr"].scores.value() == pytest.approx((1 / 4 + 3) / 4)
     blobs = np.array([[0, 1], [1, 0], [0, 1.01], [1.01, 0]], dtype=np.float32)
     grouped = [Answer({}, "", "ab"[i % 2], ("",), vectors=(blobs[i], blobs[i])) for i in range(4)]
     assert ml.clustering(grouped, None).scores.value() == pytest.approx(1.0)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Scores against closed forms: every token once, uniform and known models, strides, documents of any length."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
+from kajiya.evals import head, scoring
 from kajiya.evals.evaluate import bits_per_byte
 from kajiya.evals.scoring import cut_windows, heldout_loss, score_documents
 from kajiya.models.build import Vocabulary, build_model
@@ -106,3 +108,55 @@ def test_heldout_loss_is_the_mean_over_targets() -> None:
     targets[0] = -100
     batch = Batch(tokens, targets, torch.arange(8).expand(3, 8), torch.zeros_like(tokens), 16)
     assert heldout_loss(Uniform(40), [batch, batch], CPU) == pytest.approx(np.log(40), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vocabulary_in_blocks_scores_as_whole_logits_do(dtype: torch.dtype) -> None:
+    """Two blocks and a part of one, several portions of tokens: log p and the likeliest word are Transformers' own."""
+    size, n = 2 * head._WORDS + 77, head._TOKENS + 40
+    model: Any = build_model(
+        ModelConfig(n_params=None, hidden_size=16, n_layers=1, n_heads=2), Vocabulary(size, 0, 1, 2), 0
+    ).module.eval()
+    model.to(dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)  # far from uniform
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, size, size=(2, n)))
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+    targets = torch.roll(tokens, -1, dims=1)
+    likeliest = logits.argmax(dim=-1)
+    targets[:, ::3] = likeliest[:, ::3]
+    targets[0, 5] = -100
+    batch = Batch(tokens, targets, torch.arange(n).expand(2, n), torch.zeros_like(tokens), int((targets >= 0).sum()))
+    with torch.no_grad():
+        logprobs, greedy = head.target_scores(model, batch)
+    kept = targets >= 0
+    expected = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(logprobs[kept], expected[kept], rtol=1e-5, atol=2e-5)
+    assert torch.equal(greedy[kept], (likeliest == targets)[kept])
+    assert logprobs[0, 5] == 0
+
+
+def test_documents_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_PORTION_TOKENS", 60)
+    documents = _documents(*([25] * 9), top=50)
+    model, scored, ahead = Unigram(50), 0, []
+    plain = model.forward
+
+    def counting(tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal scored
+        scored += int(tokens.numel())
+        return plain(tokens)
+
+    monkeypatch.setattr(model, "forward", counting)
+
+    def stream() -> Iterator[np.ndarray]:
+        for number, ids in enumerate(documents):
+            ahead.append(number - scored // 24)
+            yield ids
+
+    got = score_documents(model, stream(), context_tokens=24, stride=24, batch=2, device=CPU)
+    assert max(ahead) <= 2, "more than a portion was read ahead"
+    whole = score_documents(Unigram(50), documents, context_tokens=24, stride=24, batch=2, device=CPU)
+    np.testing.assert_allclose(got, whole, rtol=1e-6)
+    assert len(score_documents(model, [], context_tokens=4, stride=2, batch=1, device=CPU)) == 0

@@ -109,11 +109,12 @@ def test_mistakes_in_rows_are_named(tmp_path: Path) -> None:
 
 def test_programs_of_samples_are_counted(own_finished: Finished, tmp_path: Path) -> None:
     path = _own_task(
-        tmp_path, metrics=["pass_at_k"], tests="assert {{ answer | length }} >= 0", samples=2, temperature=1.0
+        tmp_path, metrics=["pass_at_k"], tests="assert {{ answer | length }} >= 0", samples=5, temperature=1.0
     )
     found = _evaluate(own_finished, str(path), limit=3)[0]
     assert found.facts["figures"]["pass_at_k"]["value"] == 1.0
-    assert found.rows()[0]["pass_at_k: note"].startswith("2 of 2 passed")
+    assert found.rows()[0]["pass_at_k: note"].startswith("5 of 5 passed")
+    assert found.facts["figures"]["pass@5"]["interval"] == [1.0, 1.0]
 
 
 @pytest.mark.slow

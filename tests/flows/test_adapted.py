@@ -15,8 +15,10 @@ from kajiya.api import load
 from kajiya.config.compose import compose
 from kajiya.config.schema import Config
 from kajiya.errors import ConfigError, StoreError
+from kajiya.evals.answers import LocalModel
 from kajiya.flows.targets import find_model
 from kajiya.flows.train import Trained, train
+from kajiya.models.open import open_model
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.store import Store
 
@@ -68,6 +70,25 @@ def test_it_is_evaluated_sampled_and_loads_in_plain_peft(adapted: Any, finished:
     model, tokenizer = load(trained.model.path, finished.store.root)
     assert len(tokenizer) == 512
     assert model.config.vocab_size == 512
+
+
+def test_tasks_are_asked_of_the_adapted_model(adapted: Any, finished: Finished) -> None:
+    """log p of a choice is that of the base with the adapter added, and not the base's own."""
+    folder = adapted[0].model.path
+    local = LocalModel(folder, 4)
+    ((found, _),) = local.choose(["def read(self"], [["):", " import"]])
+    module = open_model(folder, torch.float32, is_merged=False)
+    base = open_model(finished.trained.model.path, torch.float32)
+    ids = local._ids("def read(self", False, 64)
+    chosen = local._encode("):")
+    expected = []
+    for each in (module, base):
+        with torch.no_grad():
+            logprobs = each(input_ids=torch.tensor([[*ids, *chosen]]), use_cache=False).logits[0].log_softmax(-1)
+        expected.append(sum(float(logprobs[len(ids) - 1 + i, token]) for i, token in enumerate(chosen)))
+    assert found == pytest.approx(expected[0], abs=1e-3)
+    assert abs(expected[0] - expected[1]) > 2e-3
+    assert local.dtype == "float32"
 
 
 def find_artifact_facts(trained: Trained, store: Store, name: str) -> dict[str, Any]:

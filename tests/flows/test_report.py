@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from kajiya.errors import MissingExtraError, StoreError
 from kajiya.flows import figure_files
 from kajiya.flows.report import save_figure_files, write_report
 from kajiya.flows.run_history import read_history
+from kajiya.run.files import read_json
 from kajiya.run.folder import Run, open_run
 from kajiya.run.store import Artifact, Store, produce, remove_artifact
 
@@ -729,3 +731,25 @@ def test_a_store_of_before_the_ledger_is_told_and_the_rest_written(
         reader.sections["data"].split()
     )
     assert "bits per byte" in reader.sections["result"]
+
+
+def test_runs_that_differ_by_their_seed_alone_tell_the_noise(tmp_path: Path) -> None:
+    bits = {0: 2.00, 1: 2.02, 2: 2.04}
+    runs = [make_run(tmp_path, Made(seed=seed, bits=each)) for seed, each in bits.items()]
+    words = " ".join(read_page(write_report(runs, tmp_path / "report")).sections["comparison"].split())
+    figures = [
+        read_json(run.store.root / run.manifest()["artifacts"]["evaluation"]["path"] / "evaluation.json")
+        for run in runs
+    ]
+    spread = statistics.stdev(each["bits_per_byte"] for each in figures)
+    assert f"A, B, C differ by their seed alone: {statistics.mean(e['bits_per_byte'] for e in figures):.4f}" in words
+    assert f"standard deviation {spread:.2g}" in words
+
+
+def test_tasks_along_the_training_are_drawn_with_tips(tmp_path: Path) -> None:
+    events = tuple(("metrics", {"step": step, "values": {"task/mine/accuracy": step / 100}}) for step in (20, 40))
+    report = write_report([make_run(tmp_path, Made(events=events))], tmp_path / "report")
+    html = report.read_text(encoding="utf-8")
+    assert "<title>model: task/mine/accuracy 0.2 after 20 optimizer steps</title>" in html
+    assert "held out" in "".join(re.findall(r"<title>(.*?)</title>", html))
+    assert "tip-" not in html

@@ -81,7 +81,7 @@ def read_tensorboard(run: Run) -> Records:
     folder = run.folder / "tensorboard"
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     accumulator.Reload()
-    records = Records(n_runs=len(list(folder.iterdir())))
+    records = Records(n_runs=len(list(folder.glob("events.*"))))
     for tag in accumulator.Tags()["scalars"]:
         records.metrics[tag] = [(point.step, point.value) for point in accumulator.Scalars(tag)]
     texts = accumulator.Tensors("samples") if "samples" in accumulator.Tags()["tensors"] else []
@@ -304,14 +304,19 @@ def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run
         (folder / "config.json").write_text("{}")
         return {}
 
-    model, _ = produce(run.store, "train", code="c", config={}, parents={}, make=make)
+    split = {"documents": 3, "bytes": 70}
+    facts = {"source": {"name": "stdlib"}, "ledger": {"train": split, "heldout": {"documents": 1, "bytes": 9}}}
+    corpus, _ = produce(run.store, "corpus", code="c", config={}, parents={}, make=lambda folder: facts)
+    model, _ = produce(run.store, "train", code="c", config={}, parents={"corpus": corpus}, make=make)
     run.events.emit("started", attempt=1, resumed_from=None)
+    run.record_artifact("corpus", corpus)
+    run.events.emit("system", step=3, values={"system/process_cpu_percentage": 150.0})
     run.events.emit("config", config={"long": "x" * 7000, "nested": {"é": [1, 2]}})
     run.events.emit("derived", values={"train.steps": 12})
     run.record_artifact("model", model)
     run.events.emit("warning", text="a warning")
     run.events.emit("ended", status="failed", error="out of memory")
-    replay(run.folder, "mlflow", {}, timeout_s=300)
+    replay(run.folder, "mlflow", {"tags": {"team": "forge"}}, timeout_s=300)
     run.record_artifact("model", model)  # a resumed run that finds its model again registers no second version
     run.events.emit("derived", values={"train.steps": 13})
     run.events.emit("ended", status="finished", error=None)
@@ -323,6 +328,9 @@ def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run
     client = mlflow_client(run)
     (version,) = client.search_model_versions("name = 'tiny'")
     assert client.get_model_version_by_alias("tiny", "newest").version == version.version
+    assert version.tags["parent.corpus"] == corpus.digest
+    assert version.tags["kajiya.digest"] == model.digest
+    assert version.run_id == client.search_runs([client.get_experiment_by_name("kajiya").experiment_id])[0].info.run_id
     assert version.source == model.path.as_uri()
     mlflow.set_registry_uri(f"sqlite:///{run.store.root / 'mlflow.db'}")
     try:
@@ -332,6 +340,14 @@ def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run
     assert (Path(downloaded) / "config.json").read_text() == "{}"
     (found,) = client.search_runs([client.get_experiment_by_name("kajiya").experiment_id])
     assert found.info.status == "FINISHED"
+    assert found.data.metrics == {"system/process_cpu_percentage": 150.0}
+    assert found.data.tags["mlflow.source.name"] == "train"
+    assert found.data.tags["team"] == "forge"
+    given = {each.dataset.name: each for each in found.inputs.dataset_inputs}
+    assert set(given) == {"stdlib (train)", "stdlib (heldout)"}
+    assert json.loads(given["stdlib (train)"].dataset.profile) == split
+    assert corpus.digest.startswith(given["stdlib (train)"].dataset.digest)
+    assert [tag.value for tag in given["stdlib (heldout)"].tags] == ["evaluation"]
     assert found.data.params["long"] == "x" * 6000
     assert found.data.params["nested.é"] == "[1, 2]"
     assert found.data.params["derived.train.steps"] == "12"
@@ -345,6 +361,67 @@ def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run
     assert names == ["artifacts/model/config.json", "artifacts/model/manifest.json"]
     assert run.store.root in Path(found.info.artifact_uri.removeprefix("file://")).parents
     assert list(read_events(run.folder))[-1]["kind"] == "ended"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensorboard_shows_embeddings_and_how_the_run_ended(run: Run, dtype: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from tensorboard.plugins.hparams import api_pb2, metadata
+    from tokenizers import Tokenizer, models
+
+    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+
+    def make(folder: Path) -> dict[str, Any]:
+        save_file({"lm_head.weight": weights + 1, "model.embed_tokens.weight": weights}, folder / "model.safetensors")
+        names = ["<end>", "a", "b", "c", "d"]
+        Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [])).save(str(folder / "tokenizer.json"))
+        return {}
+
+    model, _ = produce(run.store, "model", code="c", config={}, parents={}, make=make)
+    run.events.emit("config", config={"seed": 1})
+    run.record_artifact("model", model)
+    run.events.emit("ended", status="finished", error=None)
+    replay(run.folder, "tensorboard", {"embeddings": 4}, timeout_s=300)
+    folder = run.folder / "tensorboard"
+    shown = [
+        [float(cell) for cell in line.split("\t")] for line in (folder / "embeddings.tsv").read_text().splitlines()
+    ]
+    assert torch.allclose(torch.tensor(shown), weights[:4].float(), rtol=1e-4)
+    assert (folder / "embeddings-tokens.tsv").read_text().split() == ["<end>", "a", "b", "c"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    content = accumulator.summary_metadata[metadata.SESSION_END_INFO_TAG].plugin_data.content
+    assert metadata.parse_session_end_info_plugin_data(content).status == api_pb2.STATUS_SUCCESS
+
+
+def test_wandb_takes_artifacts_along(run: Run) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from kajiya.run.trackers.wandb import parts_of, read_records
+
+    corpus, _ = produce(run.store, "corpus", code="c", config={}, parents={}, make=lambda folder: {})
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "model.bin").write_bytes(b"weights")
+        return {}
+
+    model, _ = produce(run.store, "model", code="c", config={}, parents={"corpus": corpus}, make=make)
+    run.events.emit("config", config={"seed": 1})
+    run.record_artifact("model", model)
+    run.events.emit("sample", step=2, prompt="def f", text="(x):")
+    run.events.emit("ended", status="finished", error=None)
+    replay(run.folder, "wandb", {}, timeout_s=300)
+    token = load_position(position_file(run.folder, "wandb")).token
+    found = [Record.FromString(data) for path in parts_of(run.folder, token) for data in read_records(path)]
+    artifacts = {each.artifact.type: each.artifact for each in found if each.WhichOneof("record_type") == "artifact"}
+    kept = artifacts["model"]
+    assert kept.name == "tiny-model"
+    assert json.loads(kept.metadata)["parents"]["corpus"]["digest"] == corpus.digest
+    assert {entry.path for entry in kept.manifest.contents} == {"manifest.json", "model.bin"}
+    assert read_wandb(run).samples == ["def f(x):"]
 
 
 @pytest.mark.slow

@@ -541,7 +541,11 @@ class MLflowOptions:
     experiment: str = "kajiya"
     """Experiment that the run is filed under."""
     register: bool = True
-    """Register the finished model with the alias `newest`."""
+    """Register the finished model, with its lineage as tags."""
+    aliases: tuple[str, ...] = ("newest",)
+    """Aliases that its version takes over (`latest` is reserved by MLflow)."""
+    tags: dict[str, Any] = field(default_factory=dict)
+    """Tags of the run, beside its recipe, command and git commit."""
 
 
 @dataclass(frozen=True)
@@ -550,6 +554,8 @@ class TensorBoardOptions:
 
     folder: str | None = None
     """Folder of the event files; `None` is `tensorboard/` in the run folder."""
+    embeddings: int = setting(2000, ge=0)
+    """Tokens whose input embeddings the finished model gives to the projector; 0: none."""
 
 
 @dataclass(frozen=True)

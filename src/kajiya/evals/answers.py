@@ -92,9 +92,9 @@ class LocalModel:
     @property
     def dtype(self) -> str:
         """Precision of the weights on the disk."""
-        from kajiya.models.load import stored_dtype
+        from kajiya.models.open import model_dtype
 
-        return str(stored_dtype(self.folder)).removeprefix("torch.")
+        return str(model_dtype(self.folder)).removeprefix("torch.")
 
     @cached_property
     def _engine(self) -> Any:
@@ -156,10 +156,13 @@ class LocalModel:
 
     @cached_property
     def model(self) -> Any:
-        """The plain model, for scores."""
-        from kajiya.models.load import load_model, stored_dtype
+        """The plain model, for scores, an adapter added to its base; on a GPU where there is one."""
+        from kajiya.models.adapter_files import is_adapter, is_mergeable
+        from kajiya.models.open import model_dtype, open_model
+        from kajiya.serving.loading import pick_device
 
-        return load_model(self.folder, dtype=stored_dtype(self.folder))
+        is_merged = is_adapter(self.folder) and is_mergeable(self.folder)
+        return open_model(self.folder, model_dtype(self.folder), is_merged=is_merged).to(pick_device("auto"))
 
     @property
     def context_tokens(self) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, produce
 
 _LN2 = float(np.log(2))
+_ENCODED_TOGETHER = 64
+"""Documents that are tokenized at once."""
 
 
 def evaluate_model(
@@ -110,29 +114,41 @@ def _evaluate(
     return figures | {"n_samples": len(samples), "note": note}
 
 
+def _encoded(
+    model_folder: Path, documents: Documents, ends: tuple[int, int], counts: list[int]
+) -> Iterator[np.ndarray]:
+    """The ids of each document between its start and end token, encoded a few at a time; `counts` gains its targets."""
+    encoder = open_encoder(model_folder)
+    texts = iter(documents.texts())
+    while portion := list(islice(texts, _ENCODED_TOGETHER)):
+        for ids in encode_texts(encoder, portion):
+            counts.append(len(ids) + 1)
+            yield np.concatenate([ends[:1], ids, ends[1:]])
+
+
 def _load(folder: Path) -> Any:
     from kajiya.models.open import model_dtype, open_model
+    from kajiya.serving.loading import pick_device
 
-    return open_model(folder, model_dtype(folder))
+    return open_model(folder, model_dtype(folder)).to(pick_device("auto"))
 
 
 def _score(
     config: EvalConfig, model: Any, model_folder: Path, documents: Documents, context: int, folder: Path
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_folder)
-    encoded = encode_texts(open_encoder(model_folder), list(documents.texts()))
-    ids = [np.concatenate([[start_id(tokenizer)], each, [tokenizer.eos_token_id]]) for each in encoded]
     n_bytes = np.diff(documents.offsets).astype(np.float64)
-    n_targets = np.array([len(each) - 1 for each in ids], dtype=np.float64)
+    counts: list[int] = []
     device = next(model.parameters()).device
     nats = score_documents(
         model,
-        ids,
+        _encoded(model_folder, documents, (start_id(tokenizer), tokenizer.eos_token_id), counts),
         context_tokens=context,
         stride=max(1, round(context * config.stride_fraction)),
         batch=config.batch,
         device=device,
     )
+    n_targets = np.array(counts, dtype=np.float64)
     with (folder / "documents.jsonl").open("w", encoding="utf-8") as handle:
         for name, nat, size, count in zip(documents.names, nats, n_bytes, n_targets, strict=True):
             row = {"document": name, "nats": float(nat), "n_bytes": int(size), "n_targets": int(count)}
@@ -146,7 +162,7 @@ def _score(
         "nats": float(nats.sum()),
         "n_bytes": int(n_bytes.sum()),
         "n_tokens": int(n_targets.sum()),
-        "n_documents": len(ids),
+        "n_documents": len(counts),
         "context_tokens": context,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }

@@ -4,8 +4,8 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class Measured:
     """Further findings, JSON."""
     notes: Sequence[str] = ()
     """A word on each row, or none."""
+    more: Mapping[str, "Measured"] = field(default_factory=dict)
+    """Figures beside it, by name, each with its own interval."""
 
 
 def exact_match(answers: Sequence[Answer], _task: "Task") -> Measured:
@@ -120,22 +122,25 @@ def _rouge(answers: Sequence[Answer], kind: str) -> Measured:
 
 
 def pass_at_k(answers: Sequence[Answer], task: "Task") -> Measured:
-    """Mean chance that one of k = 1 answers passes its tests: 1 − C(n − c, k) / C(n, k) (Chen et al., arXiv:2107.03374, eq. 1)."""
+    """Mean chance that one of k answers passes its tests: 1 − C(n − c, k) / C(n, k) (Chen et al., arXiv:2107.03374, eq. 1).
+
+    k is 1 and, with as many samples, 5, 10 and 100.
+    """
     from kajiya.evals.tasks import test_program
 
-    values, notes = [], []
+    passed, notes = [], []
     for each in answers:
         programs = [test_program(task, each.row, text) for text in each.texts]
         ends = [run_program(program, seconds=task.seconds, memory_mb=task.memory_mb) for program in programs]
         n_passed = sum(end.is_passed for end in ends)
-        values.append(estimate_pass(len(ends), n_passed, 1))
+        passed.append(n_passed)
         notes.append(f"{n_passed} of {len(ends)} passed; the first: {ends[0].reason}")
-    ks = [k for k in (5, 10, 100) if k <= task.samples]
-    details = {}
-    for k in ks:
-        rates = [estimate_pass(task.samples, round(value * task.samples), k) for value in values]
-        details[f"pass@{k}"] = float(np.mean(rates))
-    return Measured(mean_scores(values), f"pass@1 of {task.samples} samples", details, notes)
+
+    def at(k: int) -> Measured:
+        rates = [estimate_pass(task.samples, n_passed, k) for n_passed in passed]
+        return Measured(mean_scores(rates), f"pass@{k} of {task.samples} samples", notes=notes)
+
+    return replace(at(1), more={f"pass@{k}": at(k) for k in (5, 10, 100) if k <= task.samples})
 
 
 def estimate_pass(n: int, n_passed: int, k: int) -> float:

@@ -170,15 +170,17 @@ def _vectors(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def recall_at_k(answers: Sequence[Answer], _task: "Task") -> Measured:
-    """Share of prompts whose own target is the nearest of all by cosine (recall@1); @5, @10 and MRR as details."""
+    """Share of prompts whose own target is the nearest of all by cosine (recall@1); and recall@5, recall@10, MRR."""
     queries, documents = _vectors(answers)
     similar = queries @ documents.T
     own = np.diag(similar)[:, None]
     names = np.array([each.target for each in answers])
     # A tie with another target counts against the own one; the same text twice is one target.
     ranks = ((similar >= own) & (names[:, None] != names[None, :])).sum(axis=1) + 1
-    details = {f"recall@{k}": float((ranks <= k).mean()) for k in (5, 10)} | {"mrr": float((1 / ranks).mean())}
-    return Measured(mean_scores((ranks == 1).astype(float)), f"recall@1 among {len(answers)} targets", details)
+    among = f"among {len(answers)} targets"
+    more = {f"recall@{k}": Measured(mean_scores((ranks <= k).astype(float)), f"recall@{k} {among}") for k in (5, 10)}
+    more["mrr"] = Measured(mean_scores(1 / ranks), f"mean of 1 / rank {among}")
+    return Measured(mean_scores((ranks == 1).astype(float)), f"recall@1 {among}", more=more)
 
 
 def clustering(answers: Sequence[Answer], _task: "Task") -> Measured:

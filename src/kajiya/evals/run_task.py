@@ -96,7 +96,10 @@ def measure_task(question: Question, respondent: Respondent, folder: Path | None
     began = time.perf_counter()
     task = question.task
     answers = ask(question, respondent)
-    measured = {name: _measure(name, answers, task) for name in task.metrics}
+    measured: dict[str, Measured] = {}
+    for name in task.metrics:
+        found = _measure(name, answers, task)
+        measured |= {name: found, **found.more}
     groups = groups_of(task, answers)
     figures = {name: _figure(each, groups) for name, each in measured.items()}
     if folder is not None:

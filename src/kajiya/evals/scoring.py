@@ -1,9 +1,9 @@
 """Log-likelihood of documents under a model: strided windows, every token scored once, logits never held.
 
-Shape letters: B windows, T tokens of the longest window, N tokens flattened, D hidden width, V vocabulary.
+Shape letters: B windows, T tokens of the longest window.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,10 @@ import numpy as np
 import torch
 
 from kajiya.data.batch import NO_TARGET, Batch
-from kajiya.models.hidden import all_logits, has_split_head, last_hidden
+from kajiya.evals.head import target_scores
+
+_PORTION_TOKENS = 1 << 20
+"""Documents whose windows are sorted together."""
 
 
 @dataclass(frozen=True)
@@ -53,35 +56,44 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@torch.no_grad()
 def score_documents(
-    model: Any, documents: Sequence[np.ndarray], *, context_tokens: int, stride: int, batch: int, device: torch.device
+    model: Any, documents: Iterable[np.ndarray], *, context_tokens: int, stride: int, batch: int, device: torch.device
 ) -> np.ndarray:
-    """Sum of −log p over the targets of each document, nats, float64 [len(documents)]; the model is in evaluation mode for it.
+    """Sum of −log p over the targets of each document, nats, float64 [documents]; the model is in evaluation mode for it.
 
-    `documents` are id arrays that begin with the start token, which is read but not scored.
+    `documents` are id arrays that begin with the start token, which is read but not scored; they are read as they are needed, a
+    portion of about a million tokens at a time, so that memory does not grow with their number. `batch` windows of full
+    length, or more short ones, pass through the model at once.
     """
-    sums = np.zeros(len(documents), dtype=np.float64)
-    with evaluation_mode(model):
-        for windows in _batches(cut_windows([len(ids) for ids in documents], context_tokens, stride), batch):
-            rows = _rows(documents, windows)
-            losses = token_nll(model, rows.to(device)).cpu().double().sum(dim=1).numpy()
-            np.add.at(sums, [window.document for window in windows], losses)
-    return sums
+    sums: list[np.ndarray] = []
+    with evaluation_mode(model), torch.no_grad():
+        for portion in _portions(documents):
+            found = np.zeros(len(portion), dtype=np.float64)
+            windows = cut_windows([len(ids) for ids in portion], context_tokens, stride)
+            for together in _batches(windows, batch * context_tokens):
+                rows = _rows(portion, together)
+                losses = token_nll(model, rows.to(device)).cpu().double().sum(dim=1).numpy()
+                np.add.at(found, [window.document for window in together], losses)
+            sums.append(found)
+    return np.concatenate(sums) if sums else np.zeros(0, dtype=np.float64)
 
 
-def token_nll(model: Any, batch: Batch, chunk_tokens: int = 512) -> torch.Tensor:
-    """−log p of each target, nats, float32 [B, T]; 0 where there is none. At most `chunk_tokens` rows of logits at once."""
-    targets = batch.targets.reshape(-1)
-    wanted = (targets != NO_TARGET).nonzero().squeeze(1)
-    result = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    split = has_split_head(model)
-    states = last_hidden(model, batch) if split else all_logits(model, batch)
-    states = states.reshape(-1, states.shape[-1])
-    for part in wanted.split(chunk_tokens):
-        logits = model.get_output_embeddings()(states[part]) if split else states[part]
-        result[part] = torch.nn.functional.cross_entropy(logits.float(), targets[part], reduction="none")
-    return result.view_as(batch.targets)
+def _portions(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    portion: list[np.ndarray] = []
+    n_tokens = 0
+    for ids in documents:
+        portion.append(ids)
+        n_tokens += len(ids)
+        if n_tokens >= _PORTION_TOKENS:
+            yield portion
+            portion, n_tokens = [], 0
+    if portion:
+        yield portion
+
+
+def token_nll(model: Any, batch: Batch) -> torch.Tensor:
+    """−log p of each target, nats, float32 [B, T]; 0 where there is none. The logits are never held."""
+    return -target_scores(model, batch)[0]
 
 
 def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
@@ -93,11 +105,15 @@ def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
     return total / n_targets
 
 
-def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
-    """Windows of like length together, the longest first: little padding, and too little memory shows at once."""
+def _batches(windows: Sequence[Window], n_tokens: int) -> Iterator[list[Window]]:
+    """Windows of like length together, as many as `n_tokens` hold; the longest first, so that too little memory shows at once."""
     by_length = sorted(windows, key=lambda window: window.start - window.end)
-    for first in range(0, len(by_length), size):
+    first = 0
+    while first < len(by_length):
+        width = by_length[first].end - by_length[first].start - 1
+        size = max(1, n_tokens // width)
         yield by_length[first : first + size]
+        first += size
 
 
 def _rows(documents: Sequence[np.ndarray], windows: list[Window]) -> Batch:
@@ -146,31 +162,17 @@ def score_continuations(
         rows.append((np.array(ids, dtype=np.int64), len(continuation)))
     found: dict[int, ContinuationScore] = {}
     device = next(model.parameters()).device
-    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    documents = [ids for ids, _ in rows]
+    windows = [Window(i, 0, len(ids), len(ids) - 1 - scored) for i, (ids, scored) in enumerate(rows)]
+    longest = max((len(ids) for ids in documents), default=0)
     with evaluation_mode(model):
-        for first in range(0, len(by_length), batch):
-            part = by_length[first : first + batch]
-            windows = [Window(i, 0, len(rows[i][0]), len(rows[i][0]) - 1 - rows[i][1]) for i in part]
-            packed = _rows([ids for ids, _ in rows], windows).to(device)
-            logprobs, greedy = _target_scores(model, packed)
-            for row, i in enumerate(part):
+        for together in _batches(windows, batch * longest):
+            packed = _rows(documents, together).to(device)
+            logprobs, greedy = target_scores(model, packed)
+            for row, window in enumerate(together):
                 kept = packed.targets[row] != NO_TARGET
                 total = float(logprobs[row][kept].double().sum())
-                found[i] = ContinuationScore(total, bool(greedy[row][kept].all()), rows[i][1])
+                found[window.document] = ContinuationScore(
+                    total, bool(greedy[row][kept].all()), rows[window.document][1]
+                )
     return [found[i] for i in range(len(rows))]
-
-
-def _target_scores(model: Any, batch: Batch, chunk_tokens: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of each target, float32 [B, T], and whether it is the likeliest token, bool [B, T]."""
-    targets = batch.targets.reshape(-1)
-    wanted = (targets != NO_TARGET).nonzero().squeeze(1)
-    logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    greedy = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
-    split = has_split_head(model)
-    states = last_hidden(model, batch) if split else all_logits(model, batch)
-    states = states.reshape(-1, states.shape[-1])
-    for part in wanted.split(chunk_tokens):
-        logits = (model.get_output_embeddings()(states[part]) if split else states[part]).float()
-        logprobs[part] = -torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
-        greedy[part] = logits.argmax(dim=-1) == targets[part]
-    return logprobs.view_as(batch.targets), greedy.view_as(batch.targets)

@@ -11,6 +11,7 @@ from kajiya.flows.own_module import rebuild_own_module
 from kajiya.flows.stages import Stages
 from kajiya.flows.targets import find_model
 from kajiya.run.folder import Run
+from kajiya.run.process import keep_large_blocks, quiet_torchao
 from kajiya.run.store import Artifact, Store, open_artifact
 
 
@@ -19,6 +20,8 @@ def evaluate(target: str, config: Config, store: Store, *, on_event: OnEvent = s
 
     `config` says which text, from which part is held out, and how it is scored.
     """
+    keep_large_blocks()
+    quiet_torchao()
     found = find_model(target, store)
     stages = Stages(on_event)
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, on_event), lambda _: "")

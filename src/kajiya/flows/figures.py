@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kajiya.flows.figure_files import Palette
+from kajiya.flows.figure_files import Palette, draw_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,39 @@ class SpreadData:
     lines: Sequence[tuple[str, float]]
 
 
+@dataclass(frozen=True)
+class MetricsData:
+    """Further metrics along the training, each by run."""
+
+    x_label: str
+    metrics: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    series: Mapping[str, int]
+    """Number of each run, which has a colour of its own."""
+
+
 # ---------------------------------------------------------------- the figures
+
+
+def draw_metrics(figure: "Figure", data: MetricsData, palette: Palette, is_narrow: bool) -> None:
+    """A small chart for each metric, all over the same axis."""
+    n_columns = 1 if is_narrow else min(2, len(data.metrics))
+    n_rows = -(-len(data.metrics) // n_columns)
+    figure.set_size_inches(figure.get_figwidth(), (30 + 165 * n_rows) / 72)
+    grid = figure.subplots(n_rows, n_columns, sharex=True, squeeze=False)
+    for axes in grid.flat[len(data.metrics) :]:
+        axes.remove()
+    for axes, (name, runs) in zip(grid.flat, data.metrics.items(), strict=False):
+        for label, points in runs.items():
+            colour = palette[f"series{data.series[label] % _N_SERIES}"]
+            axes.plot(*_xy(points), color=colour, linewidth=2, label=label)
+            said = [f"{label}: {name} {y:.4g} after {x:,.0f} {data.x_label}" for x, y in points]
+            draw_points(axes, points, said, color=colour, markersize=4.5)
+        axes.set_title(name, fontsize=11.5, loc="left", color=palette["ink"])
+        axes.locator_params(axis="y", nbins=4)
+        _thousands(axes, is_narrow)
+    if len(data.series) > 1:
+        grid.flat[0].legend(loc="best")
+    figure.supxlabel(data.x_label, fontsize=12, color=palette["muted"])
 
 
 def draw_bars(figure: "Figure", data: BarsData, palette: Palette, is_narrow: bool) -> None:
@@ -111,6 +143,8 @@ def draw_curves(figure: "Figure", data: CurvesData, palette: Palette, is_narrow:
             upper.plot(
                 *_xy(run.heldout), color=heldout, linewidth=2.2, marker="o", markersize=4.5, label=f"{prefix}held out"
             )
+            said = [f"{prefix}held out {y:.4f} after {x:,.0f} {data.x_label}" for x, y in run.heldout]
+            draw_points(upper, run.heldout, said, color=heldout, markersize=6)
         if lower is not None:
             lower.plot(*_xy(run.lr_planned), color=palette["neutral"], linewidth=1.4, linestyle=(0, (3, 2)))
             lower.plot(*_xy(run.lr), color=own, linewidth=2, marker="." if len(run.lr) < 3 else "")

@@ -1,10 +1,15 @@
 """What happens along a training: progress, lines of the log, evaluation, checkpoints, the look whether everything moves."""
 
+from functools import partial
+
+import torch
+
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
 from kajiya.flows.feeding import Feeds
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.task_watch import TaskWatch
+from kajiya.run.meter import Meter
 from kajiya.training.fit import Hook, StepReport
 from kajiya.training.movement import Movement
 from kajiya.training.profile import Profile
@@ -28,6 +33,7 @@ def make_hooks(
     heldout = feeding.evaluator(setup, config.train.eval_rows)
     movement = Movement(setup.model, setup.optimizer, state)
     speed = _Speed(state)
+    meter = Meter(keeper.run.folder, partial(_gpu_memory, setup.strategy.device))
     profile = Profile(setup.model, setup.strategy.device, keeper.run.folder / "profile", compiled)
 
     def progress(report: StepReport) -> None:
@@ -48,6 +54,7 @@ def make_hooks(
             "train/data_wait_s": setup.loader.waited_s,
         }
         hear("metrics", step=report.state.step, values=values)
+        hear("system", step=report.state.step, values=meter())
 
     def evaluate(report: StepReport) -> None:
         with setup.optimizer.averaged():
@@ -68,6 +75,13 @@ def make_hooks(
         Hook("evaluation", state.derived["train.eval_every"], evaluate),
         Hook("saving", state.derived["train.save_every"], save),
     ]
+
+
+def _gpu_memory(device: torch.device) -> dict[str, float]:
+    """What the process holds of a GPU's memory; nothing where there is none."""
+    if device.type != "cuda":
+        return {}
+    return {f"system/gpu_{device.index or 0}_memory_usage_megabytes": torch.cuda.memory_reserved(device) / 1e6}
 
 
 class _Speed:

@@ -13,6 +13,7 @@ from kajiya.run.files import hash_file
 from kajiya.run.folder import Run
 from kajiya.run.inspect import run_diff
 from kajiya.run.store import Store, open_artifact
+from kajiya.training.portions import AUTO
 
 _TOLERANCE = 1e-4
 """Largest relative difference of held-out bits per byte that counts as within tolerance."""
@@ -51,7 +52,7 @@ def replay(run: Run, on_event: OnEvent = silent) -> Replayed:
     metrics = {
         name: [pair["first"], pair["second"]]
         for name, pair in difference.metrics.items()
-        if name.startswith(("test/", "eval/", "train/nll"))
+        if name.startswith(("test/", "eval/", "task/", "train/nll"))
     }
     is_identical, weights = _compare_weights(first.path, again.model.path)
     apart = max((_relative(*pair) for pair in metrics.values()), default=0.0)
@@ -73,6 +74,7 @@ def _settled(manifest: dict[str, Any]) -> Config:
         eval_every=derived["train.eval_every"],
         save_every=derived["train.save_every"],
         precision=derived["train.precision"],
+        micro_batch=derived["train.micro_batch"] if config.train.micro_batch == AUTO else config.train.micro_batch,
     )
     return replace(config, train=settled, track=replace(config.track, trackers=()))
 

@@ -23,7 +23,18 @@ from kajiya.flows.report_comparison import comparison_section, cost_section, tas
 from kajiya.flows.report_course import asked_section, data_section, plan_section, time_section
 from kajiya.flows.report_evidence import curves_data, curves_section, documents_section, samples_section
 from kajiya.flows.report_facts import RunFacts, gather
-from kajiya.flows.report_page import Block, Details, Heading, Notice, Page, Plot, Section, render_html, render_markdown
+from kajiya.flows.report_page import (
+    Block,
+    Details,
+    Heading,
+    Notice,
+    Page,
+    Plot,
+    Section,
+    Text,
+    render_html,
+    render_markdown,
+)
 from kajiya.flows.report_results import bars_data, key_figures, result_section, run_title, verdict
 from kajiya.flows.report_settings import (
     attempts_section,
@@ -135,11 +146,19 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
         status=runs[0].status if len(statuses) == 1 else "mixed",
         status_words=", ".join(f"{n} {status}" if len(runs) > 1 else status for status, n in statuses.items()),
         subtitle=f"{', '.join(run.id for run in runs)} · begun {when}",
-        verdict=[verdict(run, runs) for run in runs],
+        verdict=[*_paired_verdicts(sections), *(verdict(run, runs) for run in runs)],
         blocks=top,
         sections=[section for section in sections if section is not None],
         footer=f"Written by Kajiya on {moment(time.time())}, from the manifests of the store and the files that they list.",
     )
+
+
+def _paired_verdicts(sections: Sequence[Section | None]) -> list[str]:
+    """What the paired comparison says, to stand above all."""
+    found = [section for section in sections if section is not None and section.id == "comparison"]
+    return [
+        block.text for section in found for block in section.blocks if isinstance(block, Text) and not block.is_aside
+    ]
 
 
 def _unless_older(name: str, title: str, make: Callable[[], Section | None]) -> Section | None:

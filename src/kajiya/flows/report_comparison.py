@@ -1,13 +1,22 @@
 """Several models beside each other: paired verdicts on the same rows, tasks with intervals, what each cost."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
+from kajiya.config.digest import digest
 from kajiya.config.quantities import format_bytes, format_seconds
 from kajiya.errors import StoreError
 from kajiya.evals.run_task import TaskResult, compare_results
-from kajiya.evals.statistics import Comparison, compare, comparison_words, ratio_scores
+from kajiya.evals.statistics import (
+    Comparison,
+    compare,
+    compare_seeds,
+    comparison_words,
+    noise_floor,
+    ratio_scores,
+)
 from kajiya.flows.report_facts import RunFacts
 from kajiya.flows.report_page import Block, Column, Heading, Notice, Section, Table, Text
 from kajiya.flows.report_results import of_run, run_title, why_missing
@@ -44,8 +53,36 @@ def comparison_section(runs: Sequence[RunFacts]) -> Section | None:
                 is_aside=True,
             )
         )
+    blocks.extend(_noise_of_seeds(runs))
     return Section("comparison", "Paired comparison", blocks)
 
+
+def _noise_of_seeds(runs: Sequence[RunFacts]) -> Iterator[Block]:
+    """What seeds do, where runs differ by nothing else; and whether two such groups differ by more than that."""
+    groups: dict[str, list[RunFacts]] = {}
+    for run in runs:
+        if run.evaluation is not None:
+            config = {part: run.manifest["config"][part] for part in _TRAINED_BY if part in run.manifest["config"]}
+            groups.setdefault(digest([config, run.digest("corpus")]), []).append(run)
+    repeated = [group for group in groups.values() if len({run.manifest["config"]["seed"] for run in group}) > 1]
+    values = [[(run.evaluation or {})["bits_per_byte"] for run in group] for group in repeated]
+    for group, figures in zip(repeated, values, strict=True):
+        found = noise_floor(figures)
+        yield Text(
+            f"{', '.join(run.label for run in group)} differ by their seed alone: {found.mean:.4f} bits per byte, standard "
+            f"deviation {found.spread:.2g}. A difference below {found.detectable:.2g} between two settings, each over as many "
+            "seeds, is within that noise."
+        )
+    for (group, figures), (other, others) in pairwise(zip(repeated, values, strict=True)):
+        verdict = compare_seeds(figures, others)
+        names = [", ".join(run.label for run in each) for each in (group, other)]
+        words = "differ by more than seeds do" if verdict.is_beyond_noise else "do not differ by more than seeds do"
+        size = f"{verdict.difference:+.3g} ± {verdict.half_width:.2g}"
+        yield Text(f"The settings of {names[0]} and of {names[1]} {words} ({size}, p = {verdict.p_value:.2g}, Welch).")
+
+
+_TRAINED_BY = ("data", "tokenizer", "model", "adapter", "optim", "schedule", "train", "eval")
+"""Sections of the config that a figure depends on, beside the seed."""
 
 _COMPARISON_COLUMNS = [
     Column(""),

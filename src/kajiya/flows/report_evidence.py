@@ -3,7 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from kajiya.flows.figures import CurvesData, RunCurves, SpreadData, draw_curves, draw_spread
+from kajiya.flows.figures import (
+    CurvesData,
+    MetricsData,
+    RunCurves,
+    SpreadData,
+    draw_curves,
+    draw_metrics,
+    draw_spread,
+)
 from kajiya.flows.report_facts import DocumentScore, RunFacts
 from kajiya.flows.report_page import Block, Column, Heading, Notice, Plot, Sample, Section, Table, Text
 from kajiya.flows.report_results import of_run, plot, run_title, why_missing
@@ -11,6 +19,7 @@ from kajiya.flows.report_results import of_run, plot, run_title, why_missing
 _FEWEST_FOR_A_SPREAD = 8
 """Documents below which a table says more than a histogram."""
 _N_EXTREMES = 5
+_MOST_METRICS = 8
 _KNOWN_METRICS = ("train/lr", "train/grad_norm", "train/tokens", "train/skipped", "train/tokens_per_second")
 
 
@@ -29,9 +38,30 @@ def curves_section(runs: Sequence[RunFacts]) -> Section:
         words = "Loss over training" + ("" if len(drawn) == 1 else " of runs " + ", ".join(run.label for run in drawn))
         blocks.append(plot("curves", draw_curves, data, words, _curves_caption(drawn)))
         blocks.append(_losses_table(drawn, runs))
+        blocks.extend(_further(drawn))
     for run in runs:
         blocks.extend(_curve_notes(run, runs))
     return Section("curves", "Loss", blocks)
+
+
+def _further(runs: Sequence[RunFacts]) -> Iterator[Block]:
+    """What else was evaluated along the training: tasks, and what the loss tells beside itself."""
+    losses = {"eval/loss", "eval/nll", *(_heldout_metric(run) for run in runs)}
+    names = [
+        name
+        for name in dict.fromkeys(name for run in runs for name in run.history.curves)
+        if name.startswith(("eval/", "task/")) and name not in losses
+    ]
+    chosen = sorted(names, key=lambda name: not name.startswith("task/"))[:_MOST_METRICS]
+    curves = {run.label: run.history.curves for run in runs}
+    metrics = {name: {label: found[name] for label, found in curves.items() if found.get(name)} for name in chosen}
+    if not metrics:
+        return
+    data = MetricsData("optimizer steps", metrics, {run.label: number for number, run in enumerate(runs)})
+    words = "Evaluated along the training, on held-out rows and on the tasks of train.tasks."
+    if len(chosen) < len(names):
+        words += f" Drawn are {len(chosen)} of {len(names)}; the event log holds the others."
+    yield plot("metrics", draw_metrics, data, "Further metrics over training", words)
 
 
 def _why_no_curve(run: RunFacts) -> str:

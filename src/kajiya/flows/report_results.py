@@ -100,7 +100,7 @@ def key_figures(run: RunFacts) -> Tiles:
         tiles.append((format_count(model.facts["tokens"]), "training tokens"))
         cores = run.manifest["provenance"]["machine"]["cores"]
         device = model.facts["derived"].get("train.device", "cpu")
-        where = f"on {cores} CPU cores" if device == "cpu" else f"on {device}"
+        where = f"on {cores} CPU core{'s' * (cores != 1)}" if device == "cpu" else f"on {device}"
         tiles.append((format_seconds(model.facts["train_seconds"]), f"in the training loop, {where}"))
     elif run.steps is not None:
         tiles.append((f"{run.steps:,}", "steps done"))

@@ -35,6 +35,11 @@ def by_run(runs: Sequence[RunFacts], blocks: Callable[[RunFacts], Iterator[Block
 
 def public_command(command: Sequence[str]) -> str:
     """The command as a shell takes it, secrets left out."""
+    return shlex.join(public_words(command))
+
+
+def public_words(command: Sequence[str]) -> list[str]:
+    """The words of a command, secrets left out."""
     words, hide_next = [], False
     for word in command:
         name, equals, _ = word.partition("=")
@@ -44,7 +49,7 @@ def public_command(command: Sequence[str]) -> str:
             word = f"{name}=…"
         hide_next = not equals and word.startswith("--") and bool(SECRET.search(word.replace("-", "_")))
         words.append(_URL_USER.sub(r"\1…@", word))
-    return shlex.join(words)
+    return words
 
 
 def public_config(config: Any, name: str = "") -> Any:

@@ -16,6 +16,7 @@ from kajiya.flows.stages import Stages
 from kajiya.flows.targets import Target, find_model
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
+from kajiya.run.process import quiet_torchao
 from kajiya.run.store import Artifact, Store, produce
 
 _LM_EVAL = "lm-eval:"
@@ -43,6 +44,7 @@ def evaluate_tasks(asked: Asked, config: Config, store: Store, on_event: OnEvent
 
     The results of a run's model are recorded in the run, for its report.
     """
+    quiet_torchao()
     stages = Stages(on_event)
     found = None if is_endpoint(asked.target) else find_model(asked.target, store)
     respondent: Respondent

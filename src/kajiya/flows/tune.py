@@ -4,7 +4,7 @@ import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from kajiya.config.sweep import check_space, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError, StoreError
 from kajiya.flows.launch import launch
+from kajiya.flows.report_settings import public_config, public_words
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data
 from kajiya.flows.tune_confirm import confirm
@@ -27,6 +28,7 @@ from kajiya.run.code import own_code
 from kajiya.run.events import EventLog
 from kajiya.run.files import read_json, write_json
 from kajiya.run.folder import Run
+from kajiya.run.process import quiet_torchao
 from kajiya.run.provenance import collect_provenance
 from kajiya.run.store import Store
 from kajiya.run.trackers.dispatch import start_trackers
@@ -64,6 +66,7 @@ def tune(
 
     Raises `ConfigError` before the first trial for a space that the schema refuses.
     """
+    quiet_torchao()
     plan = plan_study(recipe, overrides, store, config_dir)
     run = _open(plan, store, list(command))
     hear = _teller(run, on_event)
@@ -261,7 +264,7 @@ def is_alive_run(manifest: Path) -> bool:
 def _open(plan: StudyPlan, store: Store, command: list[str]) -> Run:
     run = Run(plan.folder, store, EventLog(plan.folder))
     plan.folder.mkdir(parents=True, exist_ok=True)
-    config = to_plain(replace(plan.base, serve=replace(plan.base.serve, api_key=None)))
+    config, command = public_config(to_plain(plan.base)), public_words(command)
     if not (plan.folder / "manifest.json").is_file():
         run.events.emit("config", config=config)
         write_json(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kajiya.flows.figure_files import Palette
+from kajiya.flows.figure_files import Palette, draw_points, tip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,9 @@ def draw_history(figure: "Figure", data: HistoryData, palette: Palette, is_narro
     axes = figure.subplots()
     numbers, values = [p.number for p in data.points], [p.value for p in data.points]
     best = np.minimum.accumulate(values) if data.is_lower_better else np.maximum.accumulate(values)
-    axes.plot(numbers, values, "o", color=palette["series0"], markersize=5.5, label="a trial")
+    axes.plot([], [], "o", color=palette["series0"], markersize=5.5, label="a trial")
+    draw_points(axes, list(zip(numbers, values, strict=True)), [_told(p, data.metric) for p in data.points],
+                color=palette["series0"], markersize=5.5)  # fmt: skip
     axes.step(numbers, best, where="post", color=palette["series1"], linewidth=2.2, label="the best so far")
     if data.ended_early:
         low = axes.get_ylim()[0]
@@ -85,8 +87,9 @@ def draw_parallel(figure: "Figure", data: SpaceData, palette: Palette, is_narrow
     for row in np.argsort(ranks):
         share = 1 - ranks[row] / max(1, len(ranks) - 1)  # 1 for the best
         colour = palette["series1"] if ranks[row] == 0 else palette["series0"]
-        axes.plot(range(len(columns)), [places[row] for places, _ in columns], color=colour,
+        (line,) = axes.plot(range(len(columns)), [places[row] for places, _ in columns], color=colour,
                   alpha=0.15 + 0.85 * share**2, linewidth=2.6 if ranks[row] == 0 else 1.4, zorder=2 + share)  # fmt: skip
+        tip(line, _told(data.points[row], data.metric))
     names = [*data.keys, data.metric]
     for x, (_, ticks) in enumerate(columns):
         axes.axvline(x, color=palette["faint"], linewidth=1.4, zorder=1)
@@ -118,8 +121,9 @@ def draw_contour(figure: "Figure", data: SpaceData, palette: Palette, is_narrow:
             for segment in _isolines(x, y, values, float(level)):
                 axes.plot(segment[:, 0], segment[:, 1], color=palette["neutral"], linewidth=1.1, zorder=1)
     for row in range(len(values)):
-        axes.plot(x[row], y[row], "o", color=palette["series1" if ranks[row] == 0 else "series0"],
-                  alpha=0.2 + 0.8 * float(shades[row]) ** 2, markersize=7 + 6 * float(shades[row]))  # fmt: skip
+        draw_points(axes, [(x[row], y[row])], [_told(data.points[row], data.metric)],
+                    color=palette["series1" if ranks[row] == 0 else "series0"],
+                    alpha=0.2 + 0.8 * float(shades[row]) ** 2, markersize=7 + 6 * float(shades[row]))  # fmt: skip
     axes.set_xticks([place for place, _ in x_ticks], [text for _, text in x_ticks])
     axes.set_yticks([place for place, _ in y_ticks], [text for _, text in y_ticks])
     axes.set_xlabel(keys[0])
@@ -148,13 +152,25 @@ def draw_front(figure: "Figure", data: SpaceData, palette: Palette, is_narrow: b
     figure.set_size_inches(figure.get_figwidth(), (320 if is_narrow else 360) / 72)
     axes = figure.subplots()
     for is_front, colour in ((False, "neutral"), (True, "series1")):
-        chosen = [p.settings for p in data.points if (p.value == 0) == is_front]
+        chosen = [p for p in data.points if (p.value == 0) == is_front]
         label = "no other is better in both" if is_front else "other trials"
-        axes.plot([s[data.keys[0]] for s in chosen], [s[data.keys[1]] for s in chosen], "o", color=palette[colour],
-                  markersize=6.5, label=label)  # fmt: skip
+        axes.plot([], [], "o", color=palette[colour], markersize=6.5, label=label)
+        places = [(p.settings[data.keys[0]], p.settings[data.keys[1]]) for p in chosen]
+        draw_points(axes, places, [_told(p, "") for p in chosen], color=palette[colour], markersize=6.5)
     axes.set_xlabel(data.keys[0])
     axes.set_ylabel(data.keys[1])
     axes.legend(loc="best")
+
+
+def _told(point: Point, metric: str) -> str:
+    """A trial in a line, for its tip."""
+    settings = ", ".join(f"{key} {short(value)}" for key, value in point.settings.items())
+    return f"trial {point.number}: " + (f"{metric} {point.value:.5g}; " if metric else "") + settings
+
+
+def short(value: Any) -> str:
+    """A setting in few letters."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _ranks(data: SpaceData) -> np.ndarray:

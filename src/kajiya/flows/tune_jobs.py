@@ -154,6 +154,7 @@ def trimmed(config: Config) -> Config:
         config,
         eval=replace(config.eval, samples=0, baselines=()),
         track=replace(config.track, trackers=()),
+        tune=replace(config.tune, storage=None),  # its address may hold a password, and a trial has no need of it
         serve=replace(config.serve, api_key=None),
     )
 

@@ -21,6 +21,7 @@ from kajiya.flows.tune_figures import (
     draw_history,
     draw_parallel,
     draw_rungs,
+    short,
 )
 from kajiya.flows.tune_results import best_trials, count_trials, finished
 from kajiya.flows.tune_search import ASHA
@@ -241,7 +242,7 @@ def _trial_table(trials: "Sequence[FrozenTrial]", metrics: Sequence[str]) -> tup
     for trial in trials:
         values = [f"{value:.5g}" for value in trial.values] if trial.values else ["—"] * len(metrics)
         settings = trial.user_attrs.get("settings", {})
-        chosen = [_short(settings[key]) if key in settings else "—" for key in keys]
+        chosen = [short(settings[key]) if key in settings else "—" for key in keys]
         seconds = trial.user_attrs.get("seconds")
         ended = {"COMPLETE": "finished", "PRUNED": "pruned"}.get(trial.state.name)
         ended = ended or trial.user_attrs.get("status") or trial.user_attrs.get("problem") or trial.state.name.lower()
@@ -250,10 +251,6 @@ def _trial_table(trials: "Sequence[FrozenTrial]", metrics: Sequence[str]) -> tup
         span = format_seconds(seconds) if seconds else "—"
         rows.append([str(trial.number), ended, *values, *chosen, span, str(trial.user_attrs.get("run") or "—")])
     return columns, rows
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _points(trials: "Sequence[FrozenTrial]") -> list[Point]:

@@ -65,12 +65,24 @@ def _storage(where: str | None, folder: Path) -> "BaseStorage":
 
     if where == "journal":
         return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    url = where or f"sqlite:///{folder / 'study.db'}"
+    url = _with_driver(where or f"sqlite:///{folder / 'study.db'}")
     arguments = {"connect_args": {"timeout": _LOCK_S}} if url.startswith("sqlite") else {}
     try:
         return RDBStorage(url, engine_kwargs=arguments)
     except (OperationalError, ArgumentError, NoSuchModuleError, ImportError, ModuleNotFoundError) as error:
         raise StoreError(f"tune.storage: cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+def _with_driver(url: str) -> str:
+    """A PostgreSQL address with the driver that the extra brings, where it names none."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in ("postgres", "postgresql", "postgresql+psycopg"):
+        return url
+    import importlib.util
+
+    if importlib.util.find_spec("psycopg") is None:
+        raise MissingExtraError("psycopg", "postgres", "A study in PostgreSQL")
+    return f"postgresql+psycopg://{rest}"
 
 
 def _sampler(tune: TuneConfig, seed: int) -> "BaseSampler":

@@ -15,6 +15,9 @@ from kajiya.training.probe import StepCost, measure_steps
 from kajiya.training.ranks import find_ranks
 from kajiya.training.schedules import curve_points, load_schedule
 
+_ENOUGH_S = {"by time": 2.0, "by steps": 0.5}
+"""How long steps are measured: where the length of the run comes from it, and where only its words do, seconds."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,7 +83,7 @@ def make_plan(
     `tokens_per_epoch` is the training split's, `row_tokens` a row's, `spent_s` the seconds of
     `train.minutes` that are already gone.
     """
-    cost = measure_steps(setup)
+    cost = measure_steps(setup, _ENOUGH_S["by time" if config.train.minutes is not None else "by steps"])
     tokens_per_step = row_tokens * rows_of_step(config.train)
     steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
     n_params = count_params(setup.model)

@@ -20,6 +20,7 @@ Event = dict[str, Any]
 - `config`: `config` (the whole resolved config)
 - `stage`: `name`, `state` (begun, done, reused), `seconds`, `text`
 - `metrics`: `step`, `values` {name: number}; names are `train/loss`, `train/lr`, `eval/loss` …
+- `system`: `step`, `values` {name: number} of what the process takes of the machine; names begin with `system/`
 - `ledger`: `text` (what became of the rows, in one line), `facts` (`kajiya.data.ledger.DataLedger`)
 - `derived`: `values` {name: value} of settings that were `auto`
 - `checkpoint`: `step`, `path`, `bytes`

@@ -16,7 +16,6 @@ from kajiya.training.fit import Setup, train_step
 from kajiya.training.state import TrainState
 
 _LEAST_STEPS = 3
-_ENOUGH_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,9 @@ def undone(setup: Setup, *, has_steps: bool = True) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def measure_steps(setup: Setup) -> StepCost:
-    """Run a few steps at full cost; weights, optimizer, random generators and loader are left bit-identical."""
+def measure_steps(setup: Setup, enough_s: float = 2.0) -> StepCost:
+    """Run steps at full cost, at least three and `enough_s` seconds; weights, optimizer, random generators and loader are left
+    bit-identical."""
     scratch = TrainState()
     shares = _shares(setup.row_growth)
     step_seconds, warm, spent, n_steps = 0.0, 0.0, 0.0, 0
@@ -79,7 +79,7 @@ def measure_steps(setup: Setup) -> StepCost:
             phase = replace(setup, row_growth=growth)
             warm += _timed_step(phase, scratch)
             times: list[float] = []
-            while len(times) < _LEAST_STEPS or sum(times) < _ENOUGH_S / len(shares):
+            while len(times) < _LEAST_STEPS or sum(times) < enough_s / len(shares):
                 times.append(_timed_step(phase, scratch))
             step_seconds += share * median(times)
             spent += sum(times)

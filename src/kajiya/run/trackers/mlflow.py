@@ -1,4 +1,4 @@
-"""MLflow: parameters, batched metrics, samples, artifacts and the model registry, on SQLite in the store by default."""
+"""MLflow: parameters, batched metrics, data sets, samples, artifacts, the registry; on SQLite in the store by default."""
 
 import re
 import time
@@ -13,10 +13,9 @@ from kajiya.errors import MissingExtraError, StoreError
 from kajiya.run.events import Event
 from kajiya.run.files import list_files
 from kajiya.run.flatten import flatten
-from kajiya.run.trackers.protocol import MODEL_ARTIFACT, RunFacts, metrics_of
+from kajiya.run.trackers.mlflow_records import dataset_inputs, lineage_tags, run_tags
+from kajiya.run.trackers.protocol import DATA_ARTIFACT, MODEL_ARTIFACT, RunFacts, metrics_of
 
-MODEL_ALIAS = "newest"
-"""Alias of the last registered model (`latest` is reserved by MLflow, which resolves it by itself)."""
 _TOKEN_TAG = "kajiya.token"
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 _MAX_METRICS = 1000
@@ -59,6 +58,7 @@ class MLflowTracker:
             self._nest(experiment)
             return True
         tags = {_TOKEN_TAG: facts.token, "kajiya.run": facts.run, "kajiya.folder": str(facts.folder)}
+        tags |= run_tags(facts.folder, self.options.tags)
         created = self.client.create_run(
             experiment, start_time=_milliseconds(facts.created), tags=tags, run_name=facts.run
         )
@@ -74,7 +74,7 @@ class MLflowTracker:
         metrics = [
             Metric(_name(name), value, _milliseconds(event["t"]), step)
             for event in events
-            if event["kind"] == "metrics"
+            if event["kind"] in ("metrics", "system")
             for name, step, value in metrics_of(event)
         ]
         for begin in range(0, len(metrics), _MAX_METRICS):
@@ -167,6 +167,8 @@ class MLflowTracker:
         if not folder.is_dir():
             self.client.set_tag(self.run_id, _name(f"missing.{event['name']}"), str(event["path"]))
             return
+        if event["name"] == DATA_ARTIFACT:
+            self.client.log_inputs(self.run_id, dataset_inputs(folder, event["digest"]))
         place = f"artifacts/{event['name']}"
         is_small = sum(path.stat().st_size for path in list_files(folder)) <= _SMALL_BYTES
         if is_small:
@@ -201,9 +203,10 @@ class MLflowTracker:
                 version = known
                 break
         else:
-            tags = {"kajiya.digest": event["digest"], "kajiya.run": self.facts.run}
+            tags = {"kajiya.digest": event["digest"], "kajiya.run": self.facts.run} | lineage_tags(folder)
             version = self.client.create_model_version(model, source, run_id=self.run_id, tags=tags)
-        self.client.set_registered_model_alias(model, MODEL_ALIAS, version.version)
+        for alias in self.options.aliases:
+            self.client.set_registered_model_alias(model, alias, version.version)
 
     def _warning(self, event: Event) -> None:
         self.client.set_tag(self.run_id, f"warning.{_milliseconds(event['t'])}", event["text"][:_MAX_TAG])

@@ -53,7 +53,7 @@ class Position:
         if kind in ("opened", "ended"):
             self.repeated = dict(self.highest)
             self.status = event["status"] if kind == "ended" else "running"
-        elif kind == "metrics":
+        elif kind in ("metrics", "system"):
             step = event["step"]
             new = {name: value for name, value in event["values"].items() if self._is_new(name, step, value)}
             self.n_repeated += len(event["values"]) - len(new)

@@ -9,6 +9,8 @@ from kajiya.run.events import Event
 
 MODEL_ARTIFACT = "model"
 """Name under which a run records its finished model; a tracker with a registry registers it."""
+DATA_ARTIFACT = "corpus"
+"""Name under which a run records its data; a tracker that knows data sets is told of it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,6 @@ class Tracker(Protocol):
 
 
 def metrics_of(event: Event) -> Iterator[tuple[str, int, float]]:
-    """Name, step and value of each number in a `metrics` event; non-finite numbers are strings in the log."""
+    """Name, step and value of each number in a `metrics` or `system` event; non-finite numbers are strings in the log."""
     for name, value in event["values"].items():
         yield name, int(event["step"]), float(value)

@@ -1,4 +1,4 @@
-"""TensorBoard event files, written without torch: scalars, text samples, hyperparameters."""
+"""TensorBoard event files, written without torch: scalars, text samples, hyperparameters, embeddings for the projector."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ from kajiya.config.options import TensorBoardOptions
 from kajiya.errors import MissingExtraError
 from kajiya.run.events import Event
 from kajiya.run.flatten import flatten
-from kajiya.run.trackers.protocol import RunFacts, metrics_of
+from kajiya.run.trackers.embeddings import write_projector
+from kajiya.run.trackers.protocol import MODEL_ARTIFACT, RunFacts, metrics_of
 
 
 class TensorBoardTracker:
@@ -33,6 +34,7 @@ class TensorBoardTracker:
         path = folder / f"events.out.tfevents.{int(facts.created)}.{facts.token}"
         n_known = int(facts.saved["bytes"]) if "bytes" in facts.saved else 0
         goes_on = path.is_file() and 0 < n_known <= path.stat().st_size
+        self.folder = folder
         self.file = path.open("r+b" if goes_on else "wb")
         self.file.truncate(n_known if goes_on else 0)
         self.file.seek(0, 2)
@@ -74,6 +76,22 @@ class TensorBoardTracker:
         plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in flat.items()}
         self._write(hparams_pb(plain, trial_id=self.facts.run, start_time_secs=self.facts.created), event["t"], 0)
 
+    def _ended(self, event: Event) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+        status = {"finished": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+        ended = plugin_data_pb2.SessionEndInfo(
+            status=status.get(event["status"], api_pb2.STATUS_UNKNOWN), end_time_secs=event["t"]
+        )
+        described = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=ended))
+        value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=described, tensor=metadata.NULL_TENSOR)
+        self._write(Summary(value=[value]), event["t"], 0)
+
+    def _artifact(self, event: Event) -> None:
+        if event["name"] == MODEL_ARTIFACT and self.options.embeddings:
+            write_projector(self.facts.store / event["path"], self.folder, self.options.embeddings)
+
     def _sample(self, event: Event) -> None:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
@@ -89,7 +107,10 @@ class TensorBoardTracker:
 
 _TAKES: Mapping[str, Callable[[TensorBoardTracker, Event], None]] = {
     "metrics": TensorBoardTracker._metrics,
+    "system": TensorBoardTracker._metrics,
     "config": TensorBoardTracker._config,
     "sample": TensorBoardTracker._sample,
+    "artifact": TensorBoardTracker._artifact,
+    "ended": TensorBoardTracker._ended,
     "warning": TensorBoardTracker._warning,
 }

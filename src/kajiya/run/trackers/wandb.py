@@ -1,6 +1,7 @@
-"""Weights & Biases: configuration, metrics and samples, offline in the run folder unless asked to send."""
+"""Weights & Biases: configuration, metrics, samples and artifacts, offline in the run folder unless asked to send."""
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,14 @@ from typing import Any
 from kajiya.config.options import WandbOptions
 from kajiya.errors import MissingExtraError
 from kajiya.run.events import Event
+from kajiya.run.files import list_files, read_json
 from kajiya.run.trackers.protocol import RunFacts, metrics_of
 
 _SAMPLES = "samples"
+_SMALL_BYTES = 16 * 2**20
+"""An artifact up to this size is taken along; of a larger one, its manifest."""
+_KINDS = {"model": "model", "corpus": "dataset", "shards": "dataset"}
+"""W&B's words for what an artifact is; anything else is called by its own name."""
 
 
 class WandbTracker:
@@ -32,6 +38,7 @@ class WandbTracker:
             if error.name != "wandb":
                 raise
             raise MissingExtraError("wandb", "wandb", "The tracker wandb") from error
+        self.facts = facts
         self.written = {(name, step) for name, step, _ in read_history(facts.folder, facts.token)}
         self.samples: list[tuple[int, str, str]] = []
         self.last_step = 0
@@ -91,6 +98,24 @@ class WandbTracker:
     def _derived(self, event: Event) -> None:
         self.run.config.update({"derived": event["values"]}, allow_val_change=True)
 
+    def _artifact(self, event: Event) -> None:
+        """Named by its content, so that one that is delivered twice is the same version of it."""
+        import wandb
+
+        folder = self.facts.store / event["path"]
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
+            return
+        name = re.sub(r"[^\w.-]", "-", f"{self.facts.name}-{event['name']}")
+        kind = _KINDS.get(event["name"], event["name"])
+        described = {"digest": event["digest"], "run": self.facts.run, "path": event["path"]}
+        made = wandb.Artifact(name, type=kind, metadata=described | {"parents": read_json(manifest)["parents"]})
+        if sum(path.stat().st_size for path in list_files(folder)) <= _SMALL_BYTES:
+            made.add_dir(str(folder))
+        else:
+            made.add_file(str(manifest))
+        self.run.log_artifact(made)
+
     def _sample(self, event: Event) -> None:
         self.samples.append((int(event["step"]), event["prompt"], event["text"]))
         self.last_step = max(self.last_step, int(event["step"]))
@@ -98,9 +123,11 @@ class WandbTracker:
 
 _TAKES: Mapping[str, Callable[[WandbTracker, Event], None]] = {
     "metrics": WandbTracker._metrics,
+    "system": WandbTracker._metrics,
     "config": WandbTracker._config,
     "derived": WandbTracker._derived,
     "sample": WandbTracker._sample,
+    "artifact": WandbTracker._artifact,
 }
 
 # ---------------------------------------------------------------- what is on the disk
