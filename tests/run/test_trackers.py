@@ -363,67 +363,6 @@ def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run
     assert list(read_events(run.folder))[-1]["kind"] == "ended"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tensorboard_shows_embeddings_and_how_the_run_ended(run: Run, dtype: str) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from tensorboard.plugins.hparams import api_pb2, metadata
-    from tokenizers import Tokenizer, models
-
-    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
-
-    def make(folder: Path) -> dict[str, Any]:
-        save_file({"lm_head.weight": weights + 1, "model.embed_tokens.weight": weights}, folder / "model.safetensors")
-        names = ["<end>", "a", "b", "c", "d"]
-        Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [])).save(str(folder / "tokenizer.json"))
-        return {}
-
-    model, _ = produce(run.store, "model", code="c", config={}, parents={}, make=make)
-    run.events.emit("config", config={"seed": 1})
-    run.record_artifact("model", model)
-    run.events.emit("ended", status="finished", error=None)
-    replay(run.folder, "tensorboard", {"embeddings": 4}, timeout_s=300)
-    folder = run.folder / "tensorboard"
-    shown = [
-        [float(cell) for cell in line.split("\t")] for line in (folder / "embeddings.tsv").read_text().splitlines()
-    ]
-    assert torch.allclose(torch.tensor(shown), weights[:4].float(), rtol=1e-4)
-    assert (folder / "embeddings-tokens.tsv").read_text().split() == ["<end>", "a", "b", "c"]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    content = accumulator.summary_metadata[metadata.SESSION_END_INFO_TAG].plugin_data.content
-    assert metadata.parse_session_end_info_plugin_data(content).status == api_pb2.STATUS_SUCCESS
-
-
-def test_wandb_takes_artifacts_along(run: Run) -> None:
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    from kajiya.run.trackers.wandb import parts_of, read_records
-
-    corpus, _ = produce(run.store, "corpus", code="c", config={}, parents={}, make=lambda folder: {})
-
-    def make(folder: Path) -> dict[str, Any]:
-        (folder / "model.bin").write_bytes(b"weights")
-        return {}
-
-    model, _ = produce(run.store, "model", code="c", config={}, parents={"corpus": corpus}, make=make)
-    run.events.emit("config", config={"seed": 1})
-    run.record_artifact("model", model)
-    run.events.emit("sample", step=2, prompt="def f", text="(x):")
-    run.events.emit("ended", status="finished", error=None)
-    replay(run.folder, "wandb", {}, timeout_s=300)
-    token = load_position(position_file(run.folder, "wandb")).token
-    found = [Record.FromString(data) for path in parts_of(run.folder, token) for data in read_records(path)]
-    artifacts = {each.artifact.type: each.artifact for each in found if each.WhichOneof("record_type") == "artifact"}
-    kept = artifacts["model"]
-    assert kept.name == "tiny-model"
-    assert json.loads(kept.metadata)["parents"]["corpus"]["digest"] == corpus.digest
-    assert {entry.path for entry in kept.manifest.contents} == {"manifest.json", "model.bin"}
-    assert read_wandb(run).samples == ["def f(x):"]
-
-
 @pytest.mark.slow
 def test_a_deleted_mlflow_experiment_is_said_plainly(run: Run) -> None:
     run.events.emit("started", attempt=1, resumed_from=None)
