@@ -747,8 +747,10 @@ def test_runs_that_differ_by_their_seed_alone_tell_the_noise(tmp_path: Path) -> 
 
 
 def test_tasks_along_the_training_are_drawn_with_tips(tmp_path: Path) -> None:
-    events = tuple(("metrics", {"step": step, "values": {"task/mine/accuracy": step / 100}}) for step in (20, 40))
-    report = write_report([make_run(tmp_path, Made(events=events))], tmp_path / "report")
+    run = make_run(tmp_path, Made())
+    for step in (20, 40):
+        run.events.emit("metrics", step=step, values={"task/mine/accuracy": step / 100})
+    report = write_report([run], tmp_path / "report")
     html = report.read_text(encoding="utf-8")
     assert "<title>model: task/mine/accuracy 0.2 after 20 optimizer steps</title>" in html
     assert "held out" in "".join(re.findall(r"<title>(.*?)</title>", html))
