@@ -113,28 +113,34 @@ def make_lm(folder: Path, batch: int, context_tokens: int | None = None) -> Any:
             return [-float(each) for each in nats]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            answers: list[str] = []
-            for request in requests:
-                prompt, settings = request.args
-                until = settings.get("until") or []
-                stop = [until] if isinstance(until, str) else list(until)
-                n_new = int(settings.get("max_gen_toks", 256))
-                warm = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-                sampling = Sampling(n_new, warm, 0, 1, tuple(stop), False)
-                answers.append(cut_at(self._complete(prompt, sampling), stop))
+            answers = [""] * len(requests)
+            alike: dict[Sampling, list[int]] = {}
+            for i, request in enumerate(requests):
+                alike.setdefault(_sampling(request.args[1]), []).append(i)
+            for sampling, places in alike.items():  # what is drawn alike is drawn together
+                texts = self._complete([requests[i].args[0] for i in places], sampling)
+                for i, text in zip(places, texts, strict=True):
+                    answers[i] = cut_at(text, sampling.stop)
             return answers
 
-        def _complete(self, prompt: str, sampling: Sampling) -> str:
+        def _complete(self, prompts: list[str], sampling: Sampling) -> list[str]:
             from kajiya.serving.sequence import SamplingParams
 
             engine = self.local._engine
             room = engine.context_tokens - sampling.max_tokens
-            ids = self.tok_encode(prompt)[-room:] or [self.prefix_token_id]
+            ids = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
             params = SamplingParams(
                 max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed
             )
-            done = engine.generate([ids], params)[0]
-            text: Any = self.tokenizer.decode(done.token_ids, skip_special_tokens=True)
-            return str(text)
+            done = engine.generate(ids, params)
+            return [str(self.tokenizer.decode(each.token_ids, skip_special_tokens=True)) for each in done]
 
     return EngineLM()
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    """How a request of lm-eval is to be drawn."""
+    until = settings.get("until") or []
+    warm = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
+    stop = (until,) if isinstance(until, str) else tuple(until)
+    return Sampling(int(settings.get("max_gen_toks", 256)), warm, 0, 1, stop, False)
