@@ -125,11 +125,15 @@ class Screen:
             self._note = f"loss {values['train/nll']:.3f} · {speed:,.0f} tokens/s"
         elif "train/loss" in values:
             self._note = f"loss {values['train/loss']:.3f} · {values['train/tokens_per_second']:,.0f} tokens/s"
+        told = (
+            f", {name.removeprefix('task/')} {value:.4g}" for name, value in values.items() if name.startswith("task/")
+        )
+        tasks = "".join(told)
         if "eval/loss" in values:
             rest = "".join(f", {name.removeprefix('eval/')} {values[name]:.3f}" for name in _SHOWN if name in values)
-            self.say(f"  step {step:,}: held-out loss {values['eval/loss']:.3f}{rest}")
+            self.say(f"  step {step:,}: held-out loss {values['eval/loss']:.3f}{rest}{tasks}")
         elif "eval/nll" in values:
-            self.say(f"  step {step:,}: held-out loss {values['eval/nll']:.3f} nats per token")
+            self.say(f"  step {step:,}: held-out loss {values['eval/nll']:.3f} nats per token{tasks}")
 
     def _plan(self, facts: dict[str, Any]) -> None:
         from kajiya.preflight.plan import plan_lines
