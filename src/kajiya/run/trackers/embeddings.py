@@ -3,12 +3,13 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 _FILE = "model.safetensors"
 _NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def read_embeddings(folder: Path, most: int) -> np.ndarray | None:
@@ -28,8 +29,8 @@ def read_embeddings(folder: Path, most: int) -> np.ndarray | None:
         handle.seek(8 + n_header + entry["data_offsets"][0])
         raw = np.frombuffer(handle.read(rows * width * dtype.itemsize), dtype=dtype).reshape(rows, width)
     if entry["dtype"] == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(np.float32)
+        return np.asarray((raw.astype(np.uint32) << 16).view(np.float32))
+    return np.asarray(raw.astype(np.float32))
 
 
 def token_names(folder: Path, n: int) -> list[str]:
