@@ -31,6 +31,17 @@ def test_overrides_groups_and_options() -> None:
     assert config.eval.baselines == ("xz",)
 
 
+def test_mappings_are_given_whole_or_key_by_key() -> None:
+    given = ["serve.models={a: x/y, b: z}", "serve.adapters.tuned=runs/t", "optim.options={beta1: 0.8}"]
+    config = compose("stdlib-pretrain", [*given, "data.columns={prompt: question}"])
+    assert config.serve.models == {"a": "x/y", "b": "z"}
+    assert config.serve.adapters == {"tuned": "runs/t"}
+    assert config.optim.options["beta1"] == 0.8
+    assert config.data.columns == {"prompt": "question"}
+    with pytest.raises(ConfigError, match="unknown key"):
+        compose("stdlib-pretrain", ["serve.model={a: b}"])
+
+
 def test_the_config_is_frozen() -> None:
     config = compose("stdlib-pretrain")
     with pytest.raises(AttributeError):

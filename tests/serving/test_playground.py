@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
+from kajiya.serving.hosts import source_of
 
 from .conftest import NAME, open_engine, running
 
@@ -266,3 +268,84 @@ def test_themes_widths_and_no_outside_resource(browser: Any, server_url: str) ->
     outside = [address for address in urls if not address.startswith((server_url, "data:"))]
     assert urls
     assert outside == []
+
+
+def test_two_models_side_by_side(browser: Any, model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Each answers for itself, keeps a conversation of its own, and both are stopped and asked again together."""
+    import json
+    import shutil
+
+    import torch
+    from selenium.webdriver.common.keys import Keys
+    from transformers import AutoModelForCausalLM
+
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    torch.manual_seed(9)
+    config = AutoModelForCausalLM.from_pretrained(model_folder).config
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    sources = {"other": source_of("other", other, open_engine)}
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, ServeConfig(), sources)) as url:
+
+        def alone(path: str, model: str, **body: Any) -> dict[str, Any]:
+            given = {"model": model, "temperature": 0, "max_tokens": 12} | body
+            reply = httpx.post(f"{url}/v1/{path}", json=given, timeout=60).json()
+            choice: dict[str, Any] = reply["choices"][0]
+            return choice
+
+        def whole(text: str) -> str:
+            return text.rstrip("\ufffd")
+
+        page = _Page(browser, url)
+        page.driver.execute_script(
+            "const t = arguments[0]; t.value = 0; t.dispatchEvent(new Event('input', {bubbles: true}))",
+            page.one("#temperature"),
+        )
+        page.one("#compare").send_keys(Keys.ENTER)
+        assert [one.text for one in page.all(".side-head b")] == [NAME, "other"]
+        page.type("#max_tokens", "12")
+        page.type("#text", "import os")
+        page.run()
+        shown = [whole(page.text(css).removeprefix("import os")) for css in ("#output", "#output-2")]
+        assert shown == [whole(alone("completions", model, prompt="import os")["text"]) for model in (NAME, "other")]
+        assert shown[0] != shown[1]
+        for facts in page.all(".side-head .facts"):
+            assert facts.text.startswith("12 tokens")
+            assert "ms to first token" in facts.text
+        page.one("#output-2").send_keys(Keys.ARROW_RIGHT)
+        assert page.one("#tip").is_displayed()
+
+        page.choose("chat")
+        page.type("#text", "One?")
+        page.run()
+        page.type("#text", "Two?")
+        page.run()
+        assert [one.text for one in page.all(".pair .who")] == [NAME, "other"] * 2
+        said = [whole(one.get_property("textContent")) for one in page.all(".pair .said")]
+        for side, model in enumerate((NAME, "other")):
+            turns = [{"role": "user", "content": "One?"}]
+            assert said[side] == whole(alone("chat/completions", model, messages=turns)["message"]["content"])
+            turns += [{"role": "assistant", "content": said[side]}, {"role": "user", "content": "Two?"}]
+            assert said[2 + side] == whole(alone("chat/completions", model, messages=turns)["message"]["content"])
+        page.press(Keys.CONTROL, Keys.SHIFT, Keys.ENTER)
+        page.ended()
+        assert [whole(one.get_property("textContent")) for one in page.all(".pair .said")] == said
+
+        # The choice is remembered, and one model alone goes on with its own answers.
+        page.driver.get(url)
+        _until(lambda: len(page.all("#model select")) == 2, "the two pickers")
+        page.one("#compare").click()
+        assert len(page.all("#model select")) == 1
+        assert not page.one("#other").is_displayed()
+        page.type("#text", "Three?")
+        page.run()
+        assert page.all(".pair") == []
+        size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        page.one("#compare").click()
+        page.choose("prompt")
+        lefts = [one.rect["x"] for one in page.all(".side-head")]
+        assert lefts[0] == lefts[1]
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert json.loads(page.driver.execute_script("return localStorage.getItem('kajiya')"))["second"] == "other"
+        assert page.complaints() == []

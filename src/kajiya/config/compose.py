@@ -15,6 +15,7 @@ from kajiya.errors import ConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+_MAPPINGS = ("data.columns", "serve.adapters", "serve.models")
 _CONF = Path(str(resources.files("kajiya").joinpath("conf")))
 
 
@@ -136,7 +137,7 @@ def _check_key(key: str, known: set[str], where: str) -> None:
 
 def _is_free(key: str) -> bool:
     """Whether the key lies in a free-form mapping (`options`, `data.columns`), whose content is checked where it is used."""
-    return ".options." in key or key.startswith("data.columns.")
+    return ".options." in key or key.startswith(tuple(f"{name}." for name in _MAPPINGS))
 
 
 def _checked_overrides(overrides: Sequence[str], keys: set[str], config_dir: str | Path | None) -> list[str]:
@@ -164,7 +165,8 @@ def _checked_overrides(overrides: Sequence[str], keys: set[str], config_dir: str
             continue
         _check_key(key, keys, "in the overrides")
         bare = text.lstrip("+")
-        checked.append(f"++{bare}" if _is_free(key) and not text.startswith("~") else bare)
+        # The mapping as a whole too: its keys are new to the schema.
+        checked.append(f"++{bare}" if _is_free(f"{key}.") and not text.startswith("~") else bare)
     return checked
 
 
