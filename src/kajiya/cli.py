@@ -1,5 +1,6 @@
 """The command line: one thin verb per stage; everything heavy is imported inside the verb that needs it."""
 
+import contextlib
 import json
 import os
 import sys
@@ -370,6 +371,9 @@ def chat(
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
+
+    with contextlib.suppress(ImportError):  # not on every platform
+        import readline  # noqa: F401  the line can be edited, and the questions before come back with ↑
 
     write(f"{name}: {engine.facts.note}. /reset begins anew, /exit ends.\n")
     converse(Conversation(engine, tokenizer, params, system), lambda: input("> "), write)

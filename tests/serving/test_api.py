@@ -555,6 +555,8 @@ def test_a_full_queue_is_429_with_retry_after(model_folder: Path, tokenizer: Any
         _until(lambda: engine.scheduler.n_running == 1)
         replies.append(pool.submit(_post, url, body | {"max_tokens": 2}))
         _until(lambda: engine.scheduler.n_waiting == 1)
+        assert httpx.get(f"{url}/ready").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 200
         for refused in (_post(url, body), _post(url, body | {"stream": True})):
             assert _error(refused, 429)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) >= 1
@@ -579,6 +581,7 @@ def test_a_client_that_leaves_frees_its_rows(model_folder: Path, tokenizer: Any)
             next(reply.iter_lines())
             assert engine.scheduler.n_running == 3
         _until(lambda: engine.scheduler.is_idle)
+        assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=body, timeout=0.5)
         _until(lambda: engine.scheduler.is_idle)

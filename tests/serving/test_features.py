@@ -1,6 +1,7 @@
 """What requests can ask for beyond a continuation: biases, penalties, grammars, tools, adapters, further models; and the bounds."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,36 @@ def test_metrics_speak_of_the_cache(server_url: str) -> None:
     found = {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
     assert found["kajiya_shared_prompt_tokens"] > 0
     assert 0 <= found["kajiya_cache_use_ratio"] < 1
+
+
+def test_a_stream_past_its_time_ends_with_an_error(model_folder: Path, tokenizer: Any) -> None:
+    engine = open_engine(model_folder)
+    real = engine.runner.run
+
+    def slow(plan: Any) -> Any:
+        time.sleep(0.05)
+        return real(plan)
+
+    engine.runner.run = slow  # type: ignore[method-assign]
+    with running(create_app(engine, tokenizer, NAME, ServeConfig(request_timeout_s=0.5))) as url:
+        body = {"model": NAME, "prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
+        lines = [line for line in httpx.post(f"{url}/v1/completions", json=body, timeout=60).text.splitlines() if line]
+        assert len(lines) > 1
+        assert "text_completion" in lines[0]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+def test_the_server_bounds_answers(model_folder: Path, tokenizer: Any) -> None:
+    cfg = ServeConfig(max_answer_tokens=5, default_max_tokens=50)
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, cfg)) as url:
+        for path, prompt in (
+            ("completions", {"prompt": "x"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            body = {"model": NAME, "ignore_eos": True} | prompt
+            reply = httpx.post(f"{url}/v1/{path}", json=body)
+            assert reply.json()["usage"]["completion_tokens"] == 5
+            refused = httpx.post(f"{url}/v1/{path}", json=body | {"max_tokens": 6})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "max_tokens"
+            assert "at most 5" in refused.json()["error"]["message"]

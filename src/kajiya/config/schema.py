@@ -329,6 +329,8 @@ class ServeConfig:
     """Requests that may wait; past it the server answers 429."""
     default_max_tokens: int = setting(256, ge=1)
     """Tokens generated when a request does not say."""
+    max_answer_tokens: int | None = setting(None, ge=1)
+    """Longest answer that a request may ask for, tokens; past it 400. `None`: what the context leaves."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))
     """Precision of the weights."""
     device: str = "auto"

@@ -115,10 +115,9 @@ def _openai_routes(service: Service) -> APIRouter:
                 text = host.tokenizer.decode(ids, skip_special_tokens=True)
             prompts.append(Prompt(ids, text if body.echo else None, adapter))
         longest = max(len(prompt.ids) for prompt in prompts)
-        default = service.cfg.default_max_tokens
         params = _sampling(
             body,
-            max_tokens=host.answer_tokens(body.max_tokens, default, longest, "prompt"),
+            max_tokens=host.answer_tokens(body.max_tokens, service.cfg, longest, "prompt"),
             n_logprobs=body.logprobs or 0,
         )
         params = replace(params, prompt_logprobs=bool(body.echo) and body.logprobs is not None)
@@ -136,7 +135,7 @@ def _openai_routes(service: Service) -> APIRouter:
         tools = check_tools(body.tools or []) if body.tool_choice != "none" else {}
         params = _sampling(
             body,
-            max_tokens=host.answer_tokens(body.answer_tokens, service.cfg.default_max_tokens, len(ids), "messages"),
+            max_tokens=host.answer_tokens(body.answer_tokens, service.cfg, len(ids), "messages"),
             n_logprobs=body.top_logprobs or 0,
         )
         called = call_schema(tools, body.tool_choice)

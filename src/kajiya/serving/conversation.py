@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kajiya.data.chat import render_chat
+from kajiya.errors import RequestError
 from kajiya.serving.engine import Engine, EngineError
 from kajiya.serving.sequence import Request, SamplingParams
 from kajiya.serving.text import TextStream
@@ -88,6 +89,9 @@ def converse(conversation: Conversation, read: Callable[[], str], write: Callabl
                 write(piece)
         except KeyboardInterrupt:
             pass
+        except RequestError as error:
+            write(f"{error}\n/reset begins anew.\n")
+            continue
         finally:
             pieces.close()  # type: ignore[attr-defined]
         seconds = time.perf_counter() - begun

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kajiya.serving.faults import error_reply
+from kajiya.serving.faults import error_body, error_reply
 from kajiya.serving.metrics import Metrics
 
 access_log = logging.getLogger("kajiya.access")
@@ -115,22 +115,26 @@ class Gate:
                 return message
             return await receive()
 
-        began_reply = False
+        began_reply = is_stream = False
 
         async def noted(message: Message) -> None:
-            nonlocal began_reply
+            nonlocal began_reply, is_stream
             began_reply = True
+            if message["type"] == "http.response.start":
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                is_stream = kind.startswith(b"text/event-stream")
             await send(message)
 
         try:
             async with asyncio.timeout(self._limits.timeout_s):
                 await self._app(scope, replayed, noted)
         except TimeoutError:
+            words = f"The answer took longer than this server's limit of {self._limits.timeout_s:g} s."
             if not began_reply:
-                reply = error_reply(
-                    f"The answer took longer than this server's limit of {self._limits.timeout_s:g} s.", 504, "timeout"
-                )
-                await reply(scope, receive, send)
+                await error_reply(words, 504, "timeout")(scope, receive, send)
+            elif is_stream:
+                event = b"data: " + json.dumps(error_body(words, 504, "timeout")).encode() + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": False})
 
     def _has_key(self, scope: Scope) -> bool:
         if self._key is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kajiya.config.schema import ServeConfig
 from kajiya.data.chat import ChatTemplate
 from kajiya.errors import ConfigError, RequestError
 from kajiya.serving.engine import Engine
@@ -64,8 +65,15 @@ class Host:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 
-    def answer_tokens(self, asked: int | None, default: int, longest_prompt: int, param: str) -> int:
-        """Longest answer: what was asked for, or the default cut to what the context leaves."""
+    def answer_tokens(self, asked: int | None, cfg: ServeConfig, longest_prompt: int, param: str) -> int:
+        """Longest answer: what was asked for, or the default cut to what the context leaves and the server allows."""
+        most = cfg.max_answer_tokens
+        if most is not None and asked is not None and asked > most:
+            raise RequestError(
+                f"max_tokens must be at most {most} on this server, not {asked}",
+                code="invalid_value",
+                param="max_tokens",
+            )
         context = self.engine.context_tokens
         room = context - longest_prompt
         if room < (1 if asked is None else 0):
@@ -75,7 +83,7 @@ class Host:
                 code="context_length_exceeded",
                 param=param,
             )
-        return min(default, room) if asked is None else asked
+        return min(cfg.default_max_tokens, room, most or room) if asked is None else asked
 
     async def texts_or_ids(self, given: Any, param: str) -> list[tuple[list[int], str | None]]:
         """Each item of a checked `prompt` or `input` as token ids, with its text where it was one."""

@@ -5,8 +5,10 @@ import contextlib
 import errno
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -39,6 +41,23 @@ def bind(host: str, port: int) -> socket.socket:
         if error.errno == errno.EACCES:
             raise ConfigError("serve.port", f"{port} needs privileges", "Ports from 1024 on do not.") from error
         raise ConfigError("serve.host", f"cannot listen on {host!r}: {error.strerror or error}") from error
+
+
+def check_tls(certificate: str | None, key: str | None) -> None:
+    """Raise `ConfigError` unless these are a certificate and its key in PEM files, or neither is given."""
+    if certificate is None:
+        if key is not None:
+            raise ConfigError("serve.tls_key", "is given without serve.tls_certificate", "Give both, or neither.")
+        return
+    for name, path in (("tls_certificate", certificate), ("tls_key", key)):
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"serve.{name}", f"there is no file {path!r}")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            "serve.tls_certificate", f"{certificate!r} and its key do not go together: {error.reason or error}"
+        ) from error
 
 
 def url_of(listener: socket.socket) -> str:

@@ -15,7 +15,7 @@ from kajiya.serving.api import create_app
 from kajiya.serving.engine import Engine
 from kajiya.serving.gate import access_log
 from kajiya.serving.hosts import source_of
-from kajiya.serving.listen import DRAIN_S, announce_and_run, bind
+from kajiya.serving.listen import DRAIN_S, announce_and_run, bind, check_tls
 from kajiya.serving.loading import EngineOptions
 
 
@@ -24,6 +24,7 @@ def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], N
 
     Raises `ConfigError` for an address that cannot be bound, and what `load_engine` raises.
     """
+    check_tls(cfg.tls_certificate, cfg.tls_key)
     if cfg.engine == "vllm":
         from kajiya.serving.vllm import serve_vllm
 

@@ -22,6 +22,7 @@ _ONLY_OURS: tuple[tuple[str, Any, str], ...] = (
     ("cache_tokens", None, "Leave it out."),
     ("models", {}, "Start one server for each model."),
     ("idle_unload_s", None, "Leave it out."),
+    ("max_answer_tokens", None, "Leave it out."),
     ("allow_loading", False, "Name the adapters in serve.adapters."),
 )
 """Settings of the other engine that vLLM is not told, with the values that ask for nothing, and what to do instead."""
