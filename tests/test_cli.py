@@ -187,6 +187,7 @@ def test_serve_answers_and_stops(finished: Finished, store: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "kajiya", *words],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -197,5 +198,6 @@ def test_serve_answers_and_stops(finished: Finished, store: str) -> None:
     with urllib.request.urlopen(f"{found[0]}/health", timeout=60) as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGTERM)
-    process.stdout.close()
-    assert process.wait(60) == 0
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "torchao" not in err

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kajiya.errors import ConfigError, KajiyaError
+from kajiya.run.process import quiet_torchao
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -655,6 +656,7 @@ def main() -> None:
     """Entry point: errors of the user's in one or two lines and exit 2, our own in one line and exit 1."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     is_debug = len(arguments) != len(sys.argv[1:])
+    quiet_torchao()
     try:
         app(args=arguments)
     except KajiyaError as problem:

@@ -10,7 +10,6 @@ import uvicorn
 
 from kajiya.config.schema import ServeConfig
 from kajiya.config.tables import resolve
-from kajiya.run.process import quiet_torchao
 from kajiya.serving.api import create_app
 from kajiya.serving.engine import Engine
 from kajiya.serving.gate import access_log
@@ -58,7 +57,6 @@ def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], N
 
 def open_engine(cfg: ServeConfig, folder: Path) -> Engine:
     """The engine that the settings name, over the model in `folder`, with their adapters."""
-    quiet_torchao()
     load, _ = resolve("engine", cfg.engine, {}, "serve.engine")
     engine: Engine = load(folder, options=options_of(cfg), runner=cfg.runner)
     for name, path in cfg.adapters.items():
