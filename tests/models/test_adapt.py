@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.training.conftest import VOCABULARY, make_batch
+from tests.training.conftest import VOCABULARY, NoTokenizer, make_batch
 from tests.training.test_fit import make_setup
 
 from kajiya.config.schema import AdapterConfig, ModelConfig
@@ -70,18 +70,13 @@ CASES = [
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-class _NoTokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-        """There is none in these tests."""
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Callable[[bool], Path]:
     def make(tied: bool = False, seed: int = 0) -> Path:
         folder = tmp_path / f"base-{tied}-{seed}"
         sizes = {"n_params": None, "hidden_size": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_size": 64}
         settings: Any = {**sizes, "max_positions": 64, "tied": tied}
-        save_model(build_model(ModelConfig(**settings), VOCABULARY, seed).module, _NoTokenizer(), folder)
+        save_model(build_model(ModelConfig(**settings), VOCABULARY, seed).module, NoTokenizer(), folder)
         return folder
 
     return make
@@ -139,6 +134,7 @@ def test_it_begins_as_the_base_and_can_be_turned_off(case: Case, base: Callable[
         assert flags == {name: each.requires_grad for name, each in module.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's own prefixes
 @EACH
 def test_it_trains_alone_resumes_bit_for_bit_and_plain_peft_loads_it(
     case: Case, base: Callable[..., Path], tmp_path: Path
@@ -164,7 +160,7 @@ def test_it_trains_alone_resumes_bit_for_bit_and_plain_peft_loads_it(
         assert _are_equal(a, _copies(b)), name
 
     adapter = tmp_path / "adapter"
-    save_adapter(whole.model, _NoTokenizer(), adapter, Base(str(folder), weights_digest(folder), case.quantized))
+    save_adapter(whole.model, NoTokenizer(), adapter, Base(str(folder), weights_digest(folder), case.quantized))
     plain = load_model(folder, attention="eager")
     if case.quantized != "none":
         dequantize(quantize(plain, case.quantized), torch.float32)
@@ -230,7 +226,7 @@ def test_a_checkpoint_beside_other_frozen_weights_is_refused(base: Callable[...,
 def test_an_adapter_is_refused_on_another_base(base: Callable[..., Path], tmp_path: Path) -> None:
     folder, other = base(seed=0), base(seed=1)
     module = _adapted(folder, CASES[0])
-    save_adapter(module, _NoTokenizer(), tmp_path / "a", Base(str(folder), weights_digest(folder), "none"))
+    save_adapter(module, NoTokenizer(), tmp_path / "a", Base(str(folder), weights_digest(folder), "none"))
     with pytest.raises(StoreError, match="belongs to weights of digest"):
         load_adapter(load_model(other), tmp_path / "a")
     with pytest.raises(StoreError, match="belongs to weights of digest"):
@@ -267,7 +263,7 @@ def test_several_named_adapters_on_one_base(base: Callable[..., Path], tmp_path:
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
             expected[name] = all_logits(module, batch)
-        save_adapter(module, _NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), "none"))
+        save_adapter(module, NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), "none"))
     both = load_model(folder)
     with torch.no_grad():
         plain = all_logits(both, batch)
@@ -354,7 +350,7 @@ def test_merging_into_quantized_weights_is_refused(base: Callable[..., Path]) ->
 
 def test_a_folder_says_its_base(base: Callable[..., Path], tmp_path: Path) -> None:
     folder = base()
-    save_adapter(_adapted(folder, CASES[0]), _NoTokenizer(), tmp_path / "a", Base("../base-False-0", "x", "none"))
+    save_adapter(_adapted(folder, CASES[0]), NoTokenizer(), tmp_path / "a", Base("../base-False-0", "x", "none"))
     listed = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert listed["base_model_name_or_path"] == str(folder)
     assert listed["inference_mode"] is True

@@ -1,6 +1,7 @@
 """A tiny model and batches with masked targets, several segments a row."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +134,10 @@ class ListLoader:
 
     def load_state(self, state: dict[str, int]) -> None:
         self.index = state["index"]
+
+
+class NoTokenizer:
+    """Stands where a tokenizer is saved beside a model, and saves nothing."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """There is none in these tests."""

@@ -21,10 +21,8 @@ from kajiya.models.adapter_files import load_adapter
 from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.injection import BEGINNING, inject, layers
 from kajiya.models.quantized import count_params, quantize
+from kajiya.models.tasks import CLASS_HEADS
 from kajiya.models.virtual_tokens import attach, filled_config, virtual_tokens
-
-_CLASS_HEADS = ("score", "classifier")
-"""Names that Transformers gives to the heads of classification, which begin at random and so are trained whole."""
 
 
 def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: int) -> dict[str, Any]:
@@ -212,7 +210,7 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
 def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
     """Names of the modules that are trained whole, and whether they share one weight."""
     names = {id(part): name for name, part in module.named_modules()}
-    heads = [name for name in names.values() if name in _CLASS_HEADS]
+    heads = [name for name in names.values() if name in CLASS_HEADS]
     if not (options.train_embeddings or options.train_head):
         return heads, False
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
@@ -235,7 +233,7 @@ def target_names(module: nn.Module, targets: str) -> list[str]:
         for name, part in module.named_modules()
         if (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D")
         and part is not head
-        and name not in _CLASS_HEADS
+        and name not in CLASS_HEADS
     ]
     if targets in _TARGETS:
         chosen = [name for name in linear if _TARGETS[targets](name)]

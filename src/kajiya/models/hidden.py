@@ -11,12 +11,18 @@ from kajiya.models.attention import visible
 from kajiya.models.isolation import isolation_inputs
 from kajiya.models.virtual_tokens import virtual_tokens
 
+_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Fields of Transformers' configs by which a model changes its head's products (Gemma 2, Cohere, Granite, Falcon-H1); `kajiya
+prove` compares the two, so that another does not pass unseen."""
+
 
 def has_split_head(model: nn.Module) -> bool:
-    """Whether the model is one of Transformers' with a decoder and a linear head without bias."""
+    """Whether the model is one of Transformers' with a decoder and a linear head without bias, whose products are the logits."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
+        return False
+    if any(vars(model.config).get(name) not in (None, 1) for name in _CHANGES_LOGITS):
         return False
     head = model.get_output_embeddings()
     if type(head).__name__ == "ModulesToSaveWrapper":

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError, MissingExtraError
+from kajiya.models.tasks import CLASS_HEADS
 
 
 def quantize(module: nn.Module, kind: str) -> nn.Module:
-    """Replace the weights of every linear layer of `module` but the head, in place; `kind` is `model.quantize`.
+    """Replace the weights of every linear layer of `module` but its heads, in place; `kind` is `model.quantize`.
 
     nf4: 4-bit NormalFloat in blocks of 64, the blocks' scales in 8 bits (QLoRA, arXiv:2305.14314, sections 3 and 4); int8: LLM.int8
     with outlier columns of activations kept (arXiv:2208.07339); torchao-int8: weights alone, a scale a row. The layers compute in
@@ -92,11 +93,14 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """All but heads, and what Transformers says must stay in float32 (T5's `wo`, whose forward pass asks its weight's dtype)."""
     from transformers import PreTrainedModel
 
-    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    known: Any = module if isinstance(module, PreTrainedModel) else None
+    head = None if known is None else known.get_output_embeddings()
+    whole = {*CLASS_HEADS, *(() if known is None else known._keep_in_fp32_modules or ())}
     for name, part in module.named_modules():
-        if type(part) is nn.Linear and part is not head:
+        if type(part) is nn.Linear and part is not head and not whole & set(name.split(".")):
             yield name, part
 
 

@@ -35,6 +35,8 @@ class Task:
 
 
 CAUSAL = Task()
+CLASS_HEADS = ("score", "classifier")
+"""Names that Transformers gives to the heads of classification, which begin at random and so are trained whole."""
 _CLASSES: Mapping[str, str] = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",

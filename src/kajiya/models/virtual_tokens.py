@@ -7,6 +7,7 @@ its row gives what `PeftModel` gives.
 Shape letters: B rows, T tokens, P virtual tokens, L layers, K key heads, H head width, D hidden width.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class VirtualTokens(nn.Module):
         mask = torch.cat([seen, mask], dim=3)
         inputs = given | {"position_ids": given["position_ids"] + self.count}
         if self.is_prefix:
-            return inputs | {"past_key_values": self._cache(model, n_rows), "attention_mask": mask}
+            return inputs | {cache_argument(model): self._cache(model, n_rows), "attention_mask": mask}
         embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
         prompt = self.embedding.weight.to(embeddings.dtype).expand(n_rows, -1, -1)
         own = torch.ones(self.count, self.count, dtype=torch.bool, device=mask.device).tril()
@@ -73,6 +74,11 @@ class VirtualTokens(nn.Module):
             key, value = (parts[2 * layer + side].expand(n_rows, -1, -1, -1) for side in (0, 1))
             cache.update(key, value, layer)
         return cache
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which the model's forward pass takes keys and values: `cache`, or in older Transformers `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
 
 
 def virtual_tokens(model: nn.Module) -> VirtualTokens | None:

@@ -22,8 +22,9 @@ def kto(model: Any, batch: ExampleBatch, options: KTOLoss) -> tuple[Terms, Terms
     if batch.measured is None:
         raise TrainingError("KTO's reference point was not measured over the group of micro-batches before them")
     point = max(0.0, batch.measured["kl"])
+    reference_E = reference_log_probs(model, batch, options.chunk_tokens)
     log_probs_E, _ = sequence_log_probs(model, batch, options.chunk_tokens)
-    ratios_E = log_probs_E - reference_log_probs(model, batch, options.chunk_tokens)
+    ratios_E = log_probs_E - reference_E
     is_good_E = labels_E > 0.5
     gain_E = torch.where(is_good_E, ratios_E - point, point - ratios_E)
     weights_E = torch.where(is_good_E, options.desirable_weight, options.undesirable_weight)

@@ -53,8 +53,10 @@ _DPO: Mapping[str, tuple[Callable[[torch.Tensor, DPOLoss], torch.Tensor], bool]]
 
 def dpo(model: Any, batch: ExampleBatch, options: DPOLoss) -> tuple[Terms, Terms]:
     """Direct preference optimization; term `loss`, over the pairs."""
+    # First, so that the reference's pass does not stand beside the activations of the model's own.
+    reference_S = reference_log_probs(model, batch, options.chunk_tokens)
     log_probs_S, lengths_S = sequence_log_probs(model, batch, options.chunk_tokens)
-    ratios_S = log_probs_S - reference_log_probs(model, batch, options.chunk_tokens)
+    ratios_S = log_probs_S - reference_S
     function, per_token = _DPO[options.kind]
     chosen_E, rejected_E = _pairs(ratios_S / lengths_S.clamp(min=1) if per_token else ratios_S)
     terms: Terms = {"loss": (function(chosen_E - rejected_E, options).sum(), "examples")}

@@ -9,6 +9,8 @@ import torch
 
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
 from kajiya.errors import TrainingError
+from kajiya.evals.scoring import evaluation_mode
+from kajiya.models.adapt import adapter_off, has_adapter
 from kajiya.models.hidden import all_logits, has_split_head, last_hidden
 from kajiya.training.cross_entropy import chunked_log_probs
 
@@ -53,10 +55,15 @@ def sequence_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> tu
 def reference_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> torch.Tensor:
     """Σ log p of each sequence under the reference model, nats, float32 [S], without gradient.
 
-    Those that came with the batch, computed once before training.
+    Those that came with the batch, computed once before training; without them, those of the model's base: its adapter is
+    turned off for a forward pass.
     """
-    if batch.reference is None:
+    if batch.reference is not None:
+        return batch.reference
+    if not has_adapter(model):
         raise TrainingError(
             "this loss compares with a reference model, and the batch brings no log-probabilities of one"
         )
-    return batch.reference
+    # Compiled blocks would be compiled anew each time that the adapter goes off and on.
+    with torch.no_grad(), evaluation_mode(model), adapter_off(model), torch.compiler.set_stance("force_eager"):
+        return sequence_log_probs(model, batch, chunk_tokens)[0]
