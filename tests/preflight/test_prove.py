@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.conftest import VOCABULARY, make_batch
+from tests.training.conftest import VOCABULARY, make_batch, make_examples, random_sequences
 from tests.training.test_fit import make_setup
 
 from kajiya.config.schema import (
@@ -26,10 +26,13 @@ from kajiya.models.adapt import transform
 from kajiya.models.build import build_model
 from kajiya.models.save import save_model
 from kajiya.models.trained import save_trained
+from kajiya.preflight.joining import joined, with_fewer
 from kajiya.preflight.prove import Verdict, prove, require_proven
 from kajiya.preflight.subject import Subject
 from kajiya.run.store import Artifact
 from kajiya.training.fit import Setup
+from kajiya.training.losses import load_loss, load_measure
+from kajiya.training.losses.sequences import sequence_log_probs
 
 
 class _Tokenizer:
@@ -245,8 +248,6 @@ def a_running_mean_over_the_row(parts: Parts) -> None:
 
 
 def _loss(function: Callable[[Any, Any, Any], Any]) -> Callable[[Parts], None]:
-    from kajiya.training.losses import load_loss
-
     def inject(parts: Parts) -> None:
         honest = load_loss(LossConfig(options={"chunk_tokens": 7}))
         parts.setup_changes["loss"] = lambda model, batch: function(honest, model, batch)
@@ -355,6 +356,11 @@ def weights_that_are_no_numbers(parts: Parts) -> None:
         parts.model.model.norm.weight.fill_(float("nan"))
 
 
+@bug("start")
+def logits_scaled_behind_the_head(parts: Parts) -> None:
+    parts.model.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
+
+
 @bug("learning")
 def a_loss_that_teaches_nothing(parts: Parts) -> None:
     def loss(honest: Any, model: Any, batch: Batch) -> Any:
@@ -409,6 +415,74 @@ def test_each_seeded_bug_is_caught_by_its_check(name: str, corpus: Callable[[boo
     assert caught_by in [finding.name for finding in verdict.failures()]
     remedy = next(finding.remedy for finding in verdict.failures() if finding.name == caught_by)
     assert remedy
+
+
+# ---------------------------------------------------------------- losses that look at the whole group
+
+
+def _feedback_parts() -> Parts:
+    """KTO on labelled examples, with their reference and their mismatched answers."""
+    parts = _parts()
+    batches: list[Any] = []
+    for seed in range(3):
+        batch, other = (make_examples(random_sequences(6, each), k=1) for each in (seed, seed + 20))
+        own, mismatched = (replace(each, reference=_log_probs(parts.model, each)) for each in (batch, other))
+        # As after some steps of training: at the very first the point is zero, however it is measured.
+        own = replace(own, reference=own.reference - torch.linspace(-2, 2, 6))
+        mismatched = replace(mismatched, reference=mismatched.reference - torch.linspace(0, 3 + seed, 6))
+        own = replace(own, labels=torch.tensor([1.0, 0, 1, 1, 0, 0]), mismatched=mismatched)
+        batches.append(own)
+    parts.batches = batches
+    loss = LossConfig("kto", {"chunk_tokens": 7})
+    parts.config = replace(parts.config, train=replace(parts.config.train, loss=loss))
+    parts.setup_changes |= {"loss": load_loss(loss), "measure": load_measure(loss)}
+    return parts
+
+
+def _log_probs(model: Any, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return sequence_log_probs(model, batch, 64)[0]
+
+
+def _mean_of_each_micro_batch(honest: Any, measure: Any, model: Any, batch: Any) -> Any:
+    terms, metrics = honest(model, batch)
+    value, count = terms["loss"]
+    return {"loss": (value / len(batch.examples), count)}, metrics
+
+
+def _point_of_each_micro_batch(honest: Any, measure: Any, model: Any, batch: Any) -> Any:
+    point = float(measure(model, batch)["kl"][0]) / len(batch.examples)
+    return honest(model, replace(batch, measured={"kl": point}))
+
+
+@pytest.mark.parametrize("wrong", [None, _mean_of_each_micro_batch, _point_of_each_micro_batch])
+def test_accumulation_is_proven_for_a_loss_that_measures_its_group(
+    wrong: Callable[..., Any] | None, corpus: Callable[[bool], Artifact]
+) -> None:
+    parts = _feedback_parts()
+    if wrong is not None:
+        honest, measure = parts.setup_changes["loss"], parts.setup_changes["measure"]
+        parts.setup_changes["loss"] = lambda model, batch: wrong(honest, measure, model, batch)
+    verdict, _ = _verdict(parts, corpus)
+    (found,) = (finding for finding in verdict.findings if finding.name == "accumulation")
+    assert found.state == ("passed" if wrong is None else "failed"), found.text
+    assert (found.figures["difference"] > 1e-3) == (wrong is not None)
+
+
+def test_joined_micro_batches_are_what_a_larger_one_would_be() -> None:
+    """Of unlike widths, with examples numbered on and the last tokens found again."""
+    sequences = random_sequences(10, 4)
+    first, second = make_examples(sequences[:4], k=2), make_examples(sequences[4:], k=2)
+    both = joined(first, second)
+    model = _parts().model.eval()
+    expected = torch.cat([_log_probs(model, each) for each in (first, second)])
+    torch.testing.assert_close(_log_probs(model, both), expected)
+    assert both.counts == {"targets": first.n_targets + second.n_targets, "examples": 5}
+    ids = both.rows.tokens.flatten()[both.last]
+    assert ids.tolist() == [sequence[0][-2] for sequence in sequences]
+    fewer = with_fewer(second)
+    assert len(fewer.examples) == 2
+    torch.testing.assert_close(_log_probs(model, fewer), _log_probs(model, second)[:4])
 
 
 def test_there_are_bugs_enough() -> None:

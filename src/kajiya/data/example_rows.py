@@ -3,6 +3,7 @@
 Shape letters: B rows of a batch, T tokens of a row, S sequences, E examples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,12 @@ class PackedRows:
         found = self.packing.examples[slice(*self.packing.rows[place % self.n :][:2].tolist())]
         return [int(index) for index in found]
 
+    def heaviest(self, n: int) -> np.ndarray:
+        """Those with the most examples, and the one with the longest sequence: heads over whole texts pad all to its length."""
+        begins = self.packing.rows[:-1]
+        longest = int(np.maximum.reduceat(self.packing.lengths.max(axis=1), begins).argmax())
+        return _first(n, [longest], np.argsort(-np.diff(self.packing.rows), kind="stable"))
+
     def batch(self, places: np.ndarray) -> Batch | ExampleBatch:
         """The rows at these places."""
         canvas = _Canvas(self.split, len(places), self.row_tokens)
@@ -95,6 +102,10 @@ class PaddedRows:
         """As `Rows`'s."""
         return [int(self.packing.examples[place % self.n])]
 
+    def heaviest(self, n: int) -> np.ndarray:
+        """The longest."""
+        return _first(n, np.argsort(-self.lengths, kind="stable"))
+
     def batch(self, places: np.ndarray) -> Batch | ExampleBatch:
         """The examples at these places."""
         indices = places % self.n
@@ -136,6 +147,10 @@ class PairRows:
         """As `Rows`'s."""
         return [int(self.packing.examples[place % self.n])]
 
+    def heaviest(self, n: int) -> np.ndarray:
+        """Those with the longest input and the longest target, to which all are padded."""
+        return _first(n, self.packing.lengths.argmax(axis=0), np.argsort(-self.lengths, kind="stable"))
+
     def batch(self, places: np.ndarray) -> Seq2SeqBatch:
         """The pairs at these places; the decoder reads its start token and then each target but the last."""
         indices = places % self.n
@@ -164,6 +179,12 @@ class PairRows:
         )
 
 
+def _first(n: int, *places: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The first `n` places, each once; all are repeated where there are fewer."""
+    known = list(dict.fromkeys(int(place) for part in places for place in part[: n + 1]))
+    return np.array([known[index % len(known)] for index in range(n)], dtype=np.int64)
+
+
 def _rounded(n_tokens: int) -> int:
     return -(-n_tokens // _MULTIPLE) * _MULTIPLE
 
@@ -179,7 +200,7 @@ class _Canvas:
         self._weights = np.zeros(shape, dtype=np.float32)
         self._positions = np.zeros(shape, dtype=np.int64)
         self._segments = np.zeros(shape, dtype=np.int64)
-        self._owner = np.full(shape, -1, dtype=np.int64)
+        self._owner, self._sources = np.full((2, *shape), -1, dtype=np.int64)
         self._last: list[int] = []
         self._examples: list[int] = []
         self._filled = [0] * n_rows
@@ -201,6 +222,7 @@ class _Canvas:
         self._positions[row, at : at + n] = np.arange(n)
         self._segments[row, at : at + n] = self._n_segments[row]
         self._owner[row, at : at + n] = len(self._last)
+        self._sources[row, at : at + n] = np.arange(source, source + n)
         self._last.append(row * self._tokens.shape[1] + at + n - 1)
         self._filled[row] += n
         self._n_segments[row] += 1
@@ -220,6 +242,7 @@ class _Canvas:
             n_targets=int((self._targets != NO_TARGET).sum()),
             weights=torch.from_numpy(self._weights) if self._split.weighs else None,
             is_causal=kind.is_causal,
+            sources=torch.from_numpy(self._sources),
         )
         if not kind.keeps_examples:
             return rows

@@ -87,6 +87,10 @@ class Loader:
         """The batch of rows from number `row` on; the position stays."""
         return self._make(row, self.batch)
 
+    def heaviest(self) -> Any:
+        """The batch that takes the most memory; the position stays."""
+        return self.rows.batch(self.rows.heaviest(self.batch))
+
     def _make(self, row: int, n: int) -> Any:
         first, places = self._known_places
         if not first <= row <= row + n <= first + len(places):

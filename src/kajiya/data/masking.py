@@ -48,6 +48,10 @@ class MaskedRows:
         """As `Rows`'s."""
         return self.rows.documents(place)
 
+    def heaviest(self, n: int) -> np.ndarray:
+        """As `Rows`'s."""
+        return self.rows.heaviest(n)
+
     def batch(self, places: np.ndarray) -> Batch:
         """The rows at these places; the targets are the hidden tokens, in their own place."""
         whole: Batch = self.rows.batch(places)

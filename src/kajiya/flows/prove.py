@@ -1,6 +1,6 @@
 """Proving a run before its first step: the verdict found or made, told, recorded; a failed check stops the work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
 from kajiya.data.tokenizer import load_tokenizer
-from kajiya.flows.bases import without_places
+from kajiya.flows.bases import loss_without_place, without_places
 from kajiya.flows.feeding import Data, task_of
+from kajiya.models.future import without_future_heads
 from kajiya.models.open import open_model
 from kajiya.models.trained import save_trained
 from kajiya.preflight.prove import Verdict, prove, require_proven
-from kajiya.preflight.prove_run import check_schedule
+from kajiya.preflight.prove_run import check_memory, check_schedule
 from kajiya.preflight.subject import Finding, Subject
 from kajiya.run.code import code_revision
 from kajiya.run.events import finite
@@ -25,6 +26,8 @@ from kajiya.run.store import Artifact, Store, artifact_key, produce
 from kajiya.training.fit import Setup
 
 Rebuild = Callable[[], torch.nn.Module]
+_ANEW: Mapping[str, Callable[[Subject], Finding]] = {"schedule": check_schedule, "memory": check_memory}
+"""Checks that a kept verdict does not answer."""
 
 
 def prove_run(
@@ -71,12 +74,10 @@ def verdict_facts(verdict: Verdict) -> dict[str, Any]:
 
 
 def _with_own_schedule(found: Artifact, subject: Subject) -> Verdict:
-    """The verdict that was kept; the schedule, which depends on the length, is looked at anew."""
+    """The verdict that was kept; the schedule, which depends on the length, and the memory of this machine are looked at anew."""
+    anew = {name: check for name, check in _ANEW.items() if name not in subject.config.preflight.skip}
     findings = [Finding(**row) for row in found.facts["findings"]]
-    if "schedule" not in subject.config.preflight.skip:
-        findings = [
-            replace(check_schedule(subject), name="schedule") if each.name == "schedule" else each for each in findings
-        ]
+    findings = [replace(anew[each.name](subject), name=each.name) if each.name in anew else each for each in findings]
     return Verdict(tuple(findings), 0.0)
 
 
@@ -87,13 +88,17 @@ def _subject(config: Config, setup: Setup, data: Data, peak_bytes: int, rebuild:
     def reopen(folder: Any) -> Any:
         return open_model(folder, torch.float32, config.model.attention, task=task)
 
+    def save(folder: Path) -> object:
+        with without_future_heads(setup.model):
+            return save_trained(config.model, setup.model, tokenizer, folder, rebuild)
+
     return Subject(
         config=config,
         setup=setup,
         tokenizer=tokenizer,
         corpus=data.corpus,
         peak_bytes=peak_bytes,
-        save=lambda folder: save_trained(config.model, setup.model, tokenizer, folder, rebuild),
+        save=save,
         reopen=None if ":" in config.model.name else reopen,
     )
 
@@ -101,7 +106,15 @@ def _subject(config: Config, setup: Setup, data: Data, peak_bytes: int, rebuild:
 def _section(config: Config) -> dict[str, Any]:
     """What the proof depends on: neither the seed nor the length."""
     train = replace(
-        config.train, steps=None, epochs=None, minutes=None, log_every=1, eval_every=None, save_every=None, keep_last=1
+        config.train,
+        loss=loss_without_place(config.train.loss),
+        steps=None,
+        epochs=None,
+        minutes=None,
+        log_every=1,
+        eval_every=None,
+        save_every=None,
+        keep_last=1,
     )
     return {
         "optim": config.optim,

@@ -10,6 +10,7 @@ from kajiya.config.quantities import format_bytes, format_seconds
 from kajiya.flows.report_facts import ARTIFACTS, RunFacts
 from kajiya.flows.report_page import Block, Code, Column, Details, Heading, Notice, Section, Table, Text
 from kajiya.flows.report_results import of_run, run_title, why_missing
+from kajiya.preflight.subject import SKIPPED_BY_HAND
 from kajiya.run.flatten import flatten
 
 _SHORT = 12
@@ -229,7 +230,12 @@ def checks_section(runs: Sequence[RunFacts]) -> Section:
         proof = run.manifest.get("proof")
         if proof is not None:
             rows = [[row["name"], row["state"], row["text"]] for row in proof["findings"]]
-            failed = frozenset(index for index, row in enumerate(proof["findings"]) if row["state"] == "failed")
+            # A check that was skipped by hand stands in red as a failed one does.
+            failed = frozenset(
+                index
+                for index, row in enumerate(proof["findings"])
+                if row["state"] == "failed" or row["text"] == SKIPPED_BY_HAND
+            )
             yield Text(f"Proven before the first step, in {proof['seconds']:.1f} s:")
             yield Table([Column("check"), Column("verdict"), Column("finding")], rows, failed)
         for text, count in run.history.warnings.items():

@@ -76,14 +76,22 @@ def _trained_words(n_params: int, n_trainable: int) -> str:
 
 
 def make_plan(
-    config: Config, setup: Setup, *, tokens_per_epoch: int, row_tokens: int, spent_s: float, compiled: str
+    config: Config,
+    setup: Setup,
+    *,
+    tokens_per_epoch: int,
+    row_tokens: int,
+    spent_s: float,
+    compiled: str,
+    heaviest: Any = None,
 ) -> Plan:
-    """Measure a few steps (undone afterwards) and derive what the config leaves open.
+    """Measure a few steps (undone afterwards), one on the micro-batch `heaviest`, and derive what the config leaves open.
 
     `tokens_per_epoch` is the training split's, `row_tokens` a row's, `spent_s` the seconds of
     `train.minutes` that are already gone.
     """
-    cost = measure_steps(setup, _ENOUGH_S["by time" if config.train.minutes is not None else "by steps"])
+    enough_s = _ENOUGH_S["by time" if config.train.minutes is not None else "by steps"]
+    cost = measure_steps(setup, enough_s, heaviest)
     tokens_per_step = row_tokens * rows_of_step(config.train)
     steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
     n_params = count_params(setup.model)

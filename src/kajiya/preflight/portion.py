@@ -54,7 +54,7 @@ def _rows(batch: Batch, rows: list[int], starts: list[int], length: int) -> Batc
     # What goes on from before the portion begins anew in it.
     first = segments == segments[:, :1]
     positions = torch.where(first, positions - positions[:, :1], positions)
-    return replace(
+    part = replace(
         batch,
         tokens=cut(batch.tokens),
         targets=targets,
@@ -62,7 +62,9 @@ def _rows(batch: Batch, rows: list[int], starts: list[int], length: int) -> Batc
         segments=segments - segments[:, :1],
         n_targets=int((targets != NO_TARGET).sum()),
         weights=None if batch.weights is None else cut(batch.weights),
+        sources=None if batch.sources is None else cut(batch.sources),
     )
+    return part.with_future(len(batch.future))
 
 
 class Repeated:

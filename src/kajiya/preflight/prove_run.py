@@ -40,7 +40,7 @@ def check_schedule(subject: Subject) -> Finding:
 
 
 def check_memory(subject: Subject) -> Finding:
-    """Whole steps at the longest rows were measured for the plan; what they took, of what there is."""
+    """Whole steps were measured for the plan, one on the heaviest micro-batch; what they took, of what there is."""
     there = available_bytes(subject.setup.strategy.device)
     peak = subject.peak_bytes
     facts = {"peak_bytes": peak, "available_bytes": there}
@@ -50,7 +50,7 @@ def check_memory(subject: Subject) -> Finding:
             "Lower train.micro_batch (and raise train.accumulate), or set train.gradient_checkpointing=full.",
             **facts,
         )
-    return passed(f"the largest batch was run: {format_bytes(peak)} of {format_bytes(there)}", **facts)
+    return passed(f"the heaviest batch was run: {format_bytes(peak)} of {format_bytes(there)}", **facts)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -8,11 +8,13 @@ import torch
 
 from kajiya.data.batch import NO_TARGET, Batch, RolloutBatch
 from kajiya.models.adapt import adapter_off, has_adapter
-from kajiya.models.hidden import all_logits
+from kajiya.models.hidden import all_logits, has_split_head
+from kajiya.preflight.joining import can_join, joined, with_fewer
 from kajiya.preflight.portion import Repeated, first_batch, portion, restore_dropout, without_dropout
 from kajiya.preflight.prove_policy import check_policy_learning, check_policy_start
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 from kajiya.training.fit import Setup, train_step
+from kajiya.training.losses.sequences import split_head
 from kajiya.training.state import TrainState
 
 _ACCUMULATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "bf16-mixed": 5e-2, "fp16-mixed": 2e-2, "fp8": 0.1}
@@ -27,8 +29,8 @@ def check_accumulation(subject: Subject) -> Finding:
     try:
         first, second = _uneven(first_batch(setup), setup)
         apart = _gradients(setup, [first, second])
-        if isinstance(first, Batch):
-            together = _gradients(setup, [_joined(first, second)])
+        if can_join(first):
+            together = _gradients(setup, [joined(first, second)])
         else:
             together = _gradients_of_sums(setup, [first, second])
     finally:
@@ -56,18 +58,19 @@ def _uneven(batch: Any, setup: Setup) -> tuple[Any, Any]:
         pair = [portion(setup.loader.next()) for _ in range(2)]
         setup.loader.load_state(position)
         if not isinstance(batch, Batch):
-            return pair[0], pair[1]
-        batch = _joined(*(portion(each, rows=1) for each in pair))
+            return pair[0], with_fewer(pair[1])
+        batch = joined(*(portion(each, rows=1) for each in pair))
     first, second = (_row(batch, index) for index in (0, 1))
     targets = second.targets.clone()
     kept = (targets != NO_TARGET).cumsum(1)
     targets[kept > max(1, int(kept.max()) // 3)] = NO_TARGET
-    return first, replace(second, targets=targets, n_targets=int((targets != NO_TARGET).sum()))
+    second = replace(second, targets=targets, n_targets=int((targets != NO_TARGET).sum()))
+    return first, second.with_future(len(batch.future))
 
 
 def _row(batch: Batch, index: int) -> Batch:
     targets = batch.targets[index : index + 1]
-    return replace(
+    row = replace(
         batch,
         tokens=batch.tokens[index : index + 1],
         targets=targets,
@@ -75,20 +78,9 @@ def _row(batch: Batch, index: int) -> Batch:
         segments=batch.segments[index : index + 1],
         n_targets=int((targets != NO_TARGET).sum()),
         weights=None if batch.weights is None else batch.weights[index : index + 1],
+        sources=None if batch.sources is None else batch.sources[index : index + 1],
     )
-
-
-def _joined(first: Batch, second: Batch) -> Batch:
-    weights = None if first.weights is None or second.weights is None else torch.cat([first.weights, second.weights])
-    return replace(
-        first,
-        tokens=torch.cat([first.tokens, second.tokens]),
-        targets=torch.cat([first.targets, second.targets]),
-        positions=torch.cat([first.positions, second.positions]),
-        segments=torch.cat([first.segments, second.segments]),
-        n_targets=first.n_targets + second.n_targets,
-        weights=weights,
-    )
+    return row.with_future(len(batch.future))
 
 
 class _Caught:
@@ -131,8 +123,6 @@ def _gradients_of_sums(setup: Setup, batches: list[Any]) -> dict[str, torch.Tens
     device = setup.strategy.device
     sums: dict[str, Any] = {}
     counts: dict[str, float] = {}
-    if setup.measure is not None:
-        return _gradients(setup, batches)
     for batch in batches:
         with setup.precision.context(device):
             terms, _ = setup.loss(setup.model, batch.to(device))
@@ -175,6 +165,9 @@ def check_start(subject: Subject) -> Finding:
     identity = _identity(subject, batch)
     if identity is not None and identity.state == "failed":
         return identity
+    changed = _behind_the_head(setup, batch)
+    if changed is not None:
+        return changed
     said = "" if identity is None else f"; {identity.text}"
     loss = loss_on(setup, batch)
     if not math.isfinite(loss):
@@ -235,6 +228,25 @@ def _identity(subject: Subject, batch: Any) -> Finding | None:
             "Set adapter.options.init=default.",
         )
     return passed(f"the adapter begins as nothing (largest change of a logit {difference:.1g})")
+
+
+@torch.no_grad()
+def _behind_the_head(setup: Setup, batch: Any) -> Finding | None:
+    """A finding where the model makes something else of its head's products than the losses do, which take them as logits."""
+    if not isinstance(batch, Batch) or not batch.is_causal or not has_split_head(setup.model):
+        return None
+    setup.model.eval()
+    placed = batch.to(setup.strategy.device)
+    with setup.precision.context(setup.strategy.device):
+        hidden_ND, head_VD = split_head(setup.model, placed)
+        difference = float((all_logits(setup.model, placed).flatten(0, 1) - hidden_ND @ head_VD.T).float().abs().max())
+    if difference <= (1e-3 if setup.precision.name == "fp32" else 0.1):
+        return None
+    return failed(
+        f"the model's logits differ by {difference:.2g} from the products of its head, which are what is trained",
+        "This architecture changes them behind its head, and is not known to: kajiya.models.hidden must name the field.",
+        difference=difference,
+    )
 
 
 def check_learning(subject: Subject) -> Finding:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,9 @@ def undone(setup: Setup, *, has_steps: bool = True) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def measure_steps(setup: Setup, enough_s: float = 2.0) -> StepCost:
+def measure_steps(setup: Setup, enough_s: float = 2.0, heaviest: Any = None) -> StepCost:
     """Run steps at full cost, at least three and `enough_s` seconds; weights, optimizer, random generators and loader are left
-    bit-identical."""
+    bit-identical. The peak is that of a step on the micro-batch `heaviest`, too, where it is given."""
     scratch = TrainState()
     shares = _shares(setup.row_growth)
     step_seconds, warm, spent, n_steps = 0.0, 0.0, 0.0, 0
@@ -84,9 +85,27 @@ def measure_steps(setup: Setup, enough_s: float = 2.0) -> StepCost:
             step_seconds += share * median(times)
             spent += sum(times)
             n_steps += len(times)
+        if heaviest is not None:
+            _timed_step(replace(setup, loader=_Only(heaviest), row_growth=()), scratch)
         slots = setup.optimizer.state_tensors().values()
         optimizer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in slots)
     return StepCost(step_seconds, warm, spent, peak_bytes(setup.strategy.device), optimizer_bytes, n_steps)
+
+
+class _Only:
+    """A loader of one batch, again and again."""
+
+    waited_s = 0.0
+
+    def __init__(self, batch: Any) -> None:
+        self.next = lambda: batch
+
+    def state(self) -> dict[str, int]:
+        """It has no position."""
+        return {}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """It has no position."""
 
 
 def _shares(row_growth: tuple[float, ...]) -> list[tuple[float, tuple[float, ...]]]:
