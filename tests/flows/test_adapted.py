@@ -1,10 +1,12 @@
 """A model trained through an adapter: its base from the store, what is left, evaluated, served, gone on with."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -95,6 +97,31 @@ def find_artifact_facts(trained: Trained, store: Store, name: str) -> dict[str, 
     entry = trained.run.manifest()["artifacts"][name]
     facts: dict[str, Any] = json.loads((store.root / entry["path"] / "manifest.json").read_text())["facts"]
     return facts
+
+
+def test_a_teacher_is_kept_once_and_named_by_its_digest(
+    finished: Finished, small_config: Callable[..., Config]
+) -> None:
+    settings = (
+        "name=small-distilled", "optim=adamw", "train.steps=4", "train.loss.name=distill", "train.loss.options.top_k=5",
+        f"tokenizer.path={finished.trained.run.id}", "eval.samples=0",
+    )  # fmt: skip
+    by_name = train(small_config(*settings, f"train.loss.options.teacher={finished.trained.run.id}"), finished.store)
+    manifest = by_name.run.manifest()
+    teacher = finished.trained.model
+    assert manifest["artifacts"]["teacher"]["digest"] == teacher.digest
+    kept = manifest["artifacts"]["teacher_kept"]["path"]
+    ids = np.load(finished.store.root / kept / "ids.npy")
+    facts = find_artifact_facts(by_name, finished.store, "teacher_kept")
+    assert ids.shape == (facts["places"], 5)
+    assert facts["vocab_size"] == 512
+    # Where the teacher lies is no part of what is trained: its copy elsewhere makes the same run.
+    elsewhere = shutil.copytree(teacher.path, finished.store.root.parent / "teacher-elsewhere")
+    again = train(small_config(*settings, f"train.loss.options.teacher={elsewhere}"), finished.store)
+    assert again.run.id == by_name.run.id
+    assert str(teacher.path) not in json.dumps(
+        json.loads((by_name.model.path / "manifest.json").read_text())["parents"]
+    )
 
 
 @pytest.mark.slow

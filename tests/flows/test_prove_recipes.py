@@ -26,7 +26,7 @@ ROUNDS, EACH_ROUND = 5, 10
 @pytest.fixture(autouse=True)
 def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of a step is nobody's concern here."""
-    monkeypatch.setattr("kajiya.training.probe._ENOUGH_S", 0.0)
+    monkeypatch.setattr("kajiya.preflight.plan._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
 
 
 def _smaller(name: str, run: str) -> list[str]:

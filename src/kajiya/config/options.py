@@ -130,6 +130,8 @@ class NextTokenLoss:
     """Weight of the squared log-partition term (PaLM, arXiv:2204.02311, section 5)."""
     label_smoothing: float = setting(0.0, ge=0, lt=1)
     """Share of each target that is spread over the whole vocabulary."""
+    future_weight: float = setting(0.3, gt=0)
+    """Weight of the tokens behind the next one, all of `model.future_heads` together."""
     neftune_alpha: float | None = setting(None, gt=0)
     """Noise on the embeddings while training (NEFTune, arXiv:2310.05914; 5 is usual); `None`: none."""
     chunk_tokens: int = setting(2048, ge=1)
@@ -231,9 +233,12 @@ class DistillLoss:
     """Next token, learnt from a teacher's distribution."""
 
     teacher: str = setting("")
-    """Folder or hub name of the teacher, which has the same vocabulary."""
+    """Run, recipe, artifact, folder or hub name of the teacher, which has the same vocabulary."""
     teacher_revision: str | None = None
     """Commit, tag or branch of the teacher on the hub."""
+    top_k: int | None = setting(None, ge=1)
+    """Most probable tokens of the teacher that are kept for each place of the text, computed once before training; all others
+    count as one. `None`: the teacher runs beside the student, and gives all."""
     divergence: str = setting("forward", choices=("forward", "reverse", "jsd"))
     """KL from the teacher (forward), KL to the teacher (reverse), or the generalized Jensen–Shannon divergence."""
     temperature: float = setting(1.0, gt=0)

@@ -155,6 +155,8 @@ class ModelConfig:
     quantize: str = setting("none", choices=("none", "nf4", "int8", "torchao-int8"))
     """Frozen weights of the linear layers, under an adapter: nf4 (QLoRA: 4 bits, double quantization), int8 (LLM.int8), both of
     bitsandbytes, or torchao-int8 (weights alone)."""
+    future_heads: int = setting(0, ge=0, le=8)
+    """Heads for the tokens behind the next one, trained beside it (multi-token prediction) and left out of what is saved."""
     stand_in: bool = False
     """Take a small random model of the same architecture in the place of `model.path`, to try a recipe out without its weights."""
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flex_attention", "flash_attention_2"))

@@ -226,6 +226,8 @@ def _check_adapter(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
+    if model.future_heads:
+        _check_future(config)
     if model.stand_in and (model.path is None or model.hidden_size is None or model.n_layers is None):
         raise ConfigError(
             "model.stand_in",
@@ -261,6 +263,20 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             "model.n_kv_heads", f"{model.n_kv_heads} does not divide model.n_heads={model.n_heads} evenly"
         )
+
+
+def _check_future(config: Config) -> None:
+    if config.train.loss.name != "next_token":
+        raise ConfigError(
+            "model.future_heads", f"learn with the loss next_token, not with {config.train.loss.name}", "Set it to 0."
+        )
+    if config.adapter.name not in ("none", "freeze"):
+        raise ConfigError(
+            "model.future_heads",
+            f"are trained with the model, whose weights adapter.name={config.adapter.name} freezes",
+        )
+    if config.train.row_growth:
+        raise ConfigError("model.future_heads", "count targets in whole rows", "Set train.row_growth=[].")
 
 
 def _check_beginning(model: ModelConfig) -> None:

@@ -31,6 +31,11 @@ class Batch:
     """Weight of each target in the loss, float32 [B, T]; `None`: all 1."""
     is_causal: bool = True
     """A token sees only what stands before it; `False`: its whole segment (masked-LM rows, whose targets are not shifted)."""
+    sources: torch.Tensor | None = None
+    """Place of each token among the tokens of its split, int64 [B, T], −1 where the row is filled up; stays on the CPU."""
+
+    future: tuple[float, ...] = ()
+    """Of the tokens behind the next one that are learnt too, how many there are (the sum of their weights), one further each."""
 
     @property
     def n_tokens(self) -> int:
@@ -41,7 +46,25 @@ class Batch:
     def counts(self) -> dict[str, float]:
         """What a loss can be a sum over, by unit; the loop divides by the sum of it over a group and all ranks."""
         weighed = {} if self.weights is None else {"loss": float(self.weights[self.targets != NO_TARGET].sum())}
-        return {"targets": self.n_targets} | weighed
+        further = {f"future_{k}": n for k, n in enumerate(self.future, start=1)}
+        return {"targets": self.n_targets} | weighed | further
+
+    def further(self, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Targets and weights, [B, T] each, of the token that stands `k` places behind the next one of the same segment."""
+        targets = torch.full_like(self.targets, NO_TARGET)
+        same = self.segments[:, k:] == self.segments[:, :-k]
+        targets[:, :-k] = torch.where(same, self.targets[:, k:], NO_TARGET)
+        if self.weights is None:
+            return targets, None
+        return targets, torch.cat([self.weights[:, k:], torch.zeros_like(self.weights[:, :k])], dim=1)
+
+    def with_future(self, n: int) -> "Batch":
+        """The same, `n` tokens behind the next one counted."""
+        counts = []
+        for targets, weights in map(self.further, range(1, n + 1)):
+            wanted = targets != NO_TARGET
+            counts.append(float(wanted.sum() if weights is None else weights[wanted].sum()))
+        return replace(self, future=tuple(counts))
 
     def cut(self, pieces: int) -> "Batch":
         """The same tokens in rows of T / `pieces`: [B · pieces, T / pieces]. A piece sees nothing of the one before it."""
@@ -58,6 +81,8 @@ class Batch:
             n_targets=self.n_targets,
             weights=None if self.weights is None else self.weights.reshape(shape),
             is_causal=self.is_causal,
+            sources=None if self.sources is None else self.sources.reshape(shape),
+            future=self.future,
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -70,6 +95,8 @@ class Batch:
             n_targets=self.n_targets,
             weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
             is_causal=self.is_causal,
+            sources=self.sources,
+            future=self.future,
         )
 
 

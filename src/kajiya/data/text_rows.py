@@ -42,6 +42,10 @@ class Rows(Protocol):
         """What the rows are a function of, beside the seed; a position counts for these rows alone."""
         ...
 
+    def heaviest(self, n: int) -> np.ndarray:
+        """Places of the `n` rows that take the most memory together (int64)."""
+        ...
+
 
 class TextRows:
     """Rows for training on text. The row at a place depends on (split, seed, T, place) and nothing else."""
@@ -71,13 +75,17 @@ class TextRows:
             "n_tokens": self.split.n_tokens,
         }
 
+    def heaviest(self, n: int) -> np.ndarray:
+        """All are of one length."""
+        return np.arange(n)
+
     def batch(self, places: np.ndarray) -> Batch:
         """The rows at these places."""
         starts = (places * self.row_tokens).tolist()
         # One token more, the target of the last.
         spans = [self._span(start, start + self.row_tokens + 1) for start in starts]
-        tokens, begins = (np.stack(parts) for parts in zip(*spans, strict=True))
-        return text_batch(tokens, begins, self.isolate)
+        tokens, begins, sources = (np.stack(parts) for parts in zip(*spans, strict=True))
+        return text_batch(tokens, begins, sources, self.isolate)
 
     def documents(self, place: int) -> list[int]:
         """As `Rows`'s."""
@@ -94,15 +102,16 @@ class TextRows:
             self._first = (epoch, first)
         return first
 
-    def _span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int64) and document beginnings (bool) of the endless stream from `start` to before `stop`."""
-        tokens = np.empty(stop - start, dtype=np.int64)
+    def _span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the endless stream from `start` to before `stop`: tokens (int64), document beginnings (bool), places in the split."""
+        tokens, sources = np.empty((2, stop - start), dtype=np.int64)
         begins = np.zeros(stop - start, dtype=np.bool_)
         for at, source, n in self._sources(start, stop):
             part = slice(at - start, at - start + n)
             tokens[part] = self.split.read(source, source + n)
+            sources[part] = np.arange(source, source + n)
             begins[part][document_starts(self.split, source, source + n)] = True
-        return tokens, begins
+        return tokens, begins, sources
 
     def _sources(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The stream from `start` to before `stop` as (place in it, place in the split's tokens, length)."""
@@ -137,11 +146,15 @@ class HeldoutText:
         """As `Rows`'s."""
         return {"row_tokens": self.row_tokens, "n_tokens": self.split.n_tokens}
 
+    def heaviest(self, n: int) -> np.ndarray:
+        """All are of one length."""
+        return np.arange(n)
+
     def batch(self, places: np.ndarray) -> Batch:
         """The rows at these places."""
         spans = [self._span(place * self.row_tokens) for place in (places % self.n).tolist()]
-        tokens, begins, filled = (np.stack(parts) for parts in zip(*spans, strict=True))
-        return text_batch(tokens, begins, self.isolate, filled[:, 1:])
+        tokens, begins, sources = (np.stack(parts) for parts in zip(*spans, strict=True))
+        return text_batch(tokens, begins, sources, self.isolate)
 
     def documents(self, place: int) -> list[int]:
         """As `Rows`'s."""
@@ -149,16 +162,17 @@ class HeldoutText:
         return documents_between(self.split, start, min(start + self.row_tokens, self.split.n_tokens))
 
     def _span(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, document beginnings, and which are tokens of the text, from `start`; each [T + 1]."""
+        """Tokens, document beginnings, and places in the split (−1 behind its end), from `start`; each [T + 1]."""
         stop = min(start + self.row_tokens + 1, self.split.n_tokens)
         tokens = np.full(self.row_tokens + 1, self.split.eos_id, dtype=np.int64)
-        begins, filled = np.zeros((2, self.row_tokens + 1), dtype=np.bool_)
+        sources = np.full(self.row_tokens + 1, -1, dtype=np.int64)
+        begins = np.zeros(self.row_tokens + 1, dtype=np.bool_)
         tokens[: stop - start] = self.split.read(start, stop)
-        filled[: stop - start] = True
+        sources[: stop - start] = np.arange(start, stop)
         begins[document_starts(self.split, start, stop)] = True
-        if not filled.all():
+        if stop - start < len(tokens):
             begins[stop - start] = True
-        return tokens, begins, filled
+        return tokens, begins, sources
 
 
 def document_starts(split: Split, start: int, stop: int) -> np.ndarray:
@@ -173,8 +187,11 @@ def documents_between(split: Split, start: int, stop: int) -> list[int]:
     return list(range(first, int(np.searchsorted(split.offsets, stop, side="left"))))
 
 
-def text_batch(tokens: np.ndarray, begins: np.ndarray, isolate: bool, has_target_BT: np.ndarray | None = None) -> Batch:
-    """The batch of these tokens [B, T + 1], the last of each row a target only; `begins` marks documents' first tokens."""
+def text_batch(tokens: np.ndarray, begins: np.ndarray, sources: np.ndarray, isolate: bool) -> Batch:
+    """The batch of these tokens [B, T + 1], the last of each row a target only; `begins` marks documents' first tokens.
+
+    `sources` are their places in the split; what has none (−1) is no target.
+    """
     tokens_BT, begins_BT = tokens[:, :-1], begins[:, :-1]
     targets_BT = tokens[:, 1:].copy()
     column_T = np.arange(tokens_BT.shape[1], dtype=np.int64)
@@ -188,12 +205,12 @@ def text_batch(tokens: np.ndarray, begins: np.ndarray, isolate: bool, has_target
     else:
         segments_BT = np.zeros_like(targets_BT)
         positions_BT = np.broadcast_to(column_T, targets_BT.shape).copy()
-    if has_target_BT is not None:
-        targets_BT[~has_target_BT] = NO_TARGET
+    targets_BT[sources[:, 1:] < 0] = NO_TARGET
     return Batch(
         tokens=torch.from_numpy(np.ascontiguousarray(tokens_BT)),
         targets=torch.from_numpy(targets_BT),
         positions=torch.from_numpy(positions_BT),
         segments=torch.from_numpy(segments_BT),
         n_targets=int((targets_BT != NO_TARGET).sum()),
+        sources=torch.from_numpy(np.ascontiguousarray(sources[:, :-1])),
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kajiya.config.schema import Config, ModelConfig
+from kajiya.config.schema import Config, LossConfig, ModelConfig
 from kajiya.data.progress import OnEvent
 from kajiya.errors import StoreError
 from kajiya.flows.targets import find_model
@@ -12,6 +12,8 @@ from kajiya.run.store import Artifact, Store
 
 _STAND_IN_WIDTH = 256
 _STAND_IN_LAYERS = 2
+_PARENT = "(parent)"
+"""Stands for the folder of weights that an artifact's digest names."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Based:
 
 
 def find_bases(config: Config, store: Store, tell: OnEvent) -> Based:
-    """Turn `model.path`, `tokenizer.path` and the path of an adapter that is gone on with into folders.
+    """Turn `model.path`, `tokenizer.path`, the path of an adapter that is gone on with and a teacher into folders.
 
     A hub name stays one. Raises `StoreError` when a name is neither in the store nor a folder nor a hub name.
     """
@@ -51,16 +53,35 @@ def find_bases(config: Config, store: Store, tell: OnEvent) -> Based:
             raise StoreError(f"adapter.options.path={adapter.options['path']}: no such folder, run or artifact")
         parents["adapter"] = found
         adapter = replace(adapter, options=adapter.options | {"path": str(found.path)})
-    return Based(replace(config, model=model, tokenizer=tokenizer, adapter=adapter), parents)
+    train = config.train
+    if _teacher(train.loss):
+        found = _find(_teacher(train.loss), store)
+        if found is not None:
+            parents["teacher"] = found
+            loss = replace(train.loss, options=train.loss.options | {"teacher": str(found.path)})
+            train = replace(train, loss=loss)
+    return Based(replace(config, model=model, tokenizer=tokenizer, adapter=adapter, train=train), parents)
+
+
+def loss_without_place(loss: LossConfig) -> LossConfig:
+    """The same without where its teacher lies: the parent's digest says which it is."""
+    if not Path(_teacher(loss)).is_dir():
+        return loss
+    return replace(loss, options=loss.options | {"teacher": _PARENT})
+
+
+def _teacher(loss: LossConfig) -> str:
+    """The teacher that the loss names; empty of a loss that has none."""
+    return str(loss.options["teacher"]) if loss.name == "distill" and "teacher" in loss.options else ""
 
 
 def without_places(config: Config) -> dict[str, Any]:
     """The sections that name weights, without where these lie: the parents' digests say what they are."""
     model, adapter = config.model, config.adapter
     if model.path is not None and Path(model.path).is_dir():
-        model = replace(model, path="(parent)")
+        model = replace(model, path=_PARENT)
     if adapter.name == "load":
-        adapter = replace(adapter, options=adapter.options | {"path": "(parent)"})
+        adapter = replace(adapter, options=adapter.options | {"path": _PARENT})
     return {"model": model, "adapter": adapter}
 
 

@@ -1,7 +1,7 @@
 """What a run's loss is fed with: the artifacts it reads, its batches of training and of evaluation, its reference."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from kajiya.data.shards import Rendering, open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.flows.heldout import heldout_values
+from kajiya.models.adapt import has_adapter
 from kajiya.models.isolation import architecture_isolates
 from kajiya.models.tasks import Task
 from kajiya.models.weights_digest import tensors_digest
@@ -187,6 +188,10 @@ class EnrichedLoader:
         """The micro-batch of rows from number `row` on; the position stays."""
         return self.enrich(self.loader.at(row))
 
+    def heaviest(self) -> Any:
+        """The micro-batch that takes the most memory; the position stays."""
+        return self.enrich(self.loader.heaviest())
+
     @property
     def waited_s(self) -> float:
         """Time that steps have waited for rows that were not ready, seconds."""
@@ -216,10 +221,16 @@ def open_feeding(config: Config, data: Data, reference: Artifact | None, start_i
     )
     table = None if reference is None else open_reference(reference.path)
 
+    begin = heldout_begin(data)
+
     def enrich(split: str) -> Enrich:
         steps = _mismatched(row, data, split, config.data.row_tokens)
+        if row.needs is not None and split == "heldout":
+            steps.append(lambda batch: replace(batch, sources=begin + batch.sources))
         if table is not None:
             steps.append(add_reference(table, split))
+        if config.model.future_heads:
+            steps.append(lambda batch: batch.with_future(config.model.future_heads))
         return lambda batch: _through(steps, batch)
 
     return Feeding(data.shards.path, feed, config.seed, rows_at_once(config.train), enrich, config.train.loss.name)
@@ -233,7 +244,8 @@ def build_reference(
     `None` where the loss compares with none, or with the model's own base (its adapter off).
     """
     row = loss_row(config.train.loss.name)
-    if not row.has_reference:
+    # An adapter that is gone on with changes its base from the start, so the reference is no base.
+    if not row.has_reference or (has_adapter(model) and config.adapter.name != "load"):
         return None
     options = check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
 
@@ -263,6 +275,11 @@ def build_reference(
         parents=data.parents(),
         make=make,
     )
+
+
+def heldout_begin(data: Data) -> int:
+    """Where the held-out split's places begin in tables of both."""
+    return open_split(data.shards.path, "train").n_tokens
 
 
 def packing_of(config: Config, form: str) -> ChosenPacking:

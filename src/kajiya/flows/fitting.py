@@ -21,10 +21,12 @@ from kajiya.flows.keeping import Keeper
 from kajiya.flows.prove import prove_run
 from kajiya.flows.rolling import open_rollouts
 from kajiya.flows.task_watch import open_watch
+from kajiya.flows.teaching import load_run_loss
 from kajiya.models.adapt import has_adapter, rate_ratios, transform
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import BuiltModel, build_model, vocabulary_of
 from kajiya.models.fused import fuse_blocks
+from kajiya.models.future import add_future_heads, without_future_heads
 from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.outputs import decoder_start
 from kajiya.models.quantized import count_params
@@ -37,7 +39,7 @@ from kajiya.training.fit import Setup, fit
 from kajiya.training.flops import matmul_peak
 from kajiya.training.guard import Guard
 from kajiya.training.layer_norms import norms_watch
-from kajiya.training.losses import load_loss, load_measure
+from kajiya.training.losses import load_measure
 from kajiya.training.memory import largest_micro_batch
 from kajiya.training.optimizers import load_optimizer
 from kajiya.training.portions import AUTO, Portions, rows_of_step, share_out
@@ -70,7 +72,8 @@ class Prepared:
     compiled: str
     ranks: Ranks
     feeding: Feeds
-    reference: Artifact | None
+    computed: dict[str, Artifact]
+    """What the loss compares with, computed once: a reference, or what is kept of a teacher."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     join(ranks, device)
     precision = _resolve_precision(config, settled, device, ranks)
     built = _build(config, data)
-    adapted = transform(built.module, config.adapter, config.model.quantize, config.seed)
+    adapted = add_future_heads(built.module, config.model.future_heads)
+    adapted |= transform(built.module, config.adapter, config.model.quantize, config.seed)
     if has_adapter(built.module) and config.model.path and data.tokenizer.facts["added_tokens"]:
         raise ConfigError(
             "tokenizer",
@@ -106,8 +110,9 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     fused = fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
     compiled = compile_where_it_pays(config.train, model, device, fused)
     if not ranks.is_first:
-        wait_for_all(ranks)  # the first computes the reference, the others find it
+        wait_for_all(ranks)  # the first computes the reference and what is kept of a teacher, the others find it
     made = build_reference(config, data, model, precision, store)
+    loss, teacher = load_run_loss(config, data, device, store)
     if ranks.is_first:
         wait_for_all(ranks)
     reference = None if made is None else made[0]
@@ -119,7 +124,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     loader = feeding.loader(batch=1, rank=ranks.rank, world=ranks.n)
     setup = Setup(
         model=model,
-        loss=load_loss(config.train.loss, device),
+        loss=loss,
         measure=load_measure(config.train.loss),
         loader=loader,
         optimizer=load_optimizer(config.optim, model, config.train.ema_decay, rate_ratios(model, config.adapter)),
@@ -144,7 +149,8 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
             "train.micro_batch": portions.micro_batch,
         }
     )
-    return Prepared(setup, derived, compiled, ranks, feeding, reference)
+    computed = {name: each for name, each in (("reference", reference), ("teacher_kept", teacher)) if each is not None}
+    return Prepared(setup, derived, compiled, ranks, feeding, computed)
 
 
 def _resolve_precision(config: Config, settled: dict[str, Any], device: torch.device, ranks: Ranks) -> Precision:
@@ -204,6 +210,9 @@ def plan_run(config: Config, prepared: Prepared, data: Data, began: float) -> Pl
     else:
         tokens = prepared.feeding.loader().rows_per_epoch * row_tokens
     spent = time.perf_counter() - began
+    loader: Any = prepared.setup.loader
+    # Answers that are drawn are as long as the model makes them.
+    is_drawn = loss_row(config.train.loss.name).takes == "prompts"
     return make_plan(
         config,
         prepared.setup,
@@ -211,6 +220,7 @@ def plan_run(config: Config, prepared: Prepared, data: Data, began: float) -> Pl
         row_tokens=row_tokens,
         spent_s=spent,
         compiled=prepared.compiled,
+        heaviest=None if is_drawn else loader.heaviest(),
     )
 
 
@@ -229,8 +239,8 @@ def fit_run(
     prepared = prepare(config, data, run.store, settled)
     module = prepared.setup.model
     watch = open_watch(config, data.corpus, lambda folder: _save(config, module, data, folder), run.folder)
-    if prepared.reference is not None:
-        run.record_artifact("reference", prepared.reference)
+    for name, artifact in prepared.computed.items():
+        run.record_artifact(name, artifact)
     if "train.steps" not in settled:
         plan = plan_run(config, prepared, data, began)
         settled = _settle(config, prepared, plan)
@@ -362,12 +372,11 @@ def _recording(run: Run, hear: OnEvent) -> OnEvent:
 def save_fitted(config: Config, fitted: Fitted, data: Data, folder: Path) -> dict[str, Any]:
     """Write the trained model, or the adapter, into `folder`; returns the facts for its manifest."""
     module = fitted.setup.model
-    with fitted.setup.optimizer.averaged():
+    with fitted.setup.optimizer.averaged(), without_future_heads(module):
         facts = _save(config, module, data, folder)
+        facts |= {"n_params": count_params(module), "n_trainable": count_params(module, trainable=True)}
     state = fitted.state
     return facts | {
-        "n_params": count_params(module),
-        "n_trainable": count_params(module, trainable=True),
         "steps": state.step,
         "tokens": state.tokens,
         "targets": state.targets,
@@ -381,7 +390,8 @@ def save_fitted(config: Config, fitted: Fitted, data: Data, folder: Path) -> dic
 
 def _save(config: Config, module: Any, data: Data, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(data.tokenizer.path, _longest(module))
-    return save_trained(config.model, module, tokenizer, folder, rebuild=lambda: _build(config, data).module)
+    with without_future_heads(module):
+        return save_trained(config.model, module, tokenizer, folder, rebuild=lambda: _build(config, data).module)
 
 
 def _longest(model: Any) -> int | None:

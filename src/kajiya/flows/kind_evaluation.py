@@ -4,20 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kajiya.config.schema import Config
 from kajiya.config.tables import loss_row
+from kajiya.flows.bases import loss_without_place
 from kajiya.flows.feeding import Data, open_feeding, task_of
 from kajiya.flows.heldout import Scorer, Sums, score_batches
 from kajiya.flows.own_module import rebuild_own_module
 from kajiya.flows.rolling import HeldoutReward, open_rollouts
+from kajiya.flows.teaching import load_run_loss
 from kajiya.models.open import model_dtype, open_model
 from kajiya.models.outputs import decoder_start
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, produce
-from kajiya.training.losses import load_loss, load_measure
+from kajiya.training.losses import load_measure
 from kajiya.training.precision import Precision, resolve_device, resolve_precision
 
 _FIRST = ("reward", "loss", "accuracy", "rewards/accuracies", "absolute_error", "nll")
@@ -46,7 +46,7 @@ def evaluate_kind(
         device = resolve_device(config.train.device, "train.device")
         precision = resolve_precision(str(model.facts["derived"]["train.precision"]), device)
         module = module.to(device)
-        sums = _sums(config, data, reference, module, precision, device)
+        sums = _sums(config, data, reference, module, precision, store)
         figures = {
             name: {"value": each.mean, "interval": each.interval(), "n": float(each.counts.sum())}
             for name, each in sorted(
@@ -63,7 +63,7 @@ def evaluate_kind(
         "evaluation",
         code=code_revision("kajiya.flows.kind_evaluation"),
         config={
-            "loss": config.train.loss,
+            "loss": loss_without_place(config.train.loss),
             "micro_batch": config.train.micro_batch,
             "row_tokens": config.data.row_tokens,
         },
@@ -73,11 +73,13 @@ def evaluate_kind(
 
 
 def _sums(
-    config: Config, data: Data, reference: Artifact | None, module: Any, precision: Precision, device: torch.device
+    config: Config, data: Data, reference: Artifact | None, module: Any, precision: Precision, store: Store
 ) -> Mapping[str, Sums]:
     """The rewards of answers to all held-out prompts, or the loss and its metrics on all held-out rows."""
+    device = next(module.parameters()).device
     if loss_row(config.train.loss.name).takes == "prompts":
         return HeldoutReward(open_rollouts(config, data, module, precision, device), None).measure()[0]
     feeding = open_feeding(config, data, reference, decoder_start(module))
-    scorer = Scorer(load_loss(config.train.loss, device), load_measure(config.train.loss), device, precision)
+    loss, _ = load_run_loss(config, data, device, store)
+    scorer = Scorer(loss, load_measure(config.train.loss), device, precision)
     return score_batches(module, list(feeding.heldout()), scorer)

@@ -11,7 +11,7 @@ from kajiya.config.tables import loss_row
 from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
-from kajiya.flows.bases import find_bases, without_places
+from kajiya.flows.bases import find_bases, loss_without_place, without_places
 from kajiya.flows.feeding import Data, packing_of, rendering_of
 from kajiya.flows.fitting import fit_run, follow_run, save_fitted
 from kajiya.flows.report import write_report
@@ -149,7 +149,9 @@ def _follow(config: Config, store: Store, ranks: Ranks) -> Trained:
         config.seed + ranks.rank, store.root, config.train.deterministic, fp32_matmul=config.train.fp32_matmul
     )
     meet(ranks, config)
-    data = prepare_data(config, store, Stages(silent))
+    based = find_bases(config, store, silent)
+    config = based.config
+    data = replace(prepare_data(config, store, Stages(silent)), bases=based.parents)
     key = training_key(config, data)
     run = find_run(store, run_name(config.name, key))
     if store.find("model", key) is None:
@@ -222,7 +224,7 @@ def _training_section(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "optim": config.optim,
         "schedule": config.schedule,
-        "train": config.train,
+        "train": replace(config.train, loss=loss_without_place(config.train.loss)),
         "row_tokens": config.data.row_tokens,
         "isolate": config.data.isolate,
         "own_code": own_code(_own_names(config)),

@@ -21,13 +21,16 @@ Measure = Callable[[Any, Any], Terms]
 """What a loss must know of the whole group before its first micro-batch: sums with what they count, without gradient."""
 
 
-def load_loss(config: LossConfig, device: torch.device | str = "cpu") -> Loss:
-    """The loss that the config names, its options bound; what else it reads (a teacher) is loaded onto `device`."""
+def load_loss(config: LossConfig, device: torch.device | str = "cpu", **kept: Any) -> Loss:
+    """The loss that the config names, its options bound; what else it reads (a teacher) is loaded onto `device`.
+
+    `kept` goes to what loads that: results that were computed once and stored.
+    """
     function, options = resolve("loss", config.name, config.options, "train.loss")
     if not is_options(options):
         return partial(function, **options)
     row = TABLES["loss"][config.name]
-    needs = import_target(row.needs, "train.loss")(options, torch.device(device)) if row.needs else {}
+    needs = import_target(row.needs, "train.loss")(options, torch.device(device), **kept) if row.needs else {}
     return partial(function, options=options, **needs)
 
 

@@ -5,6 +5,7 @@ Shape letters: N tokens, D and H hidden widths of student and teacher, V vocabul
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +15,32 @@ from torch.utils.checkpoint import checkpoint
 from kajiya.config.options import DistillLoss
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.errors import ConfigError
+from kajiya.models.adapter_files import is_adapter, is_mergeable
 from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.models.load import load_model
+from kajiya.models.open import open_model
 from kajiya.training.losses import Terms
 from kajiya.training.losses.next_token import unit_of
+from kajiya.training.losses.preference import log1mexp
 from kajiya.training.losses.sequences import split_head
+from kajiya.training.teacher import CachedTeacher
 
 
-def load_teacher(options: DistillLoss, device: torch.device) -> dict[str, Any]:
-    """The teacher of `options.teacher`, frozen, in evaluation mode on the device, in the dtype its folder is stored in."""
+def load_teacher(options: DistillLoss, device: torch.device, cached: CachedTeacher | None = None) -> dict[str, Any]:
+    """The teacher of `options.teacher`, frozen, in evaluation mode on the device, in float32; or what was `cached` of it."""
+    return {"teacher": open_teacher(options, device) if cached is None else cached}
+
+
+def open_teacher(options: DistillLoss, device: torch.device) -> Any:
+    """The teacher itself."""
     if not options.teacher:
         raise ConfigError("train.loss.options.teacher", "is not set", "Give the folder or hub name of the teacher.")
-    teacher = load_model(options.teacher, options.teacher_revision)
-    return {"teacher": teacher.requires_grad_(False).to(device)}
+    path = Path(options.teacher)
+    if is_adapter(path):
+        teacher = open_model(path, torch.float32, is_merged=is_mergeable(path))
+    else:
+        teacher = load_model(options.teacher, options.teacher_revision)
+    return teacher.requires_grad_(False).to(device)
 
 
 def distill(model: Any, batch: Batch, options: DistillLoss, teacher: Any) -> tuple[Terms, Terms]:
@@ -34,16 +48,17 @@ def distill(model: Any, batch: Batch, options: DistillLoss, teacher: Any) -> tup
 
     Both distributions are softened by the temperature T, whose square keeps the gradient's scale (Hinton et al.,
     arXiv:1503.02531, section 2). Forward is KL(teacher ‖ student), reverse KL(student ‖ teacher), jsd the generalized
-    Jensen–Shannon divergence of `jsd_teacher_share` (Agarwal et al., GKD, arXiv:2306.13649, equation 1).
+    Jensen–Shannon divergence of `jsd_teacher_share` (Agarwal et al., GKD, arXiv:2306.13649, equation 1). Of a teacher of which
+    the most probable tokens alone are known, all others are one outcome, in both distributions.
     """
     wanted_N = (batch.targets.reshape(-1) != NO_TARGET).nonzero().squeeze(1)
     with torch.no_grad():
-        taught = _states(teacher, batch, wanted_N)
+        taught, n_taught = _taught(teacher, batch, wanted_N, options.temperature)
     own = _states(model, batch, wanted_N)
-    if _vocab_size(own) != _vocab_size(taught):
+    if _vocab_size(own) != n_taught:
         raise ConfigError(
             "train.loss.options.teacher",
-            f"has a vocabulary of {_vocab_size(taught):,} tokens, the student of {_vocab_size(own):,}",
+            f"has a vocabulary of {n_taught:,} tokens, the student of {_vocab_size(own):,}",
             f"Set tokenizer.path={options.teacher}, so that both read the same tokens.",
         )
     targets_N = batch.targets.reshape(-1)[wanted_N]
@@ -54,8 +69,8 @@ def distill(model: Any, batch: Batch, options: DistillLoss, teacher: Any) -> tup
     with torch.autocast(sums.device.type, enabled=False):
         for rows in torch.arange(len(wanted_N)).split(options.chunk_tokens):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            given = (own[0][part], own[1], taught[0][part], taught[1], targets_N[part], weights_N[part])
-            sums = sums + checkpoint(_chunk, *given, options, use_reentrant=False)
+            given = (own[0][part], own[1], targets_N[part], weights_N[part])
+            sums = sums + checkpoint(_chunk, *given, taught(part), options, use_reentrant=False)
     divergence, nll = sums
     total = options.teacher_weight * options.temperature**2 * divergence + (1 - options.teacher_weight) * nll
     unit = unit_of(batch)
@@ -65,6 +80,41 @@ def distill(model: Any, batch: Batch, options: DistillLoss, teacher: Any) -> tup
         "nll": (nll.detach(), unit),
     }
     return {"loss": (total, unit)}, metrics
+
+
+_Compare = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From the student's log-probabilities of all tokens [C, V]: the teacher's and the student's over what is compared, [C, k]."""
+
+
+def _taught(
+    teacher: Any, batch: Batch, wanted_N: torch.Tensor, temperature: float
+) -> tuple[Callable[[slice], _Compare], int]:
+    """What compares a part of the wanted positions with the teacher, and the size of the teacher's vocabulary."""
+    if not isinstance(teacher, CachedTeacher):
+        states_ND, head_VD = _states(teacher, batch, wanted_N)
+
+        def beside(part: slice) -> _Compare:
+            return lambda log_q_CV: (
+                log_softmax(_logits(states_ND[part], head_VD) / temperature, dim=1),
+                log_q_CV,
+            )
+
+        return beside, _vocab_size((states_ND, head_VD))
+    if batch.sources is None:
+        raise AssertionError("the rows of text do not say where they are from")
+    ids_NK, log_p_NK = teacher.look_up(batch.sources.reshape(-1)[wanted_N.cpu()], wanted_N.device)
+
+    def kept(part: slice) -> _Compare:
+        log_p_CK = _with_rest(log_p_NK[part])
+        return lambda log_q_CV: (log_p_CK, _with_rest(log_q_CV.gather(1, ids_NK[part])))
+
+    return kept, teacher.vocab_size
+
+
+def _with_rest(log_p_CK: torch.Tensor) -> torch.Tensor:
+    """The log-probability of all other tokens together behind those of some; [C, k + 1]."""
+    rest_C1 = log1mexp(log_p_CK.logsumexp(dim=1, keepdim=True).clamp(max=0))
+    return torch.cat([log_p_CK, rest_C1], dim=1)
 
 
 def _states(model: Any, batch: Batch, wanted_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -87,17 +137,15 @@ def _logits(states_CD: torch.Tensor, head_VD: torch.Tensor | None) -> torch.Tens
 def _chunk(
     own_CD: torch.Tensor,
     own_head_VD: torch.Tensor | None,
-    taught_CH: torch.Tensor,
-    taught_head_VH: torch.Tensor | None,
     targets_C: torch.Tensor,
     weights_C: torch.Tensor,
+    compare: _Compare,
     options: DistillLoss,
 ) -> torch.Tensor:
     """Weighted sums of divergence and cross-entropy over a chunk; [2]."""
-    own_CV, taught_CV = _logits(own_CD, own_head_VD), _logits(taught_CH, taught_head_VH)
-    log_q_CV = log_softmax(own_CV / options.temperature, dim=1)
-    log_p_CV = log_softmax(taught_CV / options.temperature, dim=1)
-    divergence_C = _DIVERGENCES[options.divergence](log_p_CV, log_q_CV, options.jsd_teacher_share)
+    own_CV = _logits(own_CD, own_head_VD)
+    log_p_CK, log_q_CK = compare(log_softmax(own_CV / options.temperature, dim=1))
+    divergence_C = _DIVERGENCES[options.divergence](log_p_CK, log_q_CK, options.jsd_teacher_share)
     nll_C = cross_entropy(own_CV, targets_C, reduction="none")
     return torch.stack([(divergence_C * weights_C).sum(), (nll_C * weights_C).sum()])
 

@@ -1,11 +1,13 @@
 """The next token: pre-training and fine-tuning on demonstrations."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from kajiya.config.options import NextTokenLoss
 from kajiya.data.batch import Batch
+from kajiya.models.future import future_heads
 from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.training.cross_entropy import chunked_cross_entropy
 from kajiya.training.losses import Terms
@@ -15,6 +17,9 @@ from kajiya.training.losses.sequences import split_head
 
 def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms, Terms]:
     """Cross-entropy of each target under the model, in nats; term `loss`, metric `nll` (without z-loss and smoothing).
+
+    Of a model with heads for the tokens behind the next one, a term `future_k` for each, over the targets that stand k places
+    further in the same segment.
 
     Over the targets, or over the sum of their weights where the batch has weights. A Transformers model goes through the
     chunked head; any other module returns logits [B, T, V] from the tokens [B, T].
@@ -41,7 +46,36 @@ def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms,
     else:
         total, nll = _whole(hidden_ND, targets_N, weights_N, options)
     unit = unit_of(batch)
-    return {"loss": (total, unit)}, {"nll": (nll.detach(), unit)}
+    terms: Terms = {"loss": (total, unit)}
+    metrics: Terms = {"nll": (nll.detach(), unit)}
+    heads = future_heads(model)
+    if heads is not None and head_VD is not None and batch.future:
+        _add_future(terms, metrics, heads(hidden_ND), head_VD, batch, options)
+    return terms, metrics
+
+
+def _add_future(
+    terms: Terms,
+    metrics: Terms,
+    states: Iterator[torch.Tensor],
+    head_VD: torch.Tensor,
+    batch: Batch,
+    options: NextTokenLoss,
+) -> None:
+    """The weighted cross-entropy of each further token among the terms, and as it is among the metrics."""
+    share = options.future_weight / len(batch.future)
+    for k, further_ND in enumerate(states, start=1):
+        targets, weights = batch.further(k)
+        with torch.autocast(further_ND.device.type, enabled=False):
+            total, nll = chunked_cross_entropy(
+                further_ND.to(head_VD.dtype),
+                head_VD,
+                targets.reshape(-1),
+                options.chunk_tokens,
+                weights_N=None if weights is None else weights.reshape(-1),
+            )
+        terms[f"future_{k}"] = (share * total, f"future_{k}")
+        metrics[f"nll_{k + 1}"] = (nll.detach(), f"future_{k}")
 
 
 def unit_of(batch: Batch) -> str:
