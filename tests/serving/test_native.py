@@ -1,5 +1,6 @@
 """The C++ decoder against torch: products, bit-equality in any company, precisions, adapters of many in one batch."""
 
+import copy
 import ctypes
 import random
 import warnings
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kajiya.errors import KajiyaError
 from kajiya.serving.engine import Engine
+from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
 from kajiya.serving.native.build import load_library
+from kajiya.serving.native.model import cache_bytes
 from kajiya.serving.sequence import Request, SamplingParams
 
 from .conftest import is_greedy, open_engine
@@ -110,6 +114,41 @@ def test_an_answer_is_the_same_to_the_bit_in_any_company(model_folder: Path, set
     assert answers(tight, prompts) == alone
     assert tight.scheduler.n_preemptions > 0
     assert tight.scheduler.pool.n_free == tight.scheduler.pool.n_blocks
+
+
+@pytest.mark.parametrize("head_width", [24, 64, 80])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 0.05)])
+def test_heads_of_any_width_attend_as_transformers_does(head_width: int, precision: str, bound: float) -> None:
+    """Log-probabilities of a text are those of the plain model in fp32, whatever lies in the cache behind it."""
+    torch.manual_seed(head_width)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=head_width,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = [token % 256 for token in _prompts([77])[0]]
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = logits_TV[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    options = EngineOptions(precision=precision, device="cpu", max_batch=2)
+    given = model if precision == "fp32" else copy.deepcopy(model).bfloat16()
+    engine = engine_of(given, frozenset(), options, "native")
+    found = engine.score(ids)
+    assert (torch.tensor(found) - expected).abs().max().item() < bound
+    if head_width % 16 == 0:  # else there are zeros between the heads that are read, and that nothing else writes to
+        again = engine_of(given, frozenset(), options, "native")
+        native = again.runner.native  # type: ignore[attr-defined]
+        size = again.runner.n_blocks * cache_bytes(config, precision) // (2 * config.num_hidden_layers)
+        for layer in native.layers:
+            ctypes.memset(layer.cache.keys, 0xFF, size)  # NaN everywhere
+            ctypes.memset(layer.cache.values, 0xFF, size)
+        assert again.score(ids) == found
 
 
 def test_guesses_are_confirmed_and_change_nothing(model_folder: Path, reference: Any) -> None:

@@ -343,7 +343,7 @@ class ServeConfig:
     quantize: str = setting("none", choices=("none", "int8", "int4"))
     """Weights in 8 or 4 bits, in groups of 32 (native runner)."""
     cache_precision: str = setting("auto", choices=("auto", "fp32", "bf16", "int8"))
-    """Keys and values; `auto`: as the weights. 8 bits take the native runner."""
+    """Keys and values; `auto`: as the weights, bf16 where those are quantized. 8 bits take the native runner."""
     cache_tokens: int | None = setting(None, ge=16)
     """Positions in the key-value cache; `None`: the whole batch at full length, in 4 GiB at most."""
     guesses: int = setting(0, ge=0, le=16)
