@@ -63,8 +63,7 @@ def make_hooks(
         hear("metrics", step=report.state.step, values=values)
         for sample in found.samples:
             hear("sample", step=report.state.step, **sample)
-        if is_new_best(config.train, report.state, values):
-            save(report)
+        keeper.save(report.state, wanted=is_new_best(config.train, report.state, values))
 
     def save(report: StepReport) -> None:
         keeper.save(report.state)
@@ -73,6 +72,18 @@ def make_hooks(
         Hook("progress", 1, progress),
         Hook("logging", config.train.log_every, log),
         Hook("evaluation", state.derived["train.eval_every"], evaluate),
+        Hook("saving", state.derived["train.save_every"], save),
+    ]
+
+
+def follower_hooks(keeper: Keeper, state: TrainState) -> list[Hook]:
+    """The hooks of the other processes: what they bring to a checkpoint that the first writes."""
+
+    def save(report: StepReport) -> None:
+        keeper.save(report.state)
+
+    return [
+        Hook("evaluation", state.derived["train.eval_every"], save),
         Hook("saving", state.derived["train.save_every"], save),
     ]
 

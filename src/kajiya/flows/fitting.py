@@ -16,7 +16,7 @@ from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Data, Feeds, build_reference, open_feeding, task_of
-from kajiya.flows.fit_hooks import make_hooks
+from kajiya.flows.fit_hooks import follower_hooks, make_hooks
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.prove import prove_run
 from kajiya.flows.rolling import open_rollouts
@@ -288,7 +288,7 @@ def fit_run(
     )
     try:
         fit(setup, state, hooks, lambda: should_stop() or is_stale(config.train, state))
-        finished = state.step == setup.steps or is_stale(config.train, state)
+        finished = _is_finished(config, setup, state)
         if not finished:
             keeper.save(state)
     finally:
@@ -313,7 +313,14 @@ def follow_run(config: Config, run: Run, data: Data, key: str, should_stop: Call
         settled = _settle(config, prepared, plan_run(config, prepared, data, began))
     keeper = _keeper(config, run, prepared, settled, key, silent)
     state = keeper.resume() or TrainState(derived=settled)
-    fit(keeper.setup, state, [], should_stop)
+    fit(keeper.setup, state, follower_hooks(keeper, state), should_stop)
+    if not _is_finished(config, keeper.setup, state):
+        keeper.save(state)
+
+
+def _is_finished(config: Config, setup: Setup, state: TrainState) -> bool:
+    """Whether the training came to its end, by the first rank, which alone knows the evaluations."""
+    return bool(setup.strategy.from_first(float(state.step == setup.steps or is_stale(config.train, state))))
 
 
 def _keeper(config: Config, run: Run, prepared: Prepared, settled: dict[str, Any], key: str, hear: OnEvent) -> Keeper:

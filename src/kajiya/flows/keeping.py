@@ -11,9 +11,11 @@ from kajiya.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_weights,
+    ranks_behind,
     take_snapshot,
 )
 from kajiya.training.fit import Setup
+from kajiya.training.generators import gather_generators
 from kajiya.training.ranks import Ranks
 from kajiya.training.saving import CheckpointWriter
 from kajiya.training.state import TrainState
@@ -56,17 +58,26 @@ class Keeper:
 
     def _load(self, step: int) -> TrainState:
         folder = self.run.checkpoints / checkpoint_name(step)
-        state, position = load_checkpoint(folder, self.setup.model, self.setup.optimizer, self.key)
+        state, position = load_checkpoint(folder, self.setup.model, self.setup.optimizer, self.key, self.ranks.rank)
         self.setup.loader.load_state(position)
+        if ranks_behind(folder) != self.ranks.n:
+            text = f"{folder.name} was written by {ranks_behind(folder)} processes, and this run has {self.ranks.n}: data and "
+            self.hear("note", text=text + "weights go on as they were, the random numbers (dropout) are others")
         return state
 
-    def save(self, state: TrainState) -> None:
-        """Begin to save the state after this step, unless it is saved; the loop waits for the copy alone."""
-        if self.writer.has(state.step):
-            return
+    def save(self, state: TrainState, *, wanted: bool = True) -> None:
+        """Begin to save the state after this step, unless it is saved; the loop waits for the copy alone.
+
+        Every rank calls it after the same steps; the first says whether it is `wanted`, and the others bring their generators.
+        """
         setup = self.setup
-        snapshot = take_snapshot(state, setup.model, setup.optimizer, setup.loader.state(), self.key)
-        self.writer.save(snapshot, state.best_step)
+        if not setup.strategy.from_first(float(wanted and not self.writer.has(state.step))):
+            return
+        generators = gather_generators(self.ranks)
+        if self.ranks.is_first:
+            position = setup.loader.state()
+            snapshot = take_snapshot(state, setup.model, setup.optimizer, position, self.key, generators)
+            self.writer.save(snapshot, state.best_step)
 
     def tell(self) -> None:
         """Tell what has been written since the last call, and what could not be: the run goes on, the last good one stays."""

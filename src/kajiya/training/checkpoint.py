@@ -5,19 +5,19 @@ tensor's pieces are, so that several ranks may each write a file of their own), 
 """
 
 import copy
-import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from kajiya.errors import StoreError
 from kajiya.models.weights_digest import tensors_digest
 from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, write_json
+from kajiya.training.generators import Generators, read_generators, restore_generators
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.pieces import index_of, read_pieces
 from kajiya.training.state import TrainState
@@ -46,13 +46,20 @@ class Snapshot:
 
 
 def take_snapshot(
-    state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, Any], run_key: str
+    state: TrainState,
+    model: nn.Module,
+    optimizer: MasterOptimizer,
+    loader: dict[str, Any],
+    run_key: str,
+    generators: Sequence[Generators] = (),
 ) -> Snapshot:
-    """A copy of the state on the CPU, which nothing that follows changes."""
-    tensors = _buffers(model) | optimizer.state_tensors() | _generator_tensors()
+    """A copy of the state on the CPU, which nothing that follows changes; `generators` of all ranks, or this process's own."""
+    generators = generators or [read_generators()]
+    drawn = {f"generator/{rank}/{k}": t for rank, each in enumerate(generators) for k, t in each.tensors.items()}
+    tensors = _buffers(model) | optimizer.state_tensors() | drawn
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     plain: dict[str, Any] = {"state": asdict(state), "loader": loader, "run_key": run_key}
-    plain |= {"generators": _generator_numbers(), "frozen": frozen_digest(model)}
+    plain |= {"generators": [each.numbers for each in generators], "frozen": frozen_digest(model)}
     return Snapshot(copied, copy.deepcopy(plain))
 
 
@@ -80,14 +87,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str
+    folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str, rank: int = 0
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Verify every hash, restore model, optimizer and generators; returns the counters and the loader's state."""
+    """Verify every hash, restore model, optimizer and generators; returns the counters and the loader's state.
+
+    A rank beyond those that wrote the checkpoint keeps the generators that it has.
+    """
     tensors, plain = _read(folder, run_key)
     _restore_weights(folder, (tensors, plain), model, optimizer)
-    generators = {name.removeprefix("generator/"): t for name, t in tensors.items() if name.startswith("generator/")}
-    _restore_generators(generators, plain["generators"])
+    if rank < len(plain["generators"]):
+        own = f"generator/{rank}/"
+        drawn = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
+        restore_generators(Generators(drawn, plain["generators"][rank]))
     return TrainState(**plain["state"]), plain["loader"]
+
+
+def ranks_behind(folder: Path) -> int:
+    """How many processes wrote the checkpoint together."""
+    return len(read_json(folder / "state.json")["generators"])
 
 
 def load_weights(folder: Path, model: nn.Module, optimizer: MasterOptimizer, run_key: str) -> None:
@@ -169,30 +186,3 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 kept[f"model/{path}.{name}" if path else f"model/{name}"] = buffer
     return kept
-
-
-def _generator_tensors() -> dict[str, torch.Tensor]:
-    tensors = {"generator/cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        tensors[f"generator/cuda{index}"] = torch.cuda.get_rng_state(index)
-    return tensors
-
-
-def _generator_numbers() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-    }
-
-
-def _restore_generators(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    for name, tensor in tensors.items():
-        if name.startswith("cuda"):
-            torch.cuda.set_rng_state(tensor, int(name.removeprefix("cuda")))
-    version, words, gauss = numbers["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = numbers["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

@@ -74,3 +74,15 @@ def agreed(ranks: Ranks, own: str, names: Sequence[str]) -> str:
     index = torch.tensor(names.index(own))
     torch.distributed.broadcast(index, 0)
     return names[int(index)]
+
+
+def gather_bytes(own: bytes) -> list[bytes]:
+    """What each rank gives, in the order of the ranks; every rank must call it, and the group must have been joined."""
+    n = torch.distributed.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(n)]
+    torch.distributed.all_gather(sizes, torch.tensor([len(own)]))
+    longest = max(int(size) for size in sizes)
+    padded = torch.frombuffer(bytearray(own.ljust(longest, b"\0")), dtype=torch.uint8)
+    gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(n)]
+    torch.distributed.all_gather(gathered, padded)
+    return [bytes(each.numpy()[: int(size)]) for each, size in zip(gathered, sizes, strict=True)]
