@@ -35,6 +35,8 @@ class Records:
     params: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     samples: list[str] = field(default_factory=list)
+    histograms: dict[str, list[tuple[int, list[float], list[int]]]] = field(default_factory=dict)
+    """By name: step, edges of the bins, counts."""
     statuses: list[str] = field(default_factory=list)
     n_runs: int = 0
 
@@ -54,6 +56,13 @@ def read_mlflow(run: Run) -> Records:
             records.metrics.setdefault(name, []).extend((point.step, point.value) for point in history)
         for file in client.list_artifacts(found.info.run_id, "samples"):
             records.samples.append(Path(client.download_artifacts(found.info.run_id, file.path)).read_text())
+        for file in client.list_artifacts(found.info.run_id, "histograms"):
+            text = Path(client.download_artifacts(found.info.run_id, file.path)).read_text()
+            for name, value in json.loads(text).items():
+                n = len(value["counts"])
+                edges = [value["low"] + (value["high"] - value["low"]) * place / n for place in range(n + 1)]
+                step = int(Path(file.path).stem.removeprefix("step-"))
+                records.histograms.setdefault(name, []).append((step, edges, value["counts"]))
     return records
 
 
@@ -86,6 +95,12 @@ def read_tensorboard(run: Run) -> Records:
         records.metrics[tag] = [(point.step, point.value) for point in accumulator.Scalars(tag)]
     texts = accumulator.Tensors("samples") if "samples" in accumulator.Tags()["tensors"] else []
     records.samples = [tensor_util.make_ndarray(point.tensor_proto).item().decode() for point in texts]
+    for tag, about in accumulator.summary_metadata.items():
+        if about.plugin_data.plugin_name == "histograms":
+            for point in accumulator.Tensors(tag):
+                rows = tensor_util.make_ndarray(point.tensor_proto)
+                edges = [*rows[:, 0].tolist(), float(rows[-1, 1])]
+                records.histograms.setdefault(tag, []).append((point.step, edges, rows[:, 2].astype(int).tolist()))
     content = accumulator.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
     hparams = metadata.parse_session_start_info_plugin_data(content).hparams
     for name, value in hparams.items():
@@ -110,10 +125,15 @@ def read_wandb(run: Run) -> Records:
             for item in record.config.update:
                 records.params[item.key or item.nested_key[0]] = json.loads(item.value_json)
     records.n_runs = len(ids)
+    drawn: dict[tuple[str, int], dict[str, Any]] = {}
     for name, step, value in read_history(run.folder, token):
         if isinstance(value, dict):
+            drawn.setdefault((name, step), {}).update(value)
             continue
         records.metrics.setdefault(name, []).append((step, value))
+    for (name, step), value in drawn.items():
+        if value.get("_type") == "histogram":
+            records.histograms.setdefault(name, []).append((step, value["bins"], value["values"]))
     tables = (run.folder / "wandb").glob("*run-*/files/media/table/*.json")
     newest = max(tables, key=lambda path: path.stat().st_mtime, default=None)
     if newest is not None:
@@ -164,6 +184,22 @@ def write_metrics(run: Run, steps: range) -> None:
         run.events.emit("metrics", step=step, values={"train/loss": 4.0 / (step + 1), "train/lr": 0.001 * step})
 
 
+def write_histograms(run: Run, step: int) -> None:
+    values = {"low": -1.0, "high": 1.0 + step, "counts": [1, step, 3, 0]}
+    run.events.emit("histograms", step=step, values={"weight/a.b": values, "gradient/a.b": values | {"low": -2.0}})
+
+
+def assert_histograms(found: dict[str, list[tuple[int, list[float], list[int]]]], steps: list[int]) -> None:
+    """One of each name and step, none doubled."""
+    assert found.keys() == {"weight/a.b", "gradient/a.b"}
+    for name, low in (("weight/a.b", -1.0), ("gradient/a.b", -2.0)):
+        assert [step for step, _, _ in found[name]] == steps
+        for step, edges, counts in found[name]:
+            width = (1.0 + step - low) / 4
+            assert edges == pytest.approx([low + place * width for place in range(5)])
+            assert counts == [1, step, 3, 0]
+
+
 def expected_metrics(n_steps: int) -> dict[str, list[tuple[int, float]]]:
     return {
         "train/loss": [(step, 4.0 / (step + 1)) for step in range(n_steps)],
@@ -208,9 +244,11 @@ def test_a_live_run_arrives_through_a_kill_exactly_once(
     run.events.emit("started", attempt=1, resumed_from=None)
     write_metrics(run, range(30))
     run.events.emit("sample", step=29, prompt="def f(", text="x):")
+    write_histograms(run, 29)
     wait_for_offset(run, name, log_size(run))
     before = position_file(run.folder, name).read_text()
     write_metrics(run, range(30, 60))
+    write_histograms(run, 59)
     wait_for_offset(run, name, log_size(run))
     os.kill(trackers.waiting[name].pid, signal.SIGKILL)
     trackers.waiting[name].wait()
@@ -226,6 +264,7 @@ def test_a_live_run_arrives_through_a_kill_exactly_once(
     records = READERS[name](run)
     assert_metrics(records.metrics, expected_metrics(90))
     assert records.n_runs == 1
+    assert_histograms(records.histograms, [29, 59])
     assert len(records.samples) == 1
     assert "def f(" in records.samples[0]
     assert "x):" in records.samples[0]
@@ -241,24 +280,28 @@ def test_a_resumed_run_goes_on_in_the_same_record(name: str, ready_run: Run) -> 
     run = ready_run
     run.events.emit("started", attempt=1, resumed_from=None)
     write_metrics(run, range(20))
+    write_histograms(run, 19)
     run.events.emit("ended", status="interrupted", error=None)
     first = replay(run.folder, name, {}, timeout_s=300)
     assert first.status == "interrupted"
     run.events.emit("opened", pid=os.getpid())
     run.events.emit("started", attempt=2, resumed_from=10)
     write_metrics(run, range(10, 40))
+    for step in (19, 39):
+        write_histograms(run, step)
     run.events.emit("metrics", step=39, values={"eval/loss": float("nan")})
     run.events.emit("ended", status="finished", error=None)
 
     second = replay(run.folder, name, {}, timeout_s=300)
 
     assert second.token == first.token
-    assert second.n_repeated == 20  # ten steps of two metrics, computed again
+    assert second.n_repeated == 21  # ten steps of two metrics and one histogram, computed again
     records = READERS[name](run)
     ((step, value),) = records.metrics.pop("eval/loss")
     assert step == 39
     assert math.isnan(value)
     assert_metrics(records.metrics, expected_metrics(40))
+    assert_histograms(records.histograms, [19, 39])
     assert records.n_runs == 1
     if records.statuses:
         assert records.statuses == ["FINISHED"]

@@ -46,6 +46,15 @@ def test_samples_of_steps_already_passed_are_left_out() -> None:
     assert len(delivered(position, OPENED, *samples, samples[0] | {"step": 6})) == 2
 
 
+def test_histograms_of_steps_already_passed_are_left_out() -> None:
+    position = Position()
+    drawn = [{"kind": "histograms", "step": step, "values": {}} for step in (5, 10)]
+    assert len(delivered(position, OPENED, *drawn)) == 3
+    again = [*drawn, drawn[0] | {"step": 15}]
+    assert [event.get("step") for event in delivered(position, OPENED, *again)] == [None, 15]
+    assert position.n_repeated == 2
+
+
 def test_a_position_is_saved_and_rewound(tmp_path: Path) -> None:
     path = position_file(tmp_path, "my_pkg.mod:Class")
     assert path == tmp_path / "trackers" / "my_pkg.mod-Class.json"

@@ -129,6 +129,9 @@ class ListLoader:
         self.index += 1
         return self.batches[(self.index - 1) % len(self.batches)]
 
+    def heaviest(self) -> Any:
+        return max(self.batches, key=lambda batch: batch.n_tokens)
+
     def state(self) -> dict[str, int]:
         return {"index": self.index}
 

@@ -150,6 +150,9 @@ class RowLoader:
             int((targets >= 0).sum()),
         )
 
+    def heaviest(self) -> Batch:
+        return self.next()
+
     def state(self) -> dict[str, int]:
         return {"row": self.row}
 

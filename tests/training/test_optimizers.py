@@ -9,7 +9,7 @@ from kajiya.config.schema import OptimConfig
 from kajiya.config.tables import TABLES
 from kajiya.errors import ConfigError, StoreError
 from kajiya.training.muon import Muon, orthogonalize
-from kajiya.training.optimizers import load_optimizer
+from kajiya.training.optimizers import load_optimizer, require_other_memory
 
 NAMES = sorted(TABLES["optimizer"])
 Make = Callable[..., torch.nn.Module]
@@ -117,6 +117,43 @@ def test_bf16_masters_do_not_lose_small_updates(name: str, tiny_model: Make) -> 
     assert optimizer.masters[name_of].dtype == torch.float32
     assert not torch.equal(optimizer.masters[name_of], before)
     assert torch.equal(weight, optimizer.masters[name_of].bfloat16())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_on_the_host_updates_as_one_on_the_device(name: str, dtype: torch.dtype, tiny_model: Make) -> None:
+    """The mechanism, on a CPU that is both: masters apart from the parameters, and the same numbers; with an average."""
+    models = [tiny_model().to(dtype) for _ in range(2)]
+    optimizers = [
+        load_optimizer(OptimConfig(name=name, offload=offload), model, ema_decay=0.9)
+        for model, offload in zip(models, (False, True), strict=True)
+    ]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            _set_grads(model, step)
+            optimizer.step(1e-2)
+    beside, apart = optimizers
+    assert all(apart.masters[key].data_ptr() != p.data_ptr() for key, p in apart.parameters.items())
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+    states = [optimizer.state_tensors() for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    with beside.averaged(), apart.averaged():
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(a, b)
+    other = tiny_model(seed=7).to(dtype)
+    restored = load_optimizer(OptimConfig(name=name, offload=True), other, ema_decay=0.9)
+    restored.load_state_tensors({key: tensor.clone() for key, tensor in states[0].items()})
+    for a, b in zip(models[0].parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_on_the_host_needs_a_device_beside_it() -> None:
+    require_other_memory(OptimConfig(), torch.device("cpu"))
+    require_other_memory(OptimConfig(offload=True), torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"optim\.offload.*this is cpu"):
+        require_other_memory(OptimConfig(offload=True), torch.device("cpu"))
 
 
 def test_a_state_of_other_parameters_is_refused(tiny_model: Make) -> None:

@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tests.training.conftest import make_batch
+from tests.training.conftest import ListLoader, make_batch
 from tests.training.test_fit import make_setup
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,10 +18,11 @@ from kajiya.config.schema import AdapterConfig
 from kajiya.errors import ConfigError
 from kajiya.models.adapt import transform
 from kajiya.training.find_lr import range_test
-from kajiya.training.fit import fit, train_step
+from kajiya.training.fit import Setup, fit, train_step
 from kajiya.training.flops import flops_per_token, matmul_peak
+from kajiya.training.histograms import count_values, histograms_watch
 from kajiya.training.layer_norms import norms_watch
-from kajiya.training.memory import rows_that_fit
+from kajiya.training.memory import _largest_on_gpu, largest_micro_batch, rows_that_fit
 from kajiya.training.precision import resolve_precision
 from kajiya.training.profile import Profile
 from kajiya.training.recompute import recompute_activations
@@ -76,7 +79,8 @@ def test_a_profile_is_a_trace_and_a_table(tiny_model: Make, tmp_path: Path) -> N
 def test_norms_are_those_before_the_update(tiny_model: Make) -> None:
     heard: list[dict[str, Any]] = []
     watch = norms_watch(2, lambda kind, **fields: heard.append(fields))
-    setup = make_setup(tiny_model(), [make_batch(2)], steps=4, watch=watch, clip_norm=0.5)
+    assert watch is not None
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=4, watches=(watch,), clip_norm=0.5)
     fit(setup, TrainState(), [], lambda: False)
     assert [each["step"] for each in heard] == [2, 4]
     gradients = [value for name, value in heard[0]["values"].items() if name.startswith("gradient_norm/")]
@@ -84,14 +88,36 @@ def test_norms_are_those_before_the_update(tiny_model: Make) -> None:
     assert norms_watch(None, lambda *_: None) is None
 
 
-@pytest.mark.parametrize("how", ["full", "selective"])
-def test_recomputed_activations_give_the_same_gradients(how: str, tiny_model: Make) -> None:
-    norms = []
+@pytest.mark.parametrize("how", ["full", "selective", "offload"])
+def test_recomputed_activations_give_the_same_gradients(
+    how: str, tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = []
+
+    class Counted(torch.autograd.graph.save_on_cpu):
+        def __init__(self, **_: object) -> None:
+            super().__init__()  # pinned memory is for devices beside the host
+
+        def __enter__(self) -> None:
+            moved.append(self)
+            super().__enter__()
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Counted)
+    gradients = []
     for each in ("off", how):
         model = tiny_model()
-        recompute_activations(model, each, CPU)
-        norms.append(train_step(make_setup(model, [make_batch(2)]), TrainState()))
-    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+        # The model stays where it is; the host's memory is then another copy in the same memory.
+        recompute_activations(model, each, torch.device("cuda") if each == "offload" else CPU)
+        setup = make_setup(model, [make_batch(2)], clip_norm=None)
+        kept: list[torch.Tensor] = []
+        setup.optimizer.step = lambda lr, setup=setup, kept=kept: kept.extend(  # type: ignore[method-assign]
+            grad.clone() for grad in setup.optimizer.grads()
+        )
+        train_step(setup, TrainState())
+        gradients.append(kept)
+    assert len(moved) == (2 if how == "offload" else 0), "once for each block"
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_a_module_without_checkpointing_is_refused() -> None:
@@ -107,6 +133,36 @@ def test_the_rows_that_fit() -> None:
     assert rows_that_fit(sizes, 0.0, 2000, 4) == 32
     assert rows_that_fit(sizes, 100.0, 0, 4) == 4
     assert rows_that_fit(sizes, 100.0, None, 4) == 4
+
+
+def test_a_gpu_is_searched_from_the_largest_micro_batch_down_on_the_hardest_rows(tiny_model: Make) -> None:
+    """As though the GPU had room for three rows of 16 tokens, and the loader gave short rows first."""
+    asked: list[int] = []
+    loader = ListLoader([make_batch(8, tokens=4), make_batch(8, tokens=16)])
+    setup = make_setup(tiny_model(), [], loader=loader, steps=1)
+    size = 8
+
+    def resize(n: int) -> None:
+        nonlocal size
+        size = n
+
+    def loss(model: Any, batch: Any) -> Any:
+        asked.append(size)
+        assert batch.tokens.shape[1] == 16
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return setup.loss(model, batch)
+
+    def of_gpu(trial: Setup, resize: Callable[[int], None], sizes: list[int]) -> int:
+        return _largest_on_gpu(replace(trial, loss=loss), resize, sizes)
+
+    before = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kajiya.training.memory._largest_on_cpu", of_gpu)
+        assert largest_micro_batch(setup, resize, 8) == 2
+    assert asked == [8, 4, 2]
+    assert loader.state() == {"index": 0}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in setup.model.state_dict().items())
 
 
 def test_operations_by_palms_formula(tiny_model: Make) -> None:
@@ -140,3 +196,37 @@ def test_operations_of_an_adapter_are_those_that_torch_counts(tiny_model: Make) 
     quantized = tiny_model(tied=False)
     transform(quantized, lora, "nf4", seed=0)
     assert flops_per_token(quantized, 64) == flops_per_token(model, 64)
+
+
+def test_histograms_count_every_value_where_it_lies(tiny_model: Make) -> None:
+    heard: list[tuple[str, dict[str, Any]]] = []
+    watch = histograms_watch(2, lambda kind, **fields: heard.append((kind, fields)))
+    assert watch is not None
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=3, watches=(watch,), clip_norm=0.5)
+    grads: dict[str, torch.Tensor] = {}
+    step = setup.optimizer.step
+
+    def keep(lr: float) -> None:
+        grads.update({name: p.grad.clone() for name, p in setup.optimizer.parameters.items() if p.grad is not None})
+        grads.update({f"weight of {name}": p.detach().clone() for name, p in setup.optimizer.parameters.items()})
+        step(lr)
+
+    setup.optimizer.step = keep  # type: ignore[method-assign]
+    train_step(setup, state := TrainState())
+    train_step(setup, state)
+    ((kind, fields),) = heard
+    assert (kind, fields["step"]) == ("histograms", 2)
+    names = list(setup.optimizer.parameters)
+    assert fields["values"].keys() == {f"{what}/{name}" for what in ("gradient", "weight") for name in names}
+    for name in names:
+        for what, tensor in (("gradient", grads[name]), ("weight", grads[f"weight of {name}"])):
+            told = fields["values"][f"{what}/{name}"]
+            counts, edges = np.histogram(tensor.numpy(), bins=32, range=(told["low"], told["high"]))
+            assert sum(told["counts"]) == tensor.numel()
+            assert edges[0] <= tensor.min()
+            assert abs(counts - np.array(told["counts"])).sum() <= 0.02 * tensor.numel() + 2, (
+                "but for values on an edge"
+            )
+    ((low, high, counts),) = count_values([torch.full((5,), 3.0)])
+    assert (low, high, sum(counts)) == (2.5, 3.5, 5)
+    assert histograms_watch(None, lambda *_: None) is None

@@ -193,6 +193,8 @@ class OptimConfig:
     """Largest global norm of the gradient; `None`: not clipped."""
     max_skipped: int = setting(10, ge=0)
     """Steps whose gradient is not finite are skipped and counted; past this many the run stops."""
+    offload: bool = False
+    """Masters and moments lie in the host's memory, and its processor updates them (GPU)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of that optimizer."""
 
@@ -265,6 +267,10 @@ class TrainConfig:
     """Two steps under the profiler: a trace, a table by module and operation, in the run's folder."""
     layer_norms_every: int | None = setting(None, ge=1)
     """Steps between two lines of each tensor's gradient norm and weight norm; `None`: none."""
+    histograms_every: int | None = setting(None, ge=1)
+    """Steps between two histograms of each tensor's gradient and weights; `None`: none."""
+    samples_every: int | None = setting(None, ge=1)
+    """Steps between two looks at what the model writes: `eval.samples` held-out prompts, gone on with; `None`: none."""
     log_every: int = setting(10, ge=1)
     """Steps between two lines of metrics."""
     eval_every: int | None = setting(None, ge=1)
@@ -304,7 +310,7 @@ class EvalConfig:
     baselines: tuple[str, ...] = ("xz", "xz-primed")
     """Compressors measured on the same held-out bytes: xz, xz-primed."""
     samples: int = setting(4, ge=0)
-    """Completions of unseen functions to sample."""
+    """Completions of unseen functions to sample; of held-out prompts during training (`train.samples_every`)."""
     sample_tokens: int = setting(96, ge=1)
     """Tokens in each sample."""
     temperature: float = setting(0.7, ge=0)

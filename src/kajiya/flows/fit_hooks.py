@@ -1,5 +1,6 @@
 """What happens along a training: progress, lines of the log, evaluation, checkpoints, the look whether everything moves."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from kajiya.flows.feeding import Feeds
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.task_watch import TaskWatch
 from kajiya.run.meter import Meter
-from kajiya.training.fit import Hook, StepReport
+from kajiya.training.fit import Hook, Setup, StepReport
 from kajiya.training.movement import Movement
 from kajiya.training.profile import Profile
 from kajiya.training.state import TrainState
@@ -27,8 +28,12 @@ def make_hooks(
     *,
     compiled: bool,
     watch: TaskWatch | None = None,
+    samples: Callable[[], list[tuple[str, str]]] | None = None,
 ) -> list[Hook]:
-    """The hooks of the one process that writes; `watch` asks the tasks of `train.tasks`."""
+    """The hooks of the one process that writes.
+
+    `watch` asks the tasks of `train.tasks`; `samples` has the model go on with a few prompts.
+    """
     setup = keeper.setup
     heldout = feeding.evaluator(setup, config.train.eval_rows)
     movement = Movement(setup.model, setup.optimizer, state)
@@ -68,12 +73,27 @@ def make_hooks(
     def save(report: StepReport) -> None:
         keeper.save(report.state)
 
-    return [
+    hooks = [
         Hook("progress", 1, progress),
         Hook("logging", config.train.log_every, log),
         Hook("evaluation", state.derived["train.eval_every"], evaluate),
         Hook("saving", state.derived["train.save_every"], save),
     ]
+    if samples is not None and config.train.samples_every is not None:
+        hooks.append(Hook("sampling", config.train.samples_every, sampling(setup, samples, hear)))
+    return hooks
+
+
+def sampling(setup: Setup, samples: Callable[[], list[tuple[str, str]]], hear: OnEvent) -> Callable[[StepReport], None]:
+    """Tells what the averaged weights write, where there is an average."""
+
+    def look(report: StepReport) -> None:
+        with setup.optimizer.averaged():
+            written = samples()
+        for prompt, text in written:
+            hear("sample", step=report.state.step, prompt=prompt, text=text)
+
+    return look
 
 
 def follower_hooks(keeper: Keeper, state: TrainState) -> list[Hook]:

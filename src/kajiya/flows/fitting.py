@@ -20,6 +20,7 @@ from kajiya.flows.fit_hooks import follower_hooks, make_hooks
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.prove import prove_run
 from kajiya.flows.rolling import open_rollouts
+from kajiya.flows.sample_watch import open_samples
 from kajiya.flows.task_watch import open_watch
 from kajiya.flows.teaching import load_run_loss
 from kajiya.models.adapt import has_adapter, rate_ratios, transform
@@ -38,10 +39,11 @@ from kajiya.training.compile import compile_where_it_pays
 from kajiya.training.fit import Setup, fit
 from kajiya.training.flops import matmul_peak
 from kajiya.training.guard import Guard
+from kajiya.training.histograms import histograms_watch
 from kajiya.training.layer_norms import norms_watch
 from kajiya.training.losses import load_measure
 from kajiya.training.memory import largest_micro_batch
-from kajiya.training.optimizers import load_optimizer
+from kajiya.training.optimizers import load_optimizer, require_other_memory
 from kajiya.training.portions import AUTO, Portions, rows_of_step, share_out
 from kajiya.training.precision import PRECISIONS, Precision, resolve_device, resolve_precision
 from kajiya.training.ranks import Ranks, agreed, find_ranks, join, wait_for_all
@@ -105,6 +107,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
             "Train the whole model on them first.",
         )
     recompute_activations(built.module, config.train.gradient_checkpointing, device)
+    require_other_memory(config.optim, device)
     strategy = open_strategy(device, precision, ranks)
     model = strategy.prepare(built.module)
     fused = fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
@@ -239,6 +242,7 @@ def fit_run(
     prepared = prepare(config, data, run.store, settled)
     module = prepared.setup.model
     watch = open_watch(config, data.corpus, lambda folder: _save(config, module, data, folder), run.folder)
+    samples = open_samples(config, prepared.feeding, lambda folder: _save(config, module, data, folder), run.folder)
     for name, artifact in prepared.computed.items():
         run.record_artifact(name, artifact)
     if "train.steps" not in settled:
@@ -285,6 +289,7 @@ def fit_run(
         hear,
         compiled=prepared.compiled.startswith("yes"),
         watch=watch,
+        samples=samples,
     )
     try:
         fit(setup, state, hooks, lambda: should_stop() or is_stale(config.train, state))
@@ -336,7 +341,8 @@ def _keeper(config: Config, run: Run, prepared: Prepared, settled: dict[str, Any
         rollback=lambda _state: keeper.go_back(settled["train.save_every"]),
     )
     writer = CheckpointWriter(run.checkpoints, train.keep_last)
-    setup = replace(setup, guard=guard, watch=norms_watch(train.layer_norms_every, hear))
+    watches = (norms_watch(train.layer_norms_every, hear), histograms_watch(train.histograms_every, hear))
+    setup = replace(setup, guard=guard, watches=tuple(each for each in watches if each is not None))
     keeper = Keeper(run, setup, key, hear, writer, prepared.ranks)
     return keeper
 

@@ -25,6 +25,7 @@ Event = dict[str, Any]
 - `derived`: `values` {name: value} of settings that were `auto`
 - `checkpoint`: `step`, `path`, `bytes`
 - `sample`: `step`, `prompt`, `text`, and of an answer that was judged its `reward`
+- `histograms`: `step`, `values` {name: `low`, `high`, `counts` of the equal bins between them}
 - `artifact`: `name`, `path`, `stage`, `digest`
 - `report`: `path`
 - `proof`: `facts` (`seconds`, `findings`: name, state, text, remedy, figures)

@@ -42,7 +42,7 @@ def range_test(setup: Setup, lowest: float, highest: float, steps: int) -> Range
     def rate(step: int) -> float:
         return float(lowest * (highest / lowest) ** ((step - 1) / (steps - 1)))
 
-    trial = replace(setup, lr=rate, steps=steps, guard=Guard(), max_skipped=steps, watch=None)
+    trial = replace(setup, lr=rate, steps=steps, guard=Guard(), max_skipped=steps, watches=())
     with undone(setup):
         for _ in range(steps):
             train_step(trial, state)

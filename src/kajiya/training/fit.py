@@ -32,6 +32,10 @@ class Loader(Protocol):
         """The next micro-batch; the data begin again at their end."""
         ...
 
+    def heaviest(self) -> Any:
+        """The micro-batch that takes the most memory; the position stays."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """The position, to go on from it, as JSON can hold it."""
         ...
@@ -59,7 +63,7 @@ class Setup:
     row_growth: tuple[float, ...] = ()
     measure: Measure | None = None
     guard: Guard = field(default_factory=Guard)
-    watch: "Watch | None" = None
+    watches: tuple["Watch", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,9 @@ def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str],
     if find_spike(guard, state, objective) and handle_spike(guard, state, objective, group, setup.max_skipped):
         setup.optimizer.clear_grads()
         return
-    if setup.watch is not None and state.step % setup.watch.every == 0:
-        setup.watch.look(setup, state)
+    for watch in setup.watches:
+        if state.step % watch.every == 0:
+            watch.look(setup, state)
     strategy.step(setup.optimizer, setup.lr(state.step))
     gather(state, names[1:], [*values[2 : 1 + len(names)], *values[2 + len(names) :]])
 

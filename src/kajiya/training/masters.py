@@ -25,7 +25,8 @@ class MasterOptimizer:
     """One or more torch optimizers over float32 masters of the model's parameters.
 
     A parameter in float32 is its own master. One in bf16 or fp16 has a float32 copy that is updated and rounded back after
-    each step, so that small updates are not lost. With `ema_decay`, an exponential average of the masters is kept beside them.
+    each step, so that small updates are not lost; a master in the host's memory is a copy too. With `ema_decay`, an exponential
+    average of the masters is kept beside them.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class MasterOptimizer:
         """One update at learning rate `lr` (each group keeps its ratio to the peak), then clear the gradients."""
         for name in self._copied:
             grad = self.parameters[name].grad
-            self.masters[name].grad = None if grad is None else grad.float()
+            self.masters[name].grad = None if grad is None else grad.to(self.masters[name].device, torch.float32)
         for optimizer, ratios in zip(self.optimizers, self._ratios, strict=True):
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
                 group["lr"] = lr * ratio

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from kajiya.errors import TrainingError
-from kajiya.training.fit import Setup, train_step
+from kajiya.training.fit import Loader, Setup, train_step
 from kajiya.training.guard import Guard
 from kajiya.training.probe import peak_bytes, undone
 from kajiya.training.state import TrainState
@@ -17,17 +17,29 @@ _SHARE = 0.8
 
 
 def largest_micro_batch(setup: Setup, resize: Callable[[int], None], own_rows: int) -> int:
-    """The largest divisor of a rank's `own_rows` of a step that fits into memory, by whole steps that are undone.
+    """The largest divisor of a rank's `own_rows` of a step that fits into memory, by whole steps on the longest rows, undone.
 
     On a GPU sizes are tried from the largest down. On a CPU, where too much kills the process, steps of one row and of a few
     tell what a row takes. `resize(n)` makes the loader give n rows at a time, the same on all ranks.
     """
     sizes = [n for n in range(1, own_rows + 1) if own_rows % n == 0]
-    trial = replace(setup, accumulate=1, lr=lambda _step: 1e-9, guard=Guard(), watch=None)
+    trial = replace(setup, loader=_Heaviest(setup.loader), accumulate=1, lr=lambda _step: 1e-9, guard=Guard(), watches=())
     with undone(setup):
         fits = _largest_on_gpu if setup.strategy.device.type == "cuda" else _largest_on_cpu
         found = fits(trial, resize, sizes)
     return -int(setup.strategy.from_first(-float(found)))
+
+
+class _Heaviest:
+    """The loader's heaviest micro-batch, again and again."""
+
+    waited_s = 0.0
+
+    def __init__(self, loader: Loader) -> None:
+        self.heaviest = loader.heaviest
+        self.next = loader.heaviest
+        self.state = loader.state
+        self.load_state = loader.load_state
 
 
 def _largest_on_gpu(trial: Setup, resize: Callable[[int], None], sizes: list[int]) -> int:

@@ -45,7 +45,7 @@ def load_optimizer(
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("model", "has no trainable parameter")
-    masters = [(name, _master(parameter)) for name, parameter in trainable]
+    masters = [(name, _master(parameter, on_host=config.offload)) for name, parameter in trainable]
     roles = parameter_roles(model)
     decays = {name: config.weight_decay if roles[name] in config.decayed else 0.0 for name, _ in trainable}
     make, options = resolve("optimizer", config.name, config.options, "optim")
@@ -137,7 +137,20 @@ def _groups(named: Named, weight_decay: Decays) -> list[dict[str, Any]]:
     return [{"params": tensors, "weight_decay": decay} for decay, tensors in found.items()]
 
 
-def _master(parameter: torch.Tensor) -> torch.Tensor:
+def require_other_memory(config: OptimConfig, device: torch.device) -> None:
+    """Raises `ConfigError` where `optim.offload` is set and the device's memory is the host's own."""
+    if config.offload and device.type != "cuda":
+        raise ConfigError(
+            "optim.offload",
+            f"moves the optimizer's state from a GPU into the host's memory, and this is {device.type}",
+            "Set optim.offload=false.",
+        )
+
+
+def _master(parameter: torch.Tensor, *, on_host: bool) -> torch.Tensor:
+    """The parameter itself, or a float32 copy of it: of another dtype, or in the host's memory."""
+    if on_host:
+        return parameter.detach().to("cpu", torch.float32, copy=True)
     return parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
 
 

@@ -128,5 +128,5 @@ def _timed_step(setup: Setup, state: TrainState) -> float:
     started = time.perf_counter()
     # The schedule is not known yet (its length may be derived from this very measurement), and a rate of almost
     # nothing keeps the weights sane without changing what a step costs.
-    train_step(replace(setup, lr=lambda _step: 1e-9, watch=None), state)
+    train_step(replace(setup, lr=lambda _step: 1e-9, watches=()), state)
     return setup.strategy.from_first(time.perf_counter() - started)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -28,8 +29,14 @@ def recompute_activations(model: nn.Module, how: str, device: torch.device) -> N
     if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
         raise ConfigError("train.gradient_checkpointing", f"{type(model).__name__} does not support it")
     settings = {"use_reentrant": False} | ({"context_fn": _keep_costly()} if how == "selective" else {})
-    # Transformers renamed it within version 5.
+    # Transformers renamed it within version 5, and only the new one can move what it keeps.
     enable = vars(PreTrainedModel).get("activation_checkpointing_enable")
+    if enable is None and how == "offload":
+        raise ConfigError(
+            "train.gradient_checkpointing",
+            f"offload needs a newer Transformers than {version('transformers')}",
+            "Install one (pip install -U transformers), or set train.gradient_checkpointing=full.",
+        )
     if enable is None:
         model.gradient_checkpointing_enable(settings)
     else:

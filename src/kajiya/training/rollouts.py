@@ -155,6 +155,23 @@ class RolloutLoader:
         self.row += self.batch * self.world
         return assemble(prompts, groups, self.roller)
 
+    def heaviest(self) -> RolloutBatch:
+        """The longest prompt with answers as long as they may be, as many as `next` gives; the position stays."""
+        roller, options = self.roller, self.roller.options
+        token = roller.vocabulary.pad_token_id or 0
+        blank = [0.0] * options.max_tokens
+        answer = Rollout(
+            tokens=[token] * options.max_tokens,
+            sampled=blank,
+            is_cut=True,
+            text="",
+            rewards=[0.0] * (1 + len(roller.rewards.names)),
+            old=blank if roller.old else None,
+            reference=blank if roller.reference else None,
+        )
+        longest = Prompt((token,) * self.prompts.longest, "", "")
+        return assemble([longest] * self.batch, [[answer] * options.group_size] * self.batch, roller)
+
     def _prompts(self, numbers: Sequence[int]) -> list[Prompt]:
         places = self._order.places(np.array(numbers, dtype=np.int64)) % len(self.prompts)
         return [self.prompts[int(place)] for place in places]

@@ -162,6 +162,10 @@ class MLflowTracker:
         name = f"samples/step-{event['step']:08d}-{digest([event['prompt'], event['text']])[:6]}.txt"
         self.client.log_text(self.run_id, f"{event['prompt']}\n----\n{event['text']}\n", name)
 
+    def _histograms(self, event: Event) -> None:
+        # MLflow draws no histograms: a file of each step, name by name, that its page shows.
+        self.client.log_dict(self.run_id, event["values"], f"histograms/step-{event['step']:08d}.json")
+
     def _artifact(self, event: Event) -> None:
         folder = self.facts.store / event["path"]
         if not folder.is_dir():
@@ -221,6 +225,7 @@ _TAKES: Mapping[str, Callable[[MLflowTracker, Event], None]] = {
     "derived": MLflowTracker._derived,
     "stage": MLflowTracker._stage,
     "sample": MLflowTracker._sample,
+    "histograms": MLflowTracker._histograms,
     "artifact": MLflowTracker._artifact,
     "report": MLflowTracker._report,
     "warning": MLflowTracker._warning,

@@ -22,13 +22,13 @@ class Position:
     n_events: int = 0
     """Events delivered."""
     n_repeated: int = 0
-    """Metrics and samples left out because a resumed run computed them again."""
+    """Metrics, samples and histograms left out because a resumed run computed them again."""
     status: str = "running"
     """Last known status of the run: running, finished, interrupted, failed."""
     closed: bool = False
     """The tracker was closed behind `offset`."""
     highest: dict[str, Any] = field(default_factory=dict)
-    """Highest step delivered of each metric and of samples, and the value there: `[step, value]`."""
+    """Highest step delivered of each metric, of samples and of histograms, and the value there: `[step, value]`."""
     repeated: dict[str, Any] = field(default_factory=dict)
     """`highest` as it was when the run was last resumed: up to here its events are repetitions."""
     saved: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Position:
             if not new:
                 return None
             event = event | {"values": new}
-        elif kind == "sample" and not self._is_new("samples of text", event["step"], None):
+        elif kind in _ONCE_A_STEP and not self._is_new(_ONCE_A_STEP[kind], event["step"], None):
             self.n_repeated += 1
             return None
         self.n_events += 1
@@ -74,6 +74,10 @@ class Position:
         if name not in self.highest or step >= self.highest[name][0]:
             self.highest[name] = [step, value]
         return True
+
+
+_ONCE_A_STEP = {"sample": "samples of text", "histograms": "histograms of tensors"}
+"""Kinds of events that a step brings only in one attempt, and the name that `highest` has for them."""
 
 
 def position_file(run_folder: Path, name: str, ending: str = ".json") -> Path:

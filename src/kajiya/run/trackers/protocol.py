@@ -56,6 +56,14 @@ class Tracker(Protocol):
         """No more events: the run is `finished`, `interrupted` or `failed`."""
 
 
+def histograms_of(event: Event) -> Iterator[tuple[str, list[tuple[float, float, int]]]]:
+    """Name and bins (left edge, right edge, count) of each histogram in a `histograms` event."""
+    for name, value in event["values"].items():
+        low, counts = float(value["low"]), value["counts"]
+        width = (float(value["high"]) - low) / len(counts)
+        yield name, [(low + n * width, low + (n + 1) * width, count) for n, count in enumerate(counts)]
+
+
 def metrics_of(event: Event) -> Iterator[tuple[str, int, float]]:
     """Name, step and value of each number in a `metrics` or `system` event; non-finite numbers are strings in the log."""
     for name, value in event["values"].items():

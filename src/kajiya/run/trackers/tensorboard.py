@@ -9,7 +9,7 @@ from kajiya.errors import MissingExtraError
 from kajiya.run.events import Event
 from kajiya.run.flatten import flatten
 from kajiya.run.trackers.embeddings import write_projector
-from kajiya.run.trackers.protocol import MODEL_ARTIFACT, RunFacts, metrics_of
+from kajiya.run.trackers.protocol import MODEL_ARTIFACT, RunFacts, histograms_of, metrics_of
 
 
 class TensorBoardTracker:
@@ -99,6 +99,18 @@ class TensorBoardTracker:
         text = "\n".join("    " + line for line in f"{event['prompt']}{event['text']}".split("\n"))
         self._write(text_pb("samples", text), event["t"], event["step"])
 
+    def _histograms(self, event: Event) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.histogram.metadata import create_summary_metadata
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        for name, buckets in histograms_of(event):
+            rows = make_tensor_proto(buckets, shape=(len(buckets), 3), dtype="float64")
+            metadata = create_summary_metadata(display_name=None, description=None)
+            self._write(
+                Summary(value=[Summary.Value(tag=name, tensor=rows, metadata=metadata)]), event["t"], event["step"]
+            )
+
     def _warning(self, event: Event) -> None:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
@@ -112,5 +124,6 @@ _TAKES: Mapping[str, Callable[[TensorBoardTracker, Event], None]] = {
     "sample": TensorBoardTracker._sample,
     "artifact": TensorBoardTracker._artifact,
     "ended": TensorBoardTracker._ended,
+    "histograms": TensorBoardTracker._histograms,
     "warning": TensorBoardTracker._warning,
 }

@@ -11,7 +11,7 @@ from kajiya.config.options import WandbOptions
 from kajiya.errors import MissingExtraError
 from kajiya.run.events import Event
 from kajiya.run.files import list_files, read_json
-from kajiya.run.trackers.protocol import RunFacts, metrics_of
+from kajiya.run.trackers.protocol import RunFacts, histograms_of, metrics_of
 
 _SAMPLES = "samples"
 _SMALL_BYTES = 16 * 2**20
@@ -92,6 +92,19 @@ class WandbTracker:
         if new:
             self.run.log({name: value for name, _, value in new} | {"_timestamp": event["t"]}, step=int(event["step"]))
 
+    def _histograms(self, event: Event) -> None:
+        import numpy as np
+        import wandb
+
+        drawn = {}
+        for name, bins in histograms_of(event):
+            if (name, int(event["step"])) not in self.written:
+                edges = np.array([left for left, _, _ in bins] + [bins[-1][1]])
+                drawn[name] = wandb.Histogram(np_histogram=(np.array([count for _, _, count in bins]), edges))
+        self.last_step = max(self.last_step, int(event["step"]))
+        if drawn:
+            self.run.log(drawn | {"_timestamp": event["t"]}, step=int(event["step"]))
+
     def _config(self, event: Event) -> None:
         self.run.config.update(event["config"], allow_val_change=True)
 
@@ -128,6 +141,7 @@ _TAKES: Mapping[str, Callable[[WandbTracker, Event], None]] = {
     "derived": WandbTracker._derived,
     "sample": WandbTracker._sample,
     "artifact": WandbTracker._artifact,
+    "histograms": WandbTracker._histograms,
 }
 
 # ---------------------------------------------------------------- what is on the disk
