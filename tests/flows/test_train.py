@@ -222,27 +222,15 @@ def test_a_corrupt_newest_checkpoint_is_told_and_made_anew(whole: Path, tmp_path
     assert _weights(rest) == _weights(whole)
 
 
-def test_sigterm_saves_exits_with_0_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_exits_with_0_and_says_how_to_go_on(how: signal.Signals, whole: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
-    ended = _run_until(stopped, _logged(6), signal.SIGTERM, *_LONGER)
+    ended = _run_until(stopped, _logged(6), how, *_LONGER)
     assert ended.returncode == 0, ended.stderr
     assert "The same command goes on from it" in ended.stdout
+    assert f"--store {stopped}" in ended.stdout
     assert find_run(Store(stopped), "latest").manifest()["status"] == "interrupted"
     assert _weights(_finish(stopped, *_LONGER)) == _weights(whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
-def test_killed_anywhere_with_each_optimizer_and_precision(optim: str, precision: str, tmp_path: Path) -> None:
-    more = (*_LONGER, f"optim={optim}", f"train.precision={precision}", "train.accumulate=2")
-    whole = _finish(tmp_path / "whole", *more)
-    killed = tmp_path / "killed"
-    for step in (2, 8, 20):
-        _run_until(killed, _logged(step), signal.SIGKILL, *more)
-    rest = _finish(killed, *more)
-    assert _weights(rest) == _weights(whole)
-    assert _metrics(rest) == _metrics(whole)
 
 
 @pytest.mark.slow

@@ -238,11 +238,11 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
 
 
 def _start(store: Path, *before: str) -> subprocess.Popen[bytes]:
-    """The recipe with dropout and noise, in a group of processes of its own."""
+    """The recipe with dropout and noise."""
     command = [*before, "-m", "kajiya", "train", "stdlib-pretrain", *small_overrides(*_DROPPING), "--store", str(store)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (store.parent / f"{store.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 _DROPPING = (
@@ -269,8 +269,15 @@ def test_two_processes_with_dropout_go_on_after_a_kill_bit_for_bit(tmp_path: Pat
         while not any(event["kind"] == "metrics" and event["step"] >= step for event in _events(broken)):
             assert process.poll() is None, (tmp_path / "broken.log").read_text()
             time.sleep(0.005)
-        os.killpg(process.pid, how)
+        # torchrun passes SIGTERM on to its workers; they outlive its own death.
+        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert len(workers) == 2
+        for pid in [process.pid, *(workers if how == signal.SIGKILL else ())]:
+            os.kill(pid, how)
         process.wait(300)
+        for pid in workers:
+            while Path(f"/proc/{pid}").exists():
+                time.sleep(0.01)
     assert _start(broken, *_TWO).wait(300) == 0, (tmp_path / "broken.log").read_text()
     resumed = [event["resumed_from"] for event in _events(broken) if event["kind"] == "started"]
     assert len(resumed) == 3

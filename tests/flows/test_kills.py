@@ -1,0 +1,128 @@
+"""Killed at random steps, resumed: with each precision and optimizer the end is that of an uninterrupted run, to the bit."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import small_overrides
+
+from kajiya.config.tables import TABLES
+from kajiya.run.events import read_events
+from kajiya.run.files import hash_file
+from kajiya.run.folder import find_run
+from kajiya.run.store import Store
+
+pytestmark = pytest.mark.slow
+
+STEPS = 24
+CASES = [
+    ("fp32", "adamw", "train.ema_decay=0.9"),
+    ("fp32", "muon", ""),
+    ("fp32", "adamw_8bit", ""),
+    ("fp32", "adafactor", ""),
+    ("fp32", "lion", ""),
+    ("fp32", "sgd", ""),
+    ("fp32", "schedule_free", "schedule=constant"),
+    ("bf16", "adamw", "train.loss.options.neftune_alpha=5"),
+    ("bf16", "muon", "train.ema_decay=0.9"),
+    ("bf16", "adamw_8bit", ""),
+    ("bf16", "schedule_free", "schedule=constant"),
+    ("bf16-mixed", "adamw", "model.options.attention_dropout=0.1"),
+    ("bf16-mixed", "muon", ""),
+    ("fp16-mixed", "adamw", "train.ema_decay=0.9"),
+    ("fp16-mixed", "muon", ""),
+]
+"""Every optimizer, every precision that a CPU has; averages, dropout and noise among them."""
+
+_TRAIN = """
+import sys
+from pathlib import Path
+from kajiya.config.compose import compose
+from kajiya.flows.train import Scope, train
+from kajiya.run.store import Store
+train(compose("stdlib-pretrain", sys.argv[2:]), Store(Path(sys.argv[1])), scope=Scope(is_evaluated=False, is_reported=False))
+"""
+
+
+def test_every_optimizer_and_precision_has_a_case() -> None:
+    from kajiya.training.precision import _KINDS
+
+    assert {optim for _, optim, _ in CASES} == set(TABLES["optimizer"])
+    assert {precision for precision, _, _ in CASES} == set(_KINDS) - {"fp8"}, "fp8 needs a GPU"
+
+
+def _start(store: Path, settings: tuple[str, ...]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _TRAIN, str(store), *small_overrides(*settings)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def _finish(store: Path, settings: tuple[str, ...]) -> Path:
+    process = _start(store, settings)
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+    return find_run(Store(store), "latest").folder
+
+
+def _kill_behind(step: int, store: Path, settings: tuple[str, ...]) -> None:
+    process = _start(store, settings)
+    while not any(e["kind"] == "metrics" and e["step"] >= step for e in _events(store)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def _events(store: Path) -> list[dict[str, Any]]:
+    return [event for log in store.glob("runs/*/events.jsonl") for event in read_events(log.parent)]
+
+
+def _metrics(folder: Path) -> dict[tuple[int, str], float]:
+    return {
+        (event["step"], name): value
+        for event in read_events(folder)
+        if event["kind"] == "metrics"
+        for name, value in event["values"].items()
+        if "per_second" not in name and name != "train/data_wait_s"
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that has the data of every case."""
+    store = tmp_path_factory.mktemp("prepared") / "store"
+    _finish(store, ("train.steps=1", "train.save_every=1"))
+    for folder in (store / "runs", store / "artifacts" / "model"):
+        shutil.rmtree(folder)
+    return store
+
+
+@pytest.mark.parametrize(("precision", "optim", "more"), CASES)
+def test_killed_at_random_steps(precision: str, optim: str, more: str, prepared: Path, tmp_path: Path) -> None:
+    settings = (f"optim={optim}", f"train.precision={precision}", "train.accumulate=2", f"train.steps={STEPS}")
+    settings = (*settings, "train.log_every=1", "model.init=bigram", *([more] if more else []))
+    stores = tmp_path / "whole", tmp_path / "killed"
+    for store in stores:
+        shutil.copytree(prepared, store)
+    whole = _finish(stores[0], settings)
+    # One before the first checkpoint or soon behind it, one later: other steps in each case, the same in each run of it.
+    drawn = random.Random(f"{precision} {optim}")
+    for step in (drawn.randint(1, 8), drawn.randint(12, STEPS - 2)):
+        _kill_behind(step, stores[1], settings)
+    rest = _finish(stores[1], settings)
+    assert sum(event["kind"] == "started" for event in read_events(rest)) == 3
+    assert _metrics(rest) == _metrics(whole)
+    last = f"checkpoints/step-{STEPS:08d}/state.safetensors"
+    assert hash_file(rest / last) == hash_file(whole / last), "weights, masters, slots, averages, generators"
+    models = [
+        store / find_run(Store(store), "latest").manifest()["artifacts"]["model"]["path"] / "model.safetensors"
+        for store in stores
+    ]
+    assert hash_file(models[0]) == hash_file(models[1])
