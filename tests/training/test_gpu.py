@@ -1,20 +1,28 @@
 """What only a GPU can show; counted as skipped where there is none."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.training.conftest import ListLoader, make_batch
+from tests.training.test_guard import RowLoader
 
 from kajiya.config.schema import LossConfig, OptimConfig
+from kajiya.config.tables import TABLES
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
-from kajiya.training.fit import Setup, fit
+from kajiya.training.fit import Hook, Setup, fit, train_step
+from kajiya.training.guard import Guard
 from kajiya.training.losses import load_loss
 from kajiya.training.optimizers import load_optimizer
 from kajiya.training.precision import resolve_precision
+from kajiya.training.profile import Profile
+from kajiya.training.recompute import recompute_activations
 from kajiya.training.state import TrainState
 from kajiya.training.strategy import SingleProcess
+from kajiya.training.terms import drain_window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,24 +30,127 @@ pytestmark = [
 ]
 
 
-def _setup(model: torch.nn.Module, optim: str, steps: int) -> Setup:
+def _setup(
+    model: torch.nn.Module, optim: str, steps: int, precision_name: str = "bf16", offload: bool = False, **more: Any
+) -> Setup:
     device = torch.device("cuda")
-    precision = resolve_precision("bf16", device)
+    precision = resolve_precision(precision_name, device)
     strategy = SingleProcess(device, precision)
     model = strategy.prepare(model)
-    return Setup(
-        model=model,
-        loss=load_loss(LossConfig()),
-        loader=ListLoader([make_batch(2, seed=s) for s in range(5)]),
-        optimizer=load_optimizer(OptimConfig(name=optim), model),
-        strategy=strategy,
-        precision=precision,
-        lr=lambda step: 1e-2,
-        steps=steps,
-        accumulate=1,
-        clip_norm=1.0,
-        max_skipped=0,
+    settings: dict[str, Any] = {
+        "model": model,
+        "loss": load_loss(LossConfig()),
+        "loader": ListLoader([make_batch(2, seed=s) for s in range(5)]),
+        "optimizer": load_optimizer(OptimConfig(name=optim, offload=offload), model),
+        "strategy": strategy,
+        "precision": precision,
+        "lr": lambda step: 1e-2,
+        "steps": steps,
+        "accumulate": 1,
+        "clip_norm": 1.0,
+        "max_skipped": 0,
+    }
+    return Setup(**(settings | more))
+
+
+def _losses(setup: Setup) -> list[float]:
+    losses: list[float] = []
+    log = Hook("log", 1, lambda report: losses.append(drain_window(report.state)["train/nll"]))
+    fit(setup, TrainState(), [log], lambda: False)
+    return losses
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed", "fp16-mixed"])
+def test_each_precision_learns_what_fp32_learns(precision: str, tiny_model: Callable[..., torch.nn.Module]) -> None:
+    expected = _losses(_setup(tiny_model(), "adamw", 20, "fp32"))
+    assert _losses(_setup(tiny_model(), "adamw", 20, precision)) == pytest.approx(expected, rel=5e-2)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8 products"
+)
+def test_fp8_learns_what_bf16_learns(tiny_model: Callable[..., torch.nn.Module]) -> None:
+    from torchao.float8.float8_linear import Float8Linear
+
+    expected = _losses(_setup(tiny_model(), "adamw", 20))
+    setup = _setup(tiny_model(), "adamw", 20, "fp8")
+    assert sum(isinstance(module, Float8Linear) for module in setup.model.modules()) == 2 * 7
+    assert _losses(setup) == pytest.approx(expected, rel=5e-2)
+
+
+@pytest.mark.parametrize("optim", sorted(set(TABLES["optimizer"]) - {"adamw_8bit"}))
+def test_an_optimizer_on_the_host_trains_as_one_on_the_gpu(
+    optim: str, tiny_model: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
+    expected = _losses(_setup(tiny_model(), optim, 6))
+    apart = _setup(tiny_model(), optim, 6, offload=True)
+    assert _losses(apart) == pytest.approx(expected, rel=2e-2)
+    assert all(not tensor.is_cuda for tensor in apart.optimizer.state_tensors().values())
+    state = TrainState(step=6)
+    folder = save_checkpoint(tmp_path, state, apart.model, apart.optimizer, apart.loader.state(), "key")
+    again = _setup(tiny_model(seed=3), optim, 6, offload=True)
+    load_checkpoint(folder, again.model, again.optimizer, "key")
+    for a, b in zip(apart.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_activations_on_the_host_free_the_gpu(tiny_model: Callable[..., torch.nn.Module]) -> None:
+    """Many layers and long rows, so that what the blocks keep is most of the memory; the gradient is the same."""
+    device = torch.device("cuda")
+    peaks, norms = {}, {}
+    for how in ("full", "offload"):
+        model = tiny_model(n_layers=16, hidden_size=256, ffn_size=256, max_positions=2048)
+        recompute_activations(model, how, device)
+        batch = make_batch(8, tokens=2048)
+        setup = _setup(model, "sgd", 1, loader=ListLoader([batch]))
+        torch.cuda.reset_peak_memory_stats()
+        norms[how] = train_step(setup, TrainState())
+        peaks[how] = torch.cuda.max_memory_allocated()
+    assert norms["offload"] == pytest.approx(norms["full"], rel=1e-4)
+    assert peaks["offload"] < peaks["full"] - 10 * 8 * 2048 * 256 * 2
+
+
+def test_a_gpu_that_is_too_small_halves_the_micro_batch(tiny_model: Callable[..., torch.nn.Module]) -> None:
+    """The allocator is held under what the whole micro-batch needs."""
+    device = torch.device("cuda")
+    rows = make_batch(64, tokens=512)
+    loader = RowLoader(rows, 64)
+    heard: list[str] = []
+
+    def shrink(times: int) -> bool:
+        loader.batch = 64 >> times
+        return times < 6
+
+    setup = _setup(
+        tiny_model(hidden_size=256, ffn_size=1024, max_positions=512),
+        "sgd",
+        1,
+        loader=loader,
+        guard=Guard(tell=heard.append, shrink=shrink),
     )
+    train_step(setup, TrainState())
+    whole = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.5 * whole / torch.cuda.get_device_properties(device).total_memory)
+    state = TrainState()
+    try:
+        train_step(setup, state)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert state.halvings >= 1
+    assert state.tokens == 64 * 512
+    assert heard
+
+
+def test_a_profile_has_the_gpus_memory(tiny_model: Callable[..., torch.nn.Module], tmp_path: Path) -> None:
+    setup = _setup(tiny_model(), "adamw", 5)
+    state = TrainState()
+    profile = Profile(setup.model, torch.device("cuda"), tmp_path / "profile", compiled=False)
+    for _ in range(5):
+        train_step(setup, state)
+        profile.after_step(state)
+    assert (tmp_path / "profile" / "memory.pickle").stat().st_size > 1000
+    assert max(json.loads((tmp_path / "profile" / "memory.json").read_text())["bytes"]) > 0
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])

@@ -5,11 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kajiya.config.schema import OptimConfig
+from kajiya.config.schema import OptimConfig, ScheduleConfig
 from kajiya.config.tables import TABLES
 from kajiya.errors import ConfigError, StoreError
 from kajiya.training.muon import Muon, orthogonalize
 from kajiya.training.optimizers import load_optimizer, require_other_memory
+from kajiya.training.schedules import load_schedule
 
 NAMES = sorted(TABLES["optimizer"])
 Make = Callable[..., torch.nn.Module]
@@ -147,6 +148,24 @@ def test_a_state_on_the_host_updates_as_one_on_the_device(name: str, dtype: torc
     restored.load_state_tensors({key: tensor.clone() for key, tensor in states[0].items()})
     for a, b in zip(models[0].parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("schedule", sorted(TABLES["schedule"]))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_group_follows_every_schedule(name: str, schedule: str, tiny_model: Make) -> None:
+    """The rate of each group is its own peak times the schedule's factor, at every step; the weights stay finite."""
+    options = {"embedding_lr": 0.3, "adamw_lr": 0.1} if name == "muon" else {}
+    model = tiny_model()
+    optimizer = load_optimizer(OptimConfig(name=name, lr=1e-2, options=options), model)
+    peaks = [[group["lr"] for group in each.param_groups] for each in optimizer.optimizers]
+    assert {lr for each in peaks for lr in each} == ({0.3, 0.1, 1e-2} if name == "muon" else {1e-2})
+    factor = load_schedule(ScheduleConfig(name=schedule, warmup_fraction=0.25), 8)
+    for step in range(1, 9):
+        _set_grads(model, step)
+        optimizer.step(1e-2 * factor(step))
+        rates = [[group["lr"] for group in each.param_groups] for each in optimizer.optimizers]
+        assert rates == [[pytest.approx(peak * factor(step)) for peak in each] for each in peaks]
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def test_a_state_on_the_host_needs_a_device_beside_it() -> None:

@@ -69,6 +69,12 @@ def test_a_profile_is_a_trace_and_a_table(tiny_model: Make, tmp_path: Path) -> N
     assert "[memory]" in names, "the trace has the memory over time"
     table = (tmp_path / "profile/table.txt").read_text()
     assert "module: model.layers.0" in table
+    memory = json.loads((tmp_path / "profile/memory.json").read_text())
+    assert memory["ms"] == sorted(memory["ms"])
+    assert len(memory["ms"]) > 50
+    logits = 7 * 97 * 4  # a chunk of the head's logits is held on the way
+    assert max(memory["bytes"]) - min(memory["bytes"]) > logits
+    assert "Memory beyond what was held before: from" in table
     assert "aten::mm" in table
     assert {"data", "forward", "backward", "optimizer"} <= json.loads(
         (tmp_path / "profile/time.json").read_text()

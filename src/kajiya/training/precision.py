@@ -122,13 +122,14 @@ def _require_fp8(device: torch.device) -> None:
         )
 
 
-def with_fp8_products(model: nn.Module) -> nn.Module:
+def with_fp8_products(model: nn.Module, *, emulated: bool = False) -> nn.Module:
     """The model with its linear layers multiplying in fp8 (torchao, one scale a tensor), all but the output head.
 
-    Only layers whose sizes are multiples of 16 are converted, as the hardware wants it.
+    Only layers whose sizes are multiples of 16 are converted, as the hardware wants it. `emulated`: the factors are rounded to
+    fp8 and multiplied as they were, which any device can do, and nobody wants but to see what fp8 does to a result.
     """
     try:
-        from torchao.float8 import convert_to_float8_training
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ModuleNotFoundError as error:
         raise MissingExtraError("torchao", "fp8", "train.precision=fp8") from error
     from transformers import PreTrainedModel
@@ -143,5 +144,10 @@ def with_fp8_products(model: nn.Module) -> nn.Module:
             and layer.out_features % 16 == 0
         )
 
-    converted: nn.Module = convert_to_float8_training(model, module_filter_fn=fits)
+    if not any(fits(layer, name) for name, layer in model.named_modules()):
+        raise ConfigError(
+            "train.precision", "fp8 needs linear layers whose sizes are multiples of 16, and this model has none"
+        )
+    config = Float8LinearConfig(emulate=emulated)
+    converted: nn.Module = convert_to_float8_training(model, module_filter_fn=fits, config=config)
     return converted

@@ -1,5 +1,6 @@
 """A few steps under torch's profiler: a trace that chrome://tracing and Perfetto open, and a table of where the time went."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from kajiya.config.quantities import format_bytes
 from kajiya.run.files import write_json
 from kajiya.training.state import TrainState
 from kajiya.training.timing import time_words
@@ -19,7 +21,11 @@ _ROWS = 40
 
 
 class Profile:
-    """Called after every step; profiles two steps of an attempt, and then writes `folder`/trace.json, table.txt, time.json."""
+    """Called after every step; profiles two steps of an attempt, and then writes into `folder`.
+
+    trace.json, table.txt (modules, operations, memory), time.json, memory.json (bytes at hand over the two steps); on a GPU
+    memory.pickle too, a snapshot of its allocator for pytorch.org/memory_viz.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device, folder: Path, compiled: bool) -> None:
         self._model = model
@@ -61,15 +67,47 @@ class Profile:
         )
         modules = sorted((each for each in self._profile.key_averages() if each.key.startswith("module: ")), key=_total)
         lines = [f"{each.key:<60} {_total(each) / 1000:>12.2f} ms" for each in reversed(modules)]
-        text = f"Two steps: {time_words(spent)}\n\nForward pass by module (a module's holds those inside it)\n"
+        timeline = memory_timeline(self._folder / "trace.json", self._device)
+        text = f"Two steps: {time_words(spent)}\n{_memory_words(timeline, self._device)}\n\n"
+        text += "Forward pass by module (a module's holds those inside it)\n"
         (self._folder / "table.txt").write_text(
             text + "\n".join(lines) + f"\n\nOperations\n{table}\n", encoding="utf-8"
         )
         write_json(self._folder / "time.json", spent)
+        write_json(self._folder / "memory.json", {"ms": [t for t, _ in timeline], "bytes": [b for _, b in timeline]})
         if self._device.type == "cuda":
-            write_json(self._folder / "memory.json", torch.cuda.memory._snapshot()["segments"])
+            torch.cuda.memory._dump_snapshot(str(self._folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         return self._folder
+
+
+_POINTS = 2000
+
+
+def memory_timeline(trace: Path, device: torch.device) -> list[tuple[float, int]]:
+    """Milliseconds since the first allocation and bytes at hand then, of the profile's trace; thinned to its highest points."""
+    number = 1 if device.type == "cuda" else 0  # as c10 counts its kinds of device
+    found = sorted(
+        (event["ts"], event["args"]["Total Allocated"])
+        for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == number
+    )
+    if not found:
+        return []
+    stride = -(-len(found) // _POINTS)
+    parts = [found[at : at + stride] for at in range(0, len(found), stride)]
+    first = found[0][0]
+    return [((t - first) / 1000, size) for t, size in (max(part, key=lambda point: point[1]) for part in parts)]
+
+
+def _memory_words(timeline: list[tuple[float, int]], device: torch.device) -> str:
+    if not timeline:
+        return "Memory: the profiler saw no allocation"
+    at, most = max(timeline, key=lambda point: point[1])
+    least = min(size for _, size in timeline)
+    # The profiler counts a GPU's memory from the start of the process, and the host's from its own.
+    what = "Memory" if device.type == "cuda" else "Memory beyond what was held before"
+    return f"{what}: from {format_bytes(least)} to {format_bytes(most)}, which is reached after {at:.1f} ms"
 
 
 def _total(row: Any) -> float:
