@@ -171,6 +171,16 @@ def test_a_gpu_is_searched_from_the_largest_micro_batch_down_on_the_hardest_rows
     assert all(torch.equal(tensor, before[name]) for name, tensor in setup.model.state_dict().items())
 
 
+def test_a_cpu_is_asked_with_few_rows(tiny_model: Make) -> None:
+    """Eight tiny rows fit into any memory; what was tried is undone."""
+    asked: list[int] = []
+    setup = make_setup(tiny_model(), [make_batch(2)])
+    before = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
+    assert largest_micro_batch(setup, asked.append, 8) == 8
+    assert asked == [1, 4], "a row, and a few, tell what one takes"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in setup.model.state_dict().items())
+
+
 def test_operations_by_palms_formula(tiny_model: Make) -> None:
     model = tiny_model(tied=True)
     n = sum(parameter.numel() for parameter in model.parameters())

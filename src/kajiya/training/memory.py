@@ -23,7 +23,9 @@ def largest_micro_batch(setup: Setup, resize: Callable[[int], None], own_rows: i
     tell what a row takes. `resize(n)` makes the loader give n rows at a time, the same on all ranks.
     """
     sizes = [n for n in range(1, own_rows + 1) if own_rows % n == 0]
-    trial = replace(setup, loader=_Heaviest(setup.loader), accumulate=1, lr=lambda _step: 1e-9, guard=Guard(), watches=())
+    trial = replace(
+        setup, loader=_Heaviest(setup.loader), accumulate=1, lr=lambda _step: 1e-9, guard=Guard(), watches=()
+    )
     with undone(setup):
         fits = _largest_on_gpu if setup.strategy.device.type == "cuda" else _largest_on_cpu
         found = fits(trial, resize, sizes)
