@@ -98,7 +98,7 @@ class _Only:
     waited_s = 0.0
 
     def __init__(self, batch: Any) -> None:
-        self.next = lambda: batch
+        self.next = self.heaviest = lambda: batch
 
     def state(self) -> dict[str, int]:
         """It has no position."""
