@@ -76,7 +76,7 @@ def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[s
     names = {name for values in metrics for name in values}
     told = {"reward", "reward_std", "rewards/exact_match", "alike", "length", "cut", "entropy", "clipped"}
     assert {f"train/{name}" for name in told | {"mismatch/ratio", "mismatch/difference"}} <= names
-    assert {"eval/reward", "eval/loss", "test/reward"} <= names
+    assert {"eval/reward", "eval/loss"} <= names
     assert ("train/kl" in names) == bool(more)
     assert all(values["train/mismatch/difference"] < 1e-3 for values in metrics if "train/loss" in values)
     samples = [fields for kind, fields in heard if kind == "sample"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,11 +136,15 @@ def load_reward_model(options: ModelReward, device: torch.device) -> dict[str, A
     """The reward model of `options.path`, frozen, and what renders prompts and answers for it."""
     from kajiya.data.render import Renderer
     from kajiya.data.tokenizer import load_tokenizer
+    from kajiya.models.adapter_files import hub_folder
     from kajiya.models.load import load_model
     from kajiya.models.tasks import Task
 
-    model = load_model(options.path, options.revision, task=Task("score"))
-    renderer = Renderer(load_tokenizer(options.path), RenderConfig(prompt_style=options.prompt_style), "instruction")
+    folder = Path(options.path)
+    if not folder.is_dir():
+        folder = hub_folder(options.path, options.revision)
+    model = load_model(folder, task=Task("score"))
+    renderer = Renderer(load_tokenizer(folder), RenderConfig(prompt_style=options.prompt_style), "instruction")
     return {"model": model.requires_grad_(False).to(device), "renderer": renderer}
 
 
