@@ -15,6 +15,7 @@ import torch
 
 from kajiya.api import load
 from kajiya.config.compose import compose
+from kajiya.config.validate import CHECKS
 from kajiya.errors import ConfigError, DataError
 from kajiya.flows.train import Trained, train
 from kajiya.run.events import read_events
@@ -38,7 +39,7 @@ SMALL = (
     "track.trackers=[]",
 )
 LORA = ("adapter.name=lora", "adapter.options.r=4", "model.quantize=nf4", "train.loss.options.beta=0.05")
-PHASES = ("train.accumulate=2", "train.loss.options.inner_epochs=3", "train.loss.options.beta=0.05")
+PHASES = (*LORA, "train.accumulate=2", "train.loss.options.inner_epochs=3")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,8 @@ def test_what_cannot_be_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def _command(text: str, store: Path, *more: str) -> list[str]:
-    settings = [text, *SMALL, "data.duplicates=off", "train.steps=14", *more]
+    unproven = f"preflight.skip=[{','.join(CHECKS)}]"
+    settings = [text, *SMALL, "data.duplicates=off", "train.steps=14", "eval.samples=0", unproven, *more]
     return [sys.executable, "-m", "kajiya", "train", "stdlib-grpo", *settings, "--store", str(store)]
 
 
@@ -130,7 +132,7 @@ def _finish(command: list[str], store: Path) -> tuple[str, dict[tuple[int, str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), PHASES, LORA], ids=["on-policy", "inner-epochs", "qlora"])
+@pytest.mark.parametrize("more", [(), PHASES], ids=["full", "qlora-in-phases"])
 def test_killed_twice_equals_uninterrupted_bit_for_bit(text: str, more: tuple[str, ...], tmp_path: Path) -> None:
     """The kills come between two lines of the log, where most of the time goes into answers."""
     whole = _finish(_command(text, tmp_path / "whole", *more), tmp_path / "whole")
