@@ -78,6 +78,8 @@ def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[s
     told = {"reward", "reward_std", "rewards/exact_match", "alike", "length", "cut", "entropy", "clipped"}
     assert {f"train/{name}" for name in told | {"mismatch/ratio", "mismatch/difference"}} <= names
     assert {"eval/reward", "eval/loss"} <= names
+    evaluations = [values for values in metrics if "eval/reward" in values]
+    assert all(each["eval/reward_low"] <= each["eval/reward"] <= each["eval/reward_high"] for each in evaluations)
     assert ("train/kl" in names) == bool(more)
     assert all(values["train/mismatch/difference"] < 1e-3 for values in metrics if "train/loss" in values)
     samples = [fields for kind, fields in heard if kind == "sample"]

@@ -88,9 +88,12 @@ class HeldoutReward:
     """Most prompts, spread evenly over the split; `None`: all."""
 
     def __call__(self) -> Evaluation:
-        """Means of the rewards; `eval/loss`, which is to fall, is the reward's negative."""
+        """Means of the rewards, of their sum with its 95 % interval; `eval/loss`, which is to fall, is the sum's negative."""
         sums, samples = self.measure()
         values = {f"eval/{name}": each.mean for name, each in sums.items()}
+        interval = sums["reward"].interval()
+        if interval is not None:
+            values |= {"eval/reward_low": interval[0], "eval/reward_high": interval[1]}
         return Evaluation({"eval/loss": -values["eval/reward"]} | values, samples)
 
     def measure(self) -> tuple[dict[str, Sums], list[dict[str, Any]]]:
