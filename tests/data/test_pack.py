@@ -234,7 +234,7 @@ def test_rows_that_cannot_be_rendered_stop_the_work_or_are_counted(small, tmp_pa
             shards.facts[split],
         )
         good = [index for index, text in enumerate(documents.texts()) if "bad" not in text]
-        assert opened.names == [documents.names[index] for index in good]
+        assert list(opened.names) == [documents.names[index] for index in good]
         assert [bytes(opened.document(place).tolist()).decode() for place in range(len(good))] == [
             "".join(json.loads(documents.text(index)).values()) for index in good
         ]

@@ -65,6 +65,7 @@ def test_plain_transformers_loads_it(small) -> None:
 def test_facts(small) -> None:
     facts = dict(small.tokenizer.facts)
     checked = facts.pop("round_trip")
+    assert facts.pop("trained_on") == {"bytes": open_documents(small.corpus.path, "train").n_bytes, "every": 1}
     assert facts == {"trained": True, "vocab_size": 1024, "bos_id": 0, "eos_id": 1, "pad_id": 2, "added_tokens": 0}
     heldout = open_documents(small.corpus.path, "heldout")
     assert checked["documents"] > len(heldout)

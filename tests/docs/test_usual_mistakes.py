@@ -145,7 +145,7 @@ def test_a_copy_of_heldout_text_is_not_trained_on(small: Small, tmp_path: Path) 
     source = SourceConfig("stdlib", {"root": str(tmp_path)})
     corpus, _ = build_corpus(replace(small.config.data, source=source), small.store)
     ledger = corpus.facts["ledger"]
-    assert open_documents(corpus.path, "train").names == ["mine.py"]
+    assert list(open_documents(corpus.path, "train").names) == ["mine.py"]
     assert ledger["heldout"]["documents"] == len(held)
     assert {reason: part["documents"] for reason, part in ledger["dropped"].items()} == {
         "duplicate of a held-out document": 1,

@@ -95,7 +95,8 @@ class DataConfig:
     shard_bytes: int = setting(67_108_864, ge=1024)
     """Text behind one shard file, bytes, about: a document is never divided."""
     memory_mib: int = setting(4096, ge=128)
-    """Most memory that tokenizing takes, MiB, the whole process; a document too large for it is an error."""
+    """Most memory that preparing the data takes, MiB, the whole process: tokenizing goes in smaller portions, a tokenizer is
+    trained on documents spread evenly; a document too large for it is an error."""
 
 
 @dataclass(frozen=True)

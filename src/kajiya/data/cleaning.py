@@ -1,15 +1,17 @@
 """Cleaning of the training side: what is empty, doubled, or too near to the held-out side leaves it, for a reason."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from kajiya.config.schema import DataConfig
 from kajiya.data.contamination import HeldoutSequences
-from kajiya.data.documents import Documents, write_index
+from kajiya.data.digests import Digests, digest_of
+from kajiya.data.documents import Documents, close_up
 from kajiya.data.duplicates import FEW_LINES, LineIndex
 from kajiya.data.ledger import CONTAMINATED, DUPLICATE, EMPTY, CorpusLedger
 from kajiya.data.minhash import NearDuplicates
@@ -47,11 +49,8 @@ class Rule(Protocol):
 
 
 def clean(config: DataConfig, train: Documents, heldout: Documents, is_text: bool, ledger: CorpusLedger) -> None:
-    """Take out of the training files what the config's rules say; every row is counted.
-
-    The file is closed up in place, so that no second copy of the corpus is ever on the disk.
-    """
-    stays: list[int] = []
+    """Take out of the training files what the config's rules say; every row is counted."""
+    stays = np.zeros(len(train), dtype=np.bool_)
     with _rules(config, train, heldout, is_text) as rules:
         for index in range(len(train)):
             raw = train.read(index)
@@ -61,16 +60,9 @@ def clean(config: DataConfig, train: Documents, heldout: Documents, is_text: boo
                 continue
             for rule in rules:
                 rule.keep(index, raw)
-            stays.append(index)
+            stays[index] = True
             ledger.train.add(len(raw))
-    lengths = []
-    with (train.folder / f"{train.split}.bin").open("r+b") as handle:
-        for index in stays:
-            raw = train.read(index)
-            handle.write(raw)
-            lengths.append(len(raw))
-        handle.truncate()
-    write_index(train.folder, train.split, [train.names[index] for index in stays], lengths)
+    close_up(train, stays)
 
 
 @contextmanager
@@ -96,28 +88,26 @@ class _Exact:
     def __init__(self, train: Documents, heldout: Documents, removes_doubles: bool) -> None:
         self._train, self._heldout = train, heldout
         self._removes_doubles = removes_doubles
-        self._held = {_digest(heldout.read(index)): index for index in reversed(range(len(heldout)))}
-        self._seen: dict[bytes, int] = {}
+        self._held, self._seen = Digests(), Digests()
+        for index in range(len(heldout)):
+            digest = digest_of(heldout.read(index))
+            if self._held.first(digest) is None:
+                self._held.add(digest, index)
 
     def find(self, index: int, raw: bytes) -> Left | None:
         name = self._train.names[index]
         if not raw:
             return Left(EMPTY, NOTHING, name)
-        content = _digest(raw)
-        if content in self._held:
-            twin = self._heldout.names[self._held[content]]
-            return Left(CONTAMINATED, DUPLICATE_OF_HELDOUT, f"{name} is {twin}")
-        if content in self._seen:
-            return Left(DUPLICATE, DUPLICATE_IN_TRAIN, f"{name} is {self._train.names[self._seen[content]]}")
+        content = digest_of(raw)
+        if (held := self._held.first(content)) is not None:
+            return Left(CONTAMINATED, DUPLICATE_OF_HELDOUT, f"{name} is {self._heldout.names[held]}")
+        if (twin := self._seen.first(content)) is not None:
+            return Left(DUPLICATE, DUPLICATE_IN_TRAIN, f"{name} is {self._train.names[twin]}")
         return None
 
     def keep(self, index: int, raw: bytes) -> None:
         if self._removes_doubles:
-            self._seen[_digest(raw)] = index
-
-
-def _digest(raw: bytes) -> bytes:
-    return hashlib.sha256(raw).digest()
+            self._seen.add(digest_of(raw), index)
 
 
 class _Lines:

@@ -10,6 +10,7 @@ from typing import Any
 from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.config.tables import TABLES
 from kajiya.data.cleaning import clean
+from kajiya.data.digests import Digests, digest_of
 from kajiya.data.documents import Documents, DocumentWriter, open_documents
 from kajiya.data.entries import Document, Entry, Omitted, Unreadable
 from kajiya.data.formats import class_names
@@ -161,15 +162,17 @@ def _sort(
 
 def _named_once(entries: Iterator[Entry]) -> Iterator[Entry]:
     """The entries; one that has an earlier one's name is unreadable, since split, ledger and scores go by names."""
-    seen: set[bytes] = set()
-    for entry in entries:
-        key = hashlib.blake2b(entry.name.encode(errors="backslashreplace"), digest_size=16).digest()
-        if isinstance(entry, Document) and key in seen:
+    seen = Digests()
+    for number, entry in enumerate(entries):
+        key = digest_of(entry.name.encode(errors="backslashreplace"))
+        is_known = seen.first(key) is not None
+        if isinstance(entry, Document) and is_known:
             yield Unreadable(
                 entry.name, "has the name of an earlier row; give each row a name of its own", entry.n_bytes
             )
             continue
-        seen.add(key)
+        if not is_known:
+            seen.add(key, number)
         yield entry
 
 

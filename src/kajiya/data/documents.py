@@ -1,13 +1,14 @@
 """Documents on disk: all texts of a split in one file, with their names and where each begins."""
 
-import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from kajiya.data.names import Names, NamesWriter, open_names
 from kajiya.errors import StoreError
 
 SPLITS = ("train", "heldout")
@@ -18,7 +19,7 @@ class Documents:
     """The documents of one split of a corpus, memory-mapped.
 
     Layout: `<split>.bin` (the UTF-8 bytes of all documents, one behind the other), `<split>.offsets.npy` (int64, where each
-    begins, and the end), `<split>.names.json`.
+    begins, and the end), and the names (`kajiya.data.names`).
     """
 
     folder: Path
@@ -35,10 +36,9 @@ class Documents:
         return int(self.offsets[-1])
 
     @cached_property
-    def names(self) -> list[str]:
+    def names(self) -> Names:
         """The documents' names, in order."""
-        names: list[str] = json.loads((self.folder / f"{self.split}.names.json").read_bytes())
-        return names
+        return open_names(self.folder, self.split)
 
     @cached_property
     def raw(self) -> np.ndarray:
@@ -86,32 +86,50 @@ class DocumentWriter:
         self._folder = folder
         self._split = split
         self._handle = (folder / f"{split}.bin").open("wb")
-        self.names: list[str] = []
-        self.lengths: list[int] = []
+        self._names = NamesWriter(folder, split)
+        self._lengths = array("q")
 
     def add(self, name: str, raw: bytes) -> None:
         """Append one document."""
         self._handle.write(raw)
-        self.names.append(name)
-        self.lengths.append(len(raw))
+        self._names.add(name)
+        self._lengths.append(len(raw))
 
     def __enter__(self) -> "DocumentWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._handle.close()
+        self._names.close()
 
     def finish(self) -> Documents:
         """Write names and offsets; return what was written."""
         self._handle.close()
-        write_index(self._folder, self._split, self.names, self.lengths)
+        self._names.finish()
+        np.save(self._folder / f"{self._split}.offsets.npy", cumulated(np.frombuffer(self._lengths, dtype=np.int64)))
         return open_documents(self._folder, self._split)
 
 
-def write_index(folder: Path, split: str, names: list[str], lengths: list[int]) -> None:
-    """Write names and offsets of a split whose bytes are in place."""
-    (folder / f"{split}.names.json").write_text(json.dumps(names), encoding="utf-8")
-    np.save(folder / f"{split}.offsets.npy", cumulated(lengths))
+def close_up(documents: Documents, stays: np.ndarray) -> None:
+    """Take documents out of a split, in place, so that no second copy of the text is ever on the disk.
+
+    `stays` is bool [n]. The files are written anew under their names; `documents` is of no use afterwards.
+    """
+    indices = np.flatnonzero(stays)
+    with (documents.folder / f"{documents.split}.bin").open("r+b") as handle:
+        for index in indices:
+            handle.write(documents.read(int(index)))
+        handle.truncate()
+    write_names(documents.folder, documents.split, (documents.names[int(index)] for index in indices))
+    np.save(documents.folder / f"{documents.split}.offsets.npy", cumulated(np.diff(documents.offsets)[indices]))
+
+
+def write_names(folder: Path, split: str, names: Iterable[str]) -> None:
+    """Write the names of a split's documents; they may come from the very file that is written."""
+    writer = NamesWriter(folder, split)
+    for name in names:
+        writer.add(name)
+    writer.finish()
 
 
 def open_documents(folder: Path, split: str) -> Documents:
@@ -122,7 +140,7 @@ def open_documents(folder: Path, split: str) -> Documents:
     return Documents(folder, split, np.load(path, allow_pickle=False))
 
 
-def cumulated(lengths: list[int] | np.ndarray) -> np.ndarray:
+def cumulated(lengths: np.ndarray | list[int]) -> np.ndarray:
     """Where each item begins when they lie one behind the other, and the end; int64 [n + 1]."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])

@@ -4,7 +4,6 @@ A document of text is one sequence. A structured row is rendered (`kajiya.data.e
 with a weight for each target, and a label where its kind has one.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from kajiya.config.schema import DataConfig
-from kajiya.data.documents import SPLITS, Documents, cumulated, map_file, open_documents
+from kajiya.data.documents import SPLITS, Documents, cumulated, map_file, open_documents, write_names
 from kajiya.data.encode import open_bulk_encoder
 from kajiya.data.encoding import RenderMany, RowsEncoder, TextEncoder
 from kajiya.data.memory import FAST, PLAIN, portions_within
+from kajiya.data.names import Names, open_names
 from kajiya.data.parts import Encode, Part, link_parts, write_parts
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.errors import DataError, StoreError
@@ -178,10 +178,9 @@ class Split:
         return any(table is not None and not np.isin(table, (0, 1)).all() for table in self.weights)
 
     @cached_property
-    def names(self) -> list[str]:
+    def names(self) -> Names:
         """The documents' names, in order."""
-        names: list[str] = json.loads((self.folder / f"{self.name}.names.json").read_bytes())
-        return names
+        return open_names(self.folder, self.name)
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -266,8 +265,7 @@ def _write_index(folder: Path, documents: Documents, parts: list[Part], segments
     assert len(lengths) == segments * int(kept.sum()), "sequences were lost"
     np.save(folder / f"{split}.offsets.npy", cumulated(lengths))
     np.save(folder / f"{split}.bytes.npy", sizes[kept])
-    names = documents.names if not dropped else [documents.names[index] for index in np.flatnonzero(kept).tolist()]
-    (folder / f"{split}.names.json").write_text(json.dumps(names), encoding="utf-8")
+    write_names(folder, split, (documents.names[int(index)] for index in np.flatnonzero(kept)))
     if any(part.has_labels for part in parts):
         np.save(folder / f"{split}.labels.npy", np.concatenate([part.labels for part in parts if part.has_labels]))
     n_tokens, n_bytes = int(lengths.sum()), int(sizes[kept].sum())

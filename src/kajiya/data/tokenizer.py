@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from kajiya.config.digest import digest
-from kajiya.config.schema import RenderConfig, TokenizerConfig
+from kajiya.config.schema import DataConfig, RenderConfig, TokenizerConfig
 from kajiya.data.chat import saved_template
 from kajiya.data.documents import Documents, open_documents
 from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.data.formats import row_text
 from kajiya.data.origin import resolve_commit
 from kajiya.data.progress import OnEvent, Progress, silent
+from kajiya.data.tokenizer_text import TrainingText, needs_no_cap, text_within
 from kajiya.errors import ConfigError, DataError
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
 STAGE = "tokenizer"
@@ -48,26 +50,31 @@ def build_tokenizer(
     store: Store,
     on_event: OnEvent = silent,
     render: RenderConfig | None = None,
+    memory_mib: int = DataConfig.memory_mib,
 ) -> tuple[Artifact, bool]:
     """Train a tokenizer on the corpus's training documents, or load one, and prove that it gives held-out text back.
 
-    Returns the artifact, whose folder `AutoTokenizer.from_pretrained` loads, and whether it was there already. Its facts:
-    `vocab_size`, `bos_id`, `eos_id`, `pad_id`, `added_tokens` (new ids of `add_tokens` and `add_special_tokens`, the last of
-    the vocabulary), `round_trip` (documents and bytes checked; `None` for rows that are only read), and where it came from.
-    It carries the chat template of `render`, so that all that is made with it renders alike. Raises `ConfigError` or
-    `DataError` for one that cannot be loaded, is not lossless, or has no end-of-text token.
+    Of more text than the trainer can hold in `memory_mib`, documents spread evenly are taken, and that is said. Returns the
+    artifact, whose folder `AutoTokenizer.from_pretrained` loads, and whether it was there already. Its facts: `vocab_size`,
+    `bos_id`, `eos_id`, `pad_id`, `trained`, `trained_on` (bytes, one piece in `every`; `None` if loaded), `added_tokens`
+    (new ids of `add_tokens` and `add_special_tokens`, the last of the vocabulary), `round_trip` (documents and bytes checked;
+    `None` for rows that are only read), and where it came from. It carries the chat template of `render`, so that all that
+    is made with it renders alike. Raises `ConfigError` or `DataError` for one that cannot be loaded, is not lossless, or has
+    no end-of-text token.
     """
     loaded = _load(config) if config.path is not None else None
     kind = str(corpus.facts["format"])
     own = None if loaded is None else loaded[0].chat_template
     template = saved_template(render or RenderConfig(), kind, own)
+    train = open_documents(corpus.path, "train")
 
     def make(folder: Path) -> dict[str, Any]:
         if loaded is None:
-            tokenizer = _train(config, open_documents(corpus.path, "train"), kind, on_event)
-            origin: dict[str, Any] = {}
+            text = text_within(train, kind, memory_mib, words())
+            tokenizer = _train(config, text, on_event)
+            origin: dict[str, Any] = {"trained_on": {"bytes": text.n_bytes, "every": text.every}}
         else:
-            tokenizer, origin = loaded
+            tokenizer, origin = loaded[0], {"trained_on": None} | loaded[1]
         n_known = len(tokenizer)
         _add_tokens(tokenizer, config)
         tokenizer.chat_template = template
@@ -92,6 +99,7 @@ def build_tokenizer(
 
     settings = (
         {"vocab_size": config.vocab_size, "min_frequency": config.min_frequency}
+        | ({} if needs_no_cap(train, memory_mib) else {"memory_mib": memory_mib})
         if loaded is None
         else {"loaded": _tokenizer_digest(loaded[0])}
     ) | {"template": template, "added": [config.add_tokens, config.add_special_tokens]}
@@ -124,13 +132,20 @@ def start_id(tokenizer: Any) -> int:
     return int(begin)
 
 
-def _train(config: TokenizerConfig, documents: Documents, kind: str, on_event: OnEvent) -> "PreTrainedTokenizerFast":
-    progress = Progress(on_event, STAGE, "bytes", documents.n_bytes)
+def _train(config: TokenizerConfig, text: TrainingText, on_event: OnEvent) -> "PreTrainedTokenizerFast":
+    if text.every > 1:
+        on_event(
+            "warning",
+            text=f"tokenizer: trained on one piece in {text.every} of the text, spread evenly (about "
+            f"{text.n_bytes / 2**20:,.0f} of {text.documents.n_bytes / 2**20:,.0f} MiB): more would not fit into "
+            "data.memory_mib",
+        )
+    progress = Progress(on_event, STAGE, "bytes", text.n_bytes)
 
     def texts() -> Iterator[str]:
-        for text in documents.texts():
-            yield row_text(kind, text)
-            progress.add(len(text.encode()))
+        for piece in text.texts():
+            yield piece
+            progress.add(len(piece.encode()))
         progress.end()
 
     backend = train_bpe(texts(), config.vocab_size, config.min_frequency)
@@ -145,20 +160,27 @@ def _train(config: TokenizerConfig, documents: Documents, kind: str, on_event: O
     )
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int, min_frequency: int) -> "Tokenizer":
-    """A byte-level BPE (Sennrich et al., arXiv:1508.07909; bytes as in GPT-2) of at most `vocab_size` tokens.
+def words() -> "PreTokenizer":
+    """Cuts a text into the words that no merge crosses, their bytes as characters."""
+    from tokenizers import Regex, pre_tokenizers
 
-    Every text has an encoding, and decoding it gives the text back. A prompt gets `<|bos|>` in front, as documents have.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, min_frequency: int) -> "Tokenizer":
+    """A byte-level BPE (Sennrich et al., arXiv:1508.07909; bytes as in GPT-2) of at most `vocab_size` tokens.
+
+    Every text has an encoding, and decoding it gives the text back. A prompt gets `<|bos|>` in front, as documents have.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = words()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -186,7 +186,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
     tokenizer = stages.produce(
         "tokenizer",
-        lambda: build_tokenizer(config.tokenizer, corpus, store, tell, config.data.render),
+        lambda: build_tokenizer(config.tokenizer, corpus, store, tell, config.data.render, config.data.memory_mib),
         _tokenizer_words,
     )
     require_format(config.train.loss.name, corpus.facts["format"], "data.format")
