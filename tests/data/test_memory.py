@@ -13,7 +13,7 @@ import pytest
 from kajiya.config.options import StdlibSource
 from kajiya.data.sources import stdlib_files
 
-CAP_MIB = 160
+CAP_MIB = 128
 
 PREPARED = """
 import json, sys

@@ -13,9 +13,10 @@ from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.data.formats import row_text
 from kajiya.data.origin import resolve_commit
 from kajiya.data.progress import OnEvent, Progress, silent
-from kajiya.data.tokenizer_text import TrainingText, needs_no_cap, text_within
+from kajiya.data.tokenizer_text import TrainingText, needs_no_cap, pieces_of, text_within
 from kajiya.errors import ConfigError, DataError
 from kajiya.run.code import code_revision
+from kajiya.run.files import read_json
 from kajiya.run.store import Artifact, Store, produce
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ PATTERN = (
 As in cl100k_base (OpenAI, tiktoken), but a line end takes the next line's indentation with it: on source code that makes
 9 % fewer tokens than GPT-2's pattern at a vocabulary of 8,192."""
 
+_PLAIN_CLASS = "TokenizersBackend"
+"""What Transformers writes of a tokenizer that is a `tokenizer.json` and nothing more."""
 _CHECK_BYTES = 64 * 2**20
 _ONLY_READ = ("labelled", "seq2seq")
 """Rows whose text no model is asked to give back as it was: a tokenizer for them may lose case or white space."""
@@ -115,9 +118,13 @@ def build_tokenizer(
 
 def load_tokenizer(folder: Path, max_tokens: int | None = None) -> "PreTrainedTokenizerFast":
     """The tokenizer in `folder`; with `max_tokens`, declared for a model of that many positions."""
-    from transformers import AutoTokenizer
-
-    tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if config.get("tokenizer_class") == _PLAIN_CLASS:
+        # What AutoTokenizer would take, without its look at every architecture, which brings torch into the process.
+        from transformers import PreTrainedTokenizerFast as Loader
+    else:
+        from transformers import AutoTokenizer as Loader
+    tokenizer = cast("PreTrainedTokenizerFast", Loader.from_pretrained(str(folder), local_files_only=True))
     if max_tokens is not None:
         tokenizer.model_max_length = max_tokens
     return tokenizer
@@ -273,11 +280,13 @@ def _check_round_trip(tokenizer: "PreTrainedTokenizerFast", encoder: "Tokenizer"
     heldout = open_documents(corpus.path, "heldout")
     for documents, n_bytes in ((heldout, _CHECK_BYTES), (open_documents(corpus.path, "train"), heldout.n_bytes)):
         for name, document in _sample(documents, min(n_bytes, _CHECK_BYTES)):
-            text = row_text(corpus.facts["format"], document)
-            ids = encode_texts(encoder, [text])[0].tolist()
-            _require_same(name, text, str(tokenizer.decode(ids, skip_special_tokens=True)))
+            start = 0
+            for text in pieces_of(row_text(corpus.facts["format"], document)):
+                ids = encode_texts(encoder, [text])[0].tolist()
+                _require_same(name, start, text, str(tokenizer.decode(ids, skip_special_tokens=True)))
+                start += len(text)
+                checked["bytes"] += len(text.encode())
             checked["documents"] += 1
-            checked["bytes"] += len(text.encode())
     return checked
 
 
@@ -287,12 +296,12 @@ def _sample(documents: Documents, n_bytes: int) -> Iterator[tuple[str, str]]:
         yield documents.names[index], documents.text(index)
 
 
-def _require_same(name: str, text: str, decoded: str) -> None:
+def _require_same(name: str, start: int, text: str, decoded: str) -> None:
     if decoded == text:
         return
     at = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), min(len(text), len(decoded)))
     was, became = text[at : at + 12], decoded[at : at + 12]
     raise DataError(
-        f"tokenizer: it does not give its text back: in {name}, at character {at}, {was!r} became {became!r}.\n"
+        f"tokenizer: it does not give its text back: in {name}, at character {start + at}, {was!r} became {became!r}.\n"
         "Choose a lossless (byte-level) tokenizer, or train one with tokenizer.path=null."
     )

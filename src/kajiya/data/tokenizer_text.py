@@ -14,12 +14,12 @@ from kajiya.data.formats import row_text
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
-_PIECE = 2**20
-"""A longer document is given in pieces, cut behind a line where there is one: the trainer holds copies of what it is given."""
+_PIECE = 2**17
+"""A longer document is taken in pieces, cut behind a line where there is one: a tokenizer needs 100 times their memory."""
 _SAMPLE_BYTES = 4 * 2**20
 _BYTES_PER_BYTE = 110
 """Memory for each byte of the distinct words; measured on random words, on Chinese (105 each) and on code (less)."""
-_SHARE = 0.5
+_SHARE = 0.4
 """Of the cap, what the words may take; the rest is the process's own."""
 
 
@@ -43,11 +43,10 @@ class TrainingText:
         number = 0
         for index in range(len(self.documents)):
             size = int(self.documents.offsets[index + 1] - self.documents.offsets[index])
-            n_pieces = max(1, -(-size // _PIECE))
+            n_pieces = n_pieces_of(size)
             if -number % self.every < n_pieces:
                 text = row_text(self.kind, self.documents.text(index))
-                pieces = [text] if n_pieces == 1 else _pieces(text, n_pieces)
-                yield from pieces[-number % self.every :: self.every]
+                yield from pieces_of(text)[-number % self.every :: self.every]
             number += n_pieces
 
 
@@ -75,8 +74,9 @@ def text_within(documents: Documents, kind: str, memory_mib: int, words: "PreTok
     return TrainingText(documents, kind, every=max(1, -int(-documents.n_bytes // most)))
 
 
-def _pieces(text: str, n: int) -> list[str]:
-    """The text in `n` pieces of about one size, each but the last ending behind a line where there is one near."""
+def pieces_of(text: str) -> list[str]:
+    """The text in pieces of about one size, each but the last ending behind a line where there is one near."""
+    n = n_pieces_of(len(text.encode()))
     pieces, start = [], 0
     for number in range(1, n):
         wanted = len(text) * number // n
@@ -84,3 +84,8 @@ def _pieces(text: str, n: int) -> list[str]:
         pieces.append(text[start:at])
         start = at
     return [*pieces, text[start:]]
+
+
+def n_pieces_of(n_bytes: int) -> int:
+    """Into how many pieces a text of so many bytes is cut."""
+    return max(1, -(-n_bytes // _PIECE))
