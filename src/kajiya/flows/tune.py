@@ -280,7 +280,7 @@ def _open(plan: StudyPlan, store: Store, command: list[str]) -> Run:
                 "artifacts": {},
                 "provenance": collect_provenance(),
                 "recipe": plan.recipe,
-                "fixed": list(plan.fixed),
+                "fixed": public_words(plan.fixed),
             },
         )
     run.record(

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kajiya.config import options as o
 from kajiya.config.schema import TuneConfig
@@ -61,12 +61,16 @@ def metric_of(objective: str) -> str:
 def _storage(where: str | None, folder: Path) -> "BaseStorage":
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy import NullPool
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 
     if where == "journal":
         return JournalStorage(JournalFileBackend(str(folder / "study.journal")))
     url = _with_driver(where or f"sqlite:///{folder / 'study.db'}")
-    arguments = {"connect_args": {"timeout": _LOCK_S}} if url.startswith("sqlite") else {}
+    # Every trial opens the study for itself: with a pool of its own each would keep a server's connection open.
+    arguments: dict[str, Any] = {"poolclass": NullPool}
+    if url.startswith("sqlite"):
+        arguments = {"connect_args": {"timeout": _LOCK_S}}
     try:
         return RDBStorage(url, engine_kwargs=arguments)
     except (OperationalError, ArgumentError, NoSuchModuleError, ImportError, ModuleNotFoundError) as error:
