@@ -1,12 +1,14 @@
 """Streaming perplexity beside lm-eval's Hugging Face backend: the same model, rows, windows and batch, interleaved.
 
 python benchmarks/eval_throughput.py [--rounds 3] [--rows 48] [--vocab 32000]
+python benchmarks/eval_throughput.py --memory       # peak memory of scoring ever more rows, each count in a process of its own
 """
 
 import argparse
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -22,7 +24,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="documents of the standard library")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--score", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.score:
+        print(_peak_of_scoring(given.score))
+        return
+    if given.memory:
+        command = [sys.executable, __file__, "--score"]
+        counts = (500, 5000, 20_000)
+        peaks = {n: int(subprocess.run([*command, str(n)], check=True, capture_output=True).stdout) for n in counts}
+        print(json.dumps({"peak_mb_by_rows": {n: round(peak / 1e6) for n, peak in peaks.items()}}))
+        return
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(_measure(Path(folder), given), indent=1))
 
@@ -68,6 +81,24 @@ def _measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "largest_relative_difference": apart,
         "peak_bytes_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _peak_of_scoring(n_rows: int) -> int:
+    """Peak memory of a process that scores `n_rows` rows of 256 tokens under a tiny model, bytes."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kajiya.evals.scoring import score_documents
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    rows = (np.random.default_rng(i).integers(0, 512, size=257) for i in range(n_rows))
+    model = LlamaForCausalLM(config).eval()
+    found = score_documents(model, rows, context_tokens=256, stride=256, batch=16, device=torch.device("cpu"))
+    assert len(found) == n_rows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _texts(n: int) -> list[str]:
