@@ -57,7 +57,7 @@ def shift_table(facts: Mapping[str, Any]) -> Table:
     table = _table("", "Wasserstein", "KS", "p", "PSI", "verdict")
     for name, each in facts["quantities"].items():
         figures = (f"{each['wasserstein']:.4g}", f"{each['ks']:.3f}", f"{each['ks_p_value']:.2g}", f"{each['psi']:.3f}")
-        table.add_row(escape(name), *figures, each["words"].partition(" (")[0])
+        table.add_row(escape(name), *figures, each["verdict"])
     table.caption = (
         f"{facts['rows'][0]:,} rows of {escape(facts['first'])}, {facts['rows'][1]:,} of {escape(facts['second'])}"
     )

@@ -25,14 +25,18 @@ class Shift:
     """Population stability index; below 0.1 is customarily called stable, above 0.25 shifted."""
 
     @property
-    def words(self) -> str:
-        """The verdict in plain words."""
+    def verdict(self) -> str:
+        """How large it is by PSI, and whether the KS test shows any: few rows make a large PSI by chance."""
         size = "no" if self.psi < 0.1 else "a moderate" if self.psi < 0.25 else "a large"
-        shown = "" if self.ks_p_value < 0.05 else ", and none is shown by the KS test"
-        return (
-            f"{size} shift (PSI {self.psi:.3f}, KS {self.ks:.3f} with p = {self.ks_p_value:.2g}, "
-            f"Wasserstein {self.wasserstein:.4g}){shown}"
+        return f"{size} shift" + ("" if self.ks_p_value < 0.05 else ", and none is shown by the KS test")
+
+    @property
+    def words(self) -> str:
+        """The verdict with its figures."""
+        figures = (
+            f"PSI {self.psi:.3f}, KS {self.ks:.3f} with p = {self.ks_p_value:.2g}, Wasserstein {self.wasserstein:.4g}"
         )
+        return f"{self.verdict} ({figures})"
 
 
 def measure_shift(reference: np.ndarray, other: np.ndarray) -> Shift:

@@ -101,12 +101,12 @@ def compare_samples(asked: ShiftAsked, store: Store, folder: Path, on_event: OnE
 def _facts(shift: Shift) -> dict[str, Any]:
     return {
         "wasserstein": shift.wasserstein, "ks": shift.ks, "ks_p_value": shift.ks_p_value, "psi": shift.psi,
-        "words": shift.words,
+        "verdict": shift.verdict, "words": shift.words,
     }  # fmt: skip
 
 
 def _compare(first: Sample, second: Sample) -> list[Compared]:
-    """Every quantity of the texts, and every number that both sides have; the largest shift first."""
+    """Every quantity of the texts, and every number that both sides have: what the test shows first, the largest at its head."""
     found: list[Compared] = []
     sides: list[tuple[str, np.ndarray, np.ndarray]] = []
     for name, measure in _QUANTITIES.items():
@@ -116,7 +116,7 @@ def _compare(first: Sample, second: Sample) -> list[Compared]:
     for name, a, b in sides:
         if min(len(a), len(b)) >= _FEWEST_ROWS and len(np.unique(np.concatenate([a, b]))) > 1:
             found.append(Compared(name, a, b, measure_shift(a, b)))
-    return sorted(found, key=lambda each: -each.shift.psi)
+    return sorted(found, key=lambda each: (each.shift.ks_p_value >= 0.05, -each.shift.psi))
 
 
 # ---------------------------------------------------------------- the page
@@ -136,7 +136,7 @@ def _page(asked: ShiftAsked, sides: Sequence[Sample], compared: Sequence[Compare
     ]  # fmt: skip
     shifted = frozenset(i for i, each in enumerate(compared) if each.shift.psi >= 0.25 and each.shift.ks_p_value < 0.05)
     blocks: list[Block] = [Table([*columns, Column("verdict")], [
-        [*row, each.shift.words.partition(" (")[0]] for row, each in zip(rows, compared, strict=True)
+        [*row, each.shift.verdict] for row, each in zip(rows, compared, strict=True)
     ], shifted)]  # fmt: skip
     blocks.append(
         Text(
