@@ -11,7 +11,7 @@ from kajiya.flows.figure_files import Palette
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BINS = 30
+_MOST_BINS = 30
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,15 @@ def draw_overlay(figure: "Figure", data: OverlayData, palette: Palette, is_narro
     together = np.concatenate(list(data.sides.values()))
     low, high = float(together.min()), float(np.quantile(together, 0.99))
     high = high if high > low else float(together.max())
-    edges = np.linspace(low, high, _BINS + 1)
+    n_bins = max(6, min(_MOST_BINS, round(2 * len(together) ** 0.5)))
+    edges = np.linspace(low, high, n_bins + 1)
     for number, (label, values) in enumerate(data.sides.items()):
         heights = np.histogram(np.clip(values, low, high), bins=edges)[0] / len(values)
         axes.stairs(heights, edges, color=palette[f"series{number}"], linewidth=1.9, label=f"{label} ({len(values):,})")
         axes.stairs(heights, edges, color=palette[f"series{number}"], fill=True, alpha=0.16)
     axes.set_xlabel(data.x_label)
     axes.set_ylabel("share of the rows")
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
 def draw_map(figure: "Figure", data: MapData, palette: Palette, is_narrow: bool) -> None:
@@ -59,4 +60,4 @@ def draw_map(figure: "Figure", data: MapData, palette: Palette, is_narrow: bool)
         axes.plot(*places.mean(axis=0), "X", color=colour, markersize=11, markeredgecolor=palette["ink"])
     axes.set_xlabel(f"{data.kind} 1")
     axes.set_ylabel(f"{data.kind} 2")
-    axes.legend(loc="best")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
