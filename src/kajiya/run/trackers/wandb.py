@@ -118,9 +118,10 @@ class WandbTracker:
         folder = self.facts.store / event["path"]
         manifest = folder / "manifest.json"
         if not manifest.is_file():
+            self.run.summary[f"missing/{event['name']}"] = event["path"]
             return
         name = re.sub(r"[^\w.-]", "-", f"{self.facts.name}-{event['name']}")
-        kind = _KINDS.get(event["name"], event["name"])
+        kind: str = _KINDS[event["name"]] if event["name"] in _KINDS else event["name"]
         described = {"digest": event["digest"], "run": self.facts.run, "path": event["path"]}
         made = wandb.Artifact(name, type=kind, metadata=described | {"parents": read_json(manifest)["parents"]})
         if sum(path.stat().st_size for path in list_files(folder)) <= _SMALL_BYTES:
