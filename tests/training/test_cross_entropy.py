@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kajiya.data.batch import NO_TARGET
-from kajiya.training.cross_entropy import chunked_cross_entropy, chunked_log_probs
+from kajiya.models.native.library import native_problem
+from kajiya.training import cross_entropy
+from kajiya.training.cross_entropy import chunked_cross_entropy, chunked_log_probs, rows_at_once
 
 
 def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,3 +110,34 @@ def test_gradients_by_finite_differences_in_double_precision() -> None:
         lambda h, w: chunked_cross_entropy(h, w, targets, 3, 0.05, label_smoothing=0.1, weights_N=weights)[0],
         (hidden, head),
     )
+
+
+@pytest.mark.skipif(native_problem() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.2), (0.1, 0.2)])
+def test_the_operator_is_the_formula_of_torch(z_loss: float, smoothing: float) -> None:
+    torch.manual_seed(2)
+    logits, targets = torch.randn(37, 48) * 4, torch.randint(0, 48, (37,))
+    targets[::5] = NO_TARGET
+    weights = torch.rand(37) * (targets != NO_TARGET)
+    wanted, *sums = cross_entropy._torch_entropy(
+        logits.double(), targets, weights.double(), z_loss, smoothing, needs_grad=True
+    )
+    assert wanted is not None
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        given = logits.to(dtype, copy=True)
+        kept = given.clone()
+        none, *alone = cross_entropy._native_entropy(given, targets, weights, z_loss, smoothing, needs_grad=False)
+        assert none is None
+        assert torch.equal(given, kept)
+        grad, *found = cross_entropy._native_entropy(given, targets, weights, z_loss, smoothing, needs_grad=True)
+        assert found == alone
+        assert found == pytest.approx([float(each) for each in sums], rel=tolerance)
+        assert grad is not None
+        torch.testing.assert_close(grad.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_the_logits_at_hand_are_bounded_whatever_the_vocabulary() -> None:
+    assert rows_at_once(2048, 8192) == 2048
+    assert rows_at_once(2048, 131_072) == 128
+    assert rows_at_once(64, 131_072) == 64
+    assert rows_at_once(2048, 10**9) == 32

@@ -19,6 +19,7 @@ from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.native.library import LANES, WIDEST_HEAD, native_problem
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer")
+_NORMS = ("LlamaRMSNorm", "MistralRMSNorm")
 """Decoder layers that are this chain where they have no bias; each is compared with Transformers' code before it is taken."""
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Largest difference of a block's result from Transformers', over the largest value of the result."""
@@ -44,6 +45,8 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
         raise AssertionError(f"the joined form of {type(layers[0]).__name__} gives another result")
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+    for norm in [module for module in model.modules() if type(module).__name__ in _NORMS]:
+        norm.forward = types.MethodType(_normed, norm)  # type: ignore[method-assign]
     return f"yes: {len(layers)} blocks"
 
 
@@ -162,12 +165,11 @@ def _forward(
 ) -> torch.Tensor:
     """The layer's forward pass. `attention_mask` is `None`, or each token's first key, int32 [B, 1, 1, T]."""
     is_known = attention_mask is None or attention_mask.dtype == torch.int32
-    if (
-        not is_known
-        or position_embeddings is None
-        or kwargs.get("cache") is not None
-        or not _fits(layer, hidden_states)
-    ):
+    # Transformers renamed the cache within version 5.
+    has_cache = any(
+        kwargs.get(name) is not None for name in ("cache", "past_key_values")
+    )  # absent in the other's calls
+    if not is_known or has_cache or position_embeddings is None or not _fits(layer.input_layernorm, hidden_states):
         return type(layer).forward(  # type: ignore[no-any-return]
             layer,
             hidden_states,
@@ -178,12 +180,16 @@ def _forward(
     return _chain(layer, hidden_states, attention_mask, position_embeddings)
 
 
-def _fits(layer: Any, hidden: torch.Tensor) -> bool:
-    return (
-        hidden.device.type == "cpu"
-        and hidden.dtype == layer.input_layernorm.weight.dtype
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _normed(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """A norm by itself: the last one, and those of a block that is called in another way."""
+    if not _fits(norm, hidden_states):
+        return type(norm).forward(norm, hidden_states)  # type: ignore[no-any-return]
+    y, _ = torch.ops.kajiya.rms_norm(hidden_states.reshape(-1, len(norm.weight)), norm.weight, norm.variance_epsilon)
+    return y.view(hidden_states.shape)
+
+
+def _fits(norm: Any, hidden: torch.Tensor) -> bool:
+    return hidden.device.type == "cpu" and hidden.dtype == norm.weight.dtype and not torch.is_autocast_enabled("cpu")
 
 
 def _chain(layer: Any, hidden_BTD: torch.Tensor, first: torch.Tensor | None, angles: Any) -> torch.Tensor:

@@ -43,13 +43,23 @@ def chunked_log_probs(
 ) -> torch.Tensor:
     """log p of each target [N], nats, float32 (float64 for float64 inputs), 0 where there is none; differentiable.
 
-    At most `chunk_tokens` rows of logits are held at once, in both passes, and none for positions without a target.
+    At most `chunk_tokens` rows of logits (fewer of a large vocabulary: `rows_at_once`) are held at once, in both passes, and none
+    for positions without a target.
     """
     wanted = (targets_N != NO_TARGET).nonzero().squeeze(1)
     values: torch.Tensor = _ChunkedLogProbs.apply(
         hidden_ND.index_select(0, wanted), head_VD, targets_N[wanted], chunk_tokens
     )
     return values.new_zeros(targets_N.shape).index_copy(0, wanted, values)
+
+
+_MOST_LOGITS = 2**24
+_FEWEST_ROWS = 32
+
+
+def rows_at_once(chunk_tokens: int, vocabulary: int) -> int:
+    """Tokens of a chunk: fewer than asked where the vocabulary is large, so that the logits at hand stay within 2^24 numbers."""
+    return min(chunk_tokens, max(_FEWEST_ROWS, _MOST_LOGITS // vocabulary))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -74,6 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if needs_head else None
         nll_sum = torch.zeros((), dtype=wide, device=hidden.device)
         more_sum = torch.zeros((), dtype=wide, device=hidden.device)
+        chunk_tokens = rows_at_once(chunk_tokens, head.shape[0])
         chunk = _ENTROPY[_takes_native(hidden, head)]
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -175,6 +186,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
     ) -> torch.Tensor:
         wide = _wide(hidden.dtype)
+        chunk_tokens = rows_at_once(chunk_tokens, head.shape[0])
         result = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
