@@ -1,6 +1,13 @@
 """The engine without a server: a file of requests, and a conversation in the terminal."""
 
+import fcntl
 import json
+import os
+import select
+import subprocess
+import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +118,94 @@ def test_the_terminal_takes_questions_and_commands(model_folder: Path, tokenizer
         raise EOFError
 
     converse(conversation, ends, written.append)
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from kajiya.cli import main; main()", *words]
+
+
+@pytest.mark.slow
+def test_a_killed_file_of_requests_goes_on(tmp_path: Path, model_folder: Path) -> None:
+    """kill -9 in the middle, the same command again: every answer there once, and what it is without the kill."""
+    rows = [{"id": f"r{i}", "prompt": f"def f{i}(x):", "max_tokens": 60} for i in range(200)]
+    requests = _write(tmp_path / "in.jsonl", rows)
+    settings = ["--set", "serve.precision=fp32", "--set", "serve.max_batch=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "KAJIYA_STORE": str(tmp_path / "store")}
+
+    def run(output: Path) -> "subprocess.Popen[str]":
+        words = ["generate", str(requests), "--model", str(model_folder), "--output", str(output), *settings]
+        return subprocess.Popen(_command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    def answers(path: Path) -> dict[str, Any]:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({row["id"] for row in found}) == len(found)
+        return {row["id"]: row for row in found}
+
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    process = run(whole)
+    assert "200 answered now" in process.communicate(timeout=300)[1].replace("\n", " ")
+    assert answers(whole).keys() == {row["id"] for row in rows}
+    process = run(cut)
+    while not cut.exists() or cut.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    n_before = cut.read_bytes().count(b"\n")
+    assert 20 <= n_before < 200
+    process = run(cut)
+    assert f"{200 - n_before} answered now" in process.communicate(timeout=300)[1].replace("\n", " ")
+    assert answers(cut) == answers(whole)
+
+
+@pytest.mark.slow
+def test_the_terminal_by_keyboard(tmp_path: Path, model_folder: Path) -> None:
+    """`kajiya chat` at a terminal: a question, Ctrl-C in the middle of an answer, a new beginning, too long a question, the end."""
+    main_end, its_end = os.openpty()
+    settings = ["serve.precision=fp32", "--temperature", "0", "--max-tokens", "100"]
+    process = subprocess.Popen(
+        _command("chat", str(model_folder), *settings),
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "KAJIYA_STORE": str(tmp_path / "store")},
+    )
+    os.close(its_end)
+    heard = b""
+
+    def until(words: bytes) -> bytes:
+        nonlocal heard
+        limit = time.monotonic() + 120
+        while words not in heard:
+            assert time.monotonic() < limit, heard
+            if select.select([main_end], [], [], 1)[0]:
+                heard += os.read(main_end, 1 << 16)
+        before, heard = heard.split(words, 1)
+        return before
+
+    try:
+        assert b"native" in until(b"/exit ends.")
+        until(b"> ")
+        os.write(main_end, b"Rain?\n")
+        assert len(until(b" a second, first after")) > 60
+        until(b"> ")
+        os.write(main_end, b"/reset\n")
+        until(b"(begun anew)")
+        until(b"> ")
+        os.write(main_end, b"what is it? " * 90 + b"\n")
+        until(b"context length is 192")
+        until(b"> ")
+        os.write(main_end, b"Snow?\n")
+        until(b"Snow?")
+        # What the terminal makes of Ctrl-C.
+        os.write(main_end, b"\x03")
+        until(b" a second, first after")
+        until(b"> ")
+        os.write(main_end, b"/exit\n")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main_end)

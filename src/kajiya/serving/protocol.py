@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from kajiya.config.tables import nearest
 from kajiya.errors import RequestError
@@ -38,6 +38,48 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": _NOTHING,
 }
 """Parameters of OpenAI's API that are not supported here, each with the values that ask for nothing."""
+
+
+_TEXT = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+                "additionalProperties": False,
+            },
+        },
+    ]
+}
+_MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"role": {"enum": ["system", "developer", "user", "assistant"]}, "content": _TEXT},
+                "required": ["role", "content"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array"}},
+                "required": ["role", "tool_calls"],
+            },
+            {
+                "type": "object",
+                "properties": {"role": {"const": "tool"}, "content": _TEXT, "tool_call_id": {"type": "string"}},
+                "required": ["role", "content"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+}
+"""What the OpenAPI document says of messages; they are checked by `ChatBody.plain_messages`."""
 
 
 class _Body(BaseModel):
@@ -146,7 +188,7 @@ class CompletionBody(_Generation):
 class ChatBody(_Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
