@@ -52,6 +52,7 @@ def test_the_config_is_frozen() -> None:
     ("override", "expected"),
     [
         ("optim.lx=3", "did you mean 'optim.lr'?"),
+        ("schedule=constant", "~schedule.options.decay_fraction takes it away"),
         ("optm.lr=3", "did you mean 'optim.lr'?"),
         ("lr=3", "did you mean 'optim.lr'?"),
         ("optim.lr=fast", "optim.lr: Value 'fast'"),

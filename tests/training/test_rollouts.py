@@ -281,3 +281,21 @@ def test_an_answer_ends_with_a_token_that_holds_a_stop_string(tiny_model: Make) 
         assert 40 <= each.tokens[-1] < 60 or each.tokens[-1] == 2
         assert not any(240 <= ord(character) < 260 for character in each.text)
         assert len(each.text) == sum(token > 2 for token in each.tokens[:-1])
+
+
+def test_the_heaviest_batch_has_the_longest_prompt_and_whole_answers(tiny_model: Make) -> None:
+    longest = max(len(prompt.ids) for prompt in PROMPTS)
+
+    class Measured(list[Prompt]):
+        @property
+        def longest(self) -> int:
+            return longest
+
+    loader = _loader(tiny_model(), batch=3, beta=0.1)
+    given: Any = Measured(PROMPTS)
+    loader.prompts = given
+    batch = loader.heaviest()
+    assert batch.rows.tokens.shape == (3 * 4, -(-(longest + 6 - 1) // 8) * 8)
+    assert [int(n) for n in (batch.rows.targets != NO_TARGET).sum(dim=1)] == [6] * 12
+    assert batch.reference is not None
+    assert loader.state()["row"] == 0

@@ -229,7 +229,10 @@ def check_options(options: type, given: Mapping[str, Any], path: str) -> Any:
         if key not in known:
             hint = nearest(key, known)
             allowed = ", ".join(known) or "none"
-            raise ConfigError(f"{path}.{key}", "unknown option" + (f"; {hint}" if hint else f" (known: {allowed})"))
+            if hint:
+                raise ConfigError(f"{path}.{key}", f"unknown option; {hint}")
+            remedy = f"Where a recipe sets it and another choice was made, ~{path}.{key} takes it away."
+            raise ConfigError(f"{path}.{key}", f"unknown option (known: {allowed})", remedy)
         values[key] = _as_type(value, hints[key], f"{path}.{key}")
     for key, item in known.items():
         if key not in values and item.default is MISSING and item.default_factory is MISSING:
