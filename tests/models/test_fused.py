@@ -126,6 +126,36 @@ def test_matrices_that_were_moved_apart_are_joined_by_a_copy() -> None:
     assert step(model, batch)[0] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["down_proj", "k_proj"]])
+def test_adapters_on_frozen_matrices_learn_the_same(targets: Any, dropout: float) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def make() -> Any:
+        torch.manual_seed(7)
+        config = LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=targets,
+            init_lora_weights=False,
+            lora_dropout=dropout,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(make_model(), config).get_base_model()
+        return model.eval() if dropout else model  # dropout is off in evaluation, and then the parts are joined too
+
+    batch, model, plain = make_batch(), make(), make()
+    plain.set_attn_implementation("eager")
+    assert fuse_blocks(model, torch.float32, CPU, is_autocast=False).startswith("yes")
+    wanted_loss, wanted = step(plain, batch)
+    loss, grads = step(model, batch)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert grads.keys() == wanted.keys() != set()
+    for name, grad in grads.items():
+        assert_close(grad, wanted[name], 1e-4)
+
+
 def test_segments_do_not_see_each_other() -> None:
     model = make_model()
     fuse_blocks(model, torch.float32, CPU, is_autocast=False)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kajiya.models.attention import PACKED_SDPA
+from kajiya.models.fused_lora import adapted_product, parts_of
 from kajiya.models.native.library import LANES, WIDEST_HEAD, native_problem
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer")
@@ -88,9 +89,10 @@ def _are_plain(*linears: Any) -> bool:
 def _join(layer: Any) -> None:
     """Lay the matrices that share an input one behind the other in memory."""
     for group in (_projections(layer.self_attn), [layer.mlp.gate_proj, layer.mlp.up_proj]):
-        if not _are_plain(*group):
+        matrices = [_inner(linear) for linear in group]
+        if not _are_plain(*matrices):
             continue
-        weights = [linear.weight for linear in group]
+        weights = [matrix.weight for matrix in matrices]
         whole = torch.cat([weight.detach() for weight in weights])
         for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
             weight.data = part
@@ -153,7 +155,19 @@ def _products(x_MD: torch.Tensor, norm: Any, linears: list[Any]) -> torch.Tensor
     if _are_plain(*linears):
         return _NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
     normed, _ = torch.ops.kajiya.rms_norm(x_MD, norm.weight, eps)
-    return torch.cat([linear(normed) for linear in linears], dim=-1)
+    return _adapted(normed, linears)
+
+
+def _product(x_MD: torch.Tensor, linear: Any) -> torch.Tensor:
+    return linear(x_MD) if _are_plain(linear) else _adapted(x_MD, [linear])
+
+
+def _adapted(x_MD: torch.Tensor, linears: list[Any]) -> torch.Tensor:
+    """The products of x with linears that have adapters, side by side; of a kind that is not known, each by its own code."""
+    parts = [each for linear in linears if (each := parts_of(linear)) is not None]
+    if len(parts) < len(linears) or parts[0].weight.dtype != x_MD.dtype:
+        return torch.cat([linear(x_MD) for linear in linears], dim=-1)
+    return adapted_product(x_MD, _whole(tuple(part.weight for part in parts)), parts)
 
 
 def _forward(
@@ -205,12 +219,12 @@ def _chain(layer: Any, hidden_BTD: torch.Tensor, first: torch.Tensor | None, ang
     attended, _ = torch.ops.kajiya.rotary_attention(
         heads_BTAH, first.reshape(n_rows, n_tokens), cos, sin, n_kv, attention.scaling
     )
-    x_MD = x_MD + attention.o_proj(attended.view(len(x_MD), -1))
+    x_MD = x_MD + _product(attended.view(len(x_MD), -1), attention.o_proj)
     both_MF = _products(x_MD, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
     if _are_plain(mlp.down_proj):
         written = _SwigluProduct.apply(both_MF, mlp.down_proj.weight)
     else:
-        written = mlp.down_proj(torch.ops.kajiya.swiglu(both_MF))
+        written = _product(torch.ops.kajiya.swiglu(both_MF), mlp.down_proj)
     return (x_MD + written).view(hidden_BTD.shape)
 
 

@@ -1,0 +1,82 @@
+"""Products with low-rank adapters on frozen matrices, several at once: three products where PEFT's layers take five passes each.
+
+Shape letters: M tokens, D width of the input, O outputs of all matrices, R ranks of all adapters.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One linear's parts: its matrix, and the two of its adapter with their factor, where it has one."""
+
+    weight: torch.Tensor
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    scaling: float = 0.0
+
+
+def parts_of(linear: Any) -> Adapted | None:
+    """The parts of a frozen matrix, bare or with one plain LoRA adapter of PEFT in force; `None` for whatever else."""
+    if type(linear) is nn.Linear:
+        return None if linear.weight.requires_grad or linear.bias is not None else Adapted(linear.weight)
+    if type(linear).__name__ != "Linear" or not type(linear).__module__.startswith("peft.tuners.lora"):
+        return None
+    base, active = linear.base_layer, linear.active_adapters
+    is_plain = type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
+    if not is_plain or linear.merged or linear.disable_adapters or len(active) != 1 or active[0] not in linear.lora_A:
+        return None
+    name = active[0]
+    dropout, down, up = linear.lora_dropout[name], linear.lora_A[name], linear.lora_B[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+    if drops or name in linear.lora_variant or up.bias is not None or down.weight.dtype != base.weight.dtype:
+        return None
+    return Adapted(base.weight, down.weight, up.weight, linear.scaling[name])
+
+
+def adapted_product(x_MD: torch.Tensor, whole_OD: torch.Tensor, parts: list[Adapted]) -> torch.Tensor:
+    """x · (W + scaling · up · down)ᵀ of all parts, side by side [M, O]; `whole_OD` is their matrices, one below the other."""
+    having = [part for part in parts if part.down is not None and part.up is not None]
+    if not having:
+        return x_MD @ whole_OD.T
+    places, row = [], 0
+    for part in parts:
+        if part.down is not None:
+            places.append((row, part.scaling))
+        row += len(part.weight)
+    downs, ups = [part.down for part in having], [part.up for part in having]
+    result: torch.Tensor = _AdaptedProduct.apply(x_MD, whole_OD, places, *downs, *ups)
+    return result
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, whole: Any, places: list[tuple[int, float]], *factors: torch.Tensor) -> torch.Tensor:
+        n = len(places)
+        down_RD = torch.cat(factors[:n])
+        up_OR = whole.new_zeros(len(whole), len(down_RD))
+        column = 0
+        for (row, scaling), up in zip(places, factors[n:], strict=True):
+            torch.mul(up, scaling, out=up_OR[row : row + len(up), column : column + up.shape[1]])
+            column += up.shape[1]
+        low_MR = x @ down_RD.T
+        ctx.save_for_backward(x, whole, down_RD, up_OR, low_MR)
+        ctx.places, ctx.shapes = places, [up.shape for up in factors[n:]]
+        return (x @ whole.T).addmm_(low_MR, up_OR.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        x, whole, down_RD, up_OR, low_MR = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_low = grad @ up_OR
+        grad_x = (grad @ whole).addmm_(grad_low, down_RD) if ctx.needs_input_grad[0] else None
+        grad_down, grad_up = grad_low.T @ x, grad.T @ low_MR
+        ups, column = [], 0
+        for (row, scaling), (height, rank) in zip(ctx.places, ctx.shapes, strict=True):
+            ups.append(grad_up[row : row + height, column : column + rank] * scaling)
+            column += rank
+        return grad_x, None, None, *grad_down.split([rank for _, rank in ctx.shapes]), *ups
