@@ -192,3 +192,18 @@ def test_which_tokens_are_hidden_is_a_function_of_seed_and_row_alone() -> None:
     together = tokens(1, [5, 6, 7])
     assert together == tokens(1, [5]) + tokens(1, [6]) + tokens(1, [7])
     assert together != tokens(2, [5, 6, 7])
+
+
+def test_the_heaviest_rows_hold_the_longest_sequences_and_the_most_examples() -> None:
+    """Of 7 examples in 4 rows; of pairs, the longest input and the longest target, to which a batch is padded."""
+    lengths = np.array([[3], [9], [2], [2], [2], [2], [8]])
+    packing = Packing(np.arange(7), np.array([0, 1, 2, 6, 7]), lengths, np.cumsum(lengths, axis=0) - lengths)
+    nothing: Any = None
+    packed = PackedRows(nothing, packing, 16, EXAMPLES)
+    assert packed.heaviest(2).tolist() == [1, 2]
+    assert sorted(packed.heaviest(4).tolist()) == [0, 1, 2, 3]
+    assert len(packed.heaviest(9)) == 9
+    assert PaddedRows(nothing, packing, EXAMPLES).heaviest(2).tolist() == [1, 6]
+    two = np.array([[9, 1], [5, 6], [1, 8], [6, 6]])
+    pairs = PairRows(nothing, Packing(np.arange(4), np.arange(5), two, np.zeros_like(two)), 0)
+    assert pairs.heaviest(3).tolist() == [0, 2, 3]

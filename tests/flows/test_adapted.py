@@ -124,6 +124,26 @@ def test_a_teacher_is_kept_once_and_named_by_its_digest(
     )
 
 
+def test_preferences_are_learnt_through_an_adapter_whose_base_is_the_reference(finished: Finished) -> None:
+    run = finished.trained.run.id
+    config = compose(
+        "stdlib-dpo",
+        [
+            f"model.path={run}", f"tokenizer.path={run}", "data.source.options.packages=json", "data.max_lost_fraction=1",
+            "data.source.options.max_bytes=300", "train.steps=3", "train.micro_batch=2", "track.trackers=[]",
+        ],
+    )  # fmt: skip
+    trained = train(config, finished.store)
+    assert trained.model is not None
+    listed = trained.run.manifest()["artifacts"]
+    assert "reference" not in listed
+    assert listed["base"]["digest"] == finished.trained.model.digest
+    figures = find_artifact_facts(trained, finished.store, "evaluation")["figures"]
+    assert {"loss", "rewards/accuracies", "rewards/margins"} <= figures.keys()
+    states = {each["name"]: each["state"] for each in trained.run.manifest()["proof"]["findings"]}
+    assert states["accumulation"] == states["start"] == states["reload"] == "passed"
+
+
 @pytest.mark.slow
 def test_a_recipe_goes_on_from_it(adapted: Any, finished: Finished, small_config: Callable[..., Config]) -> None:
     config = small_config(

@@ -33,19 +33,24 @@ def _smaller(name: str, run: str) -> list[str]:
     """The recipe's own settings on few rows and with narrow models; its base is the run, or a stand-in."""
     recipe = compose(name)
     # Of few rows a few long ones are many.
-    wanted = ["data.row_tokens=512", "eval.samples=0", "data.max_lost_fraction=1"]
+    wanted = ["eval.samples=0", "data.max_lost_fraction=1"]
+    if recipe.train.loss.name != "grpo":
+        wanted.append("data.row_tokens=512")
     if recipe.data.source.name == "stdlib":
         wanted += [f"data.source.options.root={STDLIB / 'email'}", "data.heldout_every=5", "data.row_tokens=128"]
-    elif recipe.data.source.options["rows"] != "labelled":
+    elif recipe.data.source.name == "stdlib_pairs" and recipe.data.source.options["rows"] != "labelled":
         wanted += ["data.source.options.packages=email json xml", "data.source.options.max_bytes=600"]
     if recipe.model.path is None:
-        wanted += ["tokenizer.vocab_size=512"] + ["model.n_params=200k"] * (recipe.model.hidden_size is None)
+        # An induction circuit asks for heads of some width.
+        n_params = "200k" if recipe.model.init != "induction" else "1M"
+        wanted += ["tokenizer.vocab_size=512", *([] if recipe.model.hidden_size else [f"model.n_params={n_params}"])]
     elif recipe.model.path.startswith("stdlib-"):
         wanted += [f"model.path={run}", f"tokenizer.path={run}"]
     else:
         wanted += ["model.stand_in=true", "tokenizer.vocab_size=512"]
-    is_auto = recipe.train.micro_batch == "auto"
-    return [*wanted, "train.batch_rows=4" if is_auto else "train.micro_batch=2"]
+    if recipe.train.loss.name != "grpo":
+        wanted += ["train.batch_rows=4" if recipe.train.micro_batch == "auto" else "train.micro_batch=2"]
+    return wanted
 
 
 @pytest.mark.parametrize(

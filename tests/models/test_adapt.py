@@ -26,6 +26,7 @@ from kajiya.models.open import open_model
 from kajiya.models.quantized import count_params, dequantize, plain_tensors, quantize, stored_bytes
 from kajiya.models.save import save_model
 from kajiya.models.weights_digest import weights_digest
+from kajiya.training import cross_entropy
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
 from kajiya.training.fit import Setup, fit
 from kajiya.training.optimizers import load_optimizer
@@ -182,6 +183,37 @@ def test_it_trains_alone_resumes_bit_for_bit_and_plain_peft_loads_it(
             merged = open_model(adapter, torch.float32, is_merged=True)
             assert not has_adapter(merged)
             torch.testing.assert_close(all_logits(merged, batch), expected, atol=5e-5, rtol=0)
+
+
+@EACH
+def test_the_frozen_base_costs_neither_weight_gradients_nor_optimizer_state(
+    case: Case, base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = _setup(base(case.tied), case, 1)
+    made: list[Any] = []
+    add_product = cross_entropy._add_product
+
+    def watched(total: Any, *rest: Any) -> None:
+        made.append(total)
+        add_product(total, *rest)
+
+    monkeypatch.setattr(cross_entropy, "_add_product", watched)
+    terms, _ = setup.loss(setup.model, setup.loader.next())
+    terms["loss"][0].backward()
+    parameters = dict(setup.model.named_parameters())
+    trained = {name for name, each in parameters.items() if each.requires_grad}
+    assert {name for name, each in parameters.items() if each.grad is not None} == trained
+    head = setup.model.get_output_embeddings().weight  # type: ignore[operator]
+    if has_split_head(setup.model):
+        # The chunked head makes its gradient by hand.
+        assert made
+        assert all((total is not None) == head.requires_grad for total in made)
+    setup.optimizer.clear_grads()
+    fit(setup, TrainState(), [], lambda: False)
+    state = setup.optimizer.state_tensors()
+    assert {name.partition("/")[2] for name in state} == trained
+    n_trained = count_params(setup.model, trainable=True)
+    assert sum(each.numel() for each in state.values()) <= 3 * n_trained + len(trained)
 
 
 @EACH
