@@ -212,6 +212,12 @@ def _check_adapter(config: Config) -> None:
             f"{quantize} weights are frozen, and adapter.name={adapter.name} trains them",
             "Set adapter.name=lora, or model.quantize=none.",
         )
+    if adapter.name == "dora" and quantize == "int8":
+        raise ConfigError(
+            "model.quantize",
+            "int8 weights give their values once, and dora asks for them at every pass",
+            "Set model.quantize=nf4, or adapter.name=lora.",
+        )
     if adapter.options.get("init") in ("pissa", "olora") and quantize != "none":
         raise ConfigError(
             "adapter.options.init",

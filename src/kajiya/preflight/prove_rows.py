@@ -115,7 +115,9 @@ def check_isolation(subject: Subject) -> Finding:
     if ":" in config.model.name:
         return skipped("the model is the user's own module: what it does with segments is its own")
     ends = rows.segments[:, 1:] == rows.segments[:, :-1]
-    if isinstance(batch, Batch) and bool((ends & (rows.tokens[:, :-1] == subject.tokenizer.eos_token_id)).any()):
+    # Of conversations, each answer may end with the token that ends a text.
+    is_text = isinstance(batch, Batch) and dict(subject.corpus.facts).get("format") == "text"
+    if is_text and bool((ends & (rows.tokens[:, :-1] == subject.tokenizer.eos_token_id)).any()):
         return failed("a segment goes on behind its end of text", "This is a fault of the loader, not of the config.")
     probe, cut = _two_documents(rows)
     device = setup.strategy.device

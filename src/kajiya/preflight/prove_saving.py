@@ -1,6 +1,7 @@
 """Checks of what is trained and what is kept: every trainable tensor moves, no frozen one does, and what is saved comes back."""
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def check_reload(subject: Subject) -> Finding:
     expected = _outputs(setup.model, setup, batch)
     # What is saved at the end is the average of the weights, where one is kept.
     with setup.optimizer.averaged():
-        to_save = _outputs(setup.model, setup, batch)
+        to_save = _outputs(setup.model, setup, batch, is_rounded=False)
     with tempfile.TemporaryDirectory(prefix="kajiya-proof-") as where:
         folder = save_checkpoint(
             Path(where) / "checkpoints", TrainState(), setup.model, setup.optimizer, setup.loader.state(), "proof"
@@ -133,7 +134,7 @@ def check_reload(subject: Subject) -> Finding:
     if tied is not None:
         return failed(tied, "Weights that are one must be saved as one: see model.tied.")
     saved = saved.to(device=setup.strategy.device, dtype=setup.precision.weights)
-    found = _outputs(saved, setup, batch)
+    found = _outputs(saved, setup, batch, is_rounded=False)
     worst = float((found - to_save).abs().max())
     # A base in few bits is opened as the weights that these stand for; LLM.int8 rounds activations besides.
     limit = 5e-2 if subject.config.model.quantize == "int8" else _TOLERANCE[setup.precision.name]
@@ -164,12 +165,15 @@ def _is_tied(model: Any) -> bool | None:
 
 
 @torch.no_grad()
-def _outputs(model: Any, setup: Setup, batch: Any) -> torch.Tensor:
-    """Logits of the batch, or the loss where the model is read in another way."""
+def _outputs(model: Any, setup: Setup, batch: Any, *, is_rounded: bool = True) -> torch.Tensor:
+    """Logits of the batch, or the loss where the model is read in another way; without `is_rounded` in the weights' own dtype.
+
+    An adapter may be saved as other matrices of the same product (PiSSA), which autocast would round to another.
+    """
     training = model.training
     model.eval()
     placed = batch.to(setup.strategy.device)
-    with setup.precision.context(setup.strategy.device):
+    with setup.precision.context(setup.strategy.device) if is_rounded else nullcontext():
         if isinstance(placed, Batch) and placed.is_causal:
             result = all_logits(model, placed).float()
         else:
