@@ -28,7 +28,8 @@ class Shift:
     def verdict(self) -> str:
         """How large it is by PSI, and whether the KS test shows any: few rows make a large PSI by chance."""
         size = "no" if self.psi < 0.1 else "a moderate" if self.psi < 0.25 else "a large"
-        return f"{size} shift" + ("" if self.ks_p_value < 0.05 else ", and none is shown by the KS test")
+        is_doubtful = self.psi >= 0.1 and self.ks_p_value >= 0.05
+        return f"{size} shift" + (", but none is shown by the KS test" if is_doubtful else "")
 
     @property
     def words(self) -> str:
