@@ -37,7 +37,7 @@ def _measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     emit_ms: list[float] = []
     for round_ in range(given.rounds + 1):
         for name, trackers in (("none", ""), ("tracked", given.trackers)):
-            spent, emitted = _run(folder / f"{round_}-{name}", trackers, given.steps)
+            spent, emitted = _run(folder, trackers, given.steps, seed=2 * round_ + (name == "tracked"))
             if round_:  # the first warms up
                 step_ms[name].append(spent)
                 emit_ms += [emitted] if name == "tracked" else []
@@ -54,7 +54,7 @@ def _measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _run(folder: Path, trackers: str, steps: int) -> tuple[float, float]:
+def _run(folder: Path, trackers: str, steps: int, seed: int) -> tuple[float, float]:
     """Median milliseconds from step to step, and the mean that the logging hook took."""
     from kajiya.config.compose import compose
     from kajiya.flows.train import train
@@ -63,7 +63,13 @@ def _run(folder: Path, trackers: str, steps: int) -> tuple[float, float]:
     root = Path(sysconfig.get_paths()["stdlib"]) / "email"
     config = compose(
         "stdlib-pretrain",
-        [f"data.source.options.root={root}", *SMALL, f"train.steps={steps}", f"track.trackers=[{trackers}]"],
+        [
+            f"data.source.options.root={root}",
+            *SMALL,
+            f"train.steps={steps}",
+            f"track.trackers=[{trackers}]",
+            f"seed={seed}",
+        ],
     )
     ends: list[float] = []
 
