@@ -64,13 +64,17 @@ def _measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     answers = {}
     seconds: dict[str, list[float]] = {"kajiya": [], "lm-eval": []}
+    cpu_seconds: dict[str, list[float]] = {"kajiya": [], "lm-eval": []}
     for round_ in range(given.rounds + 1):
         for name, lm in (("kajiya", ours), ("lm-eval", theirs)):
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             answers[name] = lm.loglikelihood_rolling(requests, disable_tqdm=True)
             if round_:  # the first warms up
                 seconds[name].append(time.perf_counter() - began)
-    ratios = [b / a for a, b in zip(seconds["kajiya"], seconds["lm-eval"], strict=True)]
+                cpu_seconds[name].append(time.process_time() - cpu_began)
+    ratios, cpu_ratios = (
+        [b / a for a, b in zip(spent["kajiya"], spent["lm-eval"], strict=True)] for spent in (seconds, cpu_seconds)
+    )
     apart = max(abs(a - b) / abs(b) for a, b in zip(answers["kajiya"], answers["lm-eval"], strict=True))
     return {
         "documents": len(texts),
@@ -78,6 +82,8 @@ def _measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "ratio_by_round": ratios,
         "ratio": statistics.median(ratios),
+        "cpu_seconds": cpu_seconds,
+        "cpu_ratio": statistics.median(cpu_ratios),
         "largest_relative_difference": apart,
         "peak_bytes_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
