@@ -192,6 +192,26 @@ def test_another_architecture_autocast_and_a_missing_compiler_are_said(monkeypat
     assert fuse_blocks(make_model(), torch.float32, CPU, is_autocast=False) == "no: no C++ compiler was found"
 
 
+def test_a_form_that_gives_another_result_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(fused, "_chain", lambda layer, hidden, first, angles: hidden * 1.01)
+    assert "another result" in fuse_blocks(model, torch.float32, CPU, is_autocast=False)
+    assert "forward" not in vars(model.model.layers[0])
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_activations_made_again_give_the_same_gradients(selective: bool) -> None:
+    from kajiya.training.recompute import recompute_activations
+
+    model, plain, batch = make_model(), make_model(), make_batch()
+    recompute_activations(model, "selective" if selective else "full", CPU)
+    for each in (model, plain):
+        assert fuse_blocks(each, torch.float32, CPU, is_autocast=False).startswith("yes")
+    wanted, grads = step(plain, batch)[1], step(model, batch)[1]
+    for name, grad in grads.items():
+        assert torch.equal(grad, wanted[name])
+
+
 def test_a_call_with_a_cache_goes_through_transformers() -> None:
     model = make_model().eval()
     ids = torch.arange(1, 9)[None]

@@ -52,7 +52,13 @@ def test_the_revision_changes_with_what_is_imported_and_nothing_else(package: Pa
     (package / "run" / "files.py").write_text("h = 2\n")
     assert revision("kajiya.data.a") == before
     (package / "data" / "b.py").write_text("g = 2\n")
-    assert revision("kajiya.data.a") != before
+    second = revision("kajiya.data.a")
+    assert second != before
+    (package / "data" / "kernel.cpp").write_text("int k = 1;")
+    third = revision("kajiya.data.a")
+    assert third != second
+    (package / "data" / "kernel.cpp").write_text("int k = 2;")
+    assert revision("kajiya.data.a") not in (second, third)
     code_revision.cache_clear()
 
 

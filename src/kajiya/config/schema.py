@@ -244,7 +244,7 @@ class TrainConfig:
     """Shares of the steps at which rows double: `[0.4, 0.7]` trains on quarter rows, half rows, then whole rows."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "bf16-mixed", "fp16-mixed", "fp8"))
     """fp32; bf16 (with fp32 masters in the optimizer); bf16-mixed (autocast); fp16-mixed (autocast, scaled loss); fp8 (bf16 with
-    fp8 products, on GPUs that have them); auto picks from the hardware and says why."""
+    fp8 products, on GPUs that have them); auto picks from the hardware, on a CPU by a short measurement, and says why."""
     fp32_matmul: str = setting("auto", choices=("auto", "ieee", "tf32"))
     """How a GPU multiplies fp32: exactly (ieee), or rounded to 10 bits (tf32); auto: ieee where deterministic, else tf32."""
     strategy: str = setting("auto", choices=("auto", "single", "ddp"))
@@ -254,7 +254,7 @@ class TrainConfig:
     spike_sigmas: float | None = setting(8.0, gt=0)
     """Standard deviations above its running mean at which a loss has leapt; `None`: not looked for."""
     compile: str = setting("auto", choices=("auto", "on", "off"))
-    """torch.compile; auto: where a compiler is found and the run is long enough to repay it."""
+    """torch.compile; auto: where a compiler is found, the run is long enough to repay it, and no C++ operators take its place."""
     gradient_checkpointing: str = setting("off", choices=("off", "full", "selective", "offload"))
     """Activations made again in the backward pass: each block's (full), all but products and attention (selective), or each
     block's with what they are made from in the host's memory (offload; GPU)."""

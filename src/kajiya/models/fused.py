@@ -43,7 +43,7 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
     for layer in layers:
         _join(layer)
     if not _agrees(layers[0], weights):
-        raise AssertionError(f"the joined form of {type(layers[0]).__name__} gives another result")
+        return f"no: the joined form of {type(layers[0]).__name__} gives another result than Transformers' code"
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
     for norm in [module for module in model.modules() if type(module).__name__ in _NORMS]:
@@ -58,6 +58,8 @@ def _misfit(layer: Any) -> str | None:
         return f"attention is {attention.config._attn_implementation}"
     if width % (2 * LANES) or width > WIDEST_HEAD:
         return f"heads of width {width}; multiples of {2 * LANES} up to {WIDEST_HEAD} fit"
+    if not all(type(norm).__name__ in _NORMS for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
+        return "its norms are adapted"
     if attention.attention_dropout:
         return "attention has dropout"
     if getattr(attention.config, "sliding_window", None) is not None:

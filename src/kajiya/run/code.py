@@ -11,11 +11,13 @@ from pathlib import Path
 _PACKAGE = Path(str(resources.files("kajiya")))
 _OUTSIDE = ("kajiya.config", "kajiya.run", "kajiya.errors")
 """Rooms that carry settings and files but compute nothing; a change there leaves results as they are."""
+_COMPUTING = "kajiya.run.native"
+"""Within them, what all C++ is written in."""
 
 
 @cache
 def code_revision(*modules: str) -> str:
-    """Hash of the modules and of all that they import from this package, lazily or not; 16 hex digits.
+    """Hash of the modules and of all that they import from this package, lazily or not, C++ beside them too; 16 hex digits.
 
     `modules` are dotted names, for example `kajiya.data.shards`.
     """
@@ -23,13 +25,14 @@ def code_revision(*modules: str) -> str:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name in seen or name.startswith(_OUTSIDE):
+        if name in seen or (name.startswith(_OUTSIDE) and not name.startswith(_COMPUTING)):
             continue
         path = module_path(name)
         if path is None:
             continue
         source = path.read_bytes()
         seen[name] = source
+        seen |= {str(each.relative_to(_PACKAGE)): each.read_bytes() for each in _native_sources(path.parent)}
         waiting.extend(imported_modules(source))
     if not seen:
         raise AssertionError(f"no source found for {modules}")
@@ -37,6 +40,10 @@ def code_revision(*modules: str) -> str:
     for name in sorted(seen):
         hasher.update(name.encode() + b"\0" + seen[name] + b"\0")
     return hasher.hexdigest()[:16]
+
+
+def _native_sources(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in (".h", ".cpp")]
 
 
 def own_code(names: Iterable[str]) -> dict[str, str]:

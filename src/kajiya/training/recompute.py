@@ -47,6 +47,8 @@ def _keep_costly() -> Callable[[], Any]:
     """What selective checkpointing keeps: matrix products and attention; norms, activations and the like are made again."""
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+    import kajiya.models.native.operators  # noqa: F401 (registers them)
+
     ops = torch.ops.aten
     kept = {
         ops.mm.default,
@@ -56,6 +58,8 @@ def _keep_costly() -> Callable[[], Any]:
         ops._scaled_dot_product_flash_attention.default,
         ops._scaled_dot_product_efficient_attention.default,
         ops._scaled_dot_product_cudnn_attention.default,
+        torch.ops.kajiya.attention.default,
+        torch.ops.kajiya.rotary_attention.default,
     }
 
     def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
