@@ -133,7 +133,8 @@ def train_one(options: argparse.Namespace) -> dict[str, float]:
 
 def words(run: dict[str, float]) -> str:
     """One run in words."""
-    return f"{run['loss']:.4f} nats after {run['steps']:.0f} steps, {run['tokens']:,.0f} tokens, {run['seconds']:.0f} s"
+    done = f"{run['loss']:.4f} nats after {run['steps']:.0f} steps, {run['tokens']:,.0f} tokens"
+    return f"{done}, {run['seconds']:.1f} s of the processor"
 
 
 if __name__ == "__main__":

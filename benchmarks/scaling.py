@@ -71,7 +71,9 @@ def vocabularies() -> None:
 def child(name: str, value: int) -> dict[str, float]:
     """One point, measured in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], name, str(value)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{name} {value} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
