@@ -40,6 +40,7 @@ class Comparison:
     tokens_per_second: float
     tokens_per_second_rounds: list[float]
     """The same ratio in each round by itself."""
+    tokens_per_cpu_second: float
     peak_memory: float | None
     first_step: float
     agreement: Agreement
@@ -56,6 +57,8 @@ def compare(ours: Sequence[Result], theirs: Sequence[Result], precision: str) ->
         peer=theirs[0].peer,
         tokens_per_second=median(r.tokens_per_second for r in ours) / median(r.tokens_per_second for r in theirs),
         tokens_per_second_rounds=[a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)],
+        tokens_per_cpu_second=median(r.tokens_per_cpu_second for r in ours)
+        / median(r.tokens_per_cpu_second for r in theirs),
         peak_memory=memory,
         first_step=median(r.first_step_s for r in ours) / median(r.first_step_s for r in theirs),
         agreement=agreement(ours[0], [*ours, *theirs], precision),

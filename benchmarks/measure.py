@@ -32,6 +32,8 @@ class Result:
     tokens_per_second: float
     """Tokens that are no padding a second, the first steps left out: over the median time of a step where all steps have the
     same number, else over the time of all; work done before the steps (`before_s`) is charged to them in equal parts."""
+    tokens_per_cpu_second: float
+    """The same over the processor's seconds of the process, all its threads: what other work on the machine disturbs least."""
     first_step_s: float
     """From the start of the process to the end of its first step, seconds."""
     peak_bytes: int | None
@@ -48,6 +50,8 @@ class Result:
     """Tokens of each step that are no padding."""
     before_s: float
     """Work done once for all steps (a reference pass), seconds."""
+    before_cpu_s: float
+    """The processor's seconds of it."""
     own_order: str | None
     """Why the peer's rows are others than were ordered; `None` when they are not."""
     load_before: float
@@ -121,14 +125,15 @@ def run_peer(peer: Peer, common: WorkOrder, *, python: str, warmup_steps: int) -
                 tail = errors.read().decode(errors="replace")[-3000:]
                 raise PeerError(f"{peer.name} ended with {process.returncode}:\n{tail}")
     answer = json.loads(printed.rstrip().splitlines()[-1])
-    finished_at = answer.pop("finished_at")
-    step_s = [after - before for before, after in pairwise(finished_at)]
+    finished_at, cpu_at = answer.pop("finished_at"), answer.pop("cpu_at")
+    step_s, step_cpu_s = ([after - before for before, after in pairwise(times)] for times in (finished_at, cpu_at))
     if len(finished_at) != order.steps:
         raise PeerError(f"{peer.name} did {len(finished_at)} steps of {order.steps}")
     step_tokens = answer.pop("step_tokens") or [order.rows * order.tokens] * order.steps
     return Result(
         peer=peer.name,
         tokens_per_second=speed(step_tokens, step_s, answer["before_s"], warmup_steps),
+        tokens_per_cpu_second=speed(step_tokens, step_cpu_s, answer["before_cpu_s"], warmup_steps),
         step_tokens=step_tokens,
         first_step_s=finished_at[0] - started,
         peak_bytes=memory.peak_bytes,

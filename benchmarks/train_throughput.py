@@ -154,19 +154,22 @@ def print_table(
         "matrix products: " + ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()) + "\n"
     )
     wide = max(22, *(len(label) + 2 for label in _labels(results, comparisons)))
-    print(f"{'':<{wide}}{'tokens/s':>12}{'of the peak':>13}{'peak memory':>16}{'first step':>14}{'last loss':>12}")
+    print(
+        f"{'':<{wide}}{'tokens/s':>12}{'a CPU second':>14}{'of the peak':>13}{'peak memory':>16}{'first step':>14}{'last loss':>12}"
+    )
     for peer, runs in zip(chosen, results.values(), strict=True):
         speeds = sorted(result.tokens_per_second for result in runs)
         held = [result.peak_bytes for result in runs if result.peak_bytes is not None]
         memory = f"{median(held) / 2**30:.2f} GiB" if held else "not measured"
         first = median(result.first_step_s for result in runs)
+        cpu = median(result.tokens_per_cpu_second for result in runs)
         used = median(speeds) * order.flops_per_token / peaks[order.with_options(peer.options).precision]
-        print(
-            f"{peer.name:<{wide}}{median(speeds):>12,.0f}{used:>13.0%}{memory:>16}{first:>12.1f} s{runs[0].losses[-1]:>12.4f}"
-        )
+        figures = f"{median(speeds):>12,.0f}{cpu:>14,.0f}{used:>13.0%}{memory:>16}{first:>12.1f} s"
+        print(f"{peer.name:<{wide}}{figures}{runs[0].losses[-1]:>12.4f}")
     for label, each in zip(_labels(results, comparisons)[len(results) :], comparisons, strict=True):
         memory = f"{each.peak_memory:.2f} x" if each.peak_memory is not None else "not measured"
-        print(f"{label:<{wide}}{each.tokens_per_second:>10.2f} x{'':>13}{memory:>16}{each.first_step:>12.2f} x")
+        ratios = f"{each.tokens_per_second:>10.2f} x{each.tokens_per_cpu_second:>12.2f} x{'':>13}{memory:>16}"
+        print(f"{label:<{wide}}{ratios}{each.first_step:>12.2f} x")
     print()
     for each in comparisons:
         low, high = min(each.tokens_per_second_rounds), max(each.tokens_per_second_rounds)
@@ -191,8 +194,8 @@ def _settings_words(result: Result) -> str:
 def _words(result: Result) -> str:
     memory = f"{result.peak_bytes / 2**30:.2f} GiB" if result.peak_bytes is not None else "memory not measured"
     return (
-        f"{result.peer} {result.tokens_per_second:,.0f} tokens/s, {memory}, first step after {result.first_step_s:.1f} s "
-        f"(load before {result.load_before:.1f})"
+        f"{result.peer} {result.tokens_per_second:,.0f} tokens/s, {result.tokens_per_cpu_second:,.0f} a CPU second, "
+        f"{memory}, first step after {result.first_step_s:.1f} s (load before {result.load_before:.1f})"
     )
 
 

@@ -92,6 +92,7 @@ class Record:
 
     def __init__(self) -> None:
         self._finished_at: list[float] = []
+        self._cpu_at: list[float] = []
         self._losses: list[float] = []
         self._ids = hashlib.sha256()
 
@@ -103,6 +104,7 @@ class Record:
         """A step is finished; `loss` is its mean over the targets (over the pairs, of DPO), nats."""
         # The monotonic clock is one for all processes, so that the parent can subtract the time of the start.
         self._finished_at.append(time.monotonic())
+        self._cpu_at.append(time.process_time())
         self._losses.append(loss)
 
     def answer(
@@ -113,16 +115,18 @@ class Record:
         settings: dict[str, Any],
         step_tokens: Sequence[int] | None = None,
         before_s: float = 0.0,
+        before_cpu_s: float = 0.0,
         own_order: str | None = None,
     ) -> None:
         """Print the result: the last line of standard output.
 
         `initial_weights` is Σ|w| before any adapter, each shared weight once. `step_tokens`: tokens of each step that are no
         padding (`None`: all that were ordered). `before_s`: seconds of work done once for all steps, which are charged to
-        them. `own_order`: why this peer's rows are others than were ordered, in words.
+        them, and `before_cpu_s` those of the processor. `own_order`: why this peer's rows are others than were ordered, in words.
         """
         result = {
             "finished_at": self._finished_at,
+            "cpu_at": self._cpu_at,
             "losses": self._losses,
             "tokens_digest": self._ids.hexdigest(),
             "initial_weights": initial_weights,
@@ -130,6 +134,7 @@ class Record:
             "settings": settings,
             "step_tokens": None if step_tokens is None else list(map(int, step_tokens)),
             "before_s": before_s,
+            "before_cpu_s": before_cpu_s,
             "own_order": own_order,
         }
         print("\n" + json.dumps(result), flush=True)

@@ -47,12 +47,14 @@ class TimedReference:
         self._build = build
         self._folder: Path | None = None
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
 
     def __call__(self, *arguments: Any) -> Any:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         made = self._build(*arguments)
         if made is not None:
             self.seconds = time.perf_counter() - began
+            self.cpu_seconds = time.process_time() - cpu_began
             self._folder = made[0].path
         return made
 
@@ -95,11 +97,13 @@ def train(order: WorkOrder, record: Record) -> None:
 
     fit(setup, TrainState(), [Hook("log", 1, log)], lambda: False)
     reference.forget()
+    # The reference is of all examples; these steps are charged with their share of it.
+    share = min(1.0, order.steps * order.rows / rows_per_epoch)
     record.answer(
         initial_weights=initial,
         step_tokens=note(order, loader.given, record),
-        # The reference is of all examples; these steps are charged with their share of it.
-        before_s=reference.seconds * min(1.0, order.steps * order.rows / rows_per_epoch),
+        before_s=reference.seconds * share,
+        before_cpu_s=reference.cpu_seconds * share,
         versions={"kajiya": kajiya.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         settings={
             "precision": setup.precision.name,

@@ -50,6 +50,8 @@ def made_result(peer: str, **changed: Any) -> Any:
         settings={},
         step_tokens=[100, 100, 100],
         before_s=0.0,
+        before_cpu_s=0.0,
+        tokens_per_cpu_second=50.0,
         own_order=None,
         load_before=0.0,
     )
