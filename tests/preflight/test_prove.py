@@ -176,6 +176,22 @@ def test_a_failure_names_the_check_the_figure_and_the_remedy(corpus: Callable[[b
         require_proven(verdict.failures())
 
 
+@pytest.mark.parametrize(("form", "state"), [("chat", "passed"), ("text", "failed")])
+def test_an_answer_may_end_within_its_conversation(form: str, state: str, corpus: Callable[[bool], Artifact]) -> None:
+    """Where an answer's end is the end of text, as in ChatML; a text that goes on behind it is the loader's fault."""
+    parts = _parts()
+    skip = ("accumulation", "trainable", "reload", "learning")
+    parts.config = replace(parts.config, preflight=PreflightConfig(skip=skip))
+    for index, batch in enumerate(parts.batches):
+        tokens, targets = batch.tokens.clone(), batch.targets.clone()
+        inside = (batch.segments[:, :-2] == batch.segments[:, 2:]) & (batch.targets[:, :-2] != NO_TARGET)
+        row, place = inside.nonzero()[0].tolist()
+        tokens[row, place + 1] = targets[row, place] = VOCABULARY.eos_id
+        parts.batches[index] = replace(batch, tokens=tokens, targets=targets)
+    verdict, _ = _verdict(parts, lambda is_shared: replace(corpus(is_shared), facts={"format": form}))
+    assert {each.state for each in verdict.findings if each.name == "isolation"} == {state}
+
+
 # ---------------------------------------------------------------- seeded bugs
 
 BUGS: dict[str, tuple[str, Callable[[Parts], None]]] = {}
