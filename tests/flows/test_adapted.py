@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from kajiya.api import load
 from kajiya.config.compose import compose
-from kajiya.config.schema import Config
+from kajiya.config.schema import Config, ServeConfig
 from kajiya.errors import ConfigError, StoreError
 from kajiya.evals.answers import LocalModel
-from kajiya.flows.targets import find_model
+from kajiya.flows.targets import find_model, with_folders
 from kajiya.flows.train import Trained, train
 from kajiya.models.open import open_model
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.store import Store
+from kajiya.serving.sequence import SamplingParams
+from kajiya.serving.server import open_engine
 
 
 def on_base(finished: Finished) -> tuple[str, ...]:
@@ -91,6 +93,15 @@ def test_tasks_are_asked_of_the_adapted_model(adapted: Any, finished: Finished) 
     assert found == pytest.approx(expected[0], abs=1e-3)
     assert abs(expected[0] - expected[1]) > 2e-3
     assert local.dtype == "float32"
+
+
+def test_it_is_served_over_its_base_by_the_name_of_its_run(adapted: Any, finished: Finished) -> None:
+    trained, _ = adapted
+    cfg = ServeConfig(adapters={"tuned": trained.run.id}, precision="fp32", device="cpu", max_batch=2)
+    engine = open_engine(with_folders(cfg, finished.store), finished.trained.model.path)
+    assert engine.adapters == {"tuned": trained.model.path}
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    assert len(engine.generate([[1, 2, 3]], params, "tuned")[0].token_ids) == 4
 
 
 def find_artifact_facts(trained: Trained, store: Store, name: str) -> dict[str, Any]:

@@ -358,7 +358,7 @@ class ServeConfig:
     draft: str | None = None
     """A smaller model with the same tokens that guesses in place of the text so far: a run, an artifact, a folder, a hub name."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """LoRA adapters of the model, name → folder as PEFT saves it; requests choose one as their `model`."""
+    """LoRA adapters of the model, name → run, artifact or folder as PEFT saves it; requests choose one as their `model`."""
     models: dict[str, str] = field(default_factory=dict)
     """Further models, name → run, artifact, folder or hub name, loaded when they are first asked for."""
     idle_unload_s: float | None = setting(None, gt=0)

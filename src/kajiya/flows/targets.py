@@ -52,7 +52,7 @@ def find_model(target: str, store: Store, *, from_hub: bool = True) -> Target:
 
 
 def with_folders(cfg: ServeConfig, store: Store) -> ServeConfig:
-    """The server's settings with the folders of the further models and of the draft that they name.
+    """The server's settings with the folders of the further models, the adapters and the draft that they name.
 
     Raises `StoreError` as `find_model` does.
     """
@@ -61,7 +61,8 @@ def with_folders(cfg: ServeConfig, store: Store) -> ServeConfig:
         return name if Path(name).is_dir() else str(find_model(name, store).model.path)
 
     models = {name: folder(target) for name, target in cfg.models.items()}
-    return replace(cfg, models=models, draft=cfg.draft and folder(cfg.draft))
+    adapters = {name: folder(target) for name, target in cfg.adapters.items()}
+    return replace(cfg, models=models, adapters=adapters, draft=cfg.draft and folder(cfg.draft))
 
 
 def _newest_of_recipe(name: str, store: Store) -> Run | None:
