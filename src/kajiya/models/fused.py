@@ -51,6 +51,12 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
     return f"yes: {len(layers)} blocks"
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether the model's blocks have the joined form."""
+    layers = [module for module in model.modules() if type(module).__name__ in _LAYERS]
+    return any(isinstance(layer.forward, types.MethodType) and layer.forward.__func__ is _forward for layer in layers)
+
+
 def _misfit(layer: Any) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     width = attention.head_dim

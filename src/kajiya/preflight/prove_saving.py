@@ -10,6 +10,7 @@ import torch
 
 from kajiya.config.quantities import format_bytes, format_count
 from kajiya.data.batch import Batch
+from kajiya.models.fused import fuse_blocks, is_fused
 from kajiya.models.hidden import all_logits
 from kajiya.models.quantized import count_params
 from kajiya.preflight.portion import Repeated, first_batch
@@ -134,6 +135,9 @@ def check_reload(subject: Subject) -> Finding:
     if tied is not None:
         return failed(tied, "Weights that are one must be saved as one: see model.tied.")
     saved = saved.to(device=setup.strategy.device, dtype=setup.precision.weights)
+    if is_fused(setup.model):
+        # Weights are compared here: in bf16 the same ones give other logits by operators that round elsewhere.
+        fuse_blocks(saved, setup.precision.weights, setup.strategy.device, is_autocast=False)
     found = _outputs(saved, setup, batch, is_rounded=False)
     worst = float((found - to_save).abs().max())
     # A base in few bits is opened as the weights that these stand for; LLM.int8 rounds activations besides.
