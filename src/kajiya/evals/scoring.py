@@ -93,7 +93,7 @@ def _portions(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 def token_nll(model: Any, batch: Batch) -> torch.Tensor:
     """−log p of each target, nats, float32 [B, T]; 0 where there is none. The logits are never held."""
-    return -target_scores(model, batch)[0]
+    return -target_scores(model, batch, is_greedy_asked=False)[0]
 
 
 def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
