@@ -142,6 +142,10 @@ def with_logprobs(rows: Logits, tokens: Rows[int], n_top: int) -> list[TokenLogp
             index_O1 = torch.tensor(tokens, dtype=torch.long, device=rows.logits.device).unsqueeze(1)
             values = rows.logits.gather(1, index_O1).squeeze(1).tolist()
         logprobs = [value - log_sum for value, log_sum in zip(values, rows.log_sums, strict=True)]
+        if rows.best_logprobs is not None:
+            # The same number as above to the last bit, whatever was drawn in the rows beside.
+            known = zip(tokens, rows.best, rows.best_logprobs, logprobs, strict=True)
+            logprobs = [sure if token == best else found for token, best, sure, found in known]
     if not n_top:
         return [TokenLogprob(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
     best_ON, ids_ON = rows.logits.topk(n_top, dim=-1)
