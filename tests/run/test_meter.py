@@ -10,7 +10,8 @@ from kajiya.run.meter import Meter
 
 
 def test_figures_are_psutils(tmp_path: Path) -> None:
-    meter = Meter(tmp_path, lambda: {"system/gpu_0_memory_usage_megabytes": 7.0})
+    meter = Meter(tmp_path, lambda: {"system/gpu_0_memory_usage_megabytes": 7.0}, every_s=0.1)
+    assert meter() == {}, "read anew at once"
     ends = time.process_time() + 0.2
     while time.process_time() < ends:
         pass

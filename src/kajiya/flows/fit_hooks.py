@@ -59,7 +59,9 @@ def make_hooks(
             "train/data_wait_s": setup.loader.waited_s,
         }
         hear("metrics", step=report.state.step, values=values)
-        hear("system", step=report.state.step, values=meter())
+        taken = meter()
+        if taken:
+            hear("system", step=report.state.step, values=taken)
 
     def evaluate(report: StepReport) -> None:
         with setup.optimizer.averaged():

@@ -19,12 +19,19 @@ class Meter:
     """Where the run writes; its disk is looked at."""
     accelerator: Callable[[], dict[str, float]] = field(default=dict)
     """Further figures, of an accelerator."""
+    every_s: float = 1.0
+    """Least time between two readings, seconds: a log line each step costs no reading each step."""
     _cpu_s: float = field(default_factory=lambda: sum(os.times()[:2]))
     _at_s: float = field(default_factory=time.perf_counter)
 
     def __call__(self) -> dict[str, float]:
-        """Figures by name; `system/…` is where MLflow looks for them. Percentages are of one core, or of the whole memory."""
+        """Figures by name, none where the last reading is too recent; `system/…` is where MLflow looks for them.
+
+        Percentages are of one core, or of the whole memory.
+        """
         cpu_s, at_s = sum(os.times()[:2]), time.perf_counter()
+        if at_s - self._at_s < self.every_s:
+            return {}
         busy = (cpu_s - self._cpu_s) / max(at_s - self._at_s, 1e-9)
         self._cpu_s, self._at_s = cpu_s, at_s
         values = {
