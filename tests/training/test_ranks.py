@@ -264,7 +264,7 @@ def test_two_processes_with_dropout_go_on_after_a_kill_bit_for_bit(tmp_path: Pat
     """One pair is never interrupted; the other is killed, asked to stop, and then finishes."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert _start(whole, *_TWO).wait(300) == 0, (tmp_path / "whole.log").read_text()
-    for step, how in ((6, signal.SIGKILL), (10, signal.SIGTERM)):
+    for step, how in ((10, signal.SIGKILL), (14, signal.SIGTERM)):  # a save waits for the one before it
         process = _start(broken, *_TWO)
         while not any(event["kind"] == "metrics" and event["step"] >= step for event in _events(broken)):
             assert process.poll() is None, (tmp_path / "broken.log").read_text()
