@@ -153,6 +153,7 @@ def with_logprobs(rows: Logits, tokens: Rows[int], n_top: int) -> list[TokenLogp
     for token, logprob, ids, best, log_sum in zip(
         tokens, logprobs, ids_ON.tolist(), best_ON.tolist(), rows.log_sums, strict=True
     ):
-        top = tuple((one, value - log_sum) for one, value in zip(ids, best, strict=True))
+        # The token is as probable among its alternatives as by itself.
+        top = tuple((one, logprob if one == token else value - log_sum) for one, value in zip(ids, best, strict=True))
         found.append(TokenLogprob(token, logprob, top))
     return found
