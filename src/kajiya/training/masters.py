@@ -52,6 +52,7 @@ class MasterOptimizer:
         for name in self._copied:
             grad = self.parameters[name].grad
             self.masters[name].grad = None if grad is None else grad.to(self.masters[name].device, torch.float32)
+            self.parameters[name].grad = None  # one of the two is enough to hold
         for optimizer, ratios in zip(self.optimizers, self._ratios, strict=True):
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
                 group["lr"] = lr * ratio
