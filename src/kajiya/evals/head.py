@@ -13,9 +13,9 @@ from kajiya.models.hidden import all_logits, has_split_head, last_hidden
 
 _TOKENS = 512
 """Tokens whose scores are computed together."""
-_WORDS = 32_768
-"""Words of the vocabulary in a block: with 512 tokens 64 MiB of float32. Blocks that a cache holds are a quarter faster on one
-idle core, but their many small steps wait for each other wherever another program has one of the cores."""
+_WORDS, _WORDS_OF_ONE_THREAD = 32_768, 2048
+"""Words of the vocabulary in a block: with 512 tokens 64 MiB of float32, or 4 MiB, which a cache holds. The small blocks are
+a fifth faster; but with several threads their many small steps wait for each other wherever another program has a core."""
 
 
 def target_scores(model: Any, batch: Batch, *, is_greedy_asked: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +32,8 @@ def target_scores(model: Any, batch: Batch, *, is_greedy_asked: bool = True) -> 
     states = states.reshape(-1, states.shape[-1])
     head = model.get_output_embeddings() if split else nn.Identity()
     is_blocked = type(head) is nn.Linear and states.device.type == "cpu" and states.dtype == torch.float32
-    room = states.new_empty(min(_WORDS, len(head.weight)), min(_TOKENS, len(wanted))) if is_blocked else states
+    words = _WORDS_OF_ONE_THREAD if torch.get_num_threads() == 1 else _WORDS
+    room = states.new_empty(min(words, len(head.weight)), min(_TOKENS, len(wanted))) if is_blocked else states
     for part in wanted.split(_TOKENS):
         if is_blocked:
             found = _by_blocks(states[part], head.weight, targets[part], room)
@@ -62,8 +63,8 @@ def _by_blocks(
     n = len(states_nD)
     largest, total = states_nD.new_full((n,), -torch.inf), states_nD.new_zeros(n)
     own = torch.empty_like(total)
-    for begin in range(0, len(weight_VD), _WORDS):
-        words_vD = weight_VD[begin : begin + _WORDS]
+    for begin in range(0, len(weight_VD), len(room)):
+        words_vD = weight_VD[begin : begin + len(room)]
         # A slice of whole rows is written in place; one of fewer tokens needs memory of its own.
         into = room[: len(words_vD)] if n == room.shape[1] else room.new_empty(len(words_vD), n)
         logits_vn = torch.mm(words_vD, states_nD.t(), out=into)
