@@ -200,8 +200,9 @@ def _kib(field: str) -> int:
 
 
 def peers() -> list[str]:
-    """Names of the scripts in `peers/` that train; those that serve are another benchmark's."""
-    return sorted(path.stem for path in (HERE / "peers").glob("*.py") if not path.stem.startswith("serve_"))
+    """Names of the scripts in `peers/` that train: those that read a work order."""
+    scripts = (HERE / "peers").glob("*.py")
+    return sorted(path.stem for path in scripts if "read_order" in path.read_text(encoding="utf-8"))
 
 
 def default_python() -> str:
