@@ -297,6 +297,7 @@ def test_two_models_side_by_side(browser: Any, model_folder: Path, tokenizer: An
             return text.rstrip("\ufffd")
 
         page = _Page(browser, url)
+        page.complaints()  # what the tests before have left
         page.driver.execute_script(
             "const t = arguments[0]; t.value = 0; t.dispatchEvent(new Event('input', {bubbles: true}))",
             page.one("#temperature"),
