@@ -140,8 +140,9 @@ def test_preferences_are_learnt_through_an_adapter_whose_base_is_the_reference(f
     config = compose(
         "stdlib-dpo",
         [
-            f"model.path={run}", f"tokenizer.path={run}", "data.source.options.packages=json", "data.max_lost_fraction=1",
-            "data.source.options.max_bytes=300", "train.steps=3", "train.micro_batch=2", "track.trackers=[]",
+            f"model.path={run}", f"tokenizer.path={run}", "data.source.options.packages=email json xml",
+            "data.source.options.max_bytes=300", "data.max_lost_fraction=1", "train.steps=3", "train.micro_batch=2",
+            "track.trackers=[]",
         ],
     )  # fmt: skip
     trained = train(config, finished.store)
