@@ -141,7 +141,9 @@ def check_reload(subject: Subject) -> Finding:
     found = _outputs(saved, setup, batch, is_rounded=False)
     worst = float((found - to_save).abs().max())
     # A base in few bits is opened as the weights that these stand for; LLM.int8 rounds activations besides.
-    limit = 5e-2 if subject.config.model.quantize == "int8" else _TOLERANCE[setup.precision.name]
+    limit = _TOLERANCE[setup.precision.name]
+    if subject.config.model.quantize == "int8":
+        limit = max(5e-2, limit)
     if not worst <= limit:
         return failed(
             f"the saved model's logits differ by {worst:.2g} from those of the one in memory",
@@ -191,4 +193,5 @@ def _values(model: Any, setup: Setup, batch: Any) -> torch.Tensor:
         terms = setup.measure(model, batch)
         batch = replace(batch, measured={name: float(value) for name, (value, _) in terms.items()})
     terms, _ = setup.loss(model, batch)
-    return torch.stack([value.float() for value, _ in terms.values()])
+    counts = [batch.counts[count] if isinstance(count, str) else float(count) for _, count in terms.values()]
+    return torch.stack([value.float() / max(1.0, n) for (value, _), n in zip(terms.values(), counts, strict=True)])
