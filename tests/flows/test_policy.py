@@ -63,7 +63,7 @@ def _train(text: str, store: Path, *more: str) -> tuple[Trained, list[tuple[str,
     return trained, heard
 
 
-@pytest.mark.parametrize("more", [(), LORA], ids=["full", "qlora"])
+@pytest.mark.parametrize("more", [(), pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "qlora"])
 def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[str, ...], tmp_path: Path) -> None:
     trained, heard = _train(text, tmp_path, *more)
     assert trained.model is not None
