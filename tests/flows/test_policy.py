@@ -38,6 +38,7 @@ SMALL = (
     "tokenizer.vocab_size=300",
     "track.trackers=[]",
 )
+FULL = ("train.loss.options.beta=0.05",)
 LORA = ("adapter.name=lora", "adapter.options.r=4", "model.quantize=nf4", "train.loss.options.beta=0.05")
 PHASES = (*LORA, "train.accumulate=2", "train.loss.options.inner_epochs=3")
 
@@ -63,7 +64,7 @@ def _train(text: str, store: Path, *more: str) -> tuple[Trained, list[tuple[str,
     return trained, heard
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "qlora"])
+@pytest.mark.parametrize("more", [FULL, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "qlora"])
 def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[str, ...], tmp_path: Path) -> None:
     trained, heard = _train(text, tmp_path, *more)
     assert trained.model is not None
@@ -80,7 +81,10 @@ def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[s
     assert {"eval/reward", "eval/loss"} <= names
     evaluations = [values for values in metrics if "eval/reward" in values]
     assert all(each["eval/reward_low"] <= each["eval/reward"] <= each["eval/reward_high"] for each in evaluations)
-    assert ("train/kl" in names) == bool(more)
+    divergences = [values["train/kl"] for values in metrics if "train/kl" in values]
+    # The reference is the model before training: the first step is taken on it, the others away from it.
+    assert divergences[0] == pytest.approx(0, abs=1e-6)
+    assert divergences[-1] > 1e-5
     assert all(values["train/mismatch/difference"] < 1e-3 for values in metrics if "train/loss" in values)
     samples = [fields for kind, fields in heard if kind == "sample"]
     assert len(samples) == 2 * 3
