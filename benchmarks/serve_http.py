@@ -58,6 +58,7 @@ def _order(folder: Path, streams: int, args: argparse.Namespace) -> dict:
         "prompt_tokens": 64,
         "new_tokens": args.new_tokens,
         "threads": args.threads,
+        "clock": "wall",
     }
 
 

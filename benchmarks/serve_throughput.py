@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for busy machines"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PYTHON", help="llamacpp, openvino, onnx")
     parser.add_argument("--scratch", type=Path, help="where the model and its conversions are kept for another run")
@@ -72,6 +75,7 @@ def main() -> None:
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
             "threads": args.threads,
+            "clock": args.clock,
         }
         found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
         for repeat in range(args.repeats):

@@ -2,11 +2,10 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
-from prompts import prompts
+from prompts import prompts, seconds
 
 from kajiya.serving.loading import load_engine
 from kajiya.serving.sequence import SamplingParams
@@ -22,9 +21,9 @@ def main() -> None:
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))
     for n in order["streams"]:
         given = prompts(order, n)
-        begun = time.perf_counter()
+        begun = seconds(order)
         engine.generate(given, params)
-        found[n] = n * order["new_tokens"] / (time.perf_counter() - begun)
+        found[n] = n * order["new_tokens"] / (seconds(order) - begun)
     print(json.dumps(found))
 
 

@@ -6,13 +6,12 @@ Prints tokens a second by number of streams, from one JSON order.
 import ctypes
 import json
 import sys
-import time
 from pathlib import Path
 
 import gguf
 import llama_cpp
 import numpy as np
-from prompts import prompts
+from prompts import prompts, seconds
 from safetensors import safe_open
 
 NAMES = {
@@ -119,7 +118,7 @@ def _seconds(model: object, given: list[list[int]], order: dict) -> float:
     settings.n_threads = settings.n_threads_batch = order["threads"]
     context = llama_cpp.llama_init_from_model(model, settings)
     batch = llama_cpp.llama_batch_init(2048, 0, 1)
-    begun = time.perf_counter()
+    begun = seconds(order)
 
     def put(rows: list[tuple[int, int, int, bool]]) -> None:
         batch.n_tokens = len(rows)
@@ -144,10 +143,10 @@ def _seconds(model: object, given: list[list[int]], order: dict) -> float:
     for step in range(order["new_tokens"] - 1):
         put([(token, order["prompt_tokens"] + step, s, True) for s, token in enumerate(tokens)])
         tokens = [best(i) for i in range(n)]
-    seconds = time.perf_counter() - begun
+    taken = seconds(order) - begun
     llama_cpp.llama_batch_free(batch)
     llama_cpp.llama_free(context)
-    return seconds
+    return taken
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ Prints tokens a second by number of streams, from one JSON order.
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as genai
-from prompts import prompts
+from prompts import prompts, seconds
 
 
 def convert(order: dict) -> Path:
@@ -32,8 +31,8 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     model = genai.Model(str(convert(order)))
 
-    def seconds(ids: list[list[int]], n_new: int) -> float:
-        begun = time.perf_counter()
+    def generate(ids: list[list[int]], n_new: int) -> float:
+        begun = seconds(order)
         params = genai.GeneratorParams(model)
         length = len(ids[0]) + n_new
         # Its end-of-sequence test cannot be turned off; the shortest length is the longest one.
@@ -45,10 +44,10 @@ def main() -> None:
             generator.generate_next_token()
             n_steps += 1
         assert n_steps == n_new, n_steps
-        return time.perf_counter() - begun
+        return seconds(order) - begun
 
-    seconds([[1, 2, 3]], 4)
-    found = {n: n * order["new_tokens"] / seconds(prompts(order, n), order["new_tokens"]) for n in order["streams"]}
+    generate([[1, 2, 3]], 4)
+    found = {n: n * order["new_tokens"] / generate(prompts(order, n), order["new_tokens"]) for n in order["streams"]}
     print(json.dumps(found))
 
 

@@ -2,10 +2,9 @@
 
 import json
 import sys
-import time
 
 import torch
-from prompts import prompts
+from prompts import prompts, seconds
 from transformers import AutoModelForCausalLM
 
 
@@ -19,9 +18,9 @@ def main() -> None:
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, **settings)
     for n in order["streams"]:
         ids = torch.tensor(prompts(order, n))
-        begun = time.perf_counter()
+        begun = seconds(order)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=order["new_tokens"], **settings)
-        found[n] = n * order["new_tokens"] / (time.perf_counter() - begun)
+        found[n] = n * order["new_tokens"] / (seconds(order) - begun)
     print(json.dumps(found))
 
 
