@@ -139,7 +139,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
                     asyncio.run(ask(port, model, "hello", 1, streams=False))
                     break
                 except (OSError, ValueError) as error:
-                    if server.poll() is not None or time.perf_counter() - begun > 120:
+                    if server.poll() is not None or time.perf_counter() - begun > 300:
                         log.seek(0)
                         raise SystemExit(f"{name} did not start: {error}\n{log.read()[-3000:]!r}") from error
                     time.sleep(0.02)
