@@ -48,7 +48,7 @@ def test_the_evaluation_adds_up(finished: Finished) -> None:
     heldout = open_documents(finished.store.root / artifacts["corpus"]["path"], "heldout")
     rows = [json.loads(line) for line in (evaluation.path / "documents.jsonl").read_text().splitlines()]
     facts = evaluation.facts
-    assert [row["document"] for row in rows] == heldout.names
+    assert [row["document"] for row in rows] == list(heldout.names)
     assert facts["n_bytes"] == sum(row["n_bytes"] for row in rows) == heldout.n_bytes
     nats = sum(row["nats"] for row in rows)
     assert facts["bits_per_byte"] == pytest.approx(nats / np.log(2) / heldout.n_bytes)

@@ -65,4 +65,6 @@ def compile_blocks(model: nn.Module) -> int:
 def _compile(module: nn.Module) -> None:
     # Inductor warns of CPUs with few cores and of its own deprecations; neither is the user's to mend.
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo).*")
+    # Said by torch of its own source, at Inductor's first import.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script_method` is deprecated", category=DeprecationWarning)
     module.compile(dynamic=False)
