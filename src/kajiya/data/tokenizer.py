@@ -118,13 +118,18 @@ def build_tokenizer(
 
 def load_tokenizer(folder: Path, max_tokens: int | None = None) -> "PreTrainedTokenizerFast":
     """The tokenizer in `folder`; with `max_tokens`, declared for a model of that many positions."""
-    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    if config.get("tokenizer_class") == _PLAIN_CLASS:
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and read_json(settings).get("tokenizer_class") == _PLAIN_CLASS:
         # What AutoTokenizer would take, without its look at every architecture, which brings torch into the process.
-        from transformers import PreTrainedTokenizerFast as Loader
+        from transformers import TokenizersBackend
+
+        tokenizer = cast(
+            "PreTrainedTokenizerFast", TokenizersBackend.from_pretrained(str(folder), local_files_only=True)
+        )
     else:
-        from transformers import AutoTokenizer as Loader
-    tokenizer = cast("PreTrainedTokenizerFast", Loader.from_pretrained(str(folder), local_files_only=True))
+        from transformers import AutoTokenizer
+
+        tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
     if max_tokens is not None:
         tokenizer.model_max_length = max_tokens
     return tokenizer

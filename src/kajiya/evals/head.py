@@ -30,7 +30,7 @@ def target_scores(model: Any, batch: Batch, *, is_greedy_asked: bool = True) -> 
     split = has_split_head(model)
     states = last_hidden(model, batch) if split else all_logits(model, batch)
     states = states.reshape(-1, states.shape[-1])
-    head = model.get_output_embeddings() if split else nn.Identity()
+    head: Any = model.get_output_embeddings() if split else nn.Identity()
     is_blocked = type(head) is nn.Linear and states.device.type == "cpu" and states.dtype == torch.float32
     words = _WORDS_OF_ONE_THREAD if torch.get_num_threads() == 1 else _WORDS
     room = states.new_empty(min(words, len(head.weight)), min(_TOKENS, len(wanted))) if is_blocked else states

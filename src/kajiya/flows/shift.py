@@ -85,7 +85,7 @@ def compare_samples(asked: ShiftAsked, store: Store, folder: Path, on_event: OnE
         began = time.perf_counter()
         vectors = [model.embed(side.texts) for side in (first, second)]
         on_event("stage", name="embeddings", state="done", seconds=time.perf_counter() - began, text=asked.model)
-        directions = embedding_shift(*vectors)
+        directions = embedding_shift(vectors[0], vectors[1])
         blocks = _map_blocks(asked, (first, second), vectors, directions)
     path = write_page(_page(asked, (first, second), compared, blocks), folder)
     return {
@@ -110,7 +110,8 @@ def _compare(first: Sample, second: Sample) -> list[Compared]:
     found: list[Compared] = []
     sides: list[tuple[str, np.ndarray, np.ndarray]] = []
     for name, measure in _QUANTITIES.items():
-        sides.append((name, *(np.array([measure(text) for text in side.texts]) for side in (first, second))))
+        a, b = (np.array([measure(text) for text in side.texts]) for side in (first, second))
+        sides.append((name, a, b))
     for name in first.numbers.keys() & second.numbers.keys():
         sides.append((f"column {name}", np.array(first.numbers[name]), np.array(second.numbers[name])))
     for name, a, b in sides:

@@ -128,7 +128,8 @@ class _NormProduct(torch.autograd.Function):
         y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps)
         ctx.save_for_backward(x, norm_weight, *weights)
         ctx.eps = eps
-        return y @ _whole(weights).T
+        product: torch.Tensor = y @ _whole(weights).T
+        return product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
@@ -148,7 +149,8 @@ class _SwigluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Any, weight: Any) -> torch.Tensor:
         ctx.save_for_backward(both, weight)
-        return torch.ops.kajiya.swiglu(both) @ weight.T
+        product: torch.Tensor = torch.ops.kajiya.swiglu(both) @ weight.T
+        return product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
@@ -161,7 +163,8 @@ def _products(x_MD: torch.Tensor, norm: Any, linears: list[Any]) -> torch.Tensor
     """The products of the normed x with all of the linears, side by side."""
     eps = norm.variance_epsilon
     if _are_plain(*linears):
-        return _NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
+        product: torch.Tensor = _NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
+        return product
     normed, _ = torch.ops.kajiya.rms_norm(x_MD, norm.weight, eps)
     return _adapted(normed, linears)
 
@@ -207,7 +210,8 @@ def _normed(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     if not _fits(norm, hidden_states):
         return type(norm).forward(norm, hidden_states)  # type: ignore[no-any-return]
     y, _ = torch.ops.kajiya.rms_norm(hidden_states.reshape(-1, len(norm.weight)), norm.weight, norm.variance_epsilon)
-    return y.view(hidden_states.shape)
+    normed: torch.Tensor = y.view(hidden_states.shape)
+    return normed
 
 
 def _fits(norm: Any, hidden: torch.Tensor) -> bool:
@@ -233,7 +237,8 @@ def _chain(layer: Any, hidden_BTD: torch.Tensor, first: torch.Tensor | None, ang
         written = _SwigluProduct.apply(both_MF, mlp.down_proj.weight)
     else:
         written = _product(torch.ops.kajiya.swiglu(both_MF), mlp.down_proj)
-    return (x_MD + written).view(hidden_BTD.shape)
+    result: torch.Tensor = (x_MD + written).view(hidden_BTD.shape)
+    return result
 
 
 def _agrees(layer: Any, dtype: torch.dtype) -> bool:

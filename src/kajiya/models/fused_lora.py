@@ -66,7 +66,8 @@ class _AdaptedProduct(torch.autograd.Function):
         low_MR = x @ down_RD.T
         ctx.save_for_backward(x, whole, down_RD, up_OR, low_MR)
         ctx.places, ctx.shapes = places, [up.shape for up in factors[n:]]
-        return (x @ whole.T).addmm_(low_MR, up_OR.T)
+        result: torch.Tensor = (x @ whole.T).addmm_(low_MR, up_OR.T)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]

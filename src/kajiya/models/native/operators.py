@@ -142,7 +142,8 @@ def rotary_attention(
     qkv: torch.Tensor, first: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_kv: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attention`, of heads [B, T, N + 2K, H] in one tensor, queries and keys turned by the angles (float32 [B, T, H])."""
-    return _attend(*_split(qkv, n_kv), first, (cos, sin), scale)
+    q, k, v = _split(qkv, n_kv)
+    return _attend(q, k, v, first, (cos, sin), scale)
 
 
 @rotary_attention.register_fake
@@ -259,7 +260,8 @@ def swiglu(both: torch.Tensor) -> torch.Tensor:
 
 @swiglu.register_fake
 def _(both: Any) -> torch.Tensor:
-    return both.new_empty(both.shape[0], both.shape[1] // 2)
+    made: torch.Tensor = both.new_empty(both.shape[0], both.shape[1] // 2)
+    return made
 
 
 @torch.library.custom_op("kajiya::swiglu_backward", mutates_args=(), device_types="cpu")
