@@ -99,8 +99,10 @@ class DocumentWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.close()
-        self._names.close()
+        try:
+            self._handle.close()
+        finally:
+            self._names.close()
 
     def finish(self) -> Documents:
         """Write names and offsets; return what was written."""
