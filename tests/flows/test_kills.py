@@ -40,7 +40,7 @@ CASES = [
     ("fp16-mixed", "adamw", "train.ema_decay=0.9"),
     ("fp16-mixed", "muon", ""),
     ("fp32", "adamw", "train.on_spike=rollback train.spike_sigmas=1 optim.max_skipped=48 train.steps=48"),
-    ("fp32", "adamw", "train.micro_batch=auto train.batch_rows=4"),
+    ("fp32", "adamw", "train.micro_batch=auto train.batch_rows=4 train.accumulate=1"),
 ]
 """Every optimizer, every precision that a CPU has; averages, dropout and noise among them."""
 
