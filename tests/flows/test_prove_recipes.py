@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Finished, small_overrides
+from tests.conftest import Finished
 
 from kajiya.config.compose import compose, list_recipes
 from kajiya.flows.plan import prove_recipe
