@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, find_run, open_run, run_name
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
-from kajiya.run.trackers.dispatch import start_trackers
+from kajiya.run.trackers.dispatch import Trackers, start_trackers
 from kajiya.run.usage import usage_with
 from kajiya.training.precision import resolve_device
 from kajiya.training.ranks import Ranks, find_ranks, join, leave, wait_for_all
@@ -101,12 +102,18 @@ def train(
     run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
     for name, artifact in {"corpus": data.corpus, **data.parents()}.items():
         run.record_artifact(name, artifact)
-    trackers = start_trackers(run, config.track)
+
+    @cache
+    def trackers() -> Trackers:
+        """They read the log from its beginning, so that they may begin late: behind the plan, whose steps they would slow."""
+        return start_trackers(run, config.track)
 
     def hear_and_watch(kind: str, **fields: Any) -> None:
         hear(kind, **fields)
+        if kind == "plan":
+            trackers()
         if kind == "metrics":
-            for text in trackers.poll():
+            for text in trackers().poll():
                 on_event("warning", text=text)
 
     stages.on_event = hear_and_watch
@@ -132,8 +139,9 @@ def train(
         raise
     finally:
         run.record(status=status, timings=run.manifest().get("timings", {}) | stages.timings, usage=usage_with(used))
+        followers = trackers()
         run.events.emit("ended", status=status, error=error)
-        warnings = trackers.finish()
+        warnings = followers.finish()
     return Trained(run, model, report, tuple(warnings))
 
 
