@@ -58,6 +58,7 @@ def train(order: WorkOrder, record: Record) -> None:
         adam_epsilon=order.eps,
         max_grad_norm=order.clip_norm,
         bf16=order.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
         torch_compile=order.compile,
         train_sampling_strategy="sequential",
         logging_steps=1,

@@ -25,13 +25,16 @@ class Rows(DataModule):
     def __init__(self, order: WorkOrder, record: Record) -> None:
         self._order = order
         self._record = record
+        self._n_to_note = order.steps * order.accumulate
+        """The loop asks for one batch more than it trains on."""
 
     def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None) -> None: ...
 
     def _loader(self, rows: np.ndarray, note: bool) -> DataLoader:
         def collate(each: list[np.ndarray]) -> torch.Tensor:
             batch = np.stack(each)
-            if note:
+            if note and self._n_to_note:
+                self._n_to_note -= 1
                 self._record.tokens(batch[:, :-1])
             return torch.from_numpy(batch)
 

@@ -46,6 +46,7 @@ def settings_of(order: WorkOrder) -> dict[str, Any]:
         "adam_epsilon": order.eps,
         "max_grad_norm": order.clip_norm,
         "bf16": order.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),
         "torch_compile": order.compile,
         # TRL turns it on by itself.
         "gradient_checkpointing": False,

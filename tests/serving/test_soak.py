@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import multiprocessing
 import random
 import socket
 import sys
@@ -9,6 +10,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from .conftest import CONTEXT, NAME, is_greedy, open_engine, running
 N_CLIENTS = 8
 SOAK_S = 120
 MAX_GROWTH = 32 << 20
-"""Bytes of the whole process, clients and their replies among them, between the first third and the end."""
+"""Bytes of the server's process between the first third and the end; its clients live in another."""
 MAX_BODY = 400_000
 JSON = {"content-type": "application/json"}
 ODD_TEXTS = ("\u202e🤦🏽‍♂️" * 5, "a\x00b", "日本語", "ﷺ" * 3, "\ufeff\u200b", "é" * 3, "🏴󠁧󠁢󠁷󠁬󠁳󠁿", "�")
@@ -145,6 +148,33 @@ class _Client:
         assert reply.status_code in (200, 429)
 
 
+@dataclass
+class _Told:
+    """What all clients of a process were told."""
+
+    answers: list[tuple[list[int], list[str]]]
+    calls: Counter[str]
+    failures: list[str]
+    seeded: set[tuple[int, str]]
+
+
+def _call_for(url: str, texts: dict[str, str], seconds: float) -> _Told:
+    """Let every client call, each in a thread of this process."""
+    end = time.monotonic() + seconds
+    clients = [_Client(i, url, texts) for i in range(N_CLIENTS)]
+    threads = [threading.Thread(target=client.go_on, args=(end,)) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return _Told(
+        answers=[answer for client in clients for answer in client.answers],
+        calls=sum((client.calls for client in clients), Counter()),
+        failures=[repr(client.failure) for client in clients if client.failure],
+        seeded={(seed, text) for client in clients for seed, text in client.seeded.items()},
+    )
+
+
 def _held() -> int:
     """Bytes of this process, without those that the allocator keeps for later."""
     gc.collect()
@@ -164,17 +194,13 @@ def test_mixed_traffic(model_folder: Path, tokenizer: Any, reference: Any, greed
         stream = TextStream(tokenizer, ids)
         texts[prompt] = "".join(stream.push(token) for token in greedy(ids, 40, eos=None))
     with running(create_app(engine, tokenizer, NAME, ServeConfig(max_body_bytes=MAX_BODY))) as url:
-        begun = time.monotonic()
-        clients = [_Client(i, url, texts) for i in range(N_CLIENTS)]
-        threads = [threading.Thread(target=client.go_on, args=(begun + SOAK_S,)) for client in clients]
-        for thread in threads:
-            thread.start()
-        threads[0].join(SOAK_S / 3)
-        settled = _held()
-        for thread in threads:
-            thread.join()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            calling = pool.submit(_call_for, url, texts, SOAK_S)
+            time.sleep(SOAK_S / 3)
+            settled = _held()
+            told = calling.result()
         grown = _held() - settled
-        assert [client.failure for client in clients if client.failure] == []
+        assert told.failures == []
         assert httpx.get(f"{url}/health").json() | {"engines": {}} == {
             "status": "ok",
             "model": NAME,
@@ -188,14 +214,12 @@ def test_mixed_traffic(model_folder: Path, tokenizer: Any, reference: Any, greed
     assert engine._sampler._streams == {}
     assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
     assert engine.scheduler.n_preemptions > 0
-    calls = sum((client.calls for client in clients), Counter())
-    assert len(calls) == 10
-    assert min(calls.values()) > 20, calls
+    assert len(told.calls) == 10
+    assert min(told.calls.values()) > 20, told.calls
     # One client's seed draws what another's does.
-    assert len({(seed, text) for client in clients for seed, text in client.seeded.items()}) <= 5
+    assert len(told.seeded) <= 5
     read = byte_reader(tokenizer)
     ids_of = {token_text(read(token)): token for token in range(512)}
-    answers = [answer for client in clients for answer in client.answers]
-    assert len(answers) > 100
-    for prompt, tokens in answers:
+    assert len(told.answers) > 100
+    for prompt, tokens in told.answers:
         assert is_greedy(reference, prompt, [ids_of[token] for token in tokens])

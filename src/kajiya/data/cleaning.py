@@ -89,6 +89,8 @@ class _Exact:
         self._train, self._heldout = train, heldout
         self._removes_doubles = removes_doubles
         self._held, self._seen = Digests(), Digests()
+        self._found = (-1, b"")
+        """The row that was looked at last, and its digest: it may be kept next."""
         for index in range(len(heldout)):
             digest = digest_of(heldout.read(index))
             if self._held.first(digest) is None:
@@ -99,6 +101,7 @@ class _Exact:
         if not raw:
             return Left(EMPTY, NOTHING, name)
         content = digest_of(raw)
+        self._found = index, content
         if (held := self._held.first(content)) is not None:
             return Left(CONTAMINATED, DUPLICATE_OF_HELDOUT, f"{name} is {self._heldout.names[held]}")
         if (twin := self._seen.first(content)) is not None:
@@ -107,7 +110,9 @@ class _Exact:
 
     def keep(self, index: int, raw: bytes) -> None:
         if self._removes_doubles:
-            self._seen.add(digest_of(raw), index)
+            found, content = self._found
+            assert found == index, "a row is kept when it has been looked at"
+            self._seen.add(content, index)
 
 
 class _Lines:

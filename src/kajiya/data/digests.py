@@ -55,6 +55,11 @@ class Digests:
                 self._high[place], self._low[place], self._numbers[place] = high, low, number
 
 
+def short_digest(text: str) -> bytes:
+    """64 bits of BLAKE2b of a text, lone surrogates too: among millions, two that meet are rare and cost little."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+
+
 def digest_of(raw: bytes) -> bytes:
     """128 bits of BLAKE2b: two different contents with one digest are not to be met with."""
     return hashlib.blake2b(raw, digest_size=16).digest()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kajiya.data.mapped import map_file
 from kajiya.data.names import Names, NamesWriter, open_names
 from kajiya.errors import StoreError
 
@@ -147,11 +148,3 @@ def cumulated(lengths: np.ndarray | list[int]) -> np.ndarray:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
-
-
-def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file as a read-only memory-mapped array; an empty file as an empty array (which no system maps)."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=dtype)
-    # A plain array over the map: slices of a memmap cost ten times as much.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

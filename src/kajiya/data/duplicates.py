@@ -1,12 +1,12 @@
 """Near-duplicates by shared lines, through an inverted index over the held-out documents' lines."""
 
-import hashlib
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from kajiya.data.digests import short_digest
 from kajiya.data.documents import cumulated
 
 FEW_LINES = 20
@@ -87,7 +87,7 @@ class LineIndex:
 def _digests(text: str) -> np.ndarray:
     """The distinct lines of a text as uint64, rising."""
     lines = distinct_lines(text)
-    raw = b"".join(hashlib.blake2b(line.encode(errors="surrogatepass"), digest_size=8).digest() for line in lines)
+    raw = b"".join(short_digest(line) for line in lines)
     return np.sort(np.frombuffer(raw, dtype="<u8"))
 
 

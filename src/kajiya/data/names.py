@@ -8,6 +8,8 @@ from typing import overload
 
 import numpy as np
 
+from kajiya.data.mapped import map_file
+
 
 @dataclass(frozen=True)
 class Names(Sequence[str]):
@@ -64,6 +66,7 @@ class NamesWriter:
 def open_names(folder: Path, split: str) -> Names:
     """The names of a split's documents, from the folder of a corpus or of shards."""
     path = folder / f"{split}.names.bin"
-    empty = path.stat().st_size == 0
-    raw = np.zeros(0, dtype=np.uint8) if empty else np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-    return Names(raw, np.asarray(np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)))
+    return Names(
+        map_file(path, np.dtype(np.uint8)),
+        np.asarray(np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)),
+    )

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from kajiya.config.schema import DataConfig
-from kajiya.data.documents import SPLITS, Documents, cumulated, map_file, open_documents, write_names
+from kajiya.data.documents import SPLITS, Documents, cumulated, open_documents, write_names
 from kajiya.data.encode import open_bulk_encoder
 from kajiya.data.encoding import RenderMany, RowsEncoder, TextEncoder
+from kajiya.data.mapped import map_file
 from kajiya.data.memory import FAST, PLAIN, portions_within
 from kajiya.data.names import Names, open_names
 from kajiya.data.parts import Encode, Part, link_parts, write_parts

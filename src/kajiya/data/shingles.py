@@ -1,12 +1,13 @@
 """Texts as sets of word sequences, each sequence a 64-bit number: what near-duplicates and contamination are measured on."""
 
-import hashlib
 import json
 import re
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+from kajiya.data.digests import short_digest
 
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -31,7 +32,7 @@ def shingles(text: str, n_words: int) -> np.ndarray:
 
 @lru_cache(maxsize=2**18)
 def _number(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(short_digest(word), "little")
 
 
 def plain_text(raw: bytes, is_text: bool) -> str:

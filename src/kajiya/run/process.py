@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import platform
 import random
 import sys
 from pathlib import Path
@@ -64,6 +65,15 @@ def keep_large_blocks() -> str:
     settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (m_arena_max, 1))
     taken = sum(libc.mallopt(name, value) for name, value in settings)
     return "glibc: no mmap, no trim, one arena, 256 MiB top pad" if taken == len(settings) else "glibc: refused in part"
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU may multiply bf16 by instructions of its own: known of x86, elsewhere a measurement tells."""
+    import torch
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def quiet_transformers() -> None:

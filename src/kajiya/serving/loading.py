@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kajiya.errors import ConfigError, KajiyaError
+from kajiya.run.process import has_bf16_instructions
 from kajiya.serving.draft_model import DraftModel
 from kajiya.serving.drafts import Drafter, PromptLookup
 from kajiya.serving.engine import Engine, ModelFacts
@@ -197,12 +198,12 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Precision of the weights; `auto` is bf16 where the hardware multiplies it faster, else fp32."""
+    """Precision of the weights; `auto` is bf16 where the hardware has instructions for it, else fp32."""
     if precision == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        # As in training: without AMX, bf16 products on a CPU are no faster than fp32 ones.
-        if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        # Not measured as in training: a decoding step is bound by reading the weights, of which bf16 has half the bytes.
+        if device.type == "cpu" and has_bf16_instructions():
             return torch.bfloat16
         return torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError, MissingExtraError
-from kajiya.training.product_rates import has_bf16_instructions, measure_product_rates
+from kajiya.run.process import has_bf16_instructions
+from kajiya.training.product_rates import measure_product_rates
 
 
 @dataclass(frozen=True)

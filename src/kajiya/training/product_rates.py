@@ -1,7 +1,6 @@
-"""How fast this CPU multiplies matrices in bf16 and in fp32: facts of the processor first, then a short measurement."""
+"""How fast this CPU multiplies matrices in bf16 and in fp32, by a short measurement."""
 
 import functools
-import platform
 import time
 from dataclasses import dataclass
 
@@ -25,13 +24,6 @@ class ProductRates:
     def prefers_bf16(self) -> bool:
         """Whether bf16 is faster by enough to take it."""
         return self.bf16 >= _WORTH * self.fp32
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this CPU may have bf16 instructions that torch multiplies with; known of x86, elsewhere the measurement tells."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache

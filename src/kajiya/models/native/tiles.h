@@ -22,15 +22,7 @@ struct Singles {
 struct Pairs {
     static constexpr int kPer = 2;
     typedef uint16_t Element;
-    static Floats step(Floats acc, Words b, uint32_t a) {
-#ifdef __AVX512BF16__
-        return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(int(a)));
-#else
-        Words all_a = Words{} + a;
-        acc += as_floats(b << 16) * as_floats(all_a << 16);
-        return acc + as_floats(b & 0xffff0000u) * as_floats(all_a & 0xffff0000u);
-#endif
-    }
+    static Floats step(Floats acc, Words b, uint32_t a) { return dot2(acc, b, a); }
 };
 
 // Sixteen floats to bf16, nearest, ties to even.
