@@ -27,8 +27,14 @@ def chunked_cross_entropy(
     `hidden_ND` [N, D] and `head_VD` [V, D] are in the compute dtype, `targets_N` int64 with `NO_TARGET` where nothing is
     predicted, `weights_N` float32 [N] (`None`: all 1). Both sums are scalars in nats, float32 (float64 for float64 inputs).
     Smoothing puts that share of the target evenly on the whole vocabulary (Szegedy et al., arXiv:1512.00567, section 7);
-    Z is the softmax's denominator (PaLM, arXiv:2204.02311, section 5).
+    Z is the softmax's denominator (PaLM, arXiv:2204.02311, section 5). On a CPU, no logits are made where nothing is predicted.
     """
+    # On a GPU, to know how many there are would make the host wait.
+    if hidden_ND.device.type == "cpu":
+        wanted = (targets_N != NO_TARGET).nonzero().squeeze(1)
+        if len(wanted) < len(targets_N):
+            hidden_ND, targets_N = hidden_ND.index_select(0, wanted), targets_N[wanted]
+            weights_N = None if weights_N is None else weights_N[wanted]
     weights = (targets_N != NO_TARGET).to(_wide(hidden_ND.dtype))
     if weights_N is not None:
         weights = weights * weights_N

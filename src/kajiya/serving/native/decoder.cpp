@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <omp.h>
+#include <vector>
 
 #include "attention.h"
 #include "linear.h"
@@ -59,11 +60,37 @@ struct Step {
 
 namespace {
 
+// Memory that a thread's calls take in turn and leave to its next call: fresh pages cost more than what is written to them.
+struct Kept {
+    struct Block {
+        float* at = nullptr;
+        int64_t bytes = 0;
+    };
+    std::vector<Block> blocks;
+    size_t n_taken = 0;
+    ~Kept() {
+        for (Block& block : blocks) std::free(block.at);
+    }
+    float* take(int64_t bytes) {
+        if (n_taken == blocks.size()) blocks.emplace_back();
+        Block& block = blocks[n_taken++];
+        if (block.bytes < bytes) {
+            std::free(block.at);
+            block = {(float*)std::aligned_alloc(64, bytes), bytes};
+        }
+        return block.at;
+    }
+};
+thread_local Kept kept;
+
 struct Buffer {
-    float* at = nullptr;
-    explicit Buffer(int64_t n) : at((float*)std::aligned_alloc(64, (n * 4 + 127) / 64 * 64)) {}
-    ~Buffer() { std::free(at); }
-    Buffer(const Buffer&) = delete;
+    float* at;
+    explicit Buffer(int64_t n) : at(kept.take((n * 4 + 127) / 64 * 64)) {}
+};
+
+// Gives back what was taken when a call ends.
+struct Taking {
+    ~Taking() { kept.n_taken = 0; }
 };
 
 // Activations of all tokens, with what products of weights of a kind read instead: bf16, or integers.
@@ -391,6 +418,7 @@ void kajiya_pack(const float* weights, int32_t kind, int32_t n_out, int32_t n_in
 
 // y [n][n_out] = W x: the product alone, for tests and measurements.
 void kajiya_product(const Linear* w, const float* x, int64_t n, float* y, int32_t n_threads) {
+    Taking taking;
     Activations rows(n, w->n_in, w->kind);
     for (int64_t t = 0; t < n; ++t) {
         std::memcpy(rows.row(t), x + t * w->n_in, w->n_in * 4);
@@ -402,6 +430,7 @@ void kajiya_product(const Linear* w, const float* x, int64_t n, float* y, int32_
 }
 
 void kajiya_step(const Model* model, const Step* step) {
+    Taking taking;
     Run run(*model, *step);
 #pragma omp parallel num_threads(step->n_threads)
     run.all_layers();
