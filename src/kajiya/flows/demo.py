@@ -8,7 +8,7 @@ from kajiya.config.schema import Config
 _RECIPE = "stdlib-pretrain"
 _LONG_RECIPE = "stdlib-pretrain-long"
 _LONG_MINUTES = 10.0
-_OTHER_STAGES_MINUTES = 1.0
+_OTHER_STAGES_MINUTES = 1.1
 """Reading, tokenizing, baselines, evaluation and report on two cores, and some room for a machine that slows down."""
 
 

@@ -15,20 +15,27 @@ _PAYS_STEPS = 1000
 def compile_where_it_pays(train: TrainConfig, model: nn.Module, device: torch.device, fused: str) -> str:
     """Compile where the config and the machine say so; returns what was done and why, in words.
 
-    `fused` says whether the blocks were joined (`models.fused`), which leaves a compiler nothing to gain.
+    `fused` says whether the blocks were joined (`models.fused`), which leaves a compiler nothing to gain, and why they were not.
     """
-    is_fused = fused.startswith("yes")
-    if train.compile == "auto" and is_fused:
-        return f"no: joined products and C++ operators take its place ({fused.partition(': ')[2]})"
+    state, _, detail = fused.partition(": ")
+    words = _compile_if_wanted(train, model, device, is_fused=state == "yes")
+    if device.type != "cpu":
+        return words
+    return f"{words}; joined in C++: {detail}" if state == "yes" else f"{words}; not joined in C++: {detail}"
+
+
+def _compile_if_wanted(train: TrainConfig, model: nn.Module, device: torch.device, *, is_fused: bool) -> str:
     if train.compile == "off":
         return "no: set in the config"
+    if train.compile == "auto" and is_fused:
+        return "no: joined products and C++ operators take its place"
     problem = compiler_problem(device)
     if problem is not None:
         return f"no: {problem}"
     is_short = (train.minutes or _PAYS_MINUTES) < _PAYS_MINUTES or (train.steps or _PAYS_STEPS) < _PAYS_STEPS
     if train.compile == "auto" and is_short:
         return "no: the run is too short to repay it"
-    return f"yes: {compile_blocks(model)} blocks" + (", joined in C++" if is_fused else "")
+    return f"yes: {compile_blocks(model)} blocks"
 
 
 def compiler_problem(device: torch.device) -> str | None:
