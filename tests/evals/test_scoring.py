@@ -111,10 +111,17 @@ def test_heldout_loss_is_the_mean_over_targets() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_vocabulary_in_blocks_scores_as_whole_logits_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_vocabulary_in_blocks_scores_as_whole_logits_do(
+    dtype: torch.dtype, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two blocks and a part of one, several portions of tokens: log p and the likeliest word are Transformers' own."""
-    for name in ("_WORDS", "_WORDS_OF_ONE_THREAD"):
-        monkeypatch.setattr(head, name, 512)
+    monkeypatch.setattr(head, "_WORDS", 512)
+    if is_native:
+        assert head.native_problem() is None
+    else:
+        monkeypatch.setattr(head, "native_problem", lambda: "no compiler")
+        monkeypatch.setattr(head, "_MOST_LOGITS", 100 * 1101)
     size, n = 2 * head._WORDS + 77, head._TOKENS + 40
     model: Any = build_model(
         ModelConfig(n_params=None, hidden_size=16, n_layers=1, n_heads=2), Vocabulary(size, 0, 1, 2), 0

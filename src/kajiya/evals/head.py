@@ -10,12 +10,15 @@ from torch import nn
 
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.models.hidden import all_logits, has_split_head, last_hidden
+from kajiya.models.native.library import LANES, fits, native_problem
 
 _TOKENS = 512
-"""Tokens whose scores are computed together."""
-_WORDS, _WORDS_OF_ONE_THREAD = 32_768, 2048
-"""Words of the vocabulary in a block: with 512 tokens 64 MiB of float32, or 4 MiB, which a cache holds. The small blocks are
-a fifth faster; but with several threads their many small steps wait for each other wherever another program has a core."""
+"""Tokens whose scores are computed together, where the vocabulary is cut into blocks."""
+_WORDS = 4096
+"""Words of the vocabulary in a block: with 512 tokens 8 MiB of float32, which a cache holds."""
+_MOST_LOGITS = 2**24
+_FEWEST_TOKENS = 32
+"""Where the vocabulary is whole: logits held at once, at least those of so many tokens."""
 
 
 def target_scores(model: Any, batch: Batch, *, is_greedy_asked: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,16 +34,20 @@ def target_scores(model: Any, batch: Batch, *, is_greedy_asked: bool = True) -> 
     states = last_hidden(model, batch) if split else all_logits(model, batch)
     states = states.reshape(-1, states.shape[-1])
     head: Any = model.get_output_embeddings() if split else nn.Identity()
-    is_blocked = type(head) is nn.Linear and states.device.type == "cpu" and states.dtype == torch.float32
-    words = _WORDS_OF_ONE_THREAD if torch.get_num_threads() == 1 else _WORDS
-    room = states.new_empty(min(words, len(head.weight)), min(_TOKENS, len(wanted))) if is_blocked else states
-    for part in wanted.split(_TOKENS):
-        if is_blocked:
-            found = _by_blocks(states[part], head.weight, targets[part], room)
-        else:
-            found = _of_logits(head(states[part]).float(), targets[part], is_greedy_asked)
-        logprobs[part], greedy[part] = found
+    is_plain = type(head) is nn.Linear and head.bias is None
+    if is_plain and fits(states, head.weight) and native_problem() is None:
+        room = states.new_empty(min(_WORDS, len(head.weight)) * _padded(min(_TOKENS, len(wanted))))
+        for part in wanted.split(_TOKENS):
+            logprobs[part], greedy[part] = _by_blocks(states[part], head.weight, targets[part], room)
+    else:
+        n_words = head.out_features if isinstance(head, nn.Linear) else states.shape[1]
+        for part in wanted.split(max(_FEWEST_TOKENS, _MOST_LOGITS // n_words)):
+            logprobs[part], greedy[part] = _of_logits(head(states[part]).float(), targets[part], is_greedy_asked)
     return logprobs.view_as(batch.targets), greedy.view_as(batch.targets)
+
+
+def _padded(n_tokens: int) -> int:
+    return -(-n_tokens // LANES) * LANES
 
 
 def _of_logits(
@@ -55,22 +62,21 @@ def _of_logits(
 def _by_blocks(
     states_nD: torch.Tensor, weight_VD: torch.Tensor, targets_n: torch.Tensor, room: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, in `room` [words, tokens], the vocabulary block by block, its maximum and its sum carried along.
+    """The same, in `room` (words × tokens numbers), the vocabulary block by block, its maximum and its sum carried along.
 
-    (Milakov & Gimelshein, arXiv:1805.02867, algorithm 3.)
-    A block's logits stand with the words first: a CPU multiplies in this order up to twice as fast.
+    A block's logits stand with the words first: a CPU multiplies in this order up to a fifth faster.
     """
-    n = len(states_nD)
-    largest, total = states_nD.new_full((n,), -torch.inf), states_nD.new_zeros(n)
-    own = torch.empty_like(total)
-    for begin in range(0, len(weight_VD), len(room)):
-        words_vD = weight_VD[begin : begin + len(room)]
-        # A slice of whole rows is written in place; one of fewer tokens needs memory of its own.
-        into = room[: len(words_vD)] if n == room.shape[1] else room.new_empty(len(words_vD), n)
-        logits_vn = torch.mm(words_vD, states_nD.t(), out=into)
+    from kajiya.models.native.operators import softmax_sums_
+
+    n, padded = len(states_nD), _padded(len(states_nD))
+    states_Dn = nn.functional.pad(states_nD, (0, 0, 0, padded - n)).t()
+    largest, total = torch.full((padded,), -torch.inf), torch.zeros(padded, dtype=torch.float64)
+    own = torch.empty(n)
+    for begin in range(0, len(weight_VD), _WORDS):
+        words_vD = weight_VD[begin : begin + _WORDS]
+        into = room[: len(words_vD) * padded].view(-1, padded)
+        logits_vn = torch.mm(words_vD, states_Dn, out=into)
         here = ((targets_n >= begin) & (targets_n < begin + len(words_vD))).nonzero().squeeze(1)
-        own[here] = logits_vn[targets_n[here] - begin, here]
-        peak = torch.maximum(largest, logits_vn.amax(dim=0))
-        total = total * (largest - peak).exp_() + logits_vn.sub_(peak).exp_().sum(dim=0)
-        largest = peak
-    return own - largest - total.log(), own == largest
+        own[here] = logits_vn[targets_n[here] - begin, here].float()
+        softmax_sums_(logits_vn, largest, total)
+    return own - largest[:n] - total[:n].log().float(), own == largest[:n]

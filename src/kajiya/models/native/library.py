@@ -51,6 +51,18 @@ class Entropy(Structure):
     )
 
 
+class Sums(Structure):
+    """Arguments of the running sums of a softmax."""
+
+    _fields_ = (
+        ("V", c_int64),
+        ("N", c_int64),
+        ("largest", c_void_p),
+        ("total", c_void_p),
+        ("n_threads", c_int64),
+    )
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """The compiled operators, from the cache folder or built now (a few seconds). Raises `NativeBuildError`."""
@@ -64,6 +76,7 @@ def load_library() -> ctypes.CDLL:
         "swiglu_forward": [c_int32, c_int64, c_int64, *[pointers] * 2, c_int64],
         "swiglu_backward": [c_int32, c_int64, c_int64, *[pointers] * 4, c_int64],
         "entropy": [c_int32, POINTER(Entropy), c_void_p, c_int32],
+        "softmax_sums": [c_int32, POINTER(Sums), c_void_p],
     }
     for name, arguments in signatures.items():
         function = getattr(library, f"kajiya_{name}")

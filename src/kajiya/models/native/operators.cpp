@@ -55,4 +55,8 @@ void kajiya_entropy(int32_t kind, const Entropy* x, void* logits, int32_t needs_
     BY_TYPE(kind, entropy(*x, FLOATS(logits), needs_grad != 0), entropy(*x, HALVES(logits), needs_grad != 0))
 }
 
+void kajiya_softmax_sums(int32_t kind, const Sums* x, const void* logits) {
+    BY_TYPE(kind, softmax_sums(*x, (const float*)logits), softmax_sums(*x, (const uint16_t*)logits))
+}
+
 }  // extern "C"

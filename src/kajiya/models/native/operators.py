@@ -14,6 +14,7 @@ from kajiya.models.native.library import (
     WIDEST_HEAD,
     Attention,
     Entropy,
+    Sums,
     fits,
     heads,
     kind_of,
@@ -321,3 +322,16 @@ def entropy_(
     )
     load_library().kajiya_entropy(kind_of(logits), ctypes.byref(arguments), pointer(logits), int(needs_grad))
     return sums[0], sums[1]
+
+
+def softmax_sums_(logits_vn: torch.Tensor, largest_n: torch.Tensor, total_n: torch.Tensor) -> None:
+    """One more block of the vocabulary: the largest logit of each token so far, and Σ exp(logit − largest), both in place.
+
+    Contiguous logits [v, n], words first, n a multiple of `LANES`; `largest_n` float32, −∞ before the first block, `total_n`
+    float64. No operator of torch's, as `entropy_`.
+    """
+    n_words, n = logits_vn.shape
+    arguments = Sums(
+        V=n_words, N=n, largest=pointer(largest_n), total=pointer(total_n), n_threads=torch.get_num_threads()
+    )
+    load_library().kajiya_softmax_sums(kind_of(logits_vn), ctypes.byref(arguments), pointer(logits_vn))

@@ -107,6 +107,43 @@ void swiglu_backward(int64_t N, int64_t F, const E* both, const E* grad_y, E* gr
     }
 }
 
+// A block of the vocabulary for all tokens, words first: logits [V, N], N a multiple of kLanes.
+struct Sums {
+    int64_t V, N;
+    float* largest;  // [N]: the largest logit of each token so far
+    double* total;   // [N]: Σ exp(logit − largest) so far
+    int64_t n_threads;
+};
+
+// The running maximum and sum of each token's softmax, one block further (Milakov & Gimelshein, arXiv:1805.02867, algorithm 3).
+template <class E>
+void softmax_sums(const Sums& x, const E* logits) {
+    constexpr int64_t kTogether = 8, kWords = 64;  // groups of tokens at once; words whose terms are summed in single precision
+    int64_t groups = x.N / kLanes, spans = (groups + kTogether - 1) / kTogether;
+#pragma omp parallel for num_threads(x.n_threads)
+    for (int64_t span = 0; span < spans; ++span) {
+        int64_t first = span * kTogether * kLanes, n = std::min(kTogether, groups - span * kTogether);
+        const E* from = logits + first;
+        Floats top[kTogether], part[kTogether];
+        for (int64_t g = 0; g < n; ++g) top[g] = load<Floats>(x.largest + first + g * kLanes);
+        for (int64_t v = 0; v < x.V; ++v)
+            for (int64_t g = 0; g < n; ++g) top[g] = larger(load_element(from + v * x.N + g * kLanes), top[g]);
+        for (int64_t g = 0; g < n; ++g)
+            for (int64_t i = 0; i < kLanes; ++i) {
+                int64_t t = first + g * kLanes + i;
+                x.total[t] *= std::exp(double(x.largest[t]) - top[g][i]);
+                x.largest[t] = top[g][i];
+            }
+        for (int64_t begin = 0; begin < x.V; begin += kWords) {
+            for (int64_t g = 0; g < n; ++g) part[g] = Floats{};
+            for (int64_t v = begin; v < std::min(x.V, begin + kWords); ++v)
+                for (int64_t g = 0; g < n; ++g) part[g] += exponential(load_element(from + v * x.N + g * kLanes) - top[g]);
+            for (int64_t g = 0; g < n; ++g)
+                for (int64_t i = 0; i < kLanes; ++i) x.total[first + g * kLanes + i] += part[g][i];
+        }
+    }
+}
+
 struct Entropy {
     int64_t N, V;
     const int64_t* targets;  // [N], any negative number where there is none
