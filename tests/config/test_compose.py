@@ -1,26 +1,36 @@
 """Composition: every recipe composes, and every mistake is one line that names field, value and remedy."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import kajiya
 from kajiya.config.compose import compose, list_recipes, option_paths
-from kajiya.config.tables import check_choice
+from kajiya.config.tables import TABLES, check_choice
 from kajiya.errors import ConfigError
 
 OPTIONS = Path(__file__).with_name("options.txt")
 
 
 def test_every_packaged_recipe_composes() -> None:
+    packaged = Path(kajiya.__file__).parent / "conf" / "recipes"
     recipes = list_recipes()
-    assert len(recipes) >= 2
+    assert sorted(recipes) == sorted(path.stem for path in packaged.iterdir())
+    assert len(recipes) >= 14
     for name in recipes:
         assert compose(name).name == name
 
 
 def test_the_list_of_options_is_frozen() -> None:
     """Adding an option is a decision: say so here, in `tests/config/options.txt`."""
-    assert list(option_paths()) == OPTIONS.read_text(encoding="utf-8").split()
+    of_names = (
+        f"{table}.{name}.{option.name}"
+        for table, rows in TABLES.items()
+        for name, row in rows.items()
+        for option in fields(row.options)
+    )
+    assert [*option_paths(), *of_names] == OPTIONS.read_text(encoding="utf-8").split()
 
 
 def test_overrides_groups_and_options() -> None:

@@ -58,7 +58,7 @@ def json_schema(section: type = Config) -> dict[str, Any]:
         names = ["null" if k is type(None) else _JSON_TYPES[typing.get_origin(k) or k] for k in kinds]
         entry["type"] = names[0] if len(names) == 1 else names
         if item.metadata.get("choices"):
-            entry["enum"] = list(item.metadata["choices"])
+            entry["enum"] = [*item.metadata["choices"], *([None] if "null" in names else [])]
         for name, bound in item.metadata.get("bounds", {}).items():
             entry[_JSON_BOUNDS[name]] = bound
         if item.default is not MISSING:
@@ -70,6 +70,11 @@ def json_schema(section: type = Config) -> dict[str, Any]:
         "properties": properties,
         "additionalProperties": False,
     }
+
+
+def whole_schema() -> dict[str, Any]:
+    """JSON schema of the config, with the options of every name of every table under `$defs`."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **json_schema(), "$defs": tables_schema()}
 
 
 def tables_schema() -> dict[str, dict[str, Any]]:
