@@ -1,8 +1,10 @@
-"""Every verb on a tiny model; errors in one or two lines; plain output where stdout is no terminal."""
+"""Verbs on a tiny model; errors in one or two lines; plain output where stdout is no terminal. `test_verbs` has the rest."""
 
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from tests.conftest import Finished, small_overrides
 from typer.testing import CliRunner
 
-from kajiya.cli import app
+from kajiya.cli import _typed, app, main
 
 CONTROL = re.compile(r"\x1b|\r")
 
@@ -40,28 +42,6 @@ def store(finished: Finished) -> str:
 
 def _json(text: str) -> Any:
     return json.loads(text)
-
-
-def test_help_names_every_verb() -> None:
-    text = kajiya("--help")
-    verbs = [
-        "demo",
-        "train",
-        "plan",
-        "eval",
-        "report",
-        "serve",
-        "runs",
-        "show",
-        "diff",
-        "ui",
-        "doctor",
-        "config",
-        "store",
-    ]
-    assert [verb for verb in verbs if not re.search(rf"\b{verb}\b", text)] == []
-    for verb in verbs:
-        assert "Usage" in kajiya(verb, "--help")
 
 
 def test_runs_show_and_report(finished: Finished, store: str, tmp_path: Path) -> None:
@@ -158,6 +138,49 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in ended.stderr
 
 
+def ended_by(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Exit status of the program with these words, in this process."""
+    monkeypatch.setattr(sys, "argv", ["kajiya", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_a_broken_artifact_is_exit_1(
+    own_finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["store", "verify", "--store", str(own_finished.store.root)]
+    assert ended_by(monkeypatch, *words) == 0
+    entry = own_finished.trained.run.manifest()["artifacts"]["model"]
+    (own_finished.store.root / entry["path"] / "model.safetensors").write_bytes(b"not what it was")
+    assert ended_by(monkeypatch, *words) == 1
+    said = capsys.readouterr().out
+    assert f"broken: model/{entry['key'][:24]}: " in said
+    assert "1 broken" in said
+    assert ended_by(monkeypatch, *words, "--json") == 1
+    assert [row["name"] for row in _json(capsys.readouterr().out) if row["problem"]] == [f"model/{entry['key'][:24]}"]
+
+
+def test_a_mistake_of_our_own_is_exit_1_in_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_root: Path) -> None:
+        raise ZeroDivisionError("of our own")
+
+    monkeypatch.setattr("kajiya.preflight.doctor.diagnose", fail)
+    assert ended_by(monkeypatch, "doctor") == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        "internal error: ZeroDivisionError: of our own",
+        "Run it again with --debug to see where.",
+    ]
+    assert said.out == ""
+    monkeypatch.setattr(sys, "argv", ["kajiya", "doctor", "--debug"])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
 def test_an_unknown_verb_is_exit_2() -> None:
     assert kajiya_process("trian").returncode == 2
 
@@ -174,9 +197,45 @@ def test_demo_config_follows_the_minutes() -> None:
 
 
 def test_demo_without_serving(tmp_path: Path) -> None:
-    text = kajiya("demo", "--no-serve", *small_overrides(), "--store", str(tmp_path))
+    words = ["demo", "--no-serve", *small_overrides(), "--store", str(tmp_path)]
+    text = kajiya(*words)
     for word in ("Training the tokenizer", "held out", "parameters", "bits per byte", "report.html"):
         assert word in text
+    assert "unchanged, reused" not in text
+    again = kajiya(*words)
+    begun = ("Reading", "Training the tokenizer", "Tokenizing", "Training …", "Measuring", "Evaluating")
+    for stage in begun:
+        ending = again[again.index(stage) :].splitlines()[1]
+        assert ending.endswith("unchanged, reused"), ending
+    assert again.splitlines()[-3:] == text.splitlines()[-3:], "the run, the model, the report"
+
+
+def test_a_busy_port_is_said_before_the_demo_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["demo", *small_overrides(), f"serve.port={port}", "--store", str(tmp_path / "store")]
+        assert ended_by(monkeypatch, *words) == 2
+    assert f"serve.port: {port} on 127.0.0.1 is in use" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("on_path", "started_as", "typed"),
+    [
+        ("/usr/bin/kajiya", "/usr/bin/kajiya", ["kajiya"]),
+        (None, ".venv/bin/kajiya", [".venv/bin/kajiya"]),
+        (None, "/src/kajiya/__main__.py", [sys.executable, "-m", "kajiya"]),
+    ],
+)
+def test_the_command_that_goes_on_can_be_typed(
+    on_path: str | None, started_as: str, typed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `make demo` the program is not on the PATH."""
+    monkeypatch.setattr(shutil, "which", lambda name: on_path)
+    monkeypatch.setattr(sys, "argv", [started_as, "demo", "--no-serve"])
+    assert _typed() == [*typed, "demo", "--no-serve"]
 
 
 def test_serve_answers_and_stops(finished: Finished, store: str) -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,6 +58,10 @@ def demo(
     from kajiya.flows.demo import demo_config
 
     config = demo_config(minutes, overrides or [])
+    if serve:
+        from kajiya.serving.listen import require_address
+
+        require_address(config.serve.host, config.serve.port)  # said now, not after the minutes of training
     console = _console()
     console.print(
         f"[bold]Kajiya demo[/bold]: a language model of Python code, from scratch, in about {minutes:g} minutes."
@@ -106,7 +112,6 @@ def tune(
 ) -> None:
     """Search over settings: 'optim.lr=tag(log,interval(1e-4,1e-2))' 'model.n_layers=choice(4,6,8)' tune.trials=40."""
     from kajiya.config.wandb_sweep import read_wandb_sweep
-    from kajiya.flows.stopping import sigterm_as_interrupt
     from kajiya.flows.tune import tune as tune_flow
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
@@ -116,15 +121,11 @@ def tune(
     for name in passed_over:
         console.print(f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used", highlight=False)
     command = ["kajiya", *sys.argv[1:]]
-    try:
-        with sigterm_as_interrupt(), Screen(console) as screen:
-            asked = [*swept, *(overrides or [])]
-            tuned = tune_flow(
-                recipe, asked, default_store(store), config_dir=config_dir, command=command, on_event=screen.on_event
-            )
-    except KeyboardInterrupt:
-        console.print("Interrupted. Nothing is lost: the same command goes on where it was.")
-        raise typer.Exit(0) from None
+    with _going_on(console), Screen(console) as screen:
+        asked = [*swept, *(overrides or [])]
+        tuned = tune_flow(
+            recipe, asked, default_store(store), config_dir=config_dir, command=command, on_event=screen.on_event
+        )
     if as_json:
         _print_json({"study": tuned.run.id, "best": tuned.best, "report": tuned.report, "trials": tuned.counts})
         return
@@ -453,7 +454,12 @@ def show(
 
 
 @app.command()
-def diff(first: str, second: str, store: StoreOption = None, as_json: Json = False) -> None:
+def diff(
+    first: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")],
+    second: Annotated[str, typer.Argument(help="The run that it is compared with.")],
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
     """What differs between two runs: config, data, code, environment, metrics."""
     from kajiya.listings import diff_table
     from kajiya.run.folder import find_run
@@ -480,7 +486,7 @@ def replay(
     from kajiya.screen import Screen
 
     console = _console(to_stderr=as_json)
-    with Screen(console) as screen:
+    with _going_on(console), Screen(console) as screen:
         found = replay_flow(find_run(default_store(store), run), screen.on_event)
     if as_json:
         _print_json(found)
@@ -564,9 +570,9 @@ def config_show(
 @config_app.command("schema")
 def config_schema() -> None:
     """JSON schema of the config, and of the options of every name in every table."""
-    from kajiya.config.describe import json_schema, tables_schema
+    from kajiya.config.describe import whole_schema
 
-    _print_json(json_schema() | {"$defs": tables_schema()})
+    _print_json(whole_schema())
 
 
 @config_app.command("list")
@@ -674,19 +680,41 @@ def main() -> None:
 
 
 def _train(config: "Config", store: str | None, console: "Console") -> "Trained":
-    from kajiya.flows.train import train as train_flow
-    from kajiya.run.store import default_store
-    from kajiya.screen import Screen, say_outcome
+    with _going_on(console):
+        from kajiya.flows.train import train as train_flow
+        from kajiya.run.store import default_store
+        from kajiya.screen import Screen, say_outcome
 
-    command = ["kajiya", *sys.argv[1:]]
-    try:
         with Screen(console) as screen:
+            command = ["kajiya", *sys.argv[1:]]
             trained = train_flow(config, default_store(store), command=command, on_event=screen.on_event)
-    except KeyboardInterrupt:
-        console.print("Interrupted. Nothing is lost: the same command goes on where it was.")
-        raise typer.Exit(0) from None
-    say_outcome(console, trained, command)
+    say_outcome(console, trained, _typed())
     return trained
+
+
+@contextlib.contextmanager
+def _going_on(console: "Console") -> Iterator[None]:
+    """Within the block SIGTERM, like Ctrl-C, ends the work in order: exit status 0, and the words how to go on."""
+    from kajiya.flows.stopping import sigterm_as_interrupt
+    from kajiya.screen import say_interrupted
+
+    try:
+        with sigterm_as_interrupt():
+            yield
+    except KeyboardInterrupt:
+        say_interrupted(console, _typed())
+        raise typer.Exit(0) from None
+
+
+def _typed() -> list[str]:
+    """This command as it can be typed once more: by the path of its program where `kajiya` is not found without."""
+    if shutil.which("kajiya"):
+        program = ["kajiya"]
+    elif Path(sys.argv[0]).name == "__main__.py":
+        program = [sys.executable, "-m", "kajiya"]
+    else:
+        program = sys.argv[:1]
+    return [*program, *sys.argv[1:]]
 
 
 def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, show_errors: bool, as_json: bool) -> None:
@@ -709,17 +737,12 @@ def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, show_er
 
 def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store: str | None, as_json: bool) -> None:
     from kajiya.flows.multirun import multirun
-    from kajiya.flows.stopping import sigterm_as_interrupt
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
     console = _console(to_stderr=as_json)
-    try:
-        with sigterm_as_interrupt(), Screen(console) as screen:
-            found = multirun(recipe, overrides, default_store(store), config_dir=config_dir, on_event=screen.on_event)
-    except KeyboardInterrupt:
-        console.print("Interrupted. Nothing is lost: the same command goes on where it was.")
-        raise typer.Exit(0) from None
+    with _going_on(console), Screen(console) as screen:
+        found = multirun(recipe, overrides, default_store(store), config_dir=config_dir, on_event=screen.on_event)
     if as_json:
         _print_json(found)
     runs = [member.run for member in found if member.run and member.status == "finished"]

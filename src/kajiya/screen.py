@@ -177,6 +177,7 @@ class Screen:
     def _end_task(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
+            self._progress.refresh()  # else the next line is printed above the bar as it was
             self._task = None
 
 
@@ -188,11 +189,22 @@ def say_outcome(console: Console, trained: "Trained", command: list[str]) -> Non
         console.print(
             "Stopped after a whole step; the state is saved. The same command goes on from it:", highlight=False
         )
-        console.print("  " + shlex.join(command), highlight=False, soft_wrap=True, markup=False)
+        _say_command(console, command)
         return
     console.print(f"Run:    {trained.run.id}", highlight=False, soft_wrap=True)
     console.print(f"Model:  {trained.model.path}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Report: {trained.report}", highlight=False, soft_wrap=True, markup=False)
+    if trained.report is not None:
+        console.print(f"Report: {trained.report}", highlight=False, soft_wrap=True, markup=False)
+
+
+def say_interrupted(console: Console, command: list[str]) -> None:
+    """The last words of work that a signal ended where there is no step to finish."""
+    console.print("Interrupted. Nothing is lost: the same command goes on where it was:", highlight=False)
+    _say_command(console, command)
+
+
+def _say_command(console: Console, command: list[str]) -> None:
+    console.print("  " + shlex.join(command), highlight=False, soft_wrap=True, markup=False)
 
 
 def _escape(text: str) -> str:

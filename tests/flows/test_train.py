@@ -17,7 +17,7 @@ from tests.conftest import Finished, small_overrides
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kajiya.config.schema import Config
-from kajiya.errors import KajiyaError, StoreError
+from kajiya.errors import KajiyaError, MissingExtraError, StoreError
 from kajiya.flows.train import train
 from kajiya.models.native.library import native_problem
 from kajiya.run.events import read_events
@@ -124,6 +124,24 @@ def test_a_failure_is_recorded(small_config: Callable[..., Config], finished: Fi
     run = find_run(finished.store, "latest")
     assert run.manifest()["status"] == "failed"
     assert "no_such_thing" in list(read_events(run.folder))[-1]["error"]
+
+
+def test_without_the_packages_of_the_report_it_is_said_before_the_training(
+    own_finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise MissingExtraError("seaborn", "report", "The report")
+
+    monkeypatch.setattr("kajiya.flows.figure_files.require_figures", missing)
+    heard: list[tuple[str, dict[str, Any]]] = []
+    done = train(own_finished.config, own_finished.store, on_event=lambda kind, **fields: heard.append((kind, fields)))
+    assert done.model is not None
+    assert done.report is None
+    (said,) = (n for n, (kind, _) in enumerate(heard) if kind == "warning")
+    assert heard[said][1]["text"].startswith("no report will be written: The report needs the package 'seaborn'")
+    assert "kajiya[report]" in heard[said][1]["text"]
+    assert said < next(n for n, (_, fields) in enumerate(heard) if fields.get("name") == "train")
+    assert own_finished.trained.run.manifest()["status"] == "finished"
 
 
 # ---------------------------------------------------------------- kills

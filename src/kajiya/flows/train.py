@@ -64,7 +64,8 @@ def train(
     """Everything from the rows to the report. Run again with the same config, it goes on where it was, or reuses what is done.
 
     `on_event(kind, **fields)` hears what the event log hears, and `progress` events besides.
-    SIGTERM and SIGINT end it after the step at hand, with a checkpoint.
+    SIGTERM and SIGINT end the training after the step at hand, with a checkpoint. Elsewhere SIGINT raises `KeyboardInterrupt`,
+    and SIGTERM does where the caller has made it (`sigterm_as_interrupt`): what is finished by then is kept.
     """
     ranks = find_ranks(config.train.strategy)
     if not ranks.is_first:
@@ -95,14 +96,6 @@ def train(
         if kind != "progress":
             run.events.emit(kind, **fields)
 
-    stages.on_event = hear
-    meet(ranks, config)
-    can_report = scope.is_reported and _can_report(hear)
-    run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
-    run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
-    for name, artifact in {"corpus": data.corpus, **data.parents()}.items():
-        run.record_artifact(name, artifact)
-
     @cache
     def trackers() -> Trackers:
         """They read the log from its beginning, so that they may begin late: behind the plan, whose steps they would slow."""
@@ -123,6 +116,12 @@ def train(
     model: Artifact | None = None
     report: Path | None = None
     try:
+        meet(ranks, config)
+        can_report = scope.is_reported and _can_report(hear)
+        run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
+        run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
+        for name, artifact in {"corpus": data.corpus, **data.parents()}.items():
+            run.record_artifact(name, artifact)
         model = _model(config, store, run, data, key, stages, hear_and_watch)
         if model is not None:
             if scope.is_evaluated:

@@ -43,6 +43,11 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError("serve.host", f"cannot listen on {host!r}: {error.strerror or error}") from error
 
 
+def require_address(host: str, port: int) -> None:
+    """Raise `ConfigError` for an address that cannot be had now; it stays free."""
+    bind(host, port).close()
+
+
 def check_tls(certificate: str | None, key: str | None) -> None:
     """Raise `ConfigError` unless these are a certificate and its key in PEM files, or neither is given."""
     if certificate is None:
