@@ -22,6 +22,7 @@ from kajiya.flows.train import train
 from kajiya.models.native.library import native_problem
 from kajiya.run.events import read_events
 from kajiya.run.folder import find_run
+from kajiya.run.provenance import collect_provenance
 from kajiya.run.store import Store, open_artifact
 
 
@@ -142,6 +143,30 @@ def test_without_the_packages_of_the_report_it_is_said_before_the_training(
     assert "kajiya[report]" in heard[said][1]["text"]
     assert said < next(n for n, (_, fields) in enumerate(heard) if fields.get("name") == "train")
     assert own_finished.trained.run.manifest()["status"] == "finished"
+
+
+def test_a_training_that_goes_on_with_other_software_says_so(
+    small_config: Callable[..., Config], own_finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config("seed=11", "eval.samples=0", "eval.baselines=[]")
+
+    def attempt() -> list[str]:
+        heard: list[tuple[str, dict[str, Any]]] = []
+        with pytest.raises(KeyboardInterrupt):
+            train(config, own_finished.store, on_event=lambda kind, **fields: heard.append((kind, fields)))
+        return [fields["text"] for kind, fields in heard if kind == "warning"]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kajiya.flows.train.fit_run", interrupt)
+    assert attempt() == []
+    here = collect_provenance()
+    elsewhere = here | {"packages": here["packages"] | {"torch": "9.9"}}
+    monkeypatch.setattr("kajiya.run.folder.collect_provenance", lambda: elsewhere)
+    (said,) = attempt()
+    assert said.startswith("the run goes on with other software or on another machine than it began: packages.torch: ")
+    assert said.endswith(", then 9.9")
 
 
 # ---------------------------------------------------------------- kills

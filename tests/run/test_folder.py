@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from kajiya.errors import StoreError
 from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.events import read_events
 from kajiya.run.folder import find_run, list_runs, open_run
+from kajiya.run.inspect import moved_words
 from kajiya.run.store import Store, produce
 
 
@@ -31,6 +33,27 @@ def test_a_run_is_begun_once_and_gone_on_with(store: Store) -> None:
     assert manifest["config"]["train"]["micro_batch"] == 8
     assert manifest["provenance"]["packages"]["torch"]
     assert [event["kind"] for event in read_events(first.folder)] == ["config", "opened", "opened"]
+
+
+def test_an_attempt_with_other_software_or_on_another_machine_is_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt() -> dict[str, Any]:
+        return open_run(store, Config(name="tiny"), "a" * 10, []).manifest()
+
+    first = attempt()["provenance"]
+    assert attempt()["later_provenance"] == []
+    moved = first | {"packages": first["packages"] | {"torch": "9.9"}, "machine": first["machine"] | {"cores": 96}}
+    monkeypatch.setattr("kajiya.run.folder.collect_provenance", lambda: moved)
+    assert moved_words(attempt()) == (
+        f"packages.torch: {first['packages']['torch']}, then 9.9; machine.cores: {first['machine']['cores']}, then 96"
+    )
+    again = attempt()
+    assert again["provenance"] == first
+    assert [each["provenance"] for each in again["later_provenance"]] == [moved], "once, not at each attempt"
+    monkeypatch.setattr("kajiya.run.folder.collect_provenance", lambda: first | {"git": None, "working_directory": "/"})
+    assert moved_words(attempt()) == "", "back where it was, in another folder"
+    assert len(attempt()["later_provenance"]) == 2
 
 
 def test_an_artifact_is_listed_and_told(store: Store) -> None:

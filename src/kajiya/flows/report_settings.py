@@ -3,7 +3,7 @@
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kajiya.config.quantities import format_bytes, format_seconds
@@ -12,6 +12,7 @@ from kajiya.flows.report_page import Block, Code, Column, Details, Heading, Noti
 from kajiya.flows.report_results import of_run, run_title, why_missing
 from kajiya.preflight.subject import SKIPPED_BY_HAND
 from kajiya.run.flatten import flatten
+from kajiya.run.inspect import moved_words
 
 _SHORT = 12
 """Hex digits of a digest that a table shows."""
@@ -121,7 +122,7 @@ def environment_section(runs: Sequence[RunFacts]) -> Section:
         process = {f"process: {name}": value for name, value in (run.manifest.get("process") or {}).items()}
         values.append(
             {"platform": machine["platform"], "processor": machine["processor"], "usable cores": machine["cores"],
-             "memory": format_bytes(machine["memory_bytes"]), "python": known["python"]}
+             "memory": format_bytes(machine["memory_bytes"]), "GPUs": _gpu_words(machine), "python": known["python"]}
             | known["packages"] | process | {"git": state, "working directory": known["working_directory"]}
         )  # fmt: skip
     blocks: list[Block] = [_side_by_side("", values, runs)]
@@ -130,7 +131,22 @@ def environment_section(runs: Sequence[RunFacts]) -> Section:
     for run in runs:
         if not run.manifest.get("process"):
             blocks.append(Notice(f"{run.label}: the manifest says nothing of what was set in the process."))
+        moved = moved_words(run.manifest)
+        if moved:
+            words = f"{run.label}: went on with other software or on another machine than it began: {moved}."
+            blocks.append(Notice(words, "warn"))
     return Section("environment", "Environment", blocks)
+
+
+def _gpu_words(machine: Mapping[str, Any]) -> str:
+    """Each GPU with its memory and driver."""
+    if "gpus" not in machine:
+        return "not recorded"
+    said = []
+    for gpu in machine["gpus"]:
+        memory = [] if gpu["memory_bytes"] is None else [format_bytes(gpu["memory_bytes"])]
+        said.append(", ".join([gpu["name"], *memory, f"driver {gpu['driver']}"]))
+    return "; ".join(said) or "none"
 
 
 def _differs(values: Sequence[dict[str, Any]], name: str) -> bool:

@@ -20,6 +20,7 @@ from kajiya.flows.stages import Stages
 from kajiya.flows.stopping import stop_on_signals
 from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, find_run, open_run, run_name
+from kajiya.run.inspect import moved_words
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
 from kajiya.run.trackers.dispatch import Trackers, start_trackers
@@ -262,6 +263,7 @@ def _model(
     """The trained model: found in the store, or made; `None` when a signal ended the training before its last step."""
     found = store.find("model", key)
     if found is None:
+        _tell_moved(run, hear)
         with stop_on_signals() as stop:
             fitted = fit_run(config, run, data, key, hear, stop)
         if fitted is None:
@@ -278,6 +280,13 @@ def _model(
         made = stages.produce("train", lambda: (found, True), _model_words)
     run.record_artifact("model", made)
     return made
+
+
+def _tell_moved(run: Run, hear: OnEvent) -> None:
+    """A run that goes on elsewhere is not promised to come out the same to the bit."""
+    words = moved_words(run.manifest())
+    if words:
+        hear("warning", text=f"the run goes on with other software or on another machine than it began: {words}")
 
 
 def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artifact, stages: Stages) -> None:

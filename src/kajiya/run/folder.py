@@ -85,9 +85,16 @@ def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
         write_json(folder / _MANIFEST, manifest)
     else:
         _refuse_second(run)
-        run.record(owner=process_facts(), status="running")
+        run.record(owner=process_facts(), status="running", later_provenance=_later_provenance(run.manifest()))
     run.events.emit("opened", pid=os.getpid())
     return run
+
+
+def _later_provenance(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The provenance of later attempts, with its time (Unix seconds), where it is not that of the attempt before."""
+    known: list[dict[str, Any]] = manifest.get("later_provenance", [])
+    latest, now = [manifest["provenance"], *(each["provenance"] for each in known)][-1], collect_provenance()
+    return known if now == latest else [*known, {"since": time.time(), "provenance": now}]
 
 
 def _refuse_second(run: Run) -> None:

@@ -74,6 +74,8 @@ class RunFacts:
     """`{name: {status, n_events, problem}}`."""
     config: dict[str, Any]
     provenance: dict[str, Any]
+    later_provenance: list[dict[str, Any]]
+    """`since` (Unix seconds) and `provenance` of later attempts, where it is not that of the one before."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ def run_facts(run: Run) -> RunFacts:
         trackers=trackers,
         config=manifest["config"],
         provenance=manifest["provenance"],
+        later_provenance=manifest.get("later_provenance", []),
     )
 
 
@@ -193,6 +196,19 @@ def run_diff(first: Run, second: Run) -> RunDiff:
         environment=differences(flatten(a["provenance"]), flatten(b["provenance"])),
         metrics={name: _compared(metrics_a, metrics_b, name) for name in dict.fromkeys([*metrics_a, *metrics_b])},
     )
+
+
+def moved_words(manifest: dict[str, Any]) -> str:
+    """What the latest attempt has otherwise than the first of packages, interpreter and machine; empty where nothing."""
+    later = manifest.get("later_provenance", [])
+    if not later:
+        return ""
+    first, now = (
+        {name: each[name] for name in ("python", "packages", "machine")}
+        for each in (manifest["provenance"], later[-1]["provenance"])
+    )
+    changed = differences(flatten(first), flatten(now))
+    return "; ".join(f"{name}: {pair[0] or 'none'}, then {pair[1] or 'none'}" for name, pair in changed.items())
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:

@@ -3,35 +3,50 @@
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = (
-    "kajiya",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "peft",
-    "numpy",
-    "hydra-core",
-    "omegaconf",
-    "mlflow",
-)
+_PROJECT = "kajiya"
+_INDIRECT = ("omegaconf", "triton")
+"""Packages that the requirements bring along and that results hang on."""
+_TOOLS = ("test", "lint", "docs")
+"""Extras that no result hangs on."""
 
 
 def collect_provenance() -> dict[str, Any]:
     """Package versions, interpreter, platform, processor, memory, and the git state of the working directory."""
     return {
         "python": sys.version.split()[0],
-        "packages": {name: version for name in _PACKAGES if (version := package_version(name))},
+        "packages": package_versions(),
         "machine": machine_facts(),
         "git": git_state(Path.cwd()),
         "working_directory": str(Path.cwd()),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Version of the package and of all that is installed of its requirements and of its extras', but for its own tools."""
+    names = dict.fromkeys([_PROJECT, *_requirements(), *_INDIRECT])
+    return {name: version for name in names if (version := package_version(name))}
+
+
+def _requirements() -> Iterator[str]:
+    from packaging.requirements import Requirement
+
+    # Sources that are on the Python path and not installed say nothing of what they need: all that is there.
+    if package_version(_PROJECT) is None:
+        yield from (each.name for each in importlib.metadata.distributions())
+        return
+    about = importlib.metadata.metadata(_PROJECT)
+    extras = [extra for extra in about.get_all("Provides-Extra") or [] if extra not in _TOOLS]
+    for text in about.get_all("Requires-Dist") or []:
+        wanted = Requirement(text)
+        if wanted.marker is None or any(wanted.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            yield wanted.name
 
 
 def package_version(name: str) -> str | None:
@@ -43,13 +58,32 @@ def package_version(name: str) -> str | None:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, usable cores, memory (bytes) and platform, without torch."""
+    """Processor, usable cores, memory (bytes), platform and GPUs, without torch."""
     return {
         "platform": platform.platform(),
         "processor": _processor_name(),
         "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpu_facts(),
     }
+
+
+def gpu_facts() -> list[dict[str, Any]]:
+    """Name, memory (bytes; `None` where it is the machine's own) and driver of each GPU that `nvidia-smi` knows."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    words = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode != 0:
+        return []
+    rows = (line.rsplit(", ", 2) for line in done.stdout.splitlines())
+    return [
+        {"name": name, "memory_bytes": int(mib) * 2**20 if mib.isdigit() else None, "driver": driver}
+        for name, mib, driver in rows
+    ]
 
 
 def usable_cores() -> int:
