@@ -37,14 +37,14 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SIZES, default="S")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off", "on"])
+    parser.add_argument("--model", choices=SIZES, default="S", help="size of the model (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each run (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", help="as train.precision (default: %(default)s)")
+    parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off", "on"], help="cases to measure")
     parser.add_argument("--repeats", type=int, default=3, help="runs that count; one more fills the caches")
-    parser.add_argument("--store", required=True)
+    parser.add_argument("--store", required=True, help="folder of artifacts and runs; empty: the first run fills it")
     parser.add_argument("--text", help="folder of .py files (default: the standard library)")
     return parser.parse_args()
 

@@ -1,5 +1,6 @@
 """The benchmark's structure: both peers train the same thing and are compared; no figure of time is asserted."""
 
+import ast
 import json
 import math
 import os
@@ -32,6 +33,15 @@ def comparing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import compare
 
     return compare
+
+
+def test_every_option_of_the_start_up_has_its_words() -> None:
+    tree = ast.parse((BENCHMARKS / "startup.py").read_text(encoding="utf-8"))
+    options = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and "add_argument" in ast.unparse(node.func)
+    ]
+    assert len(options) >= 9
+    assert [node.lineno for node in options if "help" not in {word.arg for word in node.keywords}] == []
 
 
 def made_result(peer: str, **changed: Any) -> Any:

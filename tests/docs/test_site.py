@@ -78,14 +78,58 @@ def test_the_functions_of_the_first_page_exist() -> None:
     assert kajiya.compose("stdlib-pretrain", ["train.minutes=10"]).train.minutes == 10
 
 
+_TELLERS = {"emit", "hear", "hear_early", "on_event", "tell"}
+_SCREEN_ONLY = {"progress", "run", "member"}
+"""Kinds of events that are told and not logged."""
+
+
+def _told() -> dict[str, list[set[str] | None]]:
+    """Every kind of event that the sources tell by name, with the fields of each call; `None` for some that are computed."""
+    found: dict[str, list[set[str] | None]] = {}
+    for path in sorted((ROOT / "src" / "kajiya").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not (isinstance(node, ast.Call) and node.args and node.keywords):
+                continue
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else vars(node.func).get("id")
+            first = node.args[0]
+            if called in _TELLERS and isinstance(first, ast.Constant) and isinstance(first.value, str):
+                names = {word.arg for word in node.keywords}
+                found.setdefault(first.value, []).append(None if None in names else {str(name) for name in names})
+    return found
+
+
 def test_every_kind_of_event_is_on_the_page(finished: Any) -> None:
     named = first_column("artifacts.md", "Kind")
-    kinds = {event["kind"]: event.keys() - {"t", "kind"} for event in read_events(finished.trained.run.folder)}
-    assert kinds.keys() <= set(named)
     text = (pages.DOCS / "artifacts.md").read_text(encoding="utf-8").partition("### The event log")[2]
-    for kind, fields in kinds.items():
-        (row,) = re.findall(rf"^\| `{kind}` \| (.*?) \|", text, re.M)
-        assert set(re.findall(r"`(\w+)`", row)) == fields, kind
+    rows = {kind: re.findall(rf"^\| `{kind}` \| (.*?) \|", text, re.M) for kind in named}
+    fields = {kind: set(re.findall(r"`(\w+)`", row)) for kind, (row,) in rows.items()}
+    told = _told()
+    assert told.keys() - _SCREEN_ONLY == set(named)
+    for kind in named:
+        assert [each for each in told[kind] if each is not None and each != fields[kind]] == [], kind
+    logged = {event["kind"]: event.keys() - {"t", "kind"} for event in read_events(finished.trained.run.folder)}
+    assert {kind: fields[kind] for kind in logged} == logged
+    module = (ROOT / "src" / "kajiya" / "run" / "events.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"^- `(\w+)`: ", module, re.M)) == set(named)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_table_of_verbs_names_every_command(page: str) -> None:
+    import typer
+
+    from kajiya.cli import app
+
+    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+    known = {name: set(vars(each).get("commands") or ()) for name, each in commands.items()}
+    named: dict[str, set[str]] = {}
+    for cell in re.findall(r"^\| (`kajiya .*?) \| ", (ROOT / page).read_text(encoding="utf-8"), re.M):
+        first, *others = re.findall(r"`([^`]+)`", cell)
+        verb, *words = first.removeprefix("kajiya ").split()
+        if known[verb]:
+            named[verb] = {*words[0].split("\\|"), *others}
+        else:
+            named |= {each.split()[0]: set() for each in (verb, *others)}
+    assert named == known
 
 
 def test_every_field_of_a_manifest_is_on_the_page(finished: Any) -> None:

@@ -18,14 +18,16 @@ Event = dict[str, Any]
 - `opened`: `pid` of the process that works on the run from here on
 - `started`: `attempt`, `resumed_from` (step or null)
 - `config`: `config` (the whole resolved config)
-- `stage`: `name`, `state` (begun, done, reused), `seconds`, `text`
+- `stage`: `name`, `state` (begun, done, reused, stopped), `seconds`, `text`
 - `metrics`: `step`, `values` {name: number}; names are `train/loss`, `train/lr`, `eval/loss` …
 - `system`: `step`, `values` {name: number} of what the process takes of the machine; names begin with `system/`
+- `plan`: `facts` of what the run will cost (`kajiya.preflight.plan.Plan`)
 - `ledger`: `text` (what became of the rows, in one line), `facts` (`kajiya.data.ledger.DataLedger`)
 - `derived`: `values` {name: value} of settings that were `auto`
 - `checkpoint`: `step`, `path`, `bytes`
 - `sample`: `step`, `prompt`, `text`, and of an answer that was judged its `reward`
 - `histograms`: `step`, `values` {name: `low`, `high`, `counts` of the equal bins between them}
+- `trial`: of a study, `number`, `status`, `values`, `problem`, `run`, `seconds`
 - `artifact`: `name`, `path`, `stage`, `digest`
 - `report`: `path`
 - `proof`: `facts` (`seconds`, `findings`: name, state, text, remedy, figures)
