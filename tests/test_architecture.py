@@ -27,7 +27,11 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-HEAVY = {"torch", "transformers", "numpy", "pandas", "datasets", "hydra", "mlflow", "fastapi", "sklearn", "matplotlib"}
+HEAVY = {
+    "accelerate", "bitsandbytes", "datasets", "fastapi", "hydra", "lm_eval", "matplotlib", "mlflow", "numpy", "omegaconf",
+    "optuna", "pandas", "peft", "pyarrow", "ray", "safetensors", "scipy", "seaborn", "sklearn", "tokenizers", "torch",
+    "torchao", "torchmetrics", "transformers", "uvicorn", "wandb",
+}  # fmt: skip
 
 
 def _modules() -> dict[str, Path]:

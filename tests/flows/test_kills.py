@@ -135,3 +135,39 @@ def test_killed_at_random_steps(precision: str, optim: str, more: str, prepared:
         for store in stores
     ]
     assert hash_file(models[0]) == hash_file(models[1])
+
+
+def test_a_length_by_time_and_the_fastest_precision_are_settled_once(prepared: Path, tmp_path: Path) -> None:
+    """The demo's own way: the first attempt measures, the later ones keep what it found."""
+    common = ("model.n_params=400k", "train.compile=off", "train.eval_every=null", "train.save_every=null", _UNPROVEN)
+    timed = (*common, "train.minutes=0.2", "train.steps=null", "train.precision=auto")
+    stores = tmp_path / "killed", tmp_path / "whole"
+    for store in stores:
+        shutil.copytree(prepared, store)
+
+    process = _start(stores[0], timed)
+    while not (found := [event for event in _events(stores[0]) if event["kind"] == "derived"]):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    settled = found[0]["values"]
+    steps = settled["train.steps"]
+    assert steps > 20, "this machine is too slow for a run of so little time"
+    while not any(e["kind"] == "metrics" and e["step"] >= steps // 2 for e in _events(stores[0])):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    rest = _finish(stores[0], timed)
+    events = list(read_events(rest))
+    assert [event["values"] for event in events if event["kind"] == "derived"] == [settled]
+    began = [event["resumed_from"] for event in events if event["kind"] == "started"]
+    assert len(began) == 2
+    assert began[1] >= settled["train.save_every"] == steps // 10
+    fixed = (f"train.steps={steps}", f"train.precision={settled['train.precision']}")
+    whole = _finish(stores[1], (*common, *fixed))
+    manifests = [find_run(Store(store), "latest").manifest() for store in stores]
+    assert manifests[0]["derived"] == manifests[1]["derived"] == settled
+    assert _metrics(rest) == _metrics(whole)
+    models = [store / made["artifacts"]["model"]["path"] for store, made in zip(stores, manifests, strict=True)]
+    assert hash_file(models[0] / "model.safetensors") == hash_file(models[1] / "model.safetensors")

@@ -29,7 +29,7 @@ def recipe(tmp_path: Path) -> str:
     return str(path)
 
 
-def _adapter(folder: Path, base: Path, quantized: str = "none", seed: int = 0) -> str:
+def make_adapter(folder: Path, base: Path, quantized: str = "none", seed: int = 0) -> str:
     module = load_model(base)
     transform(module, AdapterConfig("lora", {"r": 4, "init": "gaussian"}), quantized, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def _adapter(folder: Path, base: Path, quantized: str = "none", seed: int = 0) -
 
 @pytest.mark.parametrize("quantized", ["none", "nf4"])
 def test_an_adapter_is_merged_and_certified(quantized: str, finished: Finished, recipe: str, tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path / "adapter", finished.trained.model.path, quantized)
+    adapter = make_adapter(tmp_path / "adapter", finished.trained.model.path, quantized)
     model, certificate = merge_targets([adapter], finished.store, recipe=recipe)
     single, half = certificate.facts["parity"]
     assert (single["dtype"], single["is_held"]) == ("float32", True)
@@ -63,7 +63,7 @@ def test_an_adapter_is_merged_and_certified(quantized: str, finished: Finished, 
 def test_a_corrupted_merge_fails_and_leaves_nothing(
     finished: Finished, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = _adapter(tmp_path / "adapter", finished.trained.model.path, seed=7)
+    adapter = make_adapter(tmp_path / "adapter", finished.trained.model.path, seed=7)
     saved = merging.save_model
 
     def corrupt(module: Any, tokenizer: Any, folder: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_corrupted_merge_fails_and_leaves_nothing(
 
 def test_several_models_are_joined_and_measured(finished: Finished, recipe: str, tmp_path: Path) -> None:
     base = finished.trained.model.path
-    adapters = [_adapter(tmp_path / f"adapter{seed}", base, seed=seed) for seed in (1, 2)]
+    adapters = [make_adapter(tmp_path / f"adapter{seed}", base, seed=seed) for seed in (1, 2)]
     model, certificate = merge_targets(
         adapters, finished.store, base=str(base), joining=Joining("ties", "1,3"), recipe=recipe
     )

@@ -1,4 +1,4 @@
-"""Replay: a run once more from its manifest is the same bits; what a run used is told; reports compare runs in pairs."""
+"""What a run used is told; reports compare runs in pairs. The replay itself is run by its verb, in `test_verbs`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +9,11 @@ from scipy import stats
 from tests.conftest import Finished
 
 from kajiya.config.schema import Config
-from kajiya.flows.replay import replay
 from kajiya.flows.report import write_report
 from kajiya.flows.report_comparison import _compare_documents
 from kajiya.flows.report_facts import gather
 from kajiya.flows.train import train
 from kajiya.run.usage import usage_with
-
-
-@pytest.mark.slow
-def test_a_replay_is_bit_identical(own_finished: Finished) -> None:
-    found = replay(own_finished.trained.run)
-    assert found.verdict == "bit-identical", found
-    assert found.metrics["test/bits_per_byte"][0] == found.metrics["test/bits_per_byte"][1]
-    assert found.differs.keys() <= {"environment"}  # the fixture pretends to have one core
 
 
 def test_usage_adds_up() -> None:

@@ -340,7 +340,12 @@ def read_tensorboard_metrics(run: Run) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.slow
-def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run, mlflow_database: Path) -> None:
+def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(
+    run: Run, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     shutil.copy(mlflow_database, run.store.root / "mlflow.db")
 
     def make(folder: Path) -> dict[str, Any]:
@@ -375,11 +380,14 @@ def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run
     assert version.tags["kajiya.digest"] == model.digest
     assert version.run_id == client.search_runs([client.get_experiment_by_name("kajiya").experiment_id])[0].info.run_id
     assert version.source == model.path.as_uri()
-    mlflow.set_registry_uri(f"sqlite:///{run.store.root / 'mlflow.db'}")
+    database = f"sqlite:///{run.store.root / 'mlflow.db'}"
+    mlflow.set_tracking_uri(database)  # else MLflow makes a database in the working directory
+    mlflow.set_registry_uri(database)
     try:
         downloaded = mlflow.artifacts.download_artifacts("models:/tiny@newest")
     finally:
         mlflow.set_registry_uri(None)
+        mlflow.set_tracking_uri(None)
     assert (Path(downloaded) / "config.json").read_text() == "{}"
     (found,) = client.search_runs([client.get_experiment_by_name("kajiya").experiment_id])
     assert found.info.status == "FINISHED"
@@ -404,6 +412,7 @@ def test_mlflow_registers_the_model_and_keeps_artifacts_and_long_values(run: Run
     assert names == ["artifacts/model/config.json", "artifacts/model/manifest.json"]
     assert run.store.root in Path(found.info.artifact_uri.removeprefix("file://")).parents
     assert list(read_events(run.folder))[-1]["kind"] == "ended"
+    assert list(here.iterdir()) == [], "nothing is written into the working directory"
 
 
 @pytest.mark.slow

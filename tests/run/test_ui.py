@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -21,10 +22,8 @@ from kajiya.run.ui import open_ui
 
 UI = """
 import sys
-from pathlib import Path
-from kajiya.run.store import Store
-from kajiya.run.ui import open_ui
-open_ui(Store(Path(sys.argv[1])), "127.0.0.1", 0, lambda url: print(url, flush=True))
+from kajiya.cli import app
+app(sys.argv[1:], standalone_mode=False)
 print("left", flush=True)
 """
 
@@ -46,11 +45,13 @@ def test_the_ui_answers_with_the_stores_runs_and_ends_with_the_command(
     run.events.emit("metrics", step=3, values={"train/loss": 0.25})
     replay(run.folder, "mlflow", {}, timeout_s=120)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy that would answer nothing
-    command = subprocess.Popen([sys.executable, "-c", UI, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", UI, "ui", "--port", "0", "--store", str(tmp_path)]
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert command.stdout is not None
-        url = command.stdout.readline().strip()
-        assert url.startswith("http://127.0.0.1:"), (tmp_path / "mlflow-ui.log").read_text()
+        said = re.match(r"MLflow UI: (http://127\.0\.0\.1:\d+) ", command.stdout.readline())
+        assert said, (tmp_path / "mlflow-ui.log").read_text()
+        url = said[1]
         assert "<title>MLflow" in ask(url)
         experiment = ask(f"{url}/api/2.0/mlflow/experiments/search", {"max_results": 10, "filter": "name = 'kajiya'"})
         ids = [found["experiment_id"] for found in experiment["experiments"]]
