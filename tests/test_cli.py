@@ -35,6 +35,12 @@ def kajiya_process(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread costs tiny tensors more than it brings."""
+    monkeypatch.setattr("kajiya.run.provenance.usable_cores", lambda: 1)
+
+
 @pytest.fixture
 def store(finished: Finished) -> str:
     return str(finished.store.root)

@@ -124,7 +124,7 @@ def test_prove(store: str) -> None:
 
 
 def test_find_lr(own_finished: Finished, store: str) -> None:
-    text = kajiya("train", "stdlib-pretrain", *small_overrides("train.compile=off"), "--find-lr", "--store", store)
+    text = kajiya("train", "stdlib-pretrain", *small_overrides(), "--find-lr", "--store", store)
     assert "Suggested: optim.lr=" in text
     assert (own_finished.trained.run.folder / "lr-range.png").is_file()
 
