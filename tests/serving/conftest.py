@@ -1,6 +1,7 @@
 """A tiny random model with a tokenizer trained here, and a real server over it."""
 
 import asyncio
+import json
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
@@ -129,8 +130,26 @@ def engine(model_folder: Path) -> Engine:
     return open_engine(model_folder)
 
 
+def save_adapter(folder: Path) -> Path:
+    """A LoRA adapter of the tiny model, as PEFT saves one, that changes what it says."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
+    module = "base_model.model.model.layers.1.mlp.down_proj"
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {
+            f"{module}.lora_A.weight": torch.randn(2, 96, generator=generator),
+            f"{module}.lora_B.weight": torch.randn(64, 2, generator=generator),
+        },
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
+def running(app: Starlette) -> Iterator[str]:
     """Serve `app` by uvicorn in a thread, on a free port; the URL."""
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))

@@ -527,8 +527,10 @@ def test_an_api_key_is_asked_for_before_anything_is_read(model_folder: Path, tok
             _error(httpx.post(f"{url}/v1/completions", content=b"{", headers=headers), 401)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret") as client:
             assert client.models.list().data[0].id == NAME
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert httpx.get(f"{url}/").status_code == 200
+        for path in ("/", "/health", "/ready", "/metrics"):
+            assert httpx.get(url + path).status_code == 200
+        for path in ("/openapi.json", "/v1", "/V1/models", "/nothing"):
+            _error(httpx.get(url + path), 401)
 
 
 def _until(holds: Callable[[], bool]) -> None:

@@ -1,6 +1,8 @@
 """What requests can ask for beyond a continuation: biases, penalties, grammars, tools, adapters, further models; and the bounds."""
 
 import json
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +14,13 @@ import pytest
 import torch
 
 from kajiya.config.schema import ServeConfig
+from kajiya.errors import ConfigError
 from kajiya.serving.api import create_app
 from kajiya.serving.hosts import source_of
+from kajiya.serving.server import serve
 from kajiya.serving.tools import read_call
 
-from .conftest import NAME, open_engine, running
+from .conftest import NAME, open_engine, running, save_adapter
 
 PROMPT = "def wrap(text, width):"
 SCHEMA = {
@@ -166,21 +170,7 @@ def test_calls_are_read_out_of_answers() -> None:
 def test_adapters_and_models_come_and_go(
     tmp_path: Path, model_folder: Path, tokenizer: Any, greedy: Callable[..., list[int]]
 ) -> None:
-    from safetensors.torch import save_file
-
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    module = "base_model.model.model.layers.1.mlp.down_proj"
-    generator = torch.Generator().manual_seed(0)
-    save_file(
-        {
-            f"{module}.lora_A.weight": torch.randn(2, 96, generator=generator),
-            f"{module}.lora_B.weight": torch.randn(64, 2, generator=generator),
-        },
-        adapter / "adapter_model.safetensors",
-    )
+    adapter = save_adapter(tmp_path / "adapter")
     cfg = ServeConfig(allow_loading=True, idle_unload_s=0.2)
     others = {"second": source_of("second", model_folder, open_engine)}
     ids = tokenizer.encode(PROMPT)
@@ -236,8 +226,16 @@ def test_loading_is_off_unless_allowed(server_url: str) -> None:
 
 
 def test_bounds_of_size_and_time(model_folder: Path, tokenizer: Any) -> None:
-    cfg = ServeConfig(max_body_bytes=2000, request_timeout_s=0.001)
-    with running(create_app(open_engine(model_folder), tokenizer, NAME, cfg)) as url:
+    cfg = ServeConfig(max_body_bytes=2000, request_timeout_s=0.5)
+    engine = open_engine(model_folder)
+    real = engine.runner.run
+
+    def slow_run(plan: Any) -> Any:
+        time.sleep(0.05)
+        return real(plan)
+
+    engine.runner.run = slow_run  # type: ignore[method-assign]
+    with running(create_app(engine, tokenizer, NAME, cfg)) as url:
         large = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "x" * 3000})
         assert large.status_code == 413
         chunked = httpx.post(f"{url}/v1/completions", content=(b"x" * 500 for _ in range(10)))
@@ -250,6 +248,13 @@ def test_bounds_of_size_and_time(model_folder: Path, tokenizer: Any) -> None:
             if httpx.get(f"{url}/health").json()["running"] == 0:
                 break
         assert httpx.get(f"{url}/health").json()["running"] == 0
+        # A body that does not come is waited for no longer.
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as raw:
+            raw.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 50\r\n\r\n".encode() + b'{"mo'
+            )
+            assert raw.recv(4096).split()[1] == b"408"
 
 
 def test_the_access_log_has_no_prompts_unless_asked(
@@ -276,6 +281,52 @@ def test_other_sites_may_call_only_where_named(model_folder: Path, tokenizer: An
         allowed = httpx.get(f"{url}/v1/models", headers=headers).headers
         assert allowed["access-control-allow-origin"] == "https://example.org"
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+
+
+def test_other_sites_may_call_with_a_key(model_folder: Path, tokenizer: Any) -> None:
+    """A browser asks for leave first, without the key, and shows a page no reply without leave, refusals included."""
+    origin = {"Origin": "https://example.org"}
+    cfg = ServeConfig(cors_origins=("https://example.org",), api_key="key", max_body_bytes=2000)
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, cfg)) as url:
+        url += "/v1/completions"
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+        leave = httpx.options(url, headers=origin | asks)
+        assert leave.status_code == 200
+        assert leave.headers["access-control-allow-origin"] == "https://example.org"
+        assert "authorization" in leave.headers["access-control-allow-headers"]
+        assert httpx.options(url, headers=asks | {"Origin": "https://another.org"}).status_code == 400
+        key = {"Authorization": "Bearer key"}
+        body = {"model": NAME, "prompt": "x", "max_tokens": 1}
+        for headers, prompt, status in (({}, "x", 401), (key, "x" * 3000, 413), (key, "x", 200)):
+            reply = httpx.post(url, headers=origin | headers, json=body | {"prompt": prompt})
+            assert reply.status_code == status
+            assert reply.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_keys_are_read_from_a_file(model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first\n\n  second\n")
+    cfg = ServeConfig(api_key=f"@{keys}")
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, cfg)) as url:
+        for key, status in (("first", 200), ("second", 200), ("third", 401), (f"@{keys}", 401)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+    keys.write_text("\n")
+    for given, words in ((f"@{keys}", "has no keys"), (f"@{tmp_path}/none", "cannot be read"), ("", "is empty")):
+        with pytest.raises(ConfigError, match=words):
+            serve(ServeConfig(api_key=given), tmp_path, NAME, lambda url: None)
+
+
+def test_a_server_needs_no_grammars_unless_asked(
+    model_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, ServeConfig())) as url:
+        body = {"model": NAME, "prompt": "x", "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        refused = httpx.post(f"{url}/v1/completions", json=body | {"response_format": {"type": "json_object"}})
+        assert refused.status_code == 400
+        assert "kajiya[serve]" in refused.json()["error"]["message"]
 
 
 def test_metrics_speak_of_the_cache(server_url: str) -> None:

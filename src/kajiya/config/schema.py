@@ -329,7 +329,7 @@ class ServeConfig:
     port: int = setting(8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     api_key: str | None = None
-    """Key that requests must carry as a bearer token; `None`: none."""
+    """Key that requests must carry as a bearer token; `@file`: any of those in the file, one a line; `None`: none."""
     model_name: str | None = None
     """Name of the model in the API; `None`: that of its recipe or folder."""
     max_batch: int = setting(16, ge=1)
@@ -368,7 +368,7 @@ class ServeConfig:
     max_body_bytes: int = setting(16_000_000, ge=1000)
     """Largest body of a request, bytes; past it 413."""
     request_timeout_s: float | None = setting(None, gt=0)
-    """Longest time for an answer, seconds; `None`: no limit."""
+    """Longest time for a request, its body's coming included, seconds; `None`: no limit."""
     access_log: bool = False
     """A JSON line for each request on the error output."""
     log_prompts: bool = False

@@ -12,13 +12,12 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.middleware.cors import CORSMiddleware
 
 from kajiya.config.schema import ServeConfig
 from kajiya.errors import DataError, RequestError
 from kajiya.serving.engine import Engine
 from kajiya.serving.faults import add_error_handlers
-from kajiya.serving.gate import Gate, Limits
+from kajiya.serving.gate import add_gate
 from kajiya.serving.generation import Generation, Prompt
 from kajiya.serving.hosts import Host, Hosts, Source, source_of
 from kajiya.serving.metrics import CONTENT_TYPE, Metrics
@@ -61,12 +60,7 @@ def create_app(
     app.include_router(_own_routes(service))
     if cfg.allow_loading and load is not None:
         app.include_router(_loading_routes(service, load))
-    if cfg.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=[*cfg.cors_origins], allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
-    limits = Limits(cfg.api_key, cfg.max_body_bytes, cfg.request_timeout_s, cfg.access_log, cfg.log_prompts)
-    app.add_middleware(Gate, limits=limits, metrics=metrics)
+    add_gate(app, cfg, metrics)
     return app
 
 
@@ -151,8 +145,7 @@ def _openai_routes(service: Service) -> APIRouter:
         inputs = [ids for ids, _ in await host.texts_or_ids(body.input, "input")]
         data = []
         for index, ids in enumerate(inputs):
-            # One at a time between two steps, so that running answers go on.
-            vector = await host.worker.call(lambda ids=ids: host.engine.embed(ids, adapter))  # type: ignore[misc]
+            vector = await host.worker.embed(ids, adapter)
             packed: Any = vector
             if body.encoding_format == "base64":
                 packed = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -39,6 +39,7 @@ class BlockPool:
         self.n_blocks = n_blocks
         self.block_tokens = block_tokens
         self.remembers = remembers
+        self.n_resets = 0
         self._holders = [0] * n_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(n_blocks))
         self._nodes: dict[int, Node] = {}
@@ -115,6 +116,7 @@ class BlockPool:
     def reset(self) -> None:
         """Every block free, nothing remembered."""
         self.forget_all()
+        self.n_resets += 1
         self._holders = [0] * self.n_blocks
         self._free = OrderedDict.fromkeys(range(self.n_blocks))
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kajiya.errors import KajiyaError, RequestError
+from kajiya.errors import KajiyaError, MissingExtraError, RequestError
 from kajiya.serving.adapters import read_adapter
 from kajiya.serving.blocks import BlockPool
 from kajiya.serving.drafts import Drafter, within
+from kajiya.serving.embedding import embedding
 from kajiya.serving.rows import Rows as Logits
 from kajiya.serving.runner import Runner
 from kajiya.serving.sampler import Sampler, with_logprobs
@@ -70,6 +71,7 @@ class Engine:
         self.n_confirmed = 0
         self._drafter = drafter
         self._grammars: Grammars | None = None
+        self._why_no_grammars = "this engine has no tokenizer to bind a grammar to"
         self._sampler = Sampler()
         self._cancelled: list[Output] = []
         self._active: set[str] = set()
@@ -174,11 +176,14 @@ class Engine:
 
     def use_tokenizer(self, tokenizer: Any) -> None:
         """Have grammars for requests that ask for one; an engine in token ids alone knows none."""
-        self._grammars = Grammars(tokenizer, self.vocab_size, self.eos_ids)
+        try:
+            self._grammars = Grammars(tokenizer, self.vocab_size, self.eos_ids)
+        except MissingExtraError as error:
+            self._why_no_grammars = str(error)  # a server is of use without
 
     def _require_grammars(self) -> Grammars:
         if self._grammars is None:
-            raise RequestError("this engine has no tokenizer to bind a grammar to", param="response_format")
+            raise RequestError(self._why_no_grammars, code="unsupported_parameter", param="response_format")
         return self._grammars
 
     # ---------------------------------------------------------------- conveniences
@@ -244,22 +249,13 @@ class Engine:
 
         Raises `RequestError` with status 429 when running requests hold the blocks that it needs for a moment.
         """
+        return next(vector for vector in self.embedding(ids, adapter) if vector is not None)
+
+    def embedding(self, ids: Rows[int], adapter: str | None = None) -> Generator[list[float] | None, None, None]:
+        """`embed`, read in pieces: `None` behind each but the last, then the vector. Steps may come in between; close it."""
         self.check_ids(ids, "input")
         request = Request("embed", tuple(ids), SamplingParams(max_tokens=0), adapter)
-        sequence = new_sequence(request, self.eos_ids)
-        pool = self.scheduler.pool
-        if not self.scheduler.fits(len(ids)):
-            raise RequestError(f"input has {len(ids)} tokens, more than the cache holds", param="input")
-        n_blocks = -(-len(ids) // pool.block_tokens)
-        if n_blocks > pool.n_free:
-            raise RequestError("The server is busy. Try again shortly.", code="queue_full", status=429)
-        sequence.blocks = [pool.take() for _ in range(n_blocks)]
-        try:
-            hidden_TD = self.runner.hidden(Chunk(sequence, 0, tuple(ids)))
-        finally:
-            pool.release(sequence.blocks)
-        vector: list[float] = torch.nn.functional.normalize(hidden_TD.mean(dim=0), dim=0).tolist()
-        return vector
+        return embedding(self.runner, self.scheduler, new_sequence(request, self.eos_ids))
 
     # ---------------------------------------------------------------- inside a step
 

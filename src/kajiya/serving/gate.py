@@ -6,9 +6,14 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kajiya.config.schema import ServeConfig
+from kajiya.errors import ConfigError
 from kajiya.serving.faults import error_body, error_reply
 from kajiya.serving.metrics import Metrics
 
@@ -29,13 +34,56 @@ _KNOWN = (
     "/openapi.json",
     "/",
 )
+_OPEN = ("/", "/health", "/ready", "/metrics")
+"""What is told without a key; everything else, known or not, wants one."""
+
+
+def add_gate(app: Starlette, cfg: ServeConfig, metrics: Metrics) -> None:
+    """Have every request to `app` pass the gate, and the web origins of `cfg` read what comes back.
+
+    Raises `ConfigError` for a file of keys that cannot be read.
+    """
+    limits = Limits(read_keys(cfg.api_key), cfg.max_body_bytes, cfg.request_timeout_s, cfg.access_log, cfg.log_prompts)
+    app.add_middleware(Gate, limits=limits, metrics=metrics)
+    if cfg.cors_origins:
+        # Outside the gate: a browser asks for leave without a key, and shows a page only replies that allow its origin.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[*cfg.cors_origins], allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+
+
+def read_keys(api_key: str | None) -> tuple[str, ...]:
+    """The keys that requests may carry: `api_key`, or for `@file` every line of that file; none where none is asked for."""
+    if api_key is None:
+        return ()
+    if not api_key:
+        raise ConfigError("serve.api_key", "is empty", "Give a key, or null to serve without one.")
+    if not api_key.startswith("@"):
+        return (api_key,)
+    try:
+        text = Path(api_key[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("serve.api_key", f"the file {api_key[1:]!r} cannot be read: {error}") from error
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not keys:
+        raise ConfigError("serve.api_key", f"the file {api_key[1:]!r} has no keys", "Write one key a line into it.")
+    return keys
+
+
+def log_to_stderr() -> None:
+    """Write the access log's lines to the error output, as they are."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a request may be and take."""
 
-    api_key: str | None
+    api_keys: tuple[str, ...]
     max_body_bytes: int
     timeout_s: float | None
     logs: bool
@@ -47,7 +95,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
         self._app = app
-        self._key = limits.api_key.encode() if limits.api_key else None
+        self._bearers = [b"Bearer " + key.encode() for key in limits.api_keys]
         self._limits = limits
         self._metrics = metrics
 
@@ -67,7 +115,7 @@ class Gate:
 
         body: list[bytes] = []
         try:
-            if scope["path"].startswith("/v1/") and not self._has_key(scope):
+            if scope["path"] not in _OPEN and not self._has_key(scope):
                 refusal = error_reply(
                     "This server needs an API key: send it as 'Authorization: Bearer <key>'.",
                     401,
@@ -86,36 +134,7 @@ class Gate:
                 self._log(scope, status, seconds, n_bytes, body)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, body: list[bytes]) -> None:
-        most = self._limits.max_body_bytes
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > most:
-            await _too_large(most)(scope, receive, send)
-            return
-        # Read whole before the routes see it: a body without a declared length is cut off at the same bound.
-        total, more = 0, scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
-        chunks: list[bytes] = []
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            chunks.append(message.get("body", b""))
-            total += len(chunks[-1])
-            if total > most:
-                await _too_large(most)(scope, receive, send)
-                return
-            more = message.get("more_body", False)
-        whole: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
-        if self._limits.logs_prompts:
-            body.extend(chunks)
-
-        async def replayed() -> Message:
-            nonlocal whole
-            if whole is not None:
-                message, whole = whole, None
-                return message
-            return await receive()
-
-        began_reply = is_stream = False
+        is_read = began_reply = is_stream = False
 
         async def noted(message: Message) -> None:
             nonlocal began_reply, is_stream
@@ -127,20 +146,48 @@ class Gate:
 
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                await self._app(scope, replayed, noted)
+                content = await self._read(scope, receive, noted)
+                if content is None:
+                    return
+                is_read = True
+                if self._limits.logs_prompts:
+                    body.append(content)
+                await self._app(scope, _replayed(content, receive), noted)
         except TimeoutError:
-            words = f"The answer took longer than this server's limit of {self._limits.timeout_s:g} s."
+            limit = f"this server's limit of {self._limits.timeout_s:g} s"
+            words, status = f"The answer took longer than {limit}.", 504
+            if not is_read:
+                words, status = f"The body took longer to come than {limit}.", 408
             if not began_reply:
-                await error_reply(words, 504, "timeout")(scope, receive, send)
+                await error_reply(words, status, "timeout")(scope, receive, send)
             elif is_stream:
-                event = b"data: " + json.dumps(error_body(words, 504, "timeout")).encode() + b"\n\n"
+                event = b"data: " + json.dumps(error_body(words, status, "timeout")).encode() + b"\n\n"
                 await send({"type": "http.response.body", "body": event, "more_body": False})
 
+    async def _read(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
+        """The whole body: one without a declared length is cut off at the same bound. `None` where there is no more to do."""
+        most = self._limits.max_body_bytes
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > most:
+            await _too_large(most)(scope, receive, send)
+            return None
+        total, more = 0, scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
+        chunks: list[bytes] = []
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            total += len(chunks[-1])
+            if total > most:
+                await _too_large(most)(scope, receive, send)
+                return None
+            more = message.get("more_body", False)
+        return b"".join(chunks)
+
     def _has_key(self, scope: Scope) -> bool:
-        if self._key is None:
-            return True
         given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, b"Bearer " + self._key)
+        return not self._bearers or any(secrets.compare_digest(given, bearer) for bearer in self._bearers)
 
     def _log(self, scope: Scope, status: int, seconds: float, n_bytes: int, body: list[bytes]) -> None:
         client = scope.get("client")
@@ -156,6 +203,20 @@ class Gate:
         if self._limits.logs_prompts:
             line["body"] = b"".join(body).decode(errors="replace")
         access_log.info(json.dumps(line, ensure_ascii=False))
+
+
+def _replayed(content: bytes, receive: Receive) -> Receive:
+    """What the routes read the body from, once more."""
+    whole: Message | None = {"type": "http.request", "body": content, "more_body": False}
+
+    async def replayed() -> Message:
+        nonlocal whole
+        if whole is not None:
+            message, whole = whole, None
+            return message
+        return await receive()
+
+    return replayed
 
 
 def _too_large(most: int) -> ASGIApp:

@@ -163,7 +163,7 @@ class PlainRunner:
 
     @torch.inference_mode()
     def hidden(self, chunk: Chunk) -> torch.Tensor:
-        hidden_TD: torch.Tensor = self._read(self.model.base_model, chunk).last_hidden_state[0].float()
+        hidden_TD: torch.Tensor = self._read(self.model.base_model, chunk).last_hidden_state[0, chunk.start :].float()
         return hidden_TD
 
     def clear(self, blocks: list[int]) -> None:

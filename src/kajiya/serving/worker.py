@@ -86,6 +86,8 @@ class Worker:
         self._has_ended = False
         self._thread = threading.Thread(target=self._work, name="kajiya-engine", daemon=True)
         self._tickets: dict[str, Ticket] = {}
+        self._n_embedding = 0
+        self._embedding = asyncio.Lock()
         self._events: asyncio.AbstractEventLoop | None = None
 
     # ---------------------------------------------------------------- on the event loop
@@ -110,7 +112,7 @@ class Worker:
     @property
     def n_open(self) -> int:
         """Requests whose end has not been handed over."""
-        return len(self._tickets)
+        return len(self._tickets) + self._n_embedding
 
     async def submit(self, requests: list[Request]) -> Ticket:
         """Add all of the requests, or none. Raises the `RequestError` of the first that the engine refuses."""
@@ -137,6 +139,31 @@ class Worker:
             ticket.close()
             raise
         return ticket
+
+    async def embed(self, ids: list[int], adapter: str | None) -> list[float]:
+        """The vector of a text: one text at a time, and one piece of it between two steps, so that running answers go on.
+
+        Raises what `embedding` does, and a 429 where as many wait as may.
+        """
+        if self._n_embedding >= self.engine.scheduler.max_waiting:
+            raise RequestError(
+                f"The server is busy: {self._n_embedding} texts wait to be read. Try again shortly.",
+                code="queue_full",
+                status=429,
+            )
+        self._n_embedding += 1
+        try:
+            async with self._embedding:
+                pieces = self.engine.embedding(ids, adapter)
+                try:
+                    while (vector := await self.call(lambda: next(pieces))) is None:
+                        pass
+                finally:
+                    # On the engine's thread, since blocks are given back.
+                    self._enqueue(_Command(pieces.close, refuse=lambda: None))
+                return vector
+        finally:
+            self._n_embedding -= 1
 
     async def call(self, function: Callable[[], Result]) -> Result:
         """Run a function between two steps, on the engine's thread; its result or its exception."""
