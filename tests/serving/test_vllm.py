@@ -1,34 +1,48 @@
-"""vLLM behind the same command, played by a stub that refuses every flag which `vllm_flags.txt` does not list."""
+"""vLLM behind the same command, played by a stub that refuses what the pinned version's parser (`vllm_flags.txt`) would."""
 
 import json
+import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from kajiya.config.schema import ServeConfig
 from kajiya.errors import ConfigError, KajiyaError
-from kajiya.serving.server import serve
-from kajiya.serving.vllm import command_line
+from kajiya.serving.server import open_engine, serve
+from kajiya.serving.vllm import VERSION, command_line
 
 FLAGS = Path(__file__).parent / "vllm_flags.txt"
 _STUB = """\
 #!{python}
-import json, sys, time
+import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-known = open({flags!r}).read().split()
-given = [word for word in sys.argv[1:] if word.startswith("--")]
-if sys.argv[1] != "serve" or any(flag not in known for flag in given):
-    sys.exit(f"unrecognized arguments: {{given}}")
+known = {{}}
+for line in open({flags!r}):
+    if line.startswith("--"):
+        flag, _, choices = line.strip().partition(" ")
+        known[flag] = choices.strip("{{}}").split(",") if choices else None
+for word, after in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+    if word.startswith("--") and word not in known:
+        sys.exit(f"unrecognized arguments: {{word}}")
+    if known.get(word) and after not in known[word]:
+        sys.exit(f"argument {{word}}: invalid choice: {{after}}")
+if sys.argv[1] != "serve":
+    sys.exit("no such command")
+open(sys.argv[0] + ".pid", "w").write(str(os.getpid()))
 value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
 
 
@@ -37,7 +51,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.answer(json.dumps({{"seen": sys.argv[1:]}}).encode())
+        if self.path == "/health" and os.path.exists(sys.argv[0] + ".wait"):
+            open(sys.argv[0] + ".asked", "a").write("x")
+            return self.send_error(503)
+        model = {{"id": value("--served-model-name"), "max_model_len": 192}}
+        self.answer(json.dumps({{"data": [model], "seen": sys.argv[1:]}}).encode())
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -80,6 +98,8 @@ _PROGRAM = textwrap.dedent(
         max_batch=2,
         max_waiting=1,
         default_max_tokens=99,
+        access_log=True,
+        log_prompts=True,
     )
     serve(cfg, Path(sys.argv[1]), "tiny", lambda url: print(url, flush=True))
     print("served", flush=True)
@@ -104,7 +124,8 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def test_vllm_is_started_awaited_passed_through_and_stopped(model_folder: Path, stub: Path, adapter: Path) -> None:
+@contextmanager
+def _serving(model_folder: Path, stub: Path, adapter: Path) -> "Iterator[subprocess.Popen[str]]":
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(model_folder), str(stub), str(adapter)],
         stdout=subprocess.PIPE,
@@ -112,7 +133,21 @@ def test_vllm_is_started_awaited_passed_through_and_stopped(model_folder: Path, 
         text=True,
     )
     try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_vllm_is_started_awaited_passed_through_and_stopped(model_folder: Path, stub: Path, adapter: Path) -> None:
+    waits = stub.with_suffix(".wait")
+    waits.touch()
+    with _serving(model_folder, stub, adapter) as process:
+        _until_asked(stub, process)
         assert process.stdout is not None
+        # It has been asked more than once whether it is ready, and was not; nobody has been told of an address.
+        assert select.select([process.stdout], [], [], 0)[0] == []
+        waits.unlink()
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
         assert httpx.get(f"{url}/v1/models").status_code == 401
@@ -123,26 +158,54 @@ def test_vllm_is_started_awaited_passed_through_and_stopped(model_folder: Path, 
         for pair in [
             ("--served-model-name", "tiny"),
             ("--max-num-seqs", "2"),
-            ("--lora-modules", f"tuned={adapter}"),
+            ("--lora-modules", json.dumps({"name": "tuned", "path": str(adapter)})),
             ("--max-lora-rank", "32"),
-            ("--override-generation-config", '{"max_new_tokens": 99}'),
+            ("--generation-config", "vllm"),
         ]:
             assert pair in pairs
         # The tokenizer has no template: vLLM is given the one that training and evaluation use.
         assert "--chat-template" in seen
-        reply = httpx.post(f"{url}/v1/completions", headers=headers, json={"prompt": "é"})
-        assert reply.text == 'data: {"prompt":"é"}\n\ndata: [DONE]\n\n'
+        reply = httpx.post(f"{url}/v1/completions", headers=headers, json={"prompt": "é"}).text
+        assert reply.endswith("\n\ndata: [DONE]\n\n")
+        assert json.loads(reply.splitlines()[0].removeprefix("data: ")) == {"prompt": "é", "max_tokens": 99}
         assert "<html" in httpx.get(url).text
         _crowd(url, headers, stub.with_suffix(".gone"))
         upstream = f"http://127.0.0.1:{seen[seen.index('--port') + 1]}"
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
     assert (process.returncode, out.strip()) == (0, "served"), err
     with pytest.raises(httpx.TransportError):
         httpx.get(upstream)
+    logged = [json.loads(line) for line in err.splitlines() if line.startswith('{"time"')]
+    assert [(line["path"], line["status"], line["body"]) for line in logged][:3] == [
+        ("/v1/models", 401, ""),
+        ("/v1/models", 200, ""),
+        ("/v1/completions", 200, '{"prompt":"é"}'),
+    ]
+
+
+def _until_asked(stub: Path, process: "subprocess.Popen[str]") -> None:
+    """Until it has been asked twice whether it is ready."""
+    asked = stub.with_suffix(".asked")
+    limit = time.monotonic() + 60
+    while not (asked.exists() and len(asked.read_text()) >= 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, "it was not asked whether it is ready"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_starts_ends_it(
+    model_folder: Path, stub: Path, adapter: Path, number: signal.Signals
+) -> None:
+    stub.with_suffix(".wait").touch()
+    with _serving(model_folder, stub, adapter) as process:
+        _until_asked(stub, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.strip()) == (0, "served"), err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(stub.with_suffix(".pid").read_text()), 0)
 
 
 def _crowd(url: str, headers: dict[str, str], gone: Path) -> None:
@@ -176,10 +239,31 @@ def test_adapters_that_it_cannot_hold_are_refused(tmp_path: Path, stub: Path, ad
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 600}))
     with pytest.raises(ConfigError, match="rank 600"):
         words(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+    with pytest.raises(ConfigError, match="PROMPT_TUNING"):
+        words(adapter)
+
+
+def test_an_adapter_is_no_model_for_it(stub: Path, adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="kajiya merge"):
+        command_line(ServeConfig(engine="vllm", vllm=str(stub)), adapter, "m", 1, None)
+
+
+def test_it_is_no_engine_of_this_process(model_folder: Path, stub: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.engine: vllm is a server"):
+        open_engine(ServeConfig(engine="vllm", vllm=str(stub)), model_folder)
+
+
+def test_the_flags_are_those_of_the_version_that_is_named() -> None:
+    lines = FLAGS.read_text().splitlines()
+    assert lines[0] == f"# Every flag of `vllm serve`, vLLM {VERSION}, as its sources define them, with their choices."
+    assert len(lines) > 300
+    docs = Path(__file__).parents[2] / "docs" / "serving.md"
+    assert f"vLLM {VERSION}" in docs.read_text()
 
 
 def test_its_absence_names_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pip install vllm"):
+    with pytest.raises(ConfigError, match=f"pip install vllm=={VERSION}"):
         command_line(ServeConfig(engine="vllm", vllm=str(tmp_path / "none")), tmp_path, "m", 1, None)
 
 
@@ -198,3 +282,38 @@ def test_a_server_that_ends_at_once_is_said(model_folder: Path, tmp_path: Path) 
     broken.chmod(0o755)
     with pytest.raises(KajiyaError, match="code 3"):
         serve(ServeConfig(engine="vllm", vllm=str(broken), port=0), model_folder, "tiny", lambda url: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or shutil.which("vllm") is None,
+    reason="no CUDA device with vllm's command on this machine",
+)
+def test_the_real_one_answers_as_the_model_does(
+    model_folder: Path, tokenizer: Any, greedy: Callable[..., list[int]]
+) -> None:
+    program = """
+import sys
+from pathlib import Path
+from kajiya.config.schema import ServeConfig
+from kajiya.serving.server import serve
+
+cfg = ServeConfig(engine="vllm", port=0, precision="fp32", default_max_tokens=12)
+serve(cfg, Path(sys.argv[1]), "tiny", lambda url: print(url, flush=True))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program, str(model_folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if line.startswith("http://127.0.0.1:")).strip()
+        ids = tokenizer.encode("def wrap(text, width):")
+        body = {"model": "tiny", "prompt": ids, "temperature": 0}
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        assert reply["usage"]["completion_tokens"] == 12
+        assert reply["choices"][0]["text"] == tokenizer.decode(greedy(ids, 12), skip_special_tokens=True)
+        longer = httpx.post(f"{url}/v1/completions", json=body | {"max_tokens": 30, "ignore_eos": True}, timeout=60)
+        assert longer.json()["usage"]["completion_tokens"] == 30
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -19,11 +19,33 @@ DRAIN_S = 20
 """Longest wait for running answers after the first signal, seconds; a second signal ends at once."""
 
 
+class StopSignal:
+    """Whether a signal has come."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+
 def announce_and_run(server: uvicorn.Server, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Run until a signal; `on_ready` gets the URL once the server answers."""
     scheme = "https" if server.config.is_ssl else "http"
-    with _quiet_signals():
-        asyncio.run(_run(server, listener, lambda url: on_ready(url.replace("http", scheme, 1))))
+    # Uvicorn raises the signal that ended it once more when it is done; here that is to be nothing, so that `serve` returns.
+    with stop_on_signals() as stop:
+        asyncio.run(_run(server, listener, lambda url: on_ready(url.replace("http", scheme, 1)), stop))
+
+
+def web_server(app: Any, certificate: str | None, key: str | None) -> uvicorn.Server:
+    """A server for the application `app`, which speaks HTTPS where there is a certificate."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_S,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+        )
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -72,11 +94,16 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _run(server: uvicorn.Server, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
+async def _run(
+    server: uvicorn.Server, listener: socket.socket, on_ready: Callable[[str], None], stop: StopSignal
+) -> None:
     async def announce() -> None:
         while not server.started:
             await asyncio.sleep(0.01)
-        on_ready(url_of(listener))
+        if stop.is_asked:  # before Uvicorn listened to signals
+            server.should_exit = True
+        else:
+            on_ready(url_of(listener))
 
     announcing = asyncio.create_task(announce())
     try:
@@ -88,18 +115,22 @@ async def _run(server: uvicorn.Server, listener: socket.socket, on_ready: Callab
 
 
 @contextlib.contextmanager
-def _quiet_signals() -> Iterator[None]:
-    """Uvicorn raises the signal that ended it once more when it is done; here that is to be nothing, so that `serve` returns."""
+def stop_on_signals() -> Iterator[StopSignal]:
+    """Within, SIGINT and SIGTERM only say so: whoever started something ends it in order.
+
+    Outside the main thread, where Python takes no signals, it changes nothing.
+    """
+    stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
 
-    def nothing(*_: Any) -> None:
-        return None
+    def ask(*_: Any) -> None:
+        stop.is_asked = True
 
-    before = {number: signal.signal(number, nothing) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,9 +1,125 @@
-"""A reply of another server, passed on piece by piece."""
+"""Requests passed on to another server on this machine, and its replies, piece by piece."""
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 
-from starlette.responses import StreamingResponse
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+
+from kajiya.config.schema import ServeConfig
+from kajiya.serving.api import playground_page
+from kajiya.serving.faults import error_reply
+from kajiya.serving.gate import add_gate
+from kajiya.serving.metrics import Metrics
+
+_GENERATING = ("/v1/completions", "/v1/chat/completions")
+_LENGTHS = ("max_tokens", "max_completion_tokens")
+_METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS"]
+
+
+def proxy(upstream: str, cfg: ServeConfig, context_tokens: int) -> Starlette:
+    """An application that passes every request on, streams included, and serves the playground page itself.
+
+    `context_tokens` is the longest text that the model there takes.
+    """
+    passing = _Passing(upstream, cfg, context_tokens)
+
+    async def page(_: Request) -> Response:
+        return playground_page()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await passing.client.aclose()
+
+    routes = [
+        Route("/", page),
+        Route("/ready", passing.ready),
+        Route("/{path:path}", passing.forward, methods=_METHODS),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    add_gate(app, cfg, Metrics())
+    return app
+
+
+class _Passing:
+    """The other server, and how many requests it has from here."""
+
+    def __init__(self, upstream: str, cfg: ServeConfig, context_tokens: int) -> None:
+        # Requests are counted here; the client's own bound on connections would hold them up unseen.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+        self.client = httpx.AsyncClient(timeout=None, limits=limits)
+        self._upstream = httpx.URL(upstream)
+        self._default_tokens = min(cfg.default_max_tokens, context_tokens)
+        self._most = cfg.max_batch + cfg.max_waiting
+        self._n_open = 0
+
+    async def ready(self, _: Request) -> Response:
+        """Whether a request sent now would be taken."""
+        try:
+            health = await self.client.get(self._at(b"/health"), timeout=5)
+            is_ready = health.is_success and self._n_open < self._most
+        except httpx.TransportError:
+            is_ready = False
+        return JSONResponse({"status": "ready" if is_ready else "busy"}, 200 if is_ready else 503)
+
+    async def forward(self, request: Request) -> Response:
+        """The other server's reply to the request."""
+        path: bytes = request.scope["raw_path"]
+        if not path.startswith(b"/") or path.startswith(b"//"):
+            # As a URL, it would name another server or another path than the gate has seen.
+            return error_reply(f"no such address: {request.url.path}", 404)
+        if request.method == "POST" and self._n_open >= self._most:
+            return error_reply(
+                f"The server is busy: {self._n_open} requests run or wait. Try again shortly.", 429, "queue_full"
+            )
+        headers = {key: value for key, value in request.headers.items() if key not in ("host", "content-length")}
+        content = self._with_length(request.scope["path"], await request.body())
+        target = self._at(path, request.scope["query_string"])
+        self._n_open += 1
+        try:
+            sent = self.client.build_request(request.method, target, headers=headers, content=content)
+            reply = await self.client.send(sent, stream=True)
+        except BaseException as error:
+            self._n_open -= 1
+            if isinstance(error, httpx.TransportError):
+                return error_reply(f"The engine does not answer: {error}", 503, "engine_stopped")
+            raise
+
+        async def close() -> None:
+            self._n_open -= 1
+            await reply.aclose()
+
+        # Which origins may read it is this server's to say.
+        kept = {
+            key: value
+            for key, value in reply.headers.items()
+            if key not in ("content-length", "transfer-encoding") and not key.startswith("access-control-")
+        }
+        return PassedOn(reply.aiter_raw(), reply.status_code, kept, close)
+
+    def _at(self, path: bytes, query: bytes = b"") -> httpx.URL:
+        return self._upstream.copy_with(raw_path=path + (b"?" + query if query else b""))
+
+    def _with_length(self, path: str, content: bytes) -> bytes:
+        """The body with `serve.default_max_tokens` where it asks for no length; as it is where it is no such body.
+
+        vLLM has defaults of its own, and takes one on its command line only as a cap on every request.
+        """
+        if path not in _GENERATING:
+            return content
+        try:
+            body = json.loads(content)
+        except (ValueError, RecursionError):
+            return content
+        if not isinstance(body, dict) or any(body.get(name) is not None for name in _LENGTHS):
+            return content
+        return json.dumps(body | {"max_tokens": self._default_tokens}).encode()
 
 
 class PassedOn(StreamingResponse):

@@ -1,29 +1,39 @@
 """Runs the API: binds, loads, announces, and ends gracefully."""
 
 import contextlib
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import uvicorn
-
 from kajiya.config.schema import ServeConfig
 from kajiya.config.tables import resolve
+from kajiya.errors import ConfigError
 from kajiya.serving.api import create_app
 from kajiya.serving.engine import Engine
-from kajiya.serving.gate import access_log
+from kajiya.serving.gate import log_to_stderr, read_keys
 from kajiya.serving.hosts import source_of
-from kajiya.serving.listen import DRAIN_S, announce_and_run, bind, check_tls
+from kajiya.serving.listen import announce_and_run, bind, check_tls, web_server
 from kajiya.serving.loading import EngineOptions
 
 
-def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], None]) -> None:
+def serve(
+    cfg: ServeConfig,
+    folder: Path,
+    name: str,
+    on_ready: Callable[[str], None],
+    on_engine: Callable[[str], None] | None = None,
+) -> None:
     """Serve the model in `folder` as `name` until SIGINT or SIGTERM; `on_ready` gets the URL once it answers.
+
+    `on_engine` hears before that which runner drives the model, and why where that is not the first choice.
 
     Raises `ConfigError` for an address that cannot be bound, and what `load_engine` raises.
     """
+    # Said before a model is loaded.
     check_tls(cfg.tls_certificate, cfg.tls_key)
+    read_keys(cfg.api_key)
+    if cfg.access_log:
+        log_to_stderr()
     if cfg.engine == "vllm":
         from kajiya.serving.vllm import serve_vllm
 
@@ -38,25 +48,19 @@ def serve(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], N
     with contextlib.closing(bind(cfg.host, cfg.port)) as listener:
         others = {other: source_of(other, Path(path), load) for other, path in cfg.models.items()}
         engine = open_engine(cfg, folder)
+        if on_engine is not None:
+            on_engine(engine.facts.note)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         app = create_app(engine, tokenizer, cfg.model_name or name, cfg, others, load)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=DRAIN_S,
-                ssl_certfile=cfg.tls_certificate,
-                ssl_keyfile=cfg.tls_key,
-            )
-        )
-        if cfg.access_log:
-            _log_to_stderr()
-        announce_and_run(server, listener, on_ready)
+        announce_and_run(web_server(app, cfg.tls_certificate, cfg.tls_key), listener, on_ready)
 
 
 def open_engine(cfg: ServeConfig, folder: Path) -> Engine:
-    """The engine that the settings name, over the model in `folder`, with their adapters."""
+    """The engine that the settings name, over the model in `folder`, with their adapters, in this process."""
+    if cfg.engine == "vllm":
+        raise ConfigError(
+            "serve.engine", "vllm is a server, and no engine of this process", "Leave it at torch, or use kajiya serve."
+        )
     load, _ = resolve("engine", cfg.engine, {}, "serve.engine")
     engine: Engine = load(folder, options=options_of(cfg), runner=cfg.runner)
     for name, path in cfg.adapters.items():
@@ -77,11 +81,3 @@ def options_of(cfg: ServeConfig) -> EngineOptions:
         guesses=cfg.guesses,
         draft=cfg.draft,
     )
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    access_log.addHandler(handler)
-    access_log.setLevel(logging.INFO)
-    access_log.propagate = False

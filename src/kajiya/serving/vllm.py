@@ -6,23 +6,26 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager, closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import ServeConfig
-from kajiya.errors import ConfigError, KajiyaError
+from kajiya.errors import ConfigError, KajiyaError, MissingExtraError
 from kajiya.run.files import read_json
 from kajiya.serving.adapters import is_adapter
+from kajiya.serving.listen import StopSignal, announce_and_run, bind, stop_on_signals, web_server
 
+VERSION = "0.33.0"
+"""The version of vLLM whose flags are used here (`tests/serving/vllm_flags.txt` has all of them)."""
 _STOP_S = 20
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be; an adapter of a higher rank does not load."""
 _ONLY_OURS: tuple[tuple[str, Any, str], ...] = (
     ("runner", "auto", "Leave it at auto."),
     ("device", "auto", "Say which devices vLLM sees by CUDA_VISIBLE_DEVICES."),
-    ("quantize", "none", "Quantize the artifact (kajiya quantize) and serve that."),
+    ("quantize", "none", "Leave it at none, or serve weights that are stored as vLLM quantizes them."),
     ("guesses", 0, "Leave it at 0."),
     ("draft", None, "Leave it out."),
     ("cache_precision", "auto", "Leave it at auto."),
@@ -37,30 +40,42 @@ _ONLY_OURS: tuple[tuple[str, Any, str], ...] = (
 
 def command_line(cfg: ServeConfig, folder: Path, name: str, port: int, template: Path | None) -> list[str]:
     """What starts vLLM's server on a port of this machine alone. Raises `ConfigError` for what it cannot be told."""
-    executable = shutil.which(cfg.vllm)
-    if executable is None:
-        raise ConfigError(
-            "serve.vllm",
-            f"{cfg.vllm!r} is not here",
-            "Install vLLM in an environment of its own (python -m venv vllm && vllm/bin/pip install vllm) and give its "
-            "command: serve.vllm=vllm/bin/vllm",
-        )
-    for field, neutral, remedy in _ONLY_OURS:
-        if getattr(cfg, field) != neutral:
-            raise ConfigError(f"serve.{field}", "is not for serve.engine=vllm", remedy)
+    executable = _executable(cfg, folder)
     dtype = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}[cfg.precision]
     words = [executable, "serve", str(folder), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     words += ["--dtype", dtype, "--max-num-seqs", str(cfg.max_batch), "--max-logprobs", "20"]
-    # The defaults of the other engine: nothing out of the model's own generation settings but the length that is asked for here.
+    # The defaults of the other engine: nothing out of the model's own generation settings.
     words += ["--generation-config", "vllm"]
-    words += ["--override-generation-config", json.dumps({"max_new_tokens": cfg.default_max_tokens})]
     if template is not None:
         words += ["--chat-template", str(template)]
     if cfg.adapters:
         words += ["--enable-lora", "--max-loras", str(len(cfg.adapters))]
         words += ["--max-lora-rank", str(_lora_rank(cfg.adapters)), "--lora-modules"]
-        words += [f"{adapter}={path}" for adapter, path in cfg.adapters.items()]
+        # Not name=path, which a comma in either makes something else of.
+        words += [json.dumps({"name": adapter, "path": path}) for adapter, path in cfg.adapters.items()]
     return words
+
+
+def _executable(cfg: ServeConfig, folder: Path) -> str:
+    """The path of vLLM's command. Raises `ConfigError` where it is not here, or cannot do what is asked."""
+    executable = shutil.which(cfg.vllm)
+    if executable is None:
+        raise ConfigError(
+            "serve.vllm",
+            f"{cfg.vllm!r} is not here",
+            "Install vLLM in an environment of its own (python -m venv vllm && vllm/bin/pip install "
+            f"vllm=={VERSION}) and give its command: serve.vllm=vllm/bin/vllm",
+        )
+    if is_adapter(folder):
+        raise ConfigError(
+            "serve.engine",
+            f"vllm serves whole models, and {str(folder)!r} is an adapter",
+            "Merge it (kajiya merge) and serve that, or serve its base with this as one of serve.adapters.",
+        )
+    for field, neutral, remedy in _ONLY_OURS:
+        if getattr(cfg, field) != neutral:
+            raise ConfigError(f"serve.{field}", "is not for serve.engine=vllm", remedy)
+    return executable
 
 
 def _lora_rank(adapters: Mapping[str, str]) -> int:
@@ -70,6 +85,9 @@ def _lora_rank(adapters: Mapping[str, str]) -> int:
         if not is_adapter(Path(path)):
             raise ConfigError(f"serve.adapters.{name}", f"{path!r} has no adapter_config.json", "Give PEFT's folder.")
         settings = read_json(Path(path) / "adapter_config.json")
+        if settings.get("peft_type") != "LORA":
+            problem = f"{path!r} is an adapter of kind {settings.get('peft_type')}, and vLLM serves LoRA alone"
+            raise ConfigError(f"serve.adapters.{name}", problem, "Merge it (kajiya merge) and serve that.")
         most = max(most, settings["r"], *(settings.get("rank_pattern") or {}).values())
     found = next((rank for rank in _LORA_RANKS if rank >= most), None)
     if found is None:
@@ -83,91 +101,27 @@ def _lora_rank(adapters: Mapping[str, str]) -> int:
 
 def serve_vllm(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[str], None]) -> None:
     """Serve the model in `folder` by vLLM until SIGINT or SIGTERM, behind this server's address, key, bounds and page."""
-    import uvicorn
+    try:
+        from kajiya.serving.passing import proxy
+    except ImportError as error:
+        raise MissingExtraError("httpx", "serve", "serve.engine=vllm") from error
 
-    from kajiya.serving.listen import DRAIN_S, announce_and_run, bind
-
+    _executable(cfg, folder)
     with ExitStack() as stack:
         listener = stack.enter_context(closing(bind(cfg.host, cfg.port)))
         template = _template(folder, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         port = _free_port()
-        process = subprocess.Popen(command_line(cfg, folder, cfg.model_name or name, port, template))
+        words = command_line(cfg, folder, cfg.model_name or name, port, template)
+        stop = stack.enter_context(stop_on_signals())
+        process = subprocess.Popen(words)
         stack.callback(_stop, process)
         upstream = f"http://127.0.0.1:{port}"
-        _await_health(upstream, process, cfg.vllm_start_s)
-        app = proxy(upstream, cfg)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=DRAIN_S,
-                ssl_certfile=cfg.tls_certificate,
-                ssl_keyfile=cfg.tls_key,
-            )
-        )
-        announce_and_run(server, listener, on_ready)
-
-
-def proxy(upstream: str, cfg: ServeConfig) -> Any:
-    """An application that passes every request on, streams included, and serves the playground page itself."""
-    import httpx
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
-
-    from kajiya.serving.api import playground_page
-    from kajiya.serving.faults import error_reply
-    from kajiya.serving.gate import Gate, Limits
-    from kajiya.serving.metrics import Metrics
-    from kajiya.serving.passing import PassedOn
-
-    client = httpx.AsyncClient(base_url=upstream, timeout=None)
-
-    most, n_open = cfg.max_batch + cfg.max_waiting, 0
-
-    async def forward(request: Request) -> Response:
-        nonlocal n_open
-        if request.method == "POST" and n_open >= most:
-            return error_reply(
-                f"The server is busy: {n_open} requests run or wait. Try again shortly.", 429, "queue_full"
-            )
-        headers = {key: value for key, value in request.headers.items() if key not in ("host", "content-length")}
-        target = httpx.URL(request.url.path, query=request.url.query.encode())
-        sent = client.build_request(request.method, target, headers=headers, content=await request.body())
-        n_open += 1
-        try:
-            reply = await client.send(sent, stream=True)
-        except BaseException as error:
-            n_open -= 1
-            if isinstance(error, httpx.TransportError):
-                return error_reply(f"vLLM does not answer: {error}", 503, "engine_stopped")
-            raise
-
-        async def close() -> None:
-            nonlocal n_open
-            n_open -= 1
-            await reply.aclose()
-
-        kept = {
-            key: value for key, value in reply.headers.items() if key not in ("content-length", "transfer-encoding")
-        }
-        return PassedOn(reply.aiter_raw(), reply.status_code, kept, close)
-
-    async def page(_: Request) -> Response:
-        return playground_page()
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        await client.aclose()
-
-    methods = ["GET", "POST", "PUT", "DELETE", "OPTIONS"]
-    app = Starlette(routes=[Route("/", page), Route("/{path:path}", forward, methods=methods)], lifespan=lifespan)
-    limits = Limits(cfg.api_key, cfg.max_body_bytes, cfg.request_timeout_s, cfg.access_log, cfg.log_prompts)
-    app.add_middleware(Gate, limits=limits, metrics=Metrics())
-    return app
+        if not _await_health(upstream, process, cfg.vllm_start_s, stop):
+            return
+        app = proxy(upstream, cfg, _context_tokens(upstream))
+        if stop.is_asked:
+            return
+        announce_and_run(web_server(app, cfg.tls_certificate, cfg.tls_key), listener, on_ready)
 
 
 def _template(folder: Path, scratch: Path) -> Path | None:
@@ -188,20 +142,29 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _await_health(upstream: str, process: "subprocess.Popen[bytes]", limit_s: float) -> None:
+def _await_health(upstream: str, process: "subprocess.Popen[bytes]", limit_s: float, stop: StopSignal) -> bool:
+    """Whether vLLM is ready; `False` where a signal came before it was. Raises `KajiyaError` when it ends or takes too long."""
     import httpx
 
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
+        if stop.is_asked:
+            return False
         if process.poll() is not None:
             raise KajiyaError(f"vLLM ended with code {process.returncode} before it was ready; its messages are above.")
         try:
             if httpx.get(f"{upstream}/health", timeout=5).status_code == 200:
-                return
+                return True
         except httpx.TransportError:
             pass
         time.sleep(0.2)
     raise KajiyaError(f"vLLM was not ready after {limit_s:g} s.\nserve.vllm_start_s gives it longer.")
+
+
+def _context_tokens(upstream: str) -> int:
+    import httpx
+
+    return int(httpx.get(f"{upstream}/v1/models", timeout=60).json()["data"][0]["max_model_len"])
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
