@@ -260,6 +260,8 @@ def test_serve_answers_and_stops(finished: Finished, store: str) -> None:
     line = process.stdout.readline()
     found = re.search(r"http://127\.0\.0\.1:\d+", line)
     assert found, line
+    # Which runner drives the model, and why, where it is not the first choice.
+    assert process.stdout.readline().startswith(("Engine: native, ", "Engine: transformers: "))
     with urllib.request.urlopen(f"{found[0]}/health", timeout=60) as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGTERM)

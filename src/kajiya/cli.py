@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from kajiya.config.schema import Config
+    from kajiya.config.schema import Config, ServeConfig
+    from kajiya.flows.targets import Target
     from kajiya.flows.task_evaluation import Asked
     from kajiya.flows.train import Trained
 
@@ -301,7 +302,9 @@ def serve(
     overrides: Overrides = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on (serve.host).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one (serve.port).")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Key that requests must carry (serve.api_key).")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that requests must carry, or @FILE with one a line (serve.api_key).")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="torch or vllm (serve.engine).")] = None,
     store: StoreOption = None,
 ) -> None:
@@ -327,7 +330,7 @@ def serve(
 
 @app.command()
 def generate(
-    requests: Annotated[Path, typer.Argument(help="JSON lines: prompt or messages, and settings of a line's own.")],
+    requests: Annotated[Path, typer.Argument(help="JSON lines: each what the API takes, with prompt or messages.")],
     target: Annotated[str, typer.Option("--model", help="A run, an artifact, a folder, or a hub name.")] = "latest",
     output: Annotated[
         Path | None, typer.Option(help="Where answers go; what is there already is not asked again.")
@@ -335,21 +338,23 @@ def generate(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A setting, for example serve.quantize=int8.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=0)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer where a line does not say, tokens.", min=0)] = 256,
+    temperature: Annotated[float, typer.Option(help="Where a line does not say; 0 is greedy.", min=0.0, max=2.0)] = 0.0,
     store: StoreOption = None,
 ) -> None:
     """Answer a file of requests offline, batched; run it again to go on where it was."""
-    from kajiya.serving.batch import answer_all, read_tasks
-    from kajiya.serving.sequence import SamplingParams
+    from dataclasses import replace
 
-    engine, tokenizer, _ = _engine(target, overrides, store)
-    defaults = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    tasks = read_tasks(requests, tokenizer, defaults, set(engine.adapters))
+    from kajiya.serving.batch import Answerer, answer_all, read_tasks
+
+    engine, tokenizer, found, cfg = _engine(target, overrides, store)
+    tasks = read_tasks(requests, found.name, set(engine.adapters), temperature)
+    answerer = Answerer(found.name, engine, tokenizer, replace(cfg, default_max_tokens=max_tokens), found.model.digest)
     to = output or requests.with_suffix(".answers.jsonl")
     console = _console(to_stderr=True)
+    console.print(f"Engine: {engine.facts.note}", soft_wrap=True, markup=False)
     with console.status("") as status:
-        n_new = answer_all(engine, tokenizer, tasks, to, lambda done, of: status.update(f"{done} of {of}"))
+        n_new = answer_all(answerer, tasks, to, lambda done, of: status.update(f"{done} of {of}"))
     console.print(f"{n_new} answered now, {len(tasks)} in all: {to}", soft_wrap=True, highlight=False)
 
 
@@ -367,7 +372,7 @@ def chat(
     from kajiya.serving.conversation import Conversation, converse
     from kajiya.serving.sequence import SamplingParams
 
-    engine, tokenizer, name = _engine(target, overrides, store)
+    engine, tokenizer, found, _ = _engine(target, overrides, store)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
 
     def write(text: str) -> None:
@@ -377,7 +382,7 @@ def chat(
     with contextlib.suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  the line can be edited, and the questions before come back with ↑
 
-    write(f"{name}: {engine.facts.note}. /reset begins anew, /exit ends.\n")
+    write(f"{found.name}: {engine.facts.note}. /reset begins anew, /exit ends.\n")
     converse(Conversation(engine, tokenizer, params, system), lambda: input("> "), write)
 
 
@@ -754,16 +759,20 @@ def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store:
 def _serve(config: "Config", folder: Path, name: str, console: "Console") -> None:
     from kajiya.serving.server import serve as serve_model
 
+    engines: list[str] = []
+
     def ready(url: str) -> None:
         console.print(
             f"[bold]Serving {name}[/bold] at {url}  (playground: {url}/, API: {url}/v1, Ctrl-C ends it)", soft_wrap=True
         )
+        for note in engines:
+            console.print(f"Engine: {note}", soft_wrap=True, markup=False)
 
-    serve_model(config.serve, folder, name, ready)
+    serve_model(config.serve, folder, name, ready, engines.append)
 
 
-def _engine(target: str, overrides: list[str] | None, store: str | None) -> tuple[Any, Any, str]:
-    """The engine of a model with its adapters, its tokenizer and its name, by the settings of `serve`."""
+def _engine(target: str, overrides: list[str] | None, store: str | None) -> tuple[Any, Any, "Target", "ServeConfig"]:
+    """The engine of a model with its adapters, its tokenizer, where they are from, and the settings of `serve`."""
     from transformers import AutoTokenizer
 
     from kajiya.config.compose import compose
@@ -775,8 +784,8 @@ def _engine(target: str, overrides: list[str] | None, store: str | None) -> tupl
     config = compose(DEFAULT_RECIPE, overrides or [])
     validate(config)
     found = find_model(target, default_store(store))
-    engine = open_engine(with_folders(config.serve, default_store(store)), found.model.path)
-    return engine, AutoTokenizer.from_pretrained(found.model.path), found.name
+    cfg = with_folders(config.serve, default_store(store))
+    return open_engine(cfg, found.model.path), AutoTokenizer.from_pretrained(found.model.path), found, cfg
 
 
 def _show_facts(flow: "Callable[..., dict[str, Any]]", config: "Config", store: str | None, as_json: bool) -> None:

@@ -8,19 +8,25 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from kajiya.config.schema import ServeConfig
 from kajiya.data.chat import render_chat
 from kajiya.errors import DataError
-from kajiya.serving.batch import answer_all, read_tasks
+from kajiya.serving.api import create_app
+from kajiya.serving.batch import Answerer, Task, answer_all, read_tasks
 from kajiya.serving.conversation import Conversation, converse
+from kajiya.serving.engine import EngineError
 from kajiya.serving.sequence import SamplingParams
+from kajiya.serving.text import TextStream
 
-from .conftest import open_engine
+from .conftest import NAME, open_engine, running, save_adapter
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 
@@ -30,52 +36,201 @@ def _write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The answers by id, each of which is there once."""
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    found = {row["id"]: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def _tasks(path: Path, rows: list[Any], adapters: Collection[str] = ()) -> list[Task]:
+    return read_tasks(_write(path, rows), NAME, adapters, 0)
+
+
+@pytest.fixture
+def answerer(model_folder: Path, tokenizer: Any) -> Answerer:
+    return Answerer(NAME, open_engine(model_folder), tokenizer, ServeConfig(default_max_tokens=8, api_key="key"), "abc")
+
+
+def _text(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
+    """The whole characters of an answer, as they stream."""
+    stream = TextStream(tokenizer, prompt)
+    return "".join(stream.push(token) for token in answer if token != tokenizer.eos_token_id)
+
+
+def _quietly(n: int, of: int) -> None:
+    pass
+
+
 def test_a_file_is_answered_and_a_cut_run_goes_on(
-    tmp_path: Path, model_folder: Path, tokenizer: Any, greedy: Callable[..., list[int]]
+    tmp_path: Path, answerer: Answerer, tokenizer: Any, greedy: Callable[..., list[int]]
 ) -> None:
     chat = [{"role": "user", "content": "hello"}]
     rows: list[dict[str, Any]] = [{"prompt": f"def f{i}(x):", "max_tokens": 4 + i} for i in range(5)]
-    rows += [{"id": "talk", "messages": chat}, {"id": "long", "prompt": "x = 1\n" * 200}]
-    tasks = read_tasks(_write(tmp_path / "in.jsonl", rows), tokenizer, GREEDY, set())
+    rows += [
+        {"id": "talk", "messages": chat},
+        {"id": "long", "prompt": "x = 1\n" * 200},
+        {"id": "empty", "messages": []},
+    ]
+    tasks = _tasks(tmp_path / "in.jsonl", rows)
     output = tmp_path / "out.jsonl"
     heard: list[tuple[int, int]] = []
-    engine = open_engine(model_folder)
-    assert answer_all(engine, tokenizer, tasks, output, lambda n, of: heard.append((n, of))) == 7
-    assert heard[-1] == (7, 7)
-    found = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
-    assert found.keys() == {"1", "2", "3", "4", "5", "talk", "long"}
+    assert answer_all(answerer, tasks, output, lambda n, of: heard.append((n, of))) == 8
+    assert heard == [(n, 8) for n in range(1, 9)]
+    found = _read(output)
+    assert found.keys() == {"1", "2", "3", "4", "5", "talk", "long", "empty"}
     for i in range(5):
         ids = tokenizer.encode(f"def f{i}(x):")
-        assert found[str(i + 1)]["text"] == tokenizer.decode(greedy(ids, 4 + i), skip_special_tokens=True)
+        choice = found[str(i + 1)]["choices"][0]
+        assert choice["text"] == _text(tokenizer, ids, greedy(ids, 4 + i))
+        assert found[str(i + 1)]["usage"]["prompt_tokens"] == len(ids)
     ids = render_chat(tokenizer, chat, add_generation_prompt=True)
-    assert found["talk"]["text"] == tokenizer.decode(greedy(ids, 8), skip_special_tokens=True)
+    message = found["talk"]["choices"][0]["message"]
+    assert message["content"] == _text(tokenizer, ids, greedy(ids, 8))
     assert "context length" in found["long"]["error"]
-    # A crash in the middle of a line: that one is answered again, the others are not.
-    lines = output.read_text().splitlines(keepends=True)
-    output.write_text("".join(lines[:3]) + lines[3][:10])
-    assert answer_all(open_engine(model_folder), tokenizer, tasks, output, lambda n, of: None) == 4
-    again = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
-    assert again == found
-    assert answer_all(open_engine(model_folder), tokenizer, tasks, output, lambda n, of: None) == 0
+    assert "messages" in found["empty"]["error"]
+    # A crash in the middle of a line, of a character even: that one is answered again, the others are not.
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + b'{"id": "' + "é".encode()[:1])
+    kept = output.stat().st_ino
+    assert answer_all(answerer, tasks, output, _quietly) == 5
+    assert _read(output) == found
+    # What was there has not been written anew: a kill at any moment leaves it.
+    assert output.stat().st_ino == kept
+    assert output.read_bytes().startswith(b"".join(lines[:3]))
+    assert answer_all(answerer, tasks, output, _quietly) == 0
+
+
+def test_what_other_programs_take_for_the_end_of_a_line_is_none(
+    tmp_path: Path, answerer: Answerer, tokenizer: Any
+) -> None:
+    """U+2028, U+2029 and U+0085 stand in JSON's texts as they are, in requests and in answers."""
+    odd = "\u2028\u2029\x85"
+    path = tmp_path / "in.jsonl"
+    rows = [{"id": odd, "prompt": f"a{odd}b"}, {"id": "half \ud800", "prompt": "x"}]
+    path.write_bytes(json.dumps(rows[0], ensure_ascii=False).encode() + b"\r\n" + json.dumps(rows[1]).encode() + b"\n")
+    tasks = read_tasks(path, NAME, (), 0)
+    assert [task.body["prompt"] for task in tasks] == [row["prompt"] for row in rows]
+    output = tmp_path / "out.jsonl"
+    assert answer_all(answerer, tasks, output, _quietly) == 2
+    assert odd.encode() in output.read_bytes()
+    assert _read(output).keys() == {odd, "half \ud800"}
+    assert answer_all(answerer, tasks, output, _quietly) == 0
+
+
+def test_answers_to_other_requests_are_not_taken_for_these(
+    tmp_path: Path, answerer: Answerer, model_folder: Path
+) -> None:
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b"}]
+    answer_all(answerer, _tasks(path, rows), output, _quietly)
+    written = output.read_bytes()
+    changed = [
+        (answerer, [{"prompt": "new"}, *rows]),  # the numbers of the lines name others now
+        (answerer, [rows[0], rows[1] | {"max_tokens": 3}]),
+        (replace(answerer, digest="def"), rows),
+        (replace(answerer, cfg=replace(answerer.cfg, default_max_tokens=9)), rows),
+        (replace(answerer, engine=open_engine(model_folder, runner="transformers")), rows),
+    ]
+    for other, given in changed:
+        with pytest.raises(DataError, match=r"are to other requests.*\n.*--output"):
+            answer_all(other, _tasks(path, given), output, _quietly)
+        assert output.read_bytes() == written
+    # What changes no answer changes nothing: more at once, a further line, another name.
+    more = replace(answerer, engine=open_engine(model_folder, max_batch=2, guesses=3), name="another")
+    tasks = read_tasks(_write(path, [*rows, {"prompt": "c"}]), "another", (), 0)
+    assert answer_all(more, tasks, output, _quietly) == 1
+    # A line that is no answer is not passed over.
+    output.write_bytes(written + b"{}}\n" + written)
+    with pytest.raises(DataError, match="line 3: is no JSON"):
+        answer_all(answerer, _tasks(path, rows), output, _quietly)
+
+
+def test_a_line_says_what_the_api_takes(tmp_path: Path, answerer: Answerer, tokenizer: Any) -> None:
+    """Choices, stop strings, log-probabilities, biases, penalties, a grammar, an adapter: as over HTTP."""
+    answerer.engine.load_adapter("tuned", save_adapter(tmp_path / "adapter"))
+    word = tokenizer.encode("e")[0]
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    plain = {"prompt": "def wrap(text, width):", "max_tokens": 12}
+    rows: list[dict[str, Any]] = [
+        plain | {"id": "plain"},
+        plain | {"id": "adapter", "model": "tuned"},
+        plain | {"id": "choices", "n": 3, "temperature": 1.2, "seed": 1},
+        plain | {"id": "scored", "logprobs": 2, "echo": True},
+        plain | {"id": "biased", "logit_bias": {str(word): 100}},
+        plain | {"id": "punished", "presence_penalty": 2, "frequency_penalty": 2},
+        {"id": "ids", "prompt": tokenizer.encode("import os"), "max_tokens": 4},
+        {"id": "form", "messages": [{"role": "user", "content": "n?"}], "max_tokens": 40, "response_format": form},
+    ]
+    output = tmp_path / "out.jsonl"
+    answer_all(answerer, _tasks(tmp_path / "in.jsonl", rows, ["tuned"]), output, _quietly)
+    whole = _read(output)["plain"]["choices"][0]["text"]
+    stop = whole[3:6]
+    rows.append(plain | {"id": "stopped", "stop": stop})
+    answer_all(answerer, _tasks(tmp_path / "in.jsonl", rows, ["tuned"]), output, _quietly)
+    found = {task: row["choices"] for task, row in _read(output).items()}
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+    assert len({choice["text"] for choice in found["choices"]}) == 3
+    assert found["scored"][0]["text"] == plain["prompt"] + whole
+    assert len(found["scored"][0]["logprobs"]["top_logprobs"][-1]) >= 2
+    assert found["biased"][0]["text"] == "e" * 12
+    assert found["adapter"][0]["text"] != whole
+    assert json.loads(found["form"][0]["message"]["content"])["n"] in (1, 2)
+    assert (found["stopped"][0]["text"], found["stopped"][0]["finish_reason"]) == (
+        whole[: whole.index(stop)],
+        "stop",
+    )
+    with running(create_app(answerer.engine, tokenizer, NAME, ServeConfig())) as url:
+        for row in rows:
+            body = {"model": NAME, "temperature": 0} | {key: value for key, value in row.items() if key != "id"}
+            kind = "chat/completions" if "messages" in row else "completions"
+            reply = httpx.post(f"{url}/v1/{kind}", json=body, timeout=60).json()
+            assert reply["choices"] == found[row["id"]], row["id"]
+
+
+def test_a_failed_engine_leaves_what_was_answered(tmp_path: Path, answerer: Answerer) -> None:
+    tasks = _tasks(tmp_path / "in.jsonl", [{"prompt": f"a{i}", "ignore_eos": True} for i in range(30)])
+    output, run = tmp_path / "out.jsonl", answerer.engine.runner.run
+    n_steps = 0
+
+    def failing(plan: Any) -> Any:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == 40:
+            raise RuntimeError("out of memory, say")
+        return run(plan)
+
+    answerer.engine.runner.run = failing  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="out of memory, say"):
+        answer_all(answerer, tasks, output, _quietly)
+    before = _read(output)
+    assert 0 < len(before) < 30
+    assert all("choices" in row for row in before.values())
+    assert answer_all(answerer, tasks, output, _quietly) == 30 - len(before)
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "x", "temprature": 1}, "unknown field 'temprature'"),
-        ({"prompt": 5}, "prompt has the wrong type"),
+        ({"prompt": "x", "temprature": 1}, "unknown parameter 'temprature'.*temperature"),
+        ({"prompt": 5}, "prompt must be"),
+        ({"prompt": "x", "max_tokens": "9"}, "max_tokens: .*not '9'"),
         ({"prompt": "x", "messages": []}, "one of them"),
         ({"max_tokens": 3}, "one of them"),
-        ({"messages": []}, "at least one message"),
+        ({"prompt": "x", "stream": True}, "stream"),
+        ({"prompt": "x", "best_of": 2}, "best_of is not supported"),
         ({"prompt": "x", "model": "tuned"}, "no loaded adapter"),
+        ({"prompt": "x", "model": ["tuned"]}, "model: .*not \\['tuned'\\]"),
+        ({"prompt": "x", "id": 3}, "id must be a text"),
         ([1], "JSON object"),
         ({"id": "1", "prompt": "x"}, "twice"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, row: Any, words: str) -> None:
-    path = _write(tmp_path / "in.jsonl", [{"prompt": "fine"}, row])
+def test_a_bad_line_is_named(tmp_path: Path, row: Any, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
-        read_tasks(path, tokenizer, GREEDY, set())
+        _tasks(tmp_path / "in.jsonl", [{"prompt": "fine"}, row])
     assert "line 2" in str(caught.value)
 
 
@@ -136,15 +291,10 @@ def test_a_killed_file_of_requests_goes_on(tmp_path: Path, model_folder: Path) -
         words = ["generate", str(requests), "--model", str(model_folder), "--output", str(output), *settings]
         return subprocess.Popen(_command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
-    def answers(path: Path) -> dict[str, Any]:
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len({row["id"] for row in found}) == len(found)
-        return {row["id"]: row for row in found}
-
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     process = run(whole)
     assert "200 answered now" in process.communicate(timeout=300)[1].replace("\n", " ")
-    assert answers(whole).keys() == {row["id"] for row in rows}
+    assert _read(whole).keys() == {row["id"] for row in rows}
     process = run(cut)
     while not cut.exists() or cut.read_bytes().count(b"\n") < 20:
         assert process.poll() is None
@@ -155,7 +305,7 @@ def test_a_killed_file_of_requests_goes_on(tmp_path: Path, model_folder: Path) -
     assert 20 <= n_before < 200
     process = run(cut)
     assert f"{200 - n_before} answered now" in process.communicate(timeout=300)[1].replace("\n", " ")
-    assert answers(cut) == answers(whole)
+    assert _read(cut) == _read(whole)
 
 
 @pytest.mark.slow

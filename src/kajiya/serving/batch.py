@@ -1,27 +1,31 @@
-"""Answers to a file of requests, offline: the engine without a server, resumable."""
+"""Answers to a file of requests, offline: what the API would answer, without a server, resumable."""
 
+import asyncio
 import json
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kajiya.data.chat import render_chat
-from kajiya.errors import DataError, RequestError
-from kajiya.serving.engine import Engine
-from kajiya.serving.sequence import Output, Request, SamplingParams
+from pydantic import ValidationError
 
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "id": str,
-    "prompt": str,
-    "messages": list,
-    "max_tokens": int,
-    "temperature": (int, float),
-    "top_k": int,
-    "top_p": (int, float),
-    "seed": int,
-    "model": str,
+from kajiya.config.digest import digest
+from kajiya.config.schema import ServeConfig
+from kajiya.errors import DataError, RequestError
+from kajiya.run.files import hash_folder
+from kajiya.serving.api import create_app
+from kajiya.serving.engine import Engine, EngineError
+from kajiya.serving.protocol import ChatBody, CompletionBody
+
+_KINDS: Mapping[str, tuple[str, type[CompletionBody | ChatBody]]] = {
+    "prompt": ("/v1/completions", CompletionBody),
+    "messages": ("/v1/chat/completions", ChatBody),
 }
+"""Field that a request of a kind has → where it goes and what it may say."""
+_BUSY_S = 0.02
+"""Wait before a request is sent again for which there was no room, seconds."""
 
 
 @dataclass(frozen=True)
@@ -29,125 +33,235 @@ class Task:
     """One line of the file."""
 
     id: str
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    adapter: str | None
+    path: str
+    body: Mapping[str, Any]
+    """What the API takes there."""
 
 
-def read_tasks(path: Path, tokenizer: Any, defaults: SamplingParams, adapters: set[str]) -> list[Task]:
-    """The requests of a JSON-lines file: `prompt` or `messages`, with settings of their own if they like.
+@dataclass(frozen=True)
+class Answerer:
+    """What answers: a model and its adapters."""
 
-    Raises `DataError` that names the file, the line and the field.
+    name: str
+    engine: Engine
+    tokenizer: Any
+    cfg: ServeConfig
+    digest: str
+    """Of the model's files."""
+
+    def digests(self) -> dict[str, str]:
+        """By name of the model or an adapter, a digest of its weights and of the settings that change what it says."""
+        facts = {
+            "model": self.digest,
+            "runner": self.engine.runner.name,
+            "device": self.engine.runner.device.type,
+            "precision": self.cfg.precision,
+            "quantize": self.cfg.quantize,
+            "cache_precision": self.cfg.cache_precision,
+            "default_max_tokens": self.cfg.default_max_tokens,
+            "max_answer_tokens": self.cfg.max_answer_tokens,
+        }
+        found = {self.name: digest(facts)}
+        for name, folder in self.engine.adapters.items():
+            found[name] = digest(facts | {"adapter": hash_folder(folder)})
+        return found
+
+
+def read_tasks(path: Path, name: str, adapters: Collection[str], temperature: float) -> list[Task]:
+    """The requests of a JSON-lines file: the fields of the API, `prompt` or `messages` among them, and an `id` if they like.
+
+    A line that names no `model` is for the model `name`; one without a `temperature` gets the one given. Raises `DataError`
+    that names the file, the line and what is wrong with it.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     tasks: list[Task] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        task = _read(f"{path}, line {number}", str(number), line, tokenizer, defaults)
-        if task.id in seen:
-            raise DataError(f"{path}, line {number}: id {task.id!r} is there twice. Give each line an id of its own.")
-        if task.adapter is not None and task.adapter not in adapters:
-            raise DataError(f"{path}, line {number}: model {task.adapter!r} is no loaded adapter ({sorted(adapters)})")
-        seen.add(task.id)
-        tasks.append(task)
+        where = f"{path}, line {number}"
+        row = _row(where, line)
+        task_id = row.pop("id", str(number))
+        if not isinstance(task_id, str):
+            raise DataError(f"{where}: id must be a text, not {task_id!r}")
+        if task_id in seen:
+            raise DataError(f"{where}: id {task_id!r} is there twice. Give each line an id of its own.")
+        seen.add(task_id)
+        defaults = {"model": name, "temperature": temperature}
+        given = row | {field: value for field, value in defaults.items() if row.get(field) is None}
+        to = _checked(where, given)
+        if given["model"] != name and given["model"] not in adapters:
+            raise DataError(f"{where}: model {given['model']!r} is no loaded adapter ({sorted(adapters)})")
+        tasks.append(Task(task_id, to, given))
     if not tasks:
         raise DataError(f"{path}: has no requests")
     return tasks
 
 
-def _read(where: str, number: str, line: str, tokenizer: Any, defaults: SamplingParams) -> Task:
+def _row(where: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is no JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be a JSON object")
-    for key, value in row.items():
-        if key not in _FIELDS:
-            raise DataError(f"{where}: unknown field {key!r}. Known: {', '.join(_FIELDS)}.")
-        if not isinstance(value, _FIELDS[key]) or isinstance(value, bool):
-            raise DataError(f"{where}: {key} has the wrong type: {value!r}")
-    if ("prompt" in row) == ("messages" in row):
+    return row
+
+
+def _checked(where: str, body: dict[str, Any]) -> str:
+    """Where the request goes, its fields being what the API takes there."""
+    kinds = [kind for kind in _KINDS if kind in body]
+    if len(kinds) != 1:
         raise DataError(f"{where}: give prompt or messages, one of them")
+    path, model = _KINDS[kinds[0]]
+    if body.get("stream"):
+        raise DataError(f"{where}: stream is for a server; here an answer is written when it is whole")
     try:
-        if "prompt" in row:
-            ids = tokenizer(row["prompt"], verbose=False)["input_ids"]
-        else:
-            ids = render_chat(tokenizer, row["messages"], add_generation_prompt=True)
-    except DataError as error:
+        model.model_validate(body)
+    except RequestError as error:
         raise DataError(f"{where}: {error}") from error
-    own = {key: row[key] for key in ("max_tokens", "temperature", "top_k", "top_p", "seed") if key in row}
-    return Task(row.get("id", number), tuple(ids), replace(defaults, **own), row.get("model"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{where}: {place}: {first['msg']}, not {repr(first['input'])[:60]}") from error
+    return path
 
 
-def answer_all(
-    engine: Engine, tokenizer: Any, tasks: list[Task], output: Path, on_answer: Callable[[int, int], None]
-) -> int:
+def answer_all(answerer: Answerer, tasks: list[Task], output: Path, on_answer: Callable[[int, int], None]) -> int:
     """Answer the tasks that `output` does not have yet, one JSON line each, in the order in which they end.
 
-    A line cut short by a crash is dropped and answered again. Returns how many were answered now; `on_answer` hears how many of
-    how many are there. A request that the engine refuses gets a line with its error.
+    A line has the task's `id` with the API's `choices` and `usage`, or the `error` with which the API would refuse it, and the
+    digest of the `request` and of what answered it. A line cut short by a crash is dropped and answered again. Returns how
+    many were answered now; `on_answer` hears how many of how many are there. Raises `DataError` where `output` has answers to
+    other requests, `EngineError` where the engine fails.
     """
-    done = _finished(output)
-    waiting = [task for task in reversed(tasks) if task.id not in done]
-    n_done, n_new = len(tasks) - len(waiting), 0
-    answers: dict[str, list[int]] = {}
-    prompts = {task.id: task for task in waiting}
-    with output.open("a", encoding="utf-8") as file:
+    by = answerer.digests()
+    asked = {task.id: _digest(task, by) for task in tasks}
+    done = _answered(output, asked)
+    waiting = [task for task in tasks if task.id not in done]
+    if not waiting:
+        return 0
+    n_new = 0
+    # Half of a surrogate pair, which no encoding has, is written as JSON escapes it.
+    with output.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
 
-        def write(row: dict[str, Any]) -> None:
+        def write(task: Task, answer: dict[str, Any]) -> None:
             nonlocal n_new
+            row = {"id": task.id, **answer, "request": asked[task.id]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             n_new += 1
-            on_answer(n_done + n_new, len(tasks))
+            on_answer(len(tasks) - len(waiting) + n_new, len(tasks))
 
-        while waiting or not engine.is_idle:
-            while waiting and engine.scheduler.n_room > 0:
-                task = waiting.pop()
-                try:
-                    engine.add(Request(task.id, task.prompt, task.params, task.adapter))
-                except RequestError as error:
-                    write({"id": task.id, "error": str(error)})
-                else:
-                    answers[task.id] = []
-            for step in engine.step():
-                for row in _row(step, answers, prompts, tokenizer):
-                    write(row)
+        asyncio.run(_answer(answerer, waiting, write))
     return n_new
 
 
-def _row(
-    output: Output, answers: dict[str, list[int]], tasks: dict[str, Task], tokenizer: Any
-) -> Iterator[dict[str, Any]]:
-    tokens = answers[output.id]
-    if output.token is not None:
-        tokens.append(output.token.token)
-    if output.error is not None:
-        yield {"id": output.id, "error": output.error}
-    elif output.finish_reason:
-        yield {
-            "id": output.id,
-            "text": tokenizer.decode(tokens, skip_special_tokens=True),
-            "finish_reason": output.finish_reason,
-            "prompt_tokens": len(tasks[output.id].prompt),
-            "completion_tokens": len(tokens),
-        }
+def _digest(task: Task, by: Mapping[str, str]) -> str:
+    body = {name: value for name, value in task.body.items() if name != "model"}
+    return digest({"path": task.path, "body": body, "by": by[task.body["model"]]})[:16]
 
 
-def _finished(output: Path) -> set[str]:
+def _answered(output: Path, asked: Mapping[str, str]) -> set[str]:
+    """The ids that `output` has answers to; what a crash has left of a line at its end is cut off."""
     if not output.exists():
         return set()
-    kept, done = [], set()
-    for line in output.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut short; it is answered again
-        kept.append(line)
+    content = output.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    done: set[str] = set()
+    others: list[str] = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        where = f"{output}, line {number}"
+        row = _row(where, line)
+        if not isinstance(row.get("id"), str):
+            raise DataError(f"{where}: is no answer: it has no id")
+        if row["id"] in asked and row.get("request") != asked[row["id"]]:
+            others.append(row["id"])
         done.add(row["id"])
-    output.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if others:
+        raise DataError(
+            f"{output}: {len(others)} of its answers (the first to {others[0]!r}) are to other requests: a line, the model or a "
+            "setting has changed since.\nGive another --output, or remove that file."
+        )
+    if len(whole) < len(content):
+        os.truncate(output, len(whole))
     return done
+
+
+async def _answer(answerer: Answerer, waiting: list[Task], write: Callable[[Task, dict[str, Any]], None]) -> None:
+    """Ask the application for every answer, as many at once as keep the engine's batch full."""
+    # What protects a server from its clients is not asked of a file.
+    cfg = replace(
+        answerer.cfg,
+        api_key=None,
+        cors_origins=(),
+        access_log=False,
+        request_timeout_s=None,
+        max_body_bytes=sys.maxsize,
+    )
+    app = create_app(answerer.engine, answerer.tokenizer, answerer.name, cfg)
+    scheduler = answerer.engine.scheduler
+    left = iter(waiting)
+
+    async def ask() -> None:
+        for task in left:
+            write(task, await _asked(app, task))
+
+    async with app.router.lifespan_context(app):
+        n_asking = scheduler.max_batch + min(scheduler.max_batch, scheduler.max_waiting)
+        asking = [asyncio.create_task(ask()) for _ in range(n_asking)]
+        try:
+            await asyncio.gather(*asking)
+        finally:
+            for each in asking:
+                each.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def _asked(app: Any, task: Task) -> dict[str, Any]:
+    while True:
+        status, reply = await _post(app, task.path, task.body)
+        if status == 200:
+            return {"choices": reply["choices"], "usage": reply["usage"]}
+        message = reply["error"]["message"]
+        if status >= 500:
+            raise EngineError(
+                f"{task.id}: {message}\nThe answers so far are kept; the same command goes on from there."
+            )
+        if status != 429:
+            return {"error": message}
+        await asyncio.sleep(_BUSY_S)
+
+
+async def _post(app: Any, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+    """Status and content of the application's reply, with no network between."""
+    content = [json.dumps(body).encode()]
+    status = 500
+    pieces: list[bytes] = []
+
+    async def receive() -> dict[str, Any]:
+        if content:
+            return {"type": "http.request", "body": content.pop(), "more_body": False}
+        await asyncio.Event().wait()  # nobody goes away
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        pieces.append(message.get("body", b""))
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await app(scope, receive, send)
+    return status, json.loads(b"".join(pieces))
