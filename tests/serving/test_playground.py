@@ -13,7 +13,7 @@ from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
 from kajiya.serving.hosts import source_of
 
-from .conftest import NAME, open_engine, running
+from .conftest import NAME, open_engine, running, save_adapter
 
 CHROMIUM = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
@@ -99,6 +99,11 @@ class _Page:
 
     def choose(self, mode: str) -> None:
         self.one(f"[name=mode][value={mode}]").find_element("xpath", "..").click()
+
+    def pick(self, model: str) -> None:
+        from selenium.webdriver.support.ui import Select
+
+        Select(self.one("#model select")).select_by_value(model)
 
     def run(self) -> None:
         from selenium.webdriver.common.keys import Keys
@@ -268,6 +273,46 @@ def test_themes_widths_and_no_outside_resource(browser: Any, server_url: str) ->
     outside = [address for address in urls if not address.startswith((server_url, "data:"))]
     assert urls
     assert outside == []
+
+
+def test_an_adapter_is_picked(browser: Any, model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Models and adapters stand in one picker; what is picked answers, and is picked again after a reload."""
+    engine = open_engine(model_folder)
+    engine.load_adapter("tuned", save_adapter(tmp_path / "adapter"))
+    with running(create_app(engine, tokenizer, NAME, ServeConfig())) as url:
+
+        def alone(model: str) -> str:
+            body = {"model": model, "prompt": "import os", "temperature": 0, "max_tokens": 12}
+            text: str = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+            return text.rstrip("\ufffd")
+
+        page = _Page(browser, url)
+        page.complaints()  # what the tests before have left
+        page.driver.execute_script(
+            "const t = arguments[0]; t.value = 0; t.dispatchEvent(new Event('input', {bubbles: true}))",
+            page.one("#temperature"),
+        )
+        page.type("#max_tokens", "12")
+        page.type("#text", "import os")
+        shown = {}
+        for name in (NAME, "tuned"):
+            page.pick(name)
+            page.run()
+            shown[name] = page.text("#output").removeprefix("import os").rstrip("\ufffd")
+        assert shown == {name: alone(name) for name in (NAME, "tuned")}
+        assert shown[NAME] != shown["tuned"]
+        page.driver.get(url)
+        _until(lambda: page.all("#model select") != [], "the picker")
+        assert page.one("#model select").get_property("value") == "tuned"
+        # The model and its adapter, side by side.
+        page.one("#compare").click()
+        names = [head.text for head in page.all(".side-head b")]
+        assert sorted(names) == sorted([NAME, "tuned"])
+        page.type("#text", "import os")
+        page.run()
+        sides = [page.text(css).removeprefix("import os").rstrip("\ufffd") for css in ("#output", "#output-2")]
+        assert sides == [alone(name) for name in names]
+        assert page.complaints() == []
 
 
 def test_two_models_side_by_side(browser: Any, model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:

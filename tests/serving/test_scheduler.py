@@ -195,6 +195,22 @@ def test_a_shared_prefix_is_read_once() -> None:
     assert scheduler.n_shared_tokens == 16
 
 
+def test_a_prefix_that_many_bring_at_once_is_read_once() -> None:
+    scheduler = _scheduler(max_batch=8, max_waiting=8, budget=16)
+    for name in range(8):
+        scheduler.add(_sequence(str(name), (*range(32), 50 + name), max_tokens=1))
+    n_read = 0
+    while not scheduler.is_idle:
+        for chunk in scheduler.plan().chunks:
+            n_read += chunk.count
+            is_last = chunk.is_last
+            scheduler.advance(chunk, (1,) if is_last else ())
+            if is_last:
+                scheduler.finish(chunk.sequence)
+    assert n_read == 32 + 8
+    assert scheduler.n_shared_tokens == 7 * 32
+
+
 def test_a_block_that_is_shared_in_part_is_copied_before_it_is_written() -> None:
     scheduler = _scheduler(max_batch=3, budget=64)
     scheduler.add(_sequence("first", tuple(range(8))))

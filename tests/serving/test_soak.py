@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import json
 import multiprocessing
 import random
 import socket
@@ -21,6 +22,7 @@ import pytest
 
 from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
+from kajiya.serving.sequence import SamplingParams
 from kajiya.serving.text import TextStream, byte_reader, token_text
 
 from .conftest import CONTEXT, NAME, is_greedy, open_engine, running
@@ -35,6 +37,16 @@ ODD_TEXTS = ("\u202e🤦🏽‍♂️" * 5, "a\x00b", "日本語", "ﷺ" * 3, "\
 BAD_BODIES = (b"{", b"\xff", b"[]", b"", b"nul", b'{"model": "tiny", "prompt": "\\ud800"}', b"[" * 5000)
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """An answer to be compared at the end."""
+
+    prompt: list[int]
+    tokens: list[str]
+    text: str
+    is_stream: bool
+
+
 class _Client:
     """One of those that call; what it was told is checked at once, or kept for the end."""
 
@@ -43,7 +55,7 @@ class _Client:
         self.url = url
         self.http = httpx.Client(base_url=url, timeout=120)
         self.texts = texts
-        self.answers: list[tuple[list[int], list[str]]] = []
+        self.answers: list[_Heard] = []
         self.calls: Counter[str] = Counter()
         self.failure: BaseException | None = None
         self.seeded: dict[int, str] = {}
@@ -52,6 +64,7 @@ class _Client:
         kinds: list[Callable[[], None]] = [
             self.ask,
             self.ask,
+            self.follow_a_stream,
             self.leave_a_stream,
             self.leave_early,
             self.break_off,
@@ -79,8 +92,27 @@ class _Client:
         body = self.body() | {"logprobs": 0, "ignore_eos": True}
         reply = self.http.post("/v1/completions", json=body)
         assert reply.status_code in (200, 429)
-        if reply.status_code == 200 and len(self.answers) < 60:
-            self.answers.append((body["prompt"], reply.json()["choices"][0]["logprobs"]["tokens"]))
+        if reply.status_code == 200:
+            choice = reply.json()["choices"][0]
+            self.keep(_Heard(body["prompt"], choice["logprobs"]["tokens"], choice["text"], is_stream=False))
+
+    def follow_a_stream(self) -> None:
+        """To its end; its pieces together are an answer like any other."""
+        body = self.body() | {"logprobs": 0, "ignore_eos": True, "stream": True}
+        with self.http.stream("POST", "/v1/completions", json=body) as reply:
+            assert reply.status_code in (200, 429)
+            events = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+        if reply.status_code == 200:
+            assert events.pop() == "[DONE]"
+            choices = [json.loads(event)["choices"][0] for event in events]
+            assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+            tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
+            text = "".join(choice["text"] for choice in choices)
+            self.keep(_Heard(body["prompt"], tokens, text, is_stream=True))
+
+    def keep(self, heard: _Heard) -> None:
+        if len(self.answers) < 60:
+            self.answers.append(heard)
 
     def leave_a_stream(self) -> None:
         with self.http.stream("POST", "/v1/completions", json=self.body() | {"stream": True, "n": 2}) as reply:
@@ -152,7 +184,7 @@ class _Client:
 class _Told:
     """What all clients of a process were told."""
 
-    answers: list[tuple[list[int], list[str]]]
+    answers: list[_Heard]
     calls: Counter[str]
     failures: list[str]
     seeded: set[tuple[int, str]]
@@ -184,19 +216,39 @@ def _held() -> int:
 
 
 @pytest.mark.slow
-def test_mixed_traffic(model_folder: Path, tokenizer: Any, reference: Any, greedy: Callable[..., list[int]]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [({"precision": "fp32"}, SOAK_S), ({"precision": "bf16", "runner": "native", "guesses": 4}, SOAK_S / 3)],
+    ids=["fp32", "bf16, with guesses"],
+)
+def test_mixed_traffic(
+    model_folder: Path, tokenizer: Any, reference: Any, settings: dict[str, Any], seconds: float
+) -> None:
+    """In fp32 every answer is the plain model's; in bf16 what the same engine says without guesses and company, to the token."""
+    alone = open_engine(model_folder, **settings | {"guesses": 0})
+
+    def say_alone(ids: list[int], n_tokens: int) -> list[int]:
+        params = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True)
+        return alone.generate([ids], params)[0].token_ids
+
+    def is_right(ids: list[int], tokens: list[int]) -> bool:
+        if settings["precision"] == "fp32":
+            return is_greedy(reference, ids, tokens)
+        return tokens == say_alone(ids, len(tokens))
+
     # Few blocks for so many, so that some must give theirs up.
-    engine = open_engine(model_folder, max_batch=5, max_waiting=64, cache_tokens=256)
+    engine = open_engine(model_folder, max_batch=5, max_waiting=64, cache_tokens=256, **settings)
     engine.scheduler.step_tokens = 48
     texts = {}
     for prompt in ("def wrap(text, width):", "import os", "x = ("):
         ids = tokenizer.encode(prompt)
-        stream = TextStream(tokenizer, ids)
-        texts[prompt] = "".join(stream.push(token) for token in greedy(ids, 40, eos=None))
+        said = say_alone(ids, 40)
+        assert is_right(ids, said)
+        texts[prompt] = _text(tokenizer, ids, said)
     with running(create_app(engine, tokenizer, NAME, ServeConfig(max_body_bytes=MAX_BODY))) as url:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            calling = pool.submit(_call_for, url, texts, SOAK_S)
-            time.sleep(SOAK_S / 3)
+            calling = pool.submit(_call_for, url, texts, seconds)
+            time.sleep(seconds / 3)
             settled = _held()
             told = calling.result()
         grown = _held() - settled
@@ -214,12 +266,21 @@ def test_mixed_traffic(model_folder: Path, tokenizer: Any, reference: Any, greed
     assert engine._sampler._streams == {}
     assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
     assert engine.scheduler.n_preemptions > 0
-    assert len(told.calls) == 10
-    assert min(told.calls.values()) > 20, told.calls
+    assert (engine.n_drafted > 0) == ("guesses" in settings)
+    assert len(told.calls) == 11
+    assert min(told.calls.values()) > seconds / 6, told.calls
     # One client's seed draws what another's does.
     assert len(told.seeded) <= 5
     read = byte_reader(tokenizer)
     ids_of = {token_text(read(token)): token for token in range(512)}
     assert len(told.answers) > 100
-    for prompt, tokens in told.answers:
-        assert is_greedy(reference, prompt, [ids_of[token] for token in tokens])
+    assert sum(heard.is_stream for heard in told.answers) > 20
+    for heard in told.answers:
+        tokens = [ids_of[token] for token in heard.tokens]
+        assert heard.text == _text(tokenizer, heard.prompt, tokens)
+        assert is_right(heard.prompt, tokens)
+
+
+def _text(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
+    stream = TextStream(tokenizer, prompt)
+    return "".join(stream.push(token) for token in answer)
