@@ -78,6 +78,8 @@ def test_the_config_is_frozen() -> None:
         ("model.n_params=6Q", "is not a count"),
         ("model.n_params=null", "model.hidden_size and model.n_layers must both be set"),
         ("data.row_tokens=100000", "longer than model.max_positions"),
+        ("data.max_tokens=513", "513 is more than a row holds (data.row_tokens=512)"),
+        ("data.heldout_source.columns={text: body}", "data.heldout_source.name: is not set"),
         ("model.n_heads=[8]", "model.n_heads"),
         ("model.tied=true", "induction is for a model from scratch"),
         ("data.source.options.root=3", "3 is not of type str or none"),

@@ -3,14 +3,17 @@
 import errno
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.data import sources
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import DocumentWriter
+from kajiya.data.ledger import data_ledger, require_kept
 from kajiya.errors import DataError, KajiyaError, StoreError
 from kajiya.run.store import Store
 
@@ -123,3 +126,66 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         assert build_corpus(lines(tmp_path / "rows.jsonl"), store)[0].facts["ledger"]["train"]["documents"] > 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_quote_that_is_never_closed_loses_all_the_bytes_behind_it(tmp_path: Path) -> None:
+    rows = [f"{number},row {number}" for number in range(1000)]
+    rows[100] = '100,"never closed'
+    (tmp_path / "rows.csv").write_text("\n".join(["id,text", *rows]))
+    source = SourceConfig("csv", {"files": str(tmp_path / "rows.csv")})
+    corpus, _ = build_corpus(
+        DataConfig(source=source, heldout_every=5, on_unreadable="drop"), Store(tmp_path / "store")
+    )
+    with pytest.raises(DataError, match=r"9\d\.\d+% of the bytes are lost .*the rest of the file with it"):
+        require_kept(data_ledger(corpus.facts), 0.01)
+
+
+def test_a_file_that_vanishes_while_it_is_read_stops_the_work_in_any_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02d}.txt").write_text(f"text {number}\n")
+    read = sources._read_text
+
+    def read_and_remove(name: str, path: Path, encoding: str) -> Any:
+        if name == "05.txt":
+            (tmp_path / "10.txt").unlink(missing_ok=True)
+        return read(name, path, encoding)
+
+    monkeypatch.setattr(sources, "_read_text", read_and_remove)
+    source = SourceConfig("text", {"files": f"{tmp_path}/*.txt"})
+    with pytest.raises(DataError, match=r"data\.source: its content changed while it was read"):
+        build_corpus(DataConfig(source=source, heldout_every=5, on_unreadable="drop"), Store(tmp_path / "store"))
+
+
+READ = """
+import sys
+from kajiya.config.options import LinesSource
+from kajiya.data.sources import jsonl
+from kajiya.run.usage import peak_memory
+
+before = peak_memory()
+for found in jsonl(LinesSource(sys.argv[1], max_row_bytes=int(sys.argv[2]))):
+    print(type(found).__name__, found.n_bytes)
+print((peak_memory() - before) // 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_line_of_a_hundred_megabytes_is_read_whole_or_passed_over_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as handle:
+        handle.write('{"text": "before"}\n{"text": "' + "x" * 100_000_000 + '"}\n{"text": "behind"}\n')
+
+    def read(limit: int) -> tuple[list[list[str]], int]:
+        command = [sys.executable, "-c", READ, str(path), str(limit)]
+        *rows, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        return [row.split() for row in rows], int(grown)
+
+    rows, grown = read(2**28)
+    assert [kind for kind, _ in rows] == ["Row"] * 3
+    assert grown < 500
+    rows, grown = read(2**20)
+    assert [kind for kind, _ in rows] == ["Row", "Unreadable", "Row"]
+    assert int(rows[1][1]) > 100_000_000
+    assert grown < 20

@@ -2,16 +2,17 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kajiya.config.compose import compose
-from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.config.schema import DataConfig, HeldoutSourceConfig, SourceConfig
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import open_documents
-from kajiya.data.entries import Document, Omitted, Unreadable
+from kajiya.data.entries import Document, Unreadable
 from kajiya.data.formats import FORMATS, class_names, row_text
 from kajiya.data.origin import Origin
 from kajiya.data.reading import open_rows
@@ -375,98 +376,56 @@ def test_the_text_of_a_row() -> None:
     assert set(FORMATS) == {"text", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"}
 
 
-# ---------------------------------------------------------------- mixtures
+# ---------------------------------------------------------------- keys of messages
+
+OTHER = [
+    {"speaker": "human", "text": "Hi", "language": "en", "toxic": False},
+    {"speaker": "gpt", "text": "Ho", "language": "en", "toxic": True},
+]
 
 
-def mixture(tmp_path: Path, *parts: dict[str, Any], **settings: Any) -> DataConfig:
-    given = []
-    for number, part in enumerate(parts):
-        path = tmp_path / f"part{number}.jsonl"
-        rows = part.pop("rows")
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        given.append({"source": {"name": "jsonl", "options": {"files": str(path)}}, "label": f"p{number}"} | part)
-    options = {"parts": given, "seed": settings.pop("seed", 0)}
-    return DataConfig(source=SourceConfig("mixture", options), **settings)
+def test_keys_of_messages_are_named_and_all_others_left_out(tmp_path: Path) -> None:
+    columns = {"messages": "turns", "message.role": "speaker", "message.content": "text"}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"turns": OTHER, "tools": None}) + "\n")
+    config = DataConfig(source=SourceConfig("jsonl", {"files": f"{tmp_path}/a.jsonl"}), columns=columns)
+    (entry,) = open_rows(config).read()
+    assert isinstance(entry, Document)
+    assert json.loads(entry.text) == {"messages": [HI, HO]}
 
 
-def texts(count: int, word: str) -> list[dict[str, Any]]:
-    return [{"text": f"{word} {i}"} for i in range(count)]
+def test_an_unknown_key_of_a_message_is_named_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [HI | {"language": "en"}, HO]}) + "\n")
+    config = DataConfig(source=SourceConfig("jsonl", {"files": f"{tmp_path}/a.jsonl"}))
+    (entry,) = open_rows(config).read()
+    assert isinstance(entry, Unreadable)
+    assert "unknown key 'language' in messages[0]" in entry.reason
+    assert "data.columns={message.role: role, message.content: content}" in entry.reason
+    with pytest.raises(ConfigError, match=r"data.columns.message.rol: is no column .*did you mean 'message.role'"):
+        open_rows(replace(config, columns={"message.rol": "role"}))
 
 
-def drawn(config: DataConfig) -> tuple[dict[str, int], int]:
-    entries = list(open_rows(config).read())
-    kept = [entry.name.partition("/")[0] for entry in entries if isinstance(entry, Document)]
-    return {label: kept.count(label) for label in sorted(set(kept))}, sum(isinstance(e, Omitted) for e in entries)
+def test_keys_of_messages_can_be_written_on_the_command_line() -> None:
+    wanted = ["data.columns={messages: turns, message.role: speaker, message.content: text}"]
+    assert compose("stdlib-sft", wanted).data.columns["message.content"] == "text"
 
 
-def test_a_mixture_is_drawn_by_weight_and_every_row_is_counted(tmp_path: Path) -> None:
-    parts = [{"rows": texts(100, "a"), "weight": 3}, {"rows": texts(60, "b"), "weight": 1}]
-    assert drawn(mixture(tmp_path, *map(dict, parts))) == ({"p0": 100, "p1": 33}, 27)
-    parts[0]["max_rows"] = 30
-    assert drawn(mixture(tmp_path, *map(dict, parts))) == ({"p0": 30, "p1": 10}, 120)
-    plain = [{"rows": texts(100, "a")}, {"rows": texts(60, "b"), "max_rows": 7}]
-    assert drawn(mixture(tmp_path, *map(dict, plain))) == ({"p0": 100, "p1": 7}, 53)
-    config = mixture(tmp_path, *map(dict, parts), heldout_every=4, near_duplicate=None)
-    corpus, _ = build_corpus(config, Store(tmp_path / "store"))
-    ledger = corpus.facts["ledger"]
-    assert ledger["entered"]["documents"] == 160
-    assert ledger["dropped"]["not drawn for the mixture"]["documents"] == 120
-    assert ledger["train"]["documents"] + ledger["heldout"]["documents"] == 40
-
-
-def test_a_mixture_is_a_function_of_its_seed(tmp_path: Path) -> None:
-    def names(seed: int, count: int = 200) -> set[str]:
-        config = mixture(tmp_path, {"rows": texts(count, "a"), "max_rows": 20}, {"rows": texts(5, "b")}, seed=seed)
-        return {entry.name for entry in open_rows(config).read() if isinstance(entry, Document)}
-
-    assert names(1) == names(1)
-    assert len(names(1) & names(2)) < 15
-    # A row more at the end leaves most of the draw as it was.
-    assert len(names(1) & names(1, 201)) >= 24
-
-
-def test_instructions_and_conversations_go_together(tmp_path: Path) -> None:
-    parts = [{"rows": [{"instruction": "Hi", "input": "", "output": "Ho"}]}, {"rows": [{"messages": [HI, HO]}]}]
-    origin = open_rows(mixture(tmp_path, *parts))
-    assert origin.form["format"] == "chat"
-    assert {entry.text for entry in origin.read() if isinstance(entry, Document)} == {
-        json.dumps({"messages": [HI, HO]}, separators=(",", ":"))
-    }
-    assert [part["format"] for part in origin.facts["options"]["parts"]] == ["instruction", "chat"]
-
-
-@pytest.mark.parametrize(
-    ("parts", "settings", "words"),
-    [
-        ([{"rows": texts(2, "a")}], {}, r"data.source.options.parts: holds 1 parts; a mixture has two or more"),
-        (
-            [{"rows": texts(2, "a")}, {"rows": [{"messages": [HI, HO]}]}],
-            {},
-            r"do not go together \(part 0: text, part 1: chat\)",
+def test_a_heldout_source_has_a_column_map_of_its_own(tmp_path: Path) -> None:
+    rows = {"train": ("question", "answer"), "held": ("q", "a")}
+    for name, (prompt, completion) in rows.items():
+        lines = [json.dumps({prompt: f"{name} Q{i}", completion: f"{name} A{i}"}) + "\n" for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    config = DataConfig(
+        source=SourceConfig("jsonl", {"files": f"{tmp_path}/train.jsonl"}),
+        columns={"prompt": "question", "completion": "answer"},
+        heldout_source=HeldoutSourceConfig(
+            "jsonl", {"files": f"{tmp_path}/held.jsonl"}, columns={"prompt": "q", "completion": "a"}
         ),
-        (
-            [{"rows": texts(2, "a"), "weight": 1}, {"rows": texts(2, "b")}],
-            {},
-            "is set for some parts and not for others",
-        ),
-        (
-            [{"rows": texts(2, "a"), "wieght": 1}, {"rows": texts(2, "b")}],
-            {},
-            r"parts\[0\].wieght: unknown option; did you mean",
-        ),
-        ([{"rows": texts(2, "a"), "label": "p1"}, {"rows": texts(2, "b")}], {}, r"two parts have one label"),
-        (
-            [{"rows": texts(2, "a")}, {"rows": texts(2, "b")}],
-            {"columns": {"text": "x"}},
-            "a mixture's parts have columns each",
-        ),
-        (
-            [{"rows": texts(2, "a"), "columns": {"text": "x"}}, {"rows": texts(2, "b")}],
-            {},
-            r"parts\[0\].columns.text: there is no",
-        ),
-    ],
-)
-def test_a_mixture_that_cannot_be_is_named(tmp_path: Path, parts: Any, settings: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        open_rows(mixture(tmp_path, *map(dict, parts), **settings))
+    )
+    said: list[tuple[str, dict[str, Any]]] = []
+    corpus, _ = build_corpus(config, Store(tmp_path / "s"), lambda kind, **fields: said.append((kind, fields)))
+    assert corpus.facts["ledger"]["heldout"]["documents"] == 20
+    (found,) = (fields["values"] for kind, fields in said if kind == "derived")
+    assert found["data.heldout_source.columns"] == {"completion": "a", "prompt": "q"}
+    bare = replace(config, heldout_source=replace(config.heldout_source, columns={}))
+    with pytest.raises(ConfigError, match=r"data.heldout_source.columns.prompt: there is no column 'question'"):
+        build_corpus(bare, Store(tmp_path / "s"))

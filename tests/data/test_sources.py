@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,9 @@ def test_a_file_without_permission_is_said(tmp_path: Path, monkeypatch: pytest.M
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert reasons(list(text(TextSource(f"{tmp_path}/*.txt")))) == {"a.txt": "cannot be read: Permission denied"}
+    (entry,) = text(TextSource(f"{tmp_path}/*.txt"))
+    assert reasons([entry]) == {"a.txt": "cannot be read: Permission denied"}
+    assert entry.n_bytes == 1
 
 
 # ---------------------------------------------------------------- tables
@@ -193,12 +196,20 @@ def test_csv_names_the_line_and_the_fault(tmp_path: Path) -> None:
     assert reasons(entries) == {
         "a.csv:3": "has 1 fields, the header has 2",
         "a.csv:4": "is not utf-8 under 'text': byte 0xe9 on line 1",
-        "a.csv:6": "is broken CSV, and the rest of the file with it: unexpected end of data",
+        "a.csv:6": "is broken CSV, and the rest of the file with it, 23 bytes: unexpected end of data",
     }
+    assert entries[-1].n_bytes == len(b'5,"never closed\n6,lost\n')
     with pytest.raises(ConfigError, match=r"data.columns.text: there is no column 'body'; there is: id, text"):
         read("csv", "body", files=f"{tmp_path}/a.csv")
     rows = [row for row in csv_rows(TableSource(f"{tmp_path}/a.csv")) if isinstance(row, Row)]
     assert rows[0] == Row("a.csv:2", {"id": "1", "text": "good"}, 6, is_typed=False)
+
+
+def test_all_that_stands_behind_a_quote_that_is_never_closed_is_counted(tmp_path: Path) -> None:
+    rest = b'2,"never\rclosed\r\n3,caf\xe9\n4,x'
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfid,text\r\n1,"two\nlines"\r\n' + rest)
+    *_, last = csv_rows(TableSource(f"{tmp_path}/a.csv"))
+    assert (last.name, last.n_bytes) == ("a.csv:4", len(rest))
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
@@ -285,6 +296,44 @@ def test_a_hub_name_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> 
     assert documents(list(origin.read())) == {"train:0": "a"}
     opened = ("someone/words", {"name": "en", "split": "train", "revision": "c0ffee", "streaming": True})
     assert asked == [("someone/words", "main", "dataset"), opened, opened]
+
+
+class HangUpError(Exception):
+    """An error of no library's."""
+
+
+def test_a_stream_that_breaks_off_is_said_with_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise HangUpError("the server hung up")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: datasets.IterableDataset.from_generator(rows))
+    found = hub(HubSource("someone/words", streaming=True))
+    assert next(found) == Row("train:0", {"text": "a"})
+    with pytest.raises(
+        DataError, match=r"someone/words: the data set could not be read on at row train:1: the server hung up"
+    ):
+        next(found)
+
+
+def test_a_data_set_that_cannot_be_made_is_said_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(path: str, **_: object) -> object:
+        try:
+            raise TypeError("column 'n' is a text in file 3")
+        except TypeError as cause:
+            raise datasets.exceptions.DatasetGenerationError(
+                "An error occurred while generating the dataset"
+            ) from cause
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match=r"someone/words: the data set could not be loaded: column 'n' is a text in file 3"
+    ):
+        list(hub(HubSource("someone/words")))
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

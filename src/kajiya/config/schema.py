@@ -24,6 +24,8 @@ class HeldoutSourceConfig:
     """Kind of source, as `data.source.name`; `None`: one in `data.heldout_every` of the training rows' source."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of that source."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a column → that source's; none given: as `data.columns`."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class DataConfig:
     )
     """Kind of the rows; auto: found by their columns, and said."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name of a column → the source's, for example `{prompt: question, completion: answer}`."""
+    """Our name of a column → the source's, for example `{prompt: question, completion: answer}`; `message.role` and its like
+    name keys of each message, and a key that none of them names is left out."""
     render: RenderConfig = field(default_factory=RenderConfig)
     """How rows become token ids."""
     max_tokens: int | None = setting(None, ge=8)

@@ -41,7 +41,7 @@ def validate(config: Config) -> None:
     """Raise `ConfigError` for the first thing that cannot be right."""
     check_bounds(config)
     check_choice("source", config.data.source.name, config.data.source.options, "data.source")
-    _check_heldout(config)
+    _check_rows(config)
     check_choice("adapter", config.adapter.name, config.adapter.options, "adapter")
     check_choice("optimizer", config.optim.name, config.optim.options, "optim")
     check_choice("schedule", config.schedule.name, config.schedule.options, "schedule")
@@ -84,12 +84,19 @@ def _check_optimizer(config: Config) -> None:
         )
 
 
-def _check_heldout(config: Config) -> None:
+def _check_rows(config: Config) -> None:
+    longest, row = config.data.max_tokens, config.data.row_tokens
+    if longest is not None and longest > row:
+        raise ConfigError(
+            "data.max_tokens",
+            f"{longest} is more than a row holds (data.row_tokens={row})",
+            "Raise data.row_tokens, or set data.max_tokens=null.",
+        )
     heldout = config.data.heldout_source
     if heldout.name is not None:
         check_choice("source", heldout.name, heldout.options, "data.heldout_source")
-    elif heldout.options:
-        raise ConfigError("data.heldout_source.name", "is not set, but data.heldout_source.options are")
+    elif heldout.options or heldout.columns:
+        raise ConfigError("data.heldout_source.name", "is not set, but data.heldout_source.options or columns are")
 
 
 def _check_portions(config: Config) -> None:

@@ -61,7 +61,7 @@ def _files(options: TableSource, batches: "Callable[[Path], Iterator[pa.RecordBa
                 file if number == 0 else f"{file}:{number}", f"is no {kind} file ({error})", path.stat().st_size
             )
         except OSError as error:
-            yield not_opened(file, error)
+            yield not_opened(file, path, error)
 
 
 def _rows_of(batch: "pa.RecordBatch") -> Iterator[dict[str, Any]]:
@@ -114,9 +114,33 @@ def hub(options: HubSource) -> Iterator[Found]:
     """One row a row of a Hugging Face data set, or of a folder saved by `datasets.save_to_disk`; classes by their names."""
     rows = _load_rows(options)
     names = _class_names(rows)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_each(rows, options)):
         classes = {key: names[key][row[key]] for key in names if isinstance(row[key], int) and row[key] >= 0}
         yield Row(f"{options.split}:{number}", without_nulls(row) | classes)
+
+
+def _each(rows: Any, options: HubSource) -> Iterator[Any]:
+    """The rows one by one; what goes wrong on the way, be it the network, is said with the row at which it did."""
+    waiting, number = iter(rows), 0
+    while True:
+        try:
+            row = next(waiting)
+        except StopIteration:
+            return
+        except Exception as error:  # the libraries behind a stream have no common one
+            raise DataError(
+                f"{options.path}: the data set could not be read on at row {options.split}:{number}: {_reason(error)}\n"
+                "Run the same command again; with data.source.options.streaming=false the data set is "
+                "copied to this machine first."
+            ) from error
+        yield row
+        number += 1
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line; of a wrapped one what it was made from."""
+    said = f"{error.__cause__}" if error.__cause__ is not None and str(error.__cause__).strip() else str(error)
+    return said.strip().splitlines()[0] if said.strip() else type(error).__name__
 
 
 def is_local(options: HubSource) -> bool:
@@ -146,10 +170,9 @@ def _load_rows(options: HubSource) -> Any:
                 streaming=options.streaming,
             )
         saved = datasets.load_from_disk(str(Path(options.path).expanduser()))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # as above: besides its own, whatever reads the files and the network
         raise DataError(
-            f"{options.path}: the data set could not be loaded: {reason}\n"
+            f"{options.path}: the data set could not be loaded: {_reason(error)}\n"
             "data.source.options.path is a hub name (which needs the network), or a folder saved by "
             "`datasets.save_to_disk`; subset, split and revision must exist in it."
         ) from error

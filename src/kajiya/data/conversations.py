@@ -35,10 +35,11 @@ _BEHIND = {
     "tool": ("assistant", "tool"),
 }
 """Which message may stand before one of each role, a system message at the head aside."""
-_KEYS = frozenset(
+KEYS = frozenset(
     {"role", "from", "content", "value", "tool_calls", "tool_call_id", "name", "weight", "train"}
     | {"reasoning_content", "reasoning", "thinking"}
 )
+"""What a message may hold, `from` and `value` being ShareGPT's names of role and content."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -52,6 +53,13 @@ def messages_of(value: Any, where: str, *, system: Any = None) -> list[Message]:
             raise RowError(f"has a system message under 'system' and under {where!r}")
         found.insert(0, {"role": "system", "content": words})
     return found
+
+
+def with_keys(value: Any, keys: Mapping[str, str]) -> Any:
+    """Messages with our names of their keys (`keys`: ours → theirs) and without all others; anything else as it is."""
+    if not keys or not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        return value
+    return [{ours: item[theirs] for ours, theirs in keys.items() if theirs in item} for item in value]
 
 
 def require_order(messages: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -95,8 +103,11 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 def _message(item: Mapping[str, Any], where: str) -> Message:
     for key, value in item.items():
-        if key not in _KEYS and value not in (None, "", [], {}):
-            raise RowError(f"has an unknown key {key!r} in {where} (known: {', '.join(sorted(_KEYS))})")
+        if key not in KEYS and value not in (None, "", [], {}):
+            raise RowError(
+                f"has an unknown key {key!r} in {where} (known: {', '.join(sorted(KEYS))}); to leave such keys out, name those "
+                "to read: data.columns={message.role: role, message.content: content}"
+            )
     given = item.get("role", item.get("from"))
     if given not in _ROLES:
         raise RowError(f"has the role {given!r} in {where}, which is none of {', '.join(_ROLES)}")

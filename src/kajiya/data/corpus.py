@@ -43,8 +43,11 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
     """
     origins = _open(config)
     fingerprints = {field: origin.fingerprint() for field, origin in origins.items()}
-    if config.format == "auto" and origins["source"].form["columns"]:
-        on_event("derived", values={f"data.{key}": value for key, value in origins["source"].form.items()})
+    if found := _found(config, origins):
+        on_event("derived", values=found)
+        on_event(
+            "note", text=f"found in the rows: {', '.join(f'{key}={_said(value)}' for key, value in found.items())}"
+        )
 
     def make(folder: Path) -> dict[str, Any]:
         facts = _write(config, origins, folder, on_event)
@@ -77,11 +80,38 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
 def _open(config: DataConfig) -> dict[str, Origin]:
     """The rows of the source, and those of a source for the held-out side, which are of the same kind."""
     origins = {"source": open_rows(config)}
-    if config.heldout_source.name is not None:
-        source = SourceConfig(config.heldout_source.name, config.heldout_source.options)
-        kind = origins["source"].form["format"]
-        origins["heldout_source"] = open_rows(replace(config, source=source, format=kind), "data.heldout_source")
+    held = config.heldout_source
+    if held.name is not None:
+        source, kind = SourceConfig(held.name, held.options), origins["source"].form["format"]
+        columns = held.columns or ({} if held.name == "mixture" else config.columns)
+        given = replace(config, source=source, format=kind, columns=columns)
+        origins["heldout_source"] = open_rows(given, "data.heldout_source")
     return origins
+
+
+def _found(config: DataConfig, origins: dict[str, Origin]) -> dict[str, Any]:
+    """What was not set and was found by the columns of the rows, by the setting that would say it."""
+    found: dict[str, Any] = {}
+    form = origins["source"].form
+    if config.format == "auto" and form["columns"]:
+        found = {f"data.{key}": value for key, value in form.items()}
+    if config.source.name == "mixture":
+        parts = zip(config.source.options["parts"], origins["source"].facts["options"]["parts"], strict=True)
+        for number, (given, part) in enumerate(parts):
+            if part["columns"] and ("format" not in given or given["format"] == "auto"):
+                found |= {f"data.source.options.parts[{number}].{key}": part[key] for key in ("format", "columns")}
+    if "heldout_source" in origins and (columns := origins["heldout_source"].form["columns"]):
+        found["data.heldout_source.columns"] = columns
+    return found
+
+
+def _said(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return (
+        "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in value.items()) + "}"
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def source_modules(*names: str) -> list[str]:

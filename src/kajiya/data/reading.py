@@ -8,6 +8,7 @@ from typing import Any
 from kajiya.config.options import MixturePart, MixtureSource
 from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.config.tables import check_options, nearest
+from kajiya.data.conversations import KEYS, with_keys
 from kajiya.data.entries import Document, Entry, Found, Row, Unreadable
 from kajiya.data.formats import FORMATS, as_chat, canonical
 from kajiya.data.mixture import Part, mix
@@ -16,6 +17,10 @@ from kajiya.data.values import RowError
 from kajiya.errors import ConfigError
 
 _OURS = sorted(set().union(*(variant for each in FORMATS.values() for variant in (*each.variants, each.optional))))
+
+_MESSAGE = "message."
+"""Before our name of a message's key, in a column map."""
+_HOLDS_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected"})
 
 
 def open_rows(config: DataConfig, field: str = "data.source") -> Origin:
@@ -26,26 +31,29 @@ def open_rows(config: DataConfig, field: str = "data.source") -> Origin:
     source = open_source(config.source, field)
     if isinstance(source, MixtureSource):
         return _open_mixture(source, config)
-    return _open(source, config.format, config.columns, "data")
+    return _open(source, config.format, config.columns, "data" if field == "data.source" else field)
 
 
 def _open(source: Source, wanted: str, mapping: Mapping[str, str], where: str) -> Origin:
+    known = [*_OURS, *(f"{_MESSAGE}{key}" for key in sorted(KEYS))]
     for key in mapping:
-        if key not in _OURS:
-            hint = nearest(key, _OURS)
+        if key not in known:
+            hint = nearest(key, known)
             raise ConfigError(
                 f"{where}.columns.{key}",
                 "is no column that a row can have" + (f"; {hint}" if hint else f" (known: {', '.join(_OURS)})"),
                 "It is written our name: your name, for example {prompt: question}.",
             )
+    outer = {ours: theirs for ours, theirs in mapping.items() if not ours.startswith(_MESSAGE)}
+    keys = {ours.removeprefix(_MESSAGE): theirs for ours, theirs in mapping.items() if ours.startswith(_MESSAGE)}
     there = _columns(source)
-    kind, variant = _kind(there, wanted, mapping, where)
+    kind, variant = _kind(there, wanted, outer, where)
 
     def read() -> Iterator[Entry]:
         for found in source.read():
-            yield _entry(found, kind, variant, mapping)
+            yield _entry(found, kind, variant, outer, keys)
 
-    read_as = {ours: mapping.get(ours, ours) for ours in sorted(variant)} if there is not None else {}
+    read_as = {ours: outer.get(ours, ours) for ours in sorted(variant)} if there is not None else {}
     form = {"format": kind, "columns": read_as}
     return Origin(
         read=read,
@@ -122,14 +130,18 @@ def _kind(
 # ---------------------------------------------------------------- one row
 
 
-def _entry(found: Found, kind: str, variant: frozenset[str], mapping: Mapping[str, str]) -> Entry:
+def _entry(
+    found: Found, kind: str, variant: frozenset[str], mapping: Mapping[str, str], keys: Mapping[str, str]
+) -> Entry:
     if isinstance(found, Unreadable):
         return found
     if isinstance(found, Document):
         row = Row(found.name, {"text": found.text}, found.n_bytes, found.group)
-        return found if kind == "text" else _entry(row, kind, variant, mapping)
+        return found if kind == "text" else _entry(row, kind, variant, mapping, keys)
     try:
-        text = canonical(kind, FORMATS[kind].normalise(_view(found, kind, variant, mapping)))
+        view = _view(found, kind, variant, mapping)
+        view |= {ours: with_keys(view[ours], keys) for ours in _HOLDS_MESSAGES & view.keys()}
+        text = canonical(kind, FORMATS[kind].normalise(view))
     except RowError as error:
         return Unreadable(found.name, str(error), found.n_bytes)
     return Document(found.name, text, len(text.encode()), found.group)

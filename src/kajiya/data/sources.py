@@ -12,6 +12,7 @@ import sysconfig
 import tokenize
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from kajiya.config.options import LinesSource, StdlibSource, TableSource, TextSource
@@ -64,7 +65,7 @@ def jsonl(options: LinesSource) -> Iterator[Found]:
                     if row.strip():
                         yield json_row(name, row)
         except OSError as error:
-            yield not_opened(file, error)
+            yield not_opened(file, path, error)
 
 
 def _lines(handle: io.BufferedIOBase, limit: int) -> Iterator[tuple[int, bytes, int]]:
@@ -86,14 +87,18 @@ def csv_rows(options: TableSource) -> Iterator[Found]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     for file, path in matching_files(options.files):
         try:
-            # Undecodable bytes become surrogates and are then refused row by row, not file by file.
-            with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-                yield from _csv_file(file, handle)
+            with _open_csv(path) as handle:
+                yield from _csv_file(file, path, handle)
         except OSError as error:
-            yield not_opened(file, error)
+            yield not_opened(file, path, error)
 
 
-def _csv_file(file: str, handle: io.TextIOBase) -> Iterator[Found]:
+def _open_csv(path: Path) -> io.TextIOWrapper:
+    # Undecodable bytes become surrogates and are then refused row by row, not file by file.
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _csv_file(file: str, path: Path, handle: io.TextIOBase) -> Iterator[Found]:
     reader = csv.reader(handle, strict=True)
     line = 1
     try:
@@ -118,8 +123,11 @@ def _csv_file(file: str, handle: io.TextIOBase) -> Iterator[Found]:
                 }
                 yield Row(name, columns, n_bytes, is_typed=False)
     except csv.Error as error:
-        # Where a quote is never closed, no later record of the file can be told apart.
-        yield Unreadable(f"{file}:{line}", f"is broken CSV, and the rest of the file with it: {error}")
+        # Where a quote is never closed, no later record of the file can be told apart; their bytes are counted all the same.
+        with _open_csv(path) as again:
+            n_bytes = sum(len(each.encode(errors="surrogateescape")) for each in islice(again, line - 1, None))
+        reason = f"is broken CSV, and the rest of the file with it, {n_bytes:,} bytes: {error}"
+        yield Unreadable(f"{file}:{line}", reason, n_bytes)
 
 
 def stdlib_files(options: StdlibSource) -> list[SourceFile]:
@@ -162,18 +170,25 @@ def _name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", errors="backslashreplace")
 
 
-def not_opened(name: str, error: OSError) -> Unreadable:
-    """What is said of a file that cannot be opened or read."""
+def not_opened(name: str, path: Path, error: OSError) -> Unreadable:
+    """What is said of a file that cannot be opened or read; all its bytes count as lost.
+
+    Those of a vanished file nobody knows. It stops the work in any case: the files are others than those that were listed.
+    """
     if isinstance(error, FileNotFoundError):
         return Unreadable(name, "vanished: it was listed and is no longer there")
-    return Unreadable(name, f"cannot be read: {error.strerror or error}")
+    try:
+        n_bytes = path.stat().st_size
+    except OSError:
+        n_bytes = 0
+    return Unreadable(name, f"cannot be read: {error.strerror or error}", n_bytes)
 
 
 def _read_text(name: str, path: Path, encoding: str) -> Document | Unreadable:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        return not_opened(name, error)
+        return not_opened(name, path, error)
     return decode_entry(name, raw, encoding)
 
 
