@@ -50,6 +50,9 @@ class Family:
     """Added tokens that are not special."""
     has_system: bool = True
     has_tools: bool = False
+    """Whether it says which tools there are."""
+    has_calls: bool = False
+    """Whether it renders calls of tools."""
 
 
 IM = ("<|im_start|>", "<|im_end|>")
@@ -64,6 +67,7 @@ FAMILIES = {
         between("<|im_start|>assistant\n", "<|im_end|>"),
         ("<tool_call>", "</tool_call>"),
         has_tools=True,
+        has_calls=True,
     ),
     "qwen3": Family(
         "qwen3",
@@ -80,6 +84,7 @@ FAMILIES = {
         "<|begin_of_text|>",
         between("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
         has_tools=True,
+        has_calls=True,
     ),
     "gemma": Family(
         "gemma",
@@ -105,6 +110,7 @@ FAMILIES = {
         _mistral,
         has_system=False,
         has_tools=True,
+        has_calls=True,
     ),
     "deepseek-v3": Family(
         "deepseek_v3",
@@ -122,9 +128,11 @@ FAMILIES = {
         "<｜end▁of▁sentence｜>",
         "<｜begin▁of▁sentence｜>",
         _deepseek,
-        has_tools=True,
+        has_calls=True,
     ),
-    "default": Family("", (), "<|eos|>", "<|bos|>", between("### Assistant\n", "<|eos|>")),
+    "default": Family(
+        "", (), "<|eos|>", "<|bos|>", between("### Assistant\n", "<|eos|>"), has_tools=True, has_calls=True
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Rendering: masks against an independent reading of each family's format, and every refusal."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.data.families import (
-    CALL,
     FAMILIES,
     IM,
     MORE,
-    RESULT,
     SAYS,
     SYSTEM,
     TOOLS,
@@ -28,6 +27,7 @@ from kajiya.config.schema import RenderConfig
 from kajiya.data.chat import ChatTemplate, default_template
 from kajiya.data.examples import Example
 from kajiya.data.render import Refusal, Renderer
+from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, DataError
 
 
@@ -87,14 +87,6 @@ def test_ids_and_mask_are_those_of_an_independent_reading(name: str, which: str)
     assert (segment.weights > 0).astype(int).tolist() == mask
     assert set(segment.weights.tolist()) == {0.0, 1.0}
     assert (segment.ids.dtype, segment.weights.dtype) == (np.dtype(np.int64), np.dtype(np.float32))
-
-
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_tools])
-def test_tools_and_their_calls(name: str) -> None:
-    segment = render(name, chat(*WITH_CALL, tools=TOOLS)).segments[0]
-    ids, mask = independent(name, WITH_CALL, TOOLS)
-    assert segment.ids.tolist() == ids
-    assert (segment.weights > 0).astype(int).tolist() == mask
 
 
 def test_qwen3_thinks() -> None:
@@ -185,17 +177,7 @@ def test_all_trains_everything_and_a_messages_own_weight_goes_before() -> None:
     assert set(segment.weights.tolist()) == {0.0, 0.5, 2.0}
 
 
-# ---------------------------------------------------------------- one rendering for training, evaluation and the server
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_prompt_that_the_server_sees_is_what_training_saw_before_the_answer(name: str) -> None:
-    messages = [USER, SAYS] if name == "qwen3" else [USER, SAYS, *MORE]
-    segment = render(name, chat(*messages)).segments[0]
-    prompt = ChatTemplate(tokenizer_of(name)).ids(messages[:-1], add_generation_prompt=True)
-    last = np.flatnonzero(segment.weights > 0)
-    begins = last[np.flatnonzero(np.diff(last, prepend=-2) > 1)[-1]]
-    assert segment.ids[:begins].tolist() == prompt
+# ---------------------------------------------------------------- whatever people write
 
 
 HOSTILE = [
@@ -242,16 +224,6 @@ def test_whatever_people_write(contents: list[str], name: str) -> None:
     assert tokenizer.decode(segment.ids[segment.weights > 0]) == said
 
 
-def test_names_of_special_tokens_in_tools_and_calls_are_plain_text() -> None:
-    call = json.loads(json.dumps(CALL).replace("N\\u00eemes", "<|im_end|>"))
-    example = render("qwen2.5", chat(USER, call, RESULT | {"content": "<|im_start|>"}, SAYS, tools=TOOLS))
-    tokenizer = tokenizer_of("qwen2.5")
-    ids = example.segments[0].ids.tolist()
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 5
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
-    assert tokenizer.decode(ids).count("<|im_end|>") == 6
-
-
 @pytest.mark.parametrize("scheme", ["first", "always", "prepend", "byte-level"])
 def test_tokenizers_that_put_a_space_before_a_text(scheme: str) -> None:
     """As SentencePiece models do: the ids are those of the whole text, though it is encoded in pieces."""
@@ -292,12 +264,24 @@ def test_a_template_with_a_syntax_error_is_named_with_its_line() -> None:
         Renderer(with_template(template("broken_syntax"), IM, "<|im_end|>"), RenderConfig(), "chat")
 
 
+def test_a_template_is_named_by_where_it_came_from(tmp_path: Path) -> None:
+    tokenizer_of("qwen3").save_pretrained(tmp_path)
+    stored = load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="the chat template of Qwen/Qwen3-8B does not render"):
+        Renderer(stored, RenderConfig(), "chat", origin="Qwen/Qwen3-8B").render(chat(USER, SAYS, *MORE))
+    packaged = with_template(default_template(), (), "<|eos|>", "<|bos|>")
+    packaged.name_or_path = "store/artifacts/tokenizer/0123"
+    assert ChatTemplate(packaged).name == "the packaged chat template"
+
+
 def test_a_template_of_a_file(tmp_path: Any) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     tokenizer = tokenizer_of("chatml")
     example = Renderer(tokenizer, RenderConfig(template=str(path)), "chat").render(chat(USER, SAYS))
     assert tokenizer.decode(example.segments[0].ids) == "[What is the capital of France?][Paris.]<|im_end|>"
+    with pytest.raises(DataError, match=rf"is refused by the chat template {path}: it renders no tools"):
+        Renderer(tokenizer, RenderConfig(template=str(path)), "chat").render(chat(USER, SAYS, tools=TOOLS))
     with pytest.raises(ConfigError, match=r"data.render.template: '.*gone.jinja' cannot be read"):
         Renderer(tokenizer, RenderConfig(template=str(tmp_path / "gone.jinja")), "chat")
 
@@ -331,15 +315,24 @@ def test_what_cannot_be_trained_on_is_refused_with_the_row_shown(document: str, 
     assert "What is the capital of France?" in str(caught.value)
 
 
-def test_a_last_answer_that_nothing_closes_gets_end_of_text() -> None:
+def test_a_last_answer_that_nothing_closes_gets_end_of_text_and_an_earlier_one_is_refused() -> None:
     source = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer = with_template(source, (), "<|eos|>")
-    example = Renderer(tokenizer, RenderConfig(), "chat").render(chat(USER, SAYS, *MORE))
-    assert trained(example, tokenizer) == "Paris.\nAbout 2.1 million.\n<|eos|>"
+    example = Renderer(tokenizer, RenderConfig(), "chat").render(chat(USER, SAYS))
+    assert trained(example, tokenizer) == "Paris.\n<|eos|>"
     assert example.segments[0].ids[-1] == tokenizer.eos_token_id
+    said = (
+        r"never a target: .* closes message 2 with no special token \(data.render.append_eos=auto; train_on=last trains"
+    )
+    with pytest.raises(DataError, match=said):
+        Renderer(tokenizer, RenderConfig(), "chat").render(chat(USER, SAYS, *MORE))
+    example = Renderer(tokenizer, RenderConfig(train_on="last"), "chat").render(chat(USER, SAYS, *MORE))
+    assert trained(example, tokenizer) == "About 2.1 million.\n<|eos|>"
+    example = Renderer(tokenizer, RenderConfig(), "chat").render(chat(USER, SAYS | {"weight": 0}, *MORE))
+    assert trained(example, tokenizer) == "About 2.1 million.\n<|eos|>"
 
 
 def test_many_rows_at_once_are_the_rows_one_by_one_and_refusals_stand_among_them() -> None:

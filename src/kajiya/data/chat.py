@@ -19,6 +19,7 @@ from kajiya.data.markup import Chunk, Draft, Markup
 from kajiya.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
+_LOST = "it renders no {}; give a template that does (data.render.template), or rows without them"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -100,8 +101,9 @@ def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool,
 class ChatTemplate:
     """The chat template of a tokenizer.
 
-    `template` goes before the tokenizer's own; `variables` are passed to it. With `is_timeless`, a template that asks for
-    the time is refused: rows rendered tomorrow would be others. Raises `DataError` for a syntax error in the template.
+    `template` goes before the tokenizer's own; `variables` are passed to it; `name` is what errors call it. With `is_timeless`,
+    a template that asks for the time is refused: rows rendered tomorrow would be others. Raises `DataError` for a syntax error
+    in the template.
     """
 
     def __init__(
@@ -110,16 +112,16 @@ class ChatTemplate:
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
         is_timeless: bool = False,
+        name: str | None = None,
     ) -> None:
         self.markup = Markup(tokenizer)
-        self.name = "the given chat template"
         if template is None:
-            template, self.name = (
-                tokenizer.chat_template,
-                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}",
-            )
-        if not template:
-            template, self.name = default_template(), "the packaged chat template"
+            template = tokenizer.chat_template
+            name = name or f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        # A tokenizer that was trained here brings the packaged one, perhaps with variables set before it.
+        if not template or (isinstance(template, str) and template.endswith(default_template())):
+            template, name = template or default_template(), "the packaged chat template"
+        self.name = name or "the given chat template"
         named = template if isinstance(template, dict) else {"default": template}
         self._sources = {kind: named[kind] for kind in ("default", "tool_use") if kind in named}
         self._compiled = {kind: _compile(source, self.name) for kind, source in self._sources.items()}
@@ -147,7 +149,10 @@ class ChatTemplate:
     def lay_out(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> Layout:
         """The text of a conversation, and where the assistant's answers lie in it. Raises `TemplateRefusalError`."""
         messages = [_for_template(message) for message in messages]
+        self._require_calls(messages, tools)
         text = self.text(messages, tools, add_generation_prompt)
+        if tools and self.prefix(messages, None, text, add_generation_prompt) == len(text):
+            raise TemplateRefusalError(_LOST.format("tools"))
         answers = [
             self._answer(messages, tools, index, text, add_generation_prompt)
             for index, message in enumerate(messages)
@@ -179,6 +184,12 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise TemplateRefusalError(str(error) or type(error).__name__) from error
         return rendered
+
+    def _require_calls(self, messages: Messages, tools: Any) -> None:
+        if "tool_calls" in self._sources[self._kind(tools)]:
+            return
+        if any(message.get("tool_calls") for message in messages):
+            raise TemplateRefusalError(_LOST.format("tool calls"))
 
     def prefix(self, messages: Messages, tools: Any, text: str, add_generation_prompt: bool = False) -> int | None:
         """Length of the rendered messages where `text` begins with them; `None` where it does not."""

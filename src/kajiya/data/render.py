@@ -4,13 +4,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import RenderConfig
 from kajiya.data.chat import ChatTemplate, Layout, Messages, TemplateRefusalError
 from kajiya.data.chat import read_template as read_template
+from kajiya.data.encoding import RenderMany
 from kajiya.data.examples import Example, Segment
 from kajiya.data.markup import Chunk, Draft
+from kajiya.data.tokenizer import load_tokenizer
 from kajiya.data.values import RowError, excerpt
 from kajiya.errors import DataError
 
@@ -33,17 +36,35 @@ class Refusal:
         return f"{self.name}: {self.reason}\nThe row: {self.row}"
 
 
+def open_renderer(
+    folder: Path, config: RenderConfig, kind: str, classes: Sequence[str] | None = None, origin: str | None = None
+) -> RenderMany:
+    """What renders rows with the tokenizer in `folder`; else as `Renderer`."""
+    return Renderer(load_tokenizer(folder), config, kind, classes, origin).render_many
+
+
 class Renderer:
     """Renders the documents of one kind (`data.format`) with one tokenizer.
 
-    `classes` are the names of a labelled corpus's classes (its fact `classes`); `None`: its labels are values. Raises
-    `ConfigError` for a template that cannot be read, `DataError` for one with a syntax error.
+    `classes` are the names of a labelled corpus's classes (its fact `classes`); `None`: its labels are values. `origin` is where
+    the tokenizer came from, which errors name. Raises `ConfigError` for a template that cannot be read, `DataError` for one with
+    a syntax error.
     """
 
-    def __init__(self, tokenizer: Any, config: RenderConfig, kind: str, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: RenderConfig,
+        kind: str,
+        classes: Sequence[str] | None = None,
+        origin: str | None = None,
+    ) -> None:
         self.kind = kind
         self._config = config
-        self._template = ChatTemplate(tokenizer, read_template(config), config.options, is_timeless=True)
+        named = (
+            f"the chat template {config.template}" if config.template else origin and f"the chat template of {origin}"
+        )
+        self._template = ChatTemplate(tokenizer, read_template(config), config.options, is_timeless=True, name=named)
         self._markup = self._template.markup
         self._is_quick = False
         self._eos: int = tokenizer.eos_token_id
@@ -79,8 +100,10 @@ class Renderer:
             for name, document in batch:
                 try:
                     planned.append(self._draft(document if self.kind == "text" else json.loads(document)))
-                except (RowError, TemplateRefusalError) as error:
+                except RowError as error:
                     planned.append(Refusal(name, str(error), excerpt(document)))
+                except TemplateRefusalError as error:
+                    planned.append(Refusal(name, f"is refused by {self._template.name}: {error}", excerpt(document)))
             segments = iter(
                 self._markup.encode([draft for plan in planned if isinstance(plan, tuple) for draft in plan[0]])
             )
@@ -147,6 +170,10 @@ class Renderer:
             system = [{"role": "system", "content": row["system"]}] if "system" in row else []
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             return self._conversation([*system, *turns], row.get("tools"), train_on)
+        if "tools" in row:
+            raise RowError(
+                "has tools, which a plain prompt does not say: data.render.prompt_style=plain (chat renders them)"
+            )
         if "system" in row:
             prompt = f"{row['system']}\n\n{prompt}"
         is_closed = self._config.append_eos != "never"
@@ -163,14 +190,16 @@ class Renderer:
         rest = 1.0 if train_on == "all" else 0.0
         spans = self._spans(messages, tools, layout, weights, rest)
         close, close_weight = self._close(messages, layout, weights)
-        is_stop_trained = bool(close and close_weight) or any(
-            answer.is_closed and weights[answer.message] > 0 for answer in layout.answers
-        )
-        if not is_stop_trained and any(weights[answer.message] > 0 for answer in layout.answers):
+        trained = [answer for answer in layout.answers if weights[answer.message] > 0]
+        last = layout.answers[-1] if close and close_weight else None
+        endless = [answer for answer in trained if not answer.is_closed and answer is not last]
+        if endless:
             raise RowError(
-                f"has an end of the answer that is never a target: {self._template.name} closes it with no special token"
+                f"has an end of the answer that is never a target: {self._template.name} closes message "
+                f"{endless[0].message + 1} with no special token"
                 + (" within {% generation %}" if not close and self._config.append_eos != "never" else "")
-                + f" (data.render.append_eos={self._config.append_eos})"
+                + f" (data.render.append_eos={self._config.append_eos}"
+                + ("; train_on=last trains the last answer alone)" if len(trained) > 1 else ")")
             )
         return Draft(_chunks(layout, spans, rest), names, close=close, close_weight=close_weight)
 

@@ -109,7 +109,7 @@ class LocalModel:
         return load_tokenizer(self.folder)
 
     def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
-        """By the engine that serves; a prompt longer than the context keeps its end."""
+        """By the engine that serves; a text longer than the context keeps its end, a conversation is refused (`DataError`)."""
         from kajiya.serving.sequence import SamplingParams
 
         room = self._engine.context_tokens - sampling.max_tokens - 1
@@ -129,9 +129,17 @@ class LocalModel:
     def _ids(self, prompt: str, is_chat: bool, room: int) -> list[int]:
         from kajiya.data.chat import render_chat
         from kajiya.data.tokenizer import start_id
+        from kajiya.data.values import excerpt
 
         if is_chat:
-            return render_chat(self._tokenizer, [{"role": "user", "content": prompt}], True)[-room:]
+            ids = render_chat(self._tokenizer, [{"role": "user", "content": prompt}], True)
+            if len(ids) > room:
+                # Cut, it would lose its begin-of-text and the head of its turn.
+                raise DataError(
+                    f"a question of {len(ids):,} tokens leaves no room in the model's context, which has {room:,} beside the "
+                    f"answer: {excerpt(prompt, 80)}\nLower the task's max_tokens, or take rows that are shorter."
+                )
+            return ids
         return [start_id(self._tokenizer), *self._encode(prompt)[-(room - 1) :]]
 
     def _encode(self, text: str) -> list[int]:

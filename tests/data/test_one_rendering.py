@@ -1,0 +1,132 @@
+"""One rendering: the same ids in training, in evaluation and at the server; tools, their calls and answers within it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.data.families import CALL, FAMILIES, MORE, RESULT, SAYS, SYSTEM, TOOLS, USER, WITH_CALL, tokenizer_of
+from tests.data.test_render import chat, independent, plain, render, trained
+
+from kajiya.data.chat import ChatTemplate
+from kajiya.errors import DataError
+from kajiya.evals.answers import LocalModel, Sampling
+from kajiya.serving.protocol import ChatBody
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_prompt_that_the_server_sees_is_what_training_saw_before_the_answer(name: str) -> None:
+    messages = [USER, SAYS] if name == "qwen3" else [USER, SAYS, *MORE]
+    segment = render(name, chat(*messages)).segments[0]
+    prompt = ChatTemplate(tokenizer_of(name)).ids(messages[:-1], add_generation_prompt=True)
+    last = np.flatnonzero(segment.weights > 0)
+    begins = last[np.flatnonzero(np.diff(last, prepend=-2) > 1)[-1]]
+    assert segment.ids[:begins].tolist() == prompt
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_are_equal_in_training_in_evaluation_and_at_the_server(name: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(name)
+    tokenizer.save_pretrained(tmp_path)
+    segment = render(name, chat(USER, SAYS)).segments[0]
+    prompt = segment.ids[: int(np.flatnonzero(segment.weights)[0])].tolist()
+    served = ChatTemplate(tokenizer).ids(ChatBody(model="m", messages=[USER]).plain_messages())
+    engine = Asked(len(prompt) + 9)
+    judged = LocalModel(tmp_path, batch=1)
+    judged.__dict__["_engine"] = engine
+    sampling = Sampling(max_tokens=8, temperature=0.0, seed=0, samples=1, stop=(), is_chat=True)
+    judged.complete([USER["content"]], sampling)
+    assert engine.asked == [prompt] == [served]
+    engine.context_tokens -= 1
+    with pytest.raises(DataError, match=rf"a question of {len(prompt)} tokens leaves no room .*: What is the capital"):
+        judged.complete([USER["content"]], sampling)
+
+
+@dataclass
+class Asked:
+    """An engine that notes what it is asked."""
+
+    context_tokens: int
+    asked: list[list[int]] = field(default_factory=list)
+
+    def generate(self, prompts: list[list[int]], _: Any) -> list[Any]:
+        self.asked += prompts
+        return [SimpleNamespace(token_ids=[]) for _ in prompts]
+
+
+# ---------------------------------------------------------------- tools
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_calls])
+def test_tools_and_their_calls(name: str) -> None:
+    tools = TOOLS if FAMILIES[name].has_tools else None
+    segment = render(name, chat(*WITH_CALL, tools=tools)).segments[0]
+    ids, mask = independent(name, WITH_CALL, tools)
+    assert segment.ids.tolist() == ids
+    assert (segment.weights > 0).astype(int).tolist() == mask
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools", "what"),
+    [
+        ("chatml", [USER, SAYS], TOOLS, "tools"),
+        ("gemma", [USER, SAYS], TOOLS, "tools"),
+        ("deepseek-v3", WITH_CALL, TOOLS, "tools"),
+        ("chatml", WITH_CALL, None, "tool calls"),
+        ("gemma", WITH_CALL, None, "tool calls"),
+    ],
+)
+def test_a_template_that_would_leave_tools_out_is_named(name: str, messages: Any, tools: Any, what: str) -> None:
+    with pytest.raises(DataError, match=f"is refused by the chat template of the tokenizer: it renders no {what};"):
+        render(name, chat(*messages, tools=tools))
+
+
+def test_the_packaged_template_says_tools_calls_and_answers() -> None:
+    whole = [SYSTEM, USER, CALL | {"content": "Let me see."}, RESULT, SAYS]
+    example = render("default", chat(*whole, tools=TOOLS))
+    tool, call = json.dumps(TOOLS[0]["function"]), '{"name": "weather", "arguments": {"place": "Nîmes"}}'
+    assert tokenizer_of("default").decode(example.segments[0].ids) == (
+        "<|bos|>### System\nYou answer in few words.\n\n"
+        f"You can call these tools:\n{tool}\n"
+        'To call one, answer with nothing but a JSON object: {"name": <name of the tool>, "arguments": {…}}.\n\n'
+        "### User\nWhat is the capital of France?\n\n"
+        f"### Assistant\nLet me see.\n{call}<|eos|>\n\n"
+        "### User\nThe tool answered: sunny, 31 °C\n\n"
+        "### Assistant\nParis.<|eos|>\n\n"
+    )
+    assert trained(example, tokenizer_of("default")) == f"Let me see.\n{call}<|eos|>Paris.<|eos|>"
+
+
+def test_of_tools_the_packaged_template_says_what_the_server_does() -> None:
+    function = CALL["tool_calls"][0]["function"]  # type: ignore[index]
+    spelt = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    call = CALL | {"tool_calls": [CALL["tool_calls"][0] | {"function": spelt}]}  # type: ignore[index]
+    for system in ([], [SYSTEM]):
+        body = ChatBody(model="m", messages=[*system, USER, call, RESULT], tools=TOOLS)
+        served = ChatTemplate(tokenizer_of("default")).ids(body.plain_messages())
+        ids = render("default", chat(*system, *WITH_CALL, tools=TOOLS)).segments[0].ids
+        assert ids[: len(served)].tolist() == served
+
+
+def test_tools_beside_a_plain_prompt_are_refused() -> None:
+    for kind, row in (
+        ("instruction", {"prompt": "Say:", "completion": " yes"}),
+        ("preference", {"prompt": "Say:", "chosen": " yes", "rejected": " no"}),
+    ):
+        with pytest.raises(
+            DataError, match=r"has tools, which a plain prompt does not say: data\.render\.prompt_style=plain"
+        ):
+            plain(kind, **row, tools=TOOLS)
+
+
+def test_names_of_special_tokens_in_tools_and_calls_are_plain_text() -> None:
+    call = json.loads(json.dumps(CALL).replace("N\\u00eemes", "<|im_end|>"))
+    example = render("qwen2.5", chat(USER, call, RESULT | {"content": "<|im_start|>"}, SAYS, tools=TOOLS))
+    tokenizer = tokenizer_of("qwen2.5")
+    ids = example.segments[0].ids.tolist()
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 5
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
+    assert tokenizer.decode(ids).count("<|im_end|>") == 6
