@@ -1,6 +1,7 @@
 """What opening and resuming cost with a million rows: time, and memory that does not grow with them.
 
-Run: `python benchmarks/loader.py`. The rows are packed examples and text; the figures of ten thousand rows stand beside.
+Run: `python benchmarks/loader.py`. The rows are packed examples, examples in buckets of about one length, and text; the figures of
+ten thousand rows stand beside.
 """
 
 import json
@@ -38,8 +39,9 @@ MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
 from kajiya.data.loader import Feed, open_loader
-folder, n, packed = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "packed"
-feed = Feed(64, packing="best_fit" if packed else "concatenate", packed=folder if packed else None)
+folder, n, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+packing = {"packed": "best_fit", "bucketed": "bucketed", "text": "concatenate"}[kind]
+feed = Feed(64, packing=packing, packed=None if kind == "text" else folder)
 def anon(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 before = anon()
 began = time.perf_counter(); loader = open_loader(folder, "train", feed, batch=8, seed=1); loader.next()
@@ -50,8 +52,12 @@ began = time.perf_counter(); fresh.load_state(state); fresh.next(); resumed = ti
 began = time.perf_counter()
 for _ in range(200): fresh.next()
 each = (time.perf_counter() - began) / 200
+began = time.perf_counter(); fresh.state(); stated = time.perf_counter() - began
 
-print(json.dumps({"open_s": opened, "resume_s": resumed, "batch_ms": 1e3 * each, "grown_mib": (anon() - before) / 1024}))
+print(json.dumps({
+    "open_s": opened, "resume_s": resumed, "batch_ms": 1e3 * each, "state_ms": 1e3 * stated,
+    "grown_mib": (anon() - before) / 1024,
+}))
 """
 
 
@@ -60,11 +66,11 @@ def main() -> None:
     for n_rows in ROWS:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), n_rows)
-            for kind in ("packed", "text"):
+            for kind in ("packed", "bucketed", "text"):
                 command = [sys.executable, "-c", MEASURE, folder, str(n_rows), kind]
                 found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
                 print(
-                    f"{kind:7} {n_rows:>9,} rows: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+                    f"{kind:8} {n_rows:>9,} rows: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
                 )
 
 

@@ -152,6 +152,36 @@ def test_buckets_keep_padding_small_and_resume_exactly() -> None:
     assert torch.equal(later.next().tokens, batches[100].tokens)
 
 
+@pytest.mark.parametrize("kind", ["padded", "pairs"])
+def test_lengths_are_gone_through_once_and_not_at_every_state(kind: str) -> None:
+    nothing: Any = None
+    lengths = Counted(np.array([[3, 4], [5, 6], [7, 8]]))
+    packing = Packing(np.arange(3), np.arange(4), lengths, np.zeros((3, 2), dtype=np.int64))  # type: ignore[arg-type]
+    rows = PaddedRows(nothing, packing, TOKENS) if kind == "padded" else PairRows(nothing, packing, 0)
+    loader = Loader(rows, BucketedOrder(rows.lengths, 1), batch=1)
+    for _ in range(5):
+        loader.load_state(loader.state())
+        assert rows.lengths.tolist() == {"padded": [4, 6, 8], "pairs": [7, 11, 15]}[kind]
+    assert rows.identity()["n_tokens"] == 33
+    assert lengths.n_looked == 2
+
+
+class Counted:
+    """An array that counts how often all of it is gone through."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.n_looked = 0
+
+    def sum(self, **axis: int) -> Any:
+        self.n_looked += 1
+        return self.array.sum(**axis)
+
+    def max(self, **axis: int) -> Any:
+        self.n_looked += 1
+        return self.array.max(**axis)
+
+
 # ---------------------------------------------------------------- masked rows
 
 MASKING = Masking(mask_id=5_000, vocab_size=4_000, special_ids=(0, 1, 5_000))

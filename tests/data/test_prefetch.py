@@ -1,12 +1,15 @@
 """Reading ahead changes no batch, no state and no error; the waiting is measured."""
 
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tests.data.test_loader import loader_of, split_of
 
+from kajiya.data.batch import Batch, ExampleBatch, pinned
 from kajiya.data.loader import Loader
 
 
@@ -67,3 +70,31 @@ def test_an_error_while_reading_ahead_reaches_the_step(loader: Loader) -> None:
     ahead.next()
     with pytest.raises(OSError, match="the disk is gone"):
         ahead.next()
+
+
+def test_what_a_loss_looks_up_is_added_in_the_thread_that_reads_ahead(loader: Loader) -> None:
+    in_main: list[bool] = []
+
+    def enrich(batch: Batch) -> Batch:
+        in_main.append(threading.current_thread() is threading.main_thread())
+        return replace(batch, future=(1.0,))
+
+    enriched = Loader(loader.rows, loader.order, batch=4, enrich=enrich)
+    assert [enriched.next().future for _ in range(3)] == [(1.0,)] * 3
+    assert in_main[:3] == [False] * 3
+    assert enriched.at(0).future == enriched.heaviest().future == (1.0,)
+
+
+def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the locking itself is left out; tests/data/test_gpu.py has it."""
+    locked: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: locked.append(tensor) or tensor)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    part = torch.arange(6).reshape(2, 3)
+    rows = Batch(part, part + 1, part + 2, part + 3, 4, sources=part + 4)
+    inner = ExampleBatch(rows, part + 5, part[0], part[0] + 7)
+    batch = replace(inner, mismatched=inner, measured={"kl": 0.5})
+    made = pinned(batch, torch.device("cuda"))
+    assert len(locked) == 2 * (5 + 3)
+    assert torch.equal(made.mismatched.rows.segments, part + 3)
+    assert (made.rows.n_targets, made.measured, made.labels) == (4, {"kl": 0.5}, None)

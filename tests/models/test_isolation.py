@@ -130,9 +130,17 @@ def test_a_changed_segment_leaves_the_others_untouched_in_flex_attention(name: s
     assert done.returncode == 0, done.stderr
 
 
-def check_untouched(name: str, attention: str, is_causal: bool) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+def test_a_changed_segment_leaves_the_others_untouched_on_a_gpu(name: str, attention: str) -> None:
+    check_untouched(name, attention, name != "bert", "cuda")
+
+
+def check_untouched(name: str, attention: str, is_causal: bool, device: str = "cpu") -> None:
     """Change one segment at a time: its own logits change, no other's do, and all are those of each sequence alone."""
-    model, batch = model_of(name, attention), packed(is_causal)
+    model, batch = model_of(name, attention).to(device), packed(is_causal).to(device)
     with torch.no_grad():
         before = logits_of(model, batch)
         for row, segment in ((0, 0), (0, 1), (1, 1)):

@@ -4,7 +4,7 @@ Shape letters: B rows of the micro-batch, T tokens of a row, E examples, S seque
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -234,3 +234,20 @@ class RolloutBatch:
             if isinstance(value, torch.Tensor)
         }
         return replace(self, rows=self.rows.to(device), **moved)
+
+
+def pinned(batch: Any, device: torch.device) -> Any:
+    """A batch of any kind with its tensors in page-locked memory; `device` is the GPU that it is for."""
+
+    def locked(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.pin_memory()
+        return (
+            replace(value, **{name: locked(each) for name, each in vars(value).items()})
+            if is_dataclass(value)
+            else value
+        )
+
+    # In a thread of its own another GPU would be the current one, and get a context for it.
+    with torch.cuda.device(device):
+        return locked(batch)

@@ -5,6 +5,7 @@ Shape letters: B rows of a batch, T tokens of a row, S sequences, E examples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -85,10 +86,14 @@ class PaddedRows:
         """Examples in a turn."""
         return len(self.packing.examples)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of the longest sequence of each example; int64 [n]."""
         return np.asarray(self.packing.lengths.max(axis=1))
+
+    @cached_property
+    def _n_tokens(self) -> int:
+        return int(self.packing.lengths.sum())
 
     def epoch(self, row: int) -> int:
         """As `Rows`'s."""
@@ -96,7 +101,7 @@ class PaddedRows:
 
     def identity(self) -> dict[str, int]:
         """As `Rows`'s."""
-        return {"n_examples": self.n, "n_tokens": int(self.packing.lengths.sum())}
+        return {"n_examples": self.n, "n_tokens": self._n_tokens}
 
     def documents(self, place: int) -> list[int]:
         """As `Rows`'s."""
@@ -130,10 +135,14 @@ class PairRows:
         """Pairs in a turn."""
         return len(self.packing.examples)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each pair; int64 [n]."""
         return np.asarray(self.packing.lengths.sum(axis=1))
+
+    @cached_property
+    def _n_tokens(self) -> int:
+        return int(self.packing.lengths.sum())
 
     def epoch(self, row: int) -> int:
         """As `Rows`'s."""
@@ -141,7 +150,7 @@ class PairRows:
 
     def identity(self) -> dict[str, int]:
         """As `Rows`'s."""
-        return {"n_examples": self.n, "n_tokens": int(self.packing.lengths.sum())}
+        return {"n_examples": self.n, "n_tokens": self._n_tokens}
 
     def documents(self, place: int) -> list[int]:
         """As `Rows`'s."""

@@ -1,6 +1,6 @@
 """Batches of rows in one global order, a function of the seed and the row's number alone; any is found at once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from kajiya.data.text_rows import HeldoutText, Rows, TextRows
 from kajiya.errors import StoreError
 
 _PLACES_AHEAD = 1024
+Enrich = Callable[[Any], Any]
+"""What is added to a batch, a function of the batch alone."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,19 @@ class Loader:
     """Batches of rows. The position is one number, and the row at a position depends on nothing else.
 
     With several ranks, each takes its part of every global group of `rows` · `world` rows, so that neither the number of
-    ranks nor the size of the batch changes the order.
+    ranks nor the size of the batch changes the order. `enrich` adds to each batch what its loss looks up; it is called where
+    the rows are read, in the thread that reads ahead.
     """
 
-    def __init__(self, rows: Rows, order: Order, *, batch: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, rows: Rows, order: Order, *, batch: int, rank: int = 0, world: int = 1, enrich: Enrich | None = None
+    ) -> None:
         self.rows = rows
         self.order = order
         self.batch = batch
         self.rank = rank
         self.world = world
+        self.enrich = enrich
         self.row = 0
         """Rows given out since the beginning, by all ranks; the next group begins with this one."""
         # Places are looked up many at a time, which costs hardly more than one.
@@ -89,14 +95,18 @@ class Loader:
 
     def heaviest(self) -> Any:
         """The batch that takes the most memory; the position stays."""
-        return self.rows.batch(self.rows.heaviest(self.batch))
+        return self._enriched(self.rows.heaviest(self.batch))
 
     def _make(self, row: int, n: int) -> Any:
         first, places = self._known_places
         if not first <= row <= row + n <= first + len(places):
             first, places = row, self.order.places(np.arange(row, row + max(n, _PLACES_AHEAD)))
             self._known_places = (first, places)
-        return self.rows.batch(places[row - first : row - first + n])
+        return self._enriched(places[row - first : row - first + n])
+
+    def _enriched(self, places: np.ndarray) -> Any:
+        batch = self.rows.batch(places)
+        return batch if self.enrich is None else self.enrich(batch)
 
     def state(self) -> dict[str, int]:
         """The position, and what it is a position in."""
@@ -120,7 +130,15 @@ class Loader:
 
 
 def open_loader(
-    shards: Path, split: str, feed: Feed, *, batch: int, seed: int, rank: int = 0, world: int = 1
+    shards: Path,
+    split: str,
+    feed: Feed,
+    *,
+    batch: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    enrich: Enrich | None = None,
 ) -> Loader:
     """A loader over a split of the shards in `shards`, at its beginning.
 
@@ -129,7 +147,7 @@ def open_loader(
     rows = _training_rows(open_split(shards, split), feed, seed)
     lengths = rows.lengths if isinstance(rows, (PaddedRows, PairRows)) else None
     order = ShuffledOrder(rows.n, seed) if lengths is None else BucketedOrder(lengths, seed)
-    return Loader(rows, order, batch=batch, rank=rank, world=world)
+    return Loader(rows, order, batch=batch, rank=rank, world=world, enrich=enrich)
 
 
 def heldout_rows(shards: Path, feed: Feed, *, rows: int, batch: int = 8, seed: int = 0) -> Iterator[Any]:

@@ -2,24 +2,27 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from kajiya.config.schema import Config
 from kajiya.config.tables import Row, check_choice, loss_row
-from kajiya.data.loader import Feed, Loader, heldout_rows, open_loader
+from kajiya.data.batch import pinned
+from kajiya.data.loader import Enrich, Feed, Loader, heldout_rows, open_loader
 from kajiya.data.masking import Masking
 from kajiya.data.mismatch import add_mismatched
 from kajiya.data.pack import ChosenPacking, choose_packing, open_packing
-from kajiya.data.render import Renderer, read_template
+from kajiya.data.render import open_renderer, read_template
 from kajiya.data.shards import Rendering, open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.flows.heldout import heldout_values
 from kajiya.models.adapt import has_adapter
-from kajiya.models.isolation import architecture_isolates
+from kajiya.models.isolation import architecture_isolates, can_isolate
 from kajiya.models.tasks import Task
 from kajiya.models.weights_digest import tensors_digest
 from kajiya.run.code import code_revision
@@ -38,7 +41,6 @@ MASK = "<|mask|>"
 """The mask token of a tokenizer that does not name one."""
 _ALL = 2**62
 """More rows than there are."""
-Enrich = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def rendering_of(config: Config, corpus: Artifact, tokenizer: Artifact) -> Rende
     classes = corpus.facts["classes"] if form == "labelled" else None
     render = config.data.render
     return Rendering(
-        open=lambda: Renderer(load_tokenizer(tokenizer.path), render, form, classes).render_many,
+        open=partial(open_renderer, tokenizer.path, render, form, classes, config.tokenizer.path),
         segments=2 if form in ("preference", "seq2seq") else 1,
         key={"format": form, "classes": classes, "render": render, "template": read_template(render)},
         code=("kajiya.data.render",),
@@ -144,12 +146,18 @@ class Feeding:
         kept = list(self.heldout(rows))
         return lambda: Evaluation(heldout_values(self.loss, setup, kept))
 
-    def loader(self, *, batch: int | None = None, rank: int = 0, world: int = 1) -> "EnrichedLoader":
+    def loader(self, *, batch: int | None = None, rank: int = 0, world: int = 1) -> Loader:
         """Training batches of `batch` rows (`None`: the config's micro-batch), from the beginning."""
-        loader = open_loader(
-            self.shards, "train", self.feed, batch=batch or self.micro_batch, seed=self.seed, rank=rank, world=world
+        return open_loader(
+            self.shards,
+            "train",
+            self.feed,
+            batch=batch or self.micro_batch,
+            seed=self.seed,
+            rank=rank,
+            world=world,
+            enrich=self.enrich("train"),
         )
-        return EnrichedLoader(loader, self.enrich("train"))
 
     def heldout(self, rows: int | None = None) -> Iterator[Any]:
         """Batches of held-out rows, spread evenly over the split; `None`: all of them."""
@@ -159,55 +167,17 @@ class Feeding:
         return map(self.enrich("heldout"), batches)
 
 
-class EnrichedLoader:
-    """A loader that adds to each batch what its loss looks up."""
+def open_feeding(
+    config: Config,
+    data: Data,
+    reference: Artifact | None,
+    start_id: int | None = None,
+    device: torch.device | None = None,
+) -> Feeding:
+    """The batches of the config's loss; `start_id` is what an encoder–decoder's decoder reads first.
 
-    def __init__(self, loader: Loader, enrich: Enrich) -> None:
-        self.loader = loader
-        self.enrich = enrich
-
-    @property
-    def batch(self) -> int:
-        """Rows of a batch."""
-        return self.loader.batch
-
-    @batch.setter
-    def batch(self, rows: int) -> None:
-        self.loader.batch = rows
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """As `Loader`'s."""
-        return self.loader.rows_per_epoch
-
-    def next(self) -> Any:
-        """The next micro-batch."""
-        return self.enrich(self.loader.next())
-
-    def at(self, row: int) -> Any:
-        """The micro-batch of rows from number `row` on; the position stays."""
-        return self.enrich(self.loader.at(row))
-
-    def heaviest(self) -> Any:
-        """The micro-batch that takes the most memory; the position stays."""
-        return self.enrich(self.loader.heaviest())
-
-    @property
-    def waited_s(self) -> float:
-        """Time that steps have waited for rows that were not ready, seconds."""
-        return self.loader.waited_s
-
-    def state(self) -> dict[str, int]:
-        """As `Loader`'s."""
-        return self.loader.state()
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """As `Loader`'s."""
-        self.loader.load_state(state)
-
-
-def open_feeding(config: Config, data: Data, reference: Artifact | None, start_id: int | None = None) -> Feeding:
-    """The batches of the config's loss; `start_id` is what an encoder–decoder's decoder reads first."""
+    Training batches for a GPU (`device`) lie in page-locked memory, from which it takes them while it computes.
+    """
     row = loss_row(config.train.loss.name)
     feed = Feed(
         row_tokens=config.data.row_tokens,
@@ -231,6 +201,8 @@ def open_feeding(config: Config, data: Data, reference: Artifact | None, start_i
             steps.append(add_reference(table, split))
         if config.model.future_heads:
             steps.append(lambda batch: batch.with_future(config.model.future_heads))
+        if split == "train" and device is not None and device.type == "cuda":
+            steps.append(lambda batch: pinned(batch, device))
         return lambda batch: _through(steps, batch)
 
     return Feeding(data.shards.path, feed, config.seed, rows_at_once(config.train), enrich, config.train.loss.name)
@@ -251,7 +223,7 @@ def build_reference(
 
     def make(folder: Path) -> dict[str, Any]:
         feeding = open_feeding(config, data, None)
-        loader = feeding.loader().loader
+        loader = feeding.loader()
         places = range(0, loader.rows_per_epoch, feeding.micro_batch)
         all_places = (np.arange(first, min(first + feeding.micro_batch, loader.rows_per_epoch)) for first in places)
         train = (feeding.enrich("train")(loader.rows.batch(each)) for each in all_places)
@@ -288,6 +260,21 @@ def packing_of(config: Config, form: str) -> ChosenPacking:
     if form == "text" and ":" in config.model.name and config.data.packing == "auto":
         return ChosenPacking("concatenate", "text is cut where a row is full; a module of one's own reads whole rows")
     return choose_packing(config.data.packing, takes, form == "text", architecture_isolates(config.model))
+
+
+def require_isolation(config: Config, form: str, module: torch.nn.Module) -> None:
+    """Raise `ConfigError` where rows of that format hold several texts that the module, as it was built, lets see each other."""
+    chosen = packing_of(config, form).name
+    if chosen == "bucketed" or (chosen == "concatenate" and not config.data.isolate) or can_isolate(module):
+        return
+    name = type(module).__name__
+    why = f"{name}.forward takes no `segments`" if ":" in config.model.name else f"{name} carries a state along the row"
+    raise ConfigError(
+        "data.isolate",
+        f"the texts that share a row are to be kept apart, and this model cannot do it: {why}",
+        "Set data.packing=bucketed (a row for each), or data.isolate=false where texts may see each other; a module of one's own "
+        "can take `segments` [B, T].",
+    )
 
 
 def _mismatched(row: Row, data: Data, split: str, row_tokens: int) -> list[Enrich]:

@@ -15,7 +15,7 @@ from kajiya.data.progress import OnEvent, silent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
-from kajiya.flows.feeding import Data, Feeds, build_reference, open_feeding, task_of
+from kajiya.flows.feeding import Data, Feeds, build_reference, open_feeding, require_isolation, task_of
 from kajiya.flows.fit_hooks import follower_hooks, make_hooks
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.prove import prove_run
@@ -98,6 +98,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     join(ranks, device)
     precision = _resolve_precision(config, settled, device, ranks)
     built = _build(config, data)
+    require_isolation(config, data.corpus.facts["format"], built.module)
     adapted = add_future_heads(built.module, config.model.future_heads)
     adapted |= transform(built.module, config.adapter, config.model.quantize, config.seed)
     if has_adapter(built.module) and config.model.path and data.tokenizer.facts["added_tokens"]:
@@ -123,7 +124,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     if loss_row(config.train.loss.name).takes == "prompts":
         feeding = open_rollouts(config, data, model, precision, device)
     else:
-        feeding = open_feeding(config, data, reference, start_id=decoder_start(model))
+        feeding = open_feeding(config, data, reference, start_id=decoder_start(model), device=device)
     loader = feeding.loader(batch=1, rank=ranks.rank, world=ranks.n)
     setup = Setup(
         model=model,

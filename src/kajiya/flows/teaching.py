@@ -42,7 +42,7 @@ def _build_teacher(config: Config, data: Data, device: torch.device, store: Stor
         feeding = open_feeding(config, data, None)
         heldout = heldout_source(data.shards.path, feeding.feed, config.seed)
         begin, at_once = heldout_begin(data), rows_at_once(config.train)
-        splits = ((0, _in_turn(feeding.loader().loader.rows, at_once)), (begin, _in_turn(heldout, at_once)))
+        splits = ((0, _in_turn(feeding.loader().rows, at_once)), (begin, _in_turn(heldout, at_once)))
         n_places = begin + open_split(data.shards.path, "heldout").n_tokens
         keeping = Keeping(options.top_k, options.temperature, options.chunk_tokens)
         vocab_size = cache_teacher(open_teacher(options, device), splits, n_places, keeping, folder)

@@ -1,0 +1,186 @@
+"""What a loss is fed with: rows prepared and measured, models that must keep texts apart, look-ups out of the step's way."""
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Finished
+from tests.data.families import MORE, SAYS, USER, tokenizer_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kajiya.config.compose import compose
+from kajiya.config.schema import Config, DataConfig, SourceConfig
+from kajiya.data.loader import Feed
+from kajiya.data.progress import silent
+from kajiya.data.render import Refusal
+from kajiya.errors import ConfigError, DataError
+from kajiya.flows import feeding
+from kajiya.flows.feeding import Feeding, open_feeding, rendering_of, require_isolation
+from kajiya.flows.stages import Stages
+from kajiya.flows.train import prepare_data, train
+from kajiya.run.store import Artifact, Store
+
+# ---------------------------------------------------------------- what is lost stops the work
+
+
+def rows(path: Path, lines: Iterable[str], **settings: Any) -> DataConfig:
+    path.write_text("".join(line + "\n" for line in lines))
+    source = SourceConfig("jsonl", {"files": str(path)})
+    return DataConfig(source=source, heldout_every=5, near_duplicate=None, row_tokens=64, **settings)
+
+
+def begun(config: Config, store: Store, words: str) -> list[str]:
+    """The stages that were begun before it stopped with these words."""
+    heard: list[str] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "stage" and fields["state"] == "begun":
+            heard.append(fields["name"])
+
+    with pytest.raises(DataError, match=words):
+        prepare_data(config, store, Stages(hear))
+    return heard
+
+
+def test_too_many_unreadable_rows_stop_the_work_before_anything_is_made_of_the_others(
+    small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"row {number}"}) if number % 20 else "{" for number in range(200)]
+    config = replace(small_config(), data=rows(tmp_path / "rows.jsonl", lines, on_unreadable="drop"))
+    words = r"data.max_lost_fraction=0.01: 5.00% of the rows are lost .*\nChange data.on_unreadable"
+    assert begun(config, Store(tmp_path / "store"), words) == ["corpus"]
+
+
+def test_too_many_long_rows_stop_the_work_behind_the_packing(
+    small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    lines = [
+        json.dumps({"prompt": f"Q {number}", "completion": "and so on " * (1 if number % 20 else 40)})
+        for number in range(200)
+    ]
+    config = replace(small_config(), data=rows(tmp_path / "rows.jsonl", lines, on_long="drop"))
+    words = r"data.max_lost_fraction=0.01: .*% of the bytes are lost .*\nChange data.row_tokens, data.max_tokens or data.on_long"
+    assert begun(config, Store(tmp_path / "store"), words) == ["corpus", "tokenizer", "shards", "packing"]
+    allowed = replace(config, data=replace(config.data, max_lost_fraction=1.0))
+    assert prepare_data(allowed, Store(tmp_path / "store"), Stages(silent)).packing is not None
+
+
+@pytest.mark.slow
+def test_real_pairs_fill_their_rows(tmp_path: Path) -> None:
+    config = compose("stdlib-sft")
+    data = prepare_data(config, Store(tmp_path), Stages(silent))
+    assert data.packing is not None
+    facts = data.packing.facts["train"]
+    assert facts["examples"] > 5_000
+    assert facts["fill"] >= 0.99
+
+
+# ---------------------------------------------------------------- texts of a row apart
+
+
+class Whole(torch.nn.Module):
+    """A module that is not told the segments."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens) @ self.embedding.weight.T
+
+
+class Apart(Whole):
+    """One that is."""
+
+    def forward(self, tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens)
+
+
+def test_a_module_that_cannot_keep_texts_apart_is_refused_where_they_share_rows(
+    small_config: Callable[..., Config],
+) -> None:
+    own = "model.name=my_package:Whole"
+    with pytest.raises(ConfigError, match=r"data.isolate: .*Whole.forward takes no `segments`"):
+        require_isolation(small_config(own), "text", Whole(8))
+    require_isolation(small_config(own), "text", Apart(8))
+    require_isolation(small_config(own, "data.isolate=false"), "text", Whole(8))
+    require_isolation(small_config(own, "data.packing=bucketed"), "text", Whole(8))
+    require_isolation(small_config(own), "instruction", Whole(8))  # a row each, since the config cannot know
+    require_isolation(small_config(), "text", model("llama", hidden_size=16, num_attention_heads=2))
+    mamba = model("mamba", hidden_size=16, state_size=4)
+    require_isolation(small_config("model.name=mamba"), "text", mamba)
+    with pytest.raises(ConfigError, match=r"data.isolate: .*MambaForCausalLM carries a state along the row"):
+        require_isolation(small_config("model.name=mamba", "data.packing=concatenate"), "text", mamba)
+
+
+def model(name: str, **sizes: int) -> Any:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, num_hidden_layers=1, vocab_size=50, **sizes))
+
+
+def test_a_run_with_such_a_module_stops_before_its_first_step(
+    small_config: Callable[..., Config], own_finished: Finished
+) -> None:
+    config = small_config("model.name=tests.flows.test_feeding:Whole", "model.options={vocab_size: 512}")
+    with pytest.raises(ConfigError, match=r"data.isolate: .*\nSet data.packing=bucketed"):
+        train(config, own_finished.store)
+
+
+# ---------------------------------------------------------------- out of the step's way
+
+
+def test_look_ups_are_made_where_rows_are_read_ahead(own_finished: Finished) -> None:
+    shards = own_finished.store.root / own_finished.trained.run.manifest()["artifacts"]["shards"]["path"]
+    in_main: list[bool] = []
+
+    def enrich(split: str) -> Callable[[Any], Any]:
+        def note(batch: Any) -> Any:
+            in_main.append(threading.current_thread() is threading.main_thread())
+            return split, batch
+
+        return note
+
+    made = Feeding(shards, Feed(64), seed=0, micro_batch=2, enrich=enrich, loss="next_token").loader()
+    split, batch = made.next()
+    assert (split, batch.tokens.shape) == ("train", (2, 64))
+    assert in_main[0] is False
+    assert made.at(0)[0] == "train"
+
+
+def test_batches_for_a_gpu_are_pinned(own_finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, gpu = own_finished.config, torch.device("cuda", 1)
+    data = prepare_data(config, own_finished.store, Stages(silent))
+    monkeypatch.setattr(feeding, "pinned", lambda batch, device: (batch, device))
+    batch, device = open_feeding(config, data, None, device=gpu).loader().next()
+    assert (batch.tokens.shape, device) == ((2, 64), gpu)
+    assert open_feeding(config, data, None, device=torch.device("cpu")).loader().next().tokens.shape == (2, 64)
+    assert next(iter(open_feeding(config, data, None, device=gpu).heldout(2))).tokens.shape == (2, 64)
+
+
+# ---------------------------------------------------------------- templates by their names
+
+
+def test_a_refusal_names_the_template_by_what_the_config_says(tmp_path: Path) -> None:
+    tokenizer_of("qwen3").save_pretrained(tmp_path)
+    corpus, tokenizer = (Artifact(tmp_path, stage, "k", "d", {"format": "chat"}) for stage in ("corpus", "tokenizer"))
+    row = json.dumps({"messages": [USER, SAYS, *MORE]})
+    for override, words in (
+        ("tokenizer.path=Qwen/Qwen3-8B", "the chat template of Qwen/Qwen3-8B"),
+        (f"data.render.template={write(tmp_path)}", f"the chat template {tmp_path}/mine.jinja"),
+    ):
+        config = compose("stdlib-sft", [override])
+        rendering = rendering_of(config, corpus, tokenizer)
+        assert rendering is not None
+        (refused,) = rendering.open()([("row 1", row)])
+        assert isinstance(refused, Refusal)
+        assert words in refused.reason
+
+
+def write(folder: Path) -> Path:
+    path = folder / "mine.jinja"
+    path.write_text("{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}")
+    return path
