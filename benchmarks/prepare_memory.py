@@ -20,13 +20,14 @@ from kajiya.data.sources import stdlib_files
 
 PREPARED = """
 import json, sys
+from functools import partial
 from pathlib import Path
 from kajiya.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from kajiya.data.corpus import build_corpus
 from kajiya.data.pack import build_packing
-from kajiya.data.render import Renderer
+from kajiya.data.render import open_renderer
 from kajiya.data.shards import Rendering, build_shards
-from kajiya.data.tokenizer import build_tokenizer, load_tokenizer
+from kajiya.data.tokenizer import build_tokenizer
 from kajiya.run.store import Store
 from kajiya.run.usage import peak_memory
 
@@ -40,11 +41,9 @@ peaks["tokenizer"] = peak_memory() / 2**20
 form = corpus.facts["format"]
 rendering = None
 if form != "text":
-    rendering = Rendering(
-        lambda: Renderer(load_tokenizer(tokenizer.path), config.render, form, None).render_many, 1, form, ("kajiya.data.render",)
-    )
+    rendering = Rendering(partial(open_renderer, tokenizer.path, config.render, form), 1, form, ("kajiya.data.render",))
 shards, _ = build_shards(config, corpus, tokenizer, store, rendering=rendering)
-peaks["shards"] = peak_memory() / 2**20
+peaks["shards"] = shards.facts["peak_memory_bytes"] / 2**20
 packing, _ = build_packing(config, shards, store)
 peaks["packing"] = peak_memory() / 2**20
 print(json.dumps({

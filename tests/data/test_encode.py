@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from kajiya.config.schema import DataConfig, TokenizerConfig
+from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import open_documents
 from kajiya.data.encode import (
     HARD_TEXTS,
@@ -15,6 +17,8 @@ from kajiya.data.encode import (
     open_bulk_encoder,
     open_encoder,
 )
+from kajiya.data.tokenizer import build_tokenizer
+from kajiya.run.store import Store
 
 
 def test_ids_are_equal_over_the_whole_corpus(small) -> None:
@@ -27,6 +31,23 @@ def test_ids_are_equal_over_the_whole_corpus(small) -> None:
         for fast, slow in zip(found.bulk.encode(texts), plain.encode(texts), strict=True):
             assert fast.dtype == slow.dtype
             assert np.array_equal(fast, slow)
+
+
+@pytest.mark.slow
+def test_ids_are_equal_over_the_whole_standard_library(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    corpus, _ = build_corpus(DataConfig(), store)
+    tokenizer, _ = build_tokenizer(TokenizerConfig(), corpus, store)
+    found = open_bulk_encoder(tokenizer.path, HARD_TEXTS)
+    assert found.is_fast
+    plain = PlainBulkEncoder(open_encoder(tokenizer.path))
+    n_bytes = 0
+    for split in ("train", "heldout"):
+        for _, texts in open_documents(corpus.path, split).batches(2**20):
+            n_bytes += sum(len(text.encode()) for text in texts)
+            for fast, slow in zip(found.bulk.encode(texts), plain.encode(texts), strict=True):
+                assert np.array_equal(fast, slow)
+    assert n_bytes > 5_000_000
 
 
 BYTES = pre_tokenizers.ByteLevel.alphabet()

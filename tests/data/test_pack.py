@@ -165,6 +165,30 @@ def test_what_is_too_long_is_cut_dropped_or_refused_and_counted(made) -> None:
         assert sorted(packing.examples.tolist()) == np.flatnonzero(totals <= 32).tolist()
 
 
+def test_a_sequence_longer_than_max_tokens_is_cut_dropped_or_refused_and_counted(made) -> None:
+    config, shards, store = made([(5, 6)] * 40 + [(10, 15)] * 20)
+    whole, _ = build_packing(config, shards, store)
+    limited = replace(config, max_tokens=20)
+    with pytest.raises(
+        DataError, match=r"a sequence of 25 tokens, more than data\.max_tokens=20 .*\nRaise data\.max_tokens"
+    ):
+        build_packing(limited, shards, store)
+    cut, reused = build_packing(replace(limited, on_long="cut"), shards, store)
+    assert not reused
+    dropped, _ = build_packing(replace(limited, on_long="drop"), shards, store)
+    for split in ("train", "heldout"):
+        n_long = int((np.diff(open_split(shards.path, split).offsets) == 25).sum())
+        assert n_long
+        assert whole.facts[split]["long"] == 0
+        assert (cut.facts[split]["cut_examples"], cut.facts[split]["cut_tokens"]) == (n_long, 5 * n_long)
+        assert open_packing(cut.path, split).lengths.max() == 20
+        assert (dropped.facts[split]["dropped_examples"], dropped.facts[split]["dropped_tokens"]) == (
+            n_long,
+            25 * n_long,
+        )
+        assert open_packing(dropped.path, split).lengths.max() == 11
+
+
 def test_long_documents_of_text_are_packed_in_pieces_and_no_target_is_lost(small) -> None:
     packed, _ = build_packing(replace(small.config, packing="best_fit"), small.shards, small.store)
     for split in ("train", "heldout"):
@@ -226,6 +250,8 @@ def test_rows_that_cannot_be_rendered_stop_the_work_or_are_counted(small, tmp_pa
     ):
         build_shards(config, corpus, small.tokenizer, store, rendering=RENDERING)
     shards, _ = build_shards(replace(config, on_unreadable="drop"), corpus, small.tokenizer, store, rendering=RENDERING)
+    with pytest.raises(DataError, match="no answer"):  # and shards without these rows are not taken for whole ones
+        build_shards(config, corpus, small.tokenizer, store, rendering=RENDERING)
     n_dropped = 0
     for split in ("train", "heldout"):
         documents, opened, facts = (

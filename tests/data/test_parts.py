@@ -1,19 +1,24 @@
 """Sharding that is killed, or runs out of disk or of memory: finished parts stay, and the end is the same."""
 
 import errno
+import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.data import parts
+from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import DocumentWriter, open_documents
+from kajiya.data.examples import Example, Segment
 from kajiya.data.memory import FAST, PLAIN, portions_within
-from kajiya.data.shards import build_shards
+from kajiya.data.shards import Rendering, build_shards, open_split
 from kajiya.errors import DataError, StoreError
 from kajiya.run.store import Artifact, Store, open_artifact
 from kajiya.run.usage import peak_memory
@@ -67,6 +72,74 @@ def test_killed_between_parts_it_goes_on_and_ends_the_same(small, tmp_path: Path
     open_artifact(shards.path, verify=True)
 
 
+KILLED_ROWS = """
+import os, signal, sys
+from pathlib import Path
+from kajiya.config.schema import DataConfig
+from kajiya.data import parts
+from kajiya.data.shards import build_shards
+from kajiya.run.store import Store, open_artifact
+from tests.data.test_parts import WEIGHED
+
+made = []
+whole = parts.write_json
+
+def count(path, content):
+    whole(path, content)
+    made.append(path)
+    if len(made) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+parts.write_json = count
+corpus, tokenizer = (open_artifact(Path(each)) for each in sys.argv[1:3])
+config = DataConfig(row_tokens=64, shard_bytes=1024, on_unreadable=sys.argv[4])
+build_shards(config, corpus, tokenizer, Store(Path(sys.argv[3])), rendering=WEIGHED)
+"""
+
+
+def render_weighed(rows: Iterable[tuple[str, str]]) -> Iterator[Example | str]:
+    """A prompt of weight 0 and an answer of weights that differ from row to row, with a label; every fifteenth is refused."""
+    for name, text in rows:
+        row = json.loads(text)
+        number = int(row["prompt"].split()[-1])
+        ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        weights = np.where(np.arange(len(ids)) < 9, 0.0, 0.5 + number % 7 / 4).astype(np.float32)
+        refused = f"{name}: no answer"
+        yield refused if number % 15 == 3 else Example((Segment(ids, weights),), label=number % 3)
+
+
+WEIGHED = Rendering(lambda: render_weighed, 1, {"format": "weighed"}, ("kajiya.data.examples",))
+
+
+def test_killed_while_rendered_rows_are_written_it_ends_the_same_and_keeps_no_part_for_another_setting(
+    small, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(150)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig("jsonl", {"files": str(tmp_path / "rows.jsonl")})
+    config = DataConfig(source=source, heldout_every=4, row_tokens=64, shard_bytes=1024, on_unreadable="drop")
+    store = Store(tmp_path / "store")
+    corpus, _ = build_corpus(config, store)
+    arguments = [str(corpus.path), str(small.tokenizer.path), str(store.root), "drop"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_ROWS, *arguments], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (folder,) = part_folders(store)
+    assert len(list(folder.glob("*.json"))) == 3
+    assert len(list(folder.glob("*.weights"))) == 3
+    with pytest.raises(DataError, match="no answer"):
+        build_shards(replace(config, on_unreadable="error"), corpus, small.tokenizer, store, rendering=WEIGHED)
+    shards, _ = build_shards(config, corpus, small.tokenizer, store, rendering=WEIGHED)
+    whole, _ = build_shards(config, corpus, small.tokenizer, Store(tmp_path / "other"), rendering=WEIGHED)
+    assert shards.digest == whole.digest
+    assert shards.facts["train"]["dropped"]["documents"] + shards.facts["heldout"]["dropped"]["documents"] == 10
+    split = open_split(shards.path, "train")
+    assert split.weighs
+    assert len(split.files) > 3
+    assert set(split.labels.tolist()) == {0, 1, 2}
+
+
 def test_a_full_disk_is_said_and_loses_no_finished_part(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     codes = iter([errno.ENOSPC])
@@ -88,6 +161,18 @@ def test_a_full_disk_is_said_and_loses_no_finished_part(small, tmp_path: Path, m
     shards, _ = build_shards(small.config, small.corpus, small.tokenizer, store)
     assert shards.digest == small.shards.digest
     assert calls.count(calls[0]) == 1
+
+
+def test_the_table_of_weights_does_not_depend_on_how_the_rows_are_cut_for_the_work() -> None:
+    weights = np.array([0, 1, 1, 0.5, 0, 2, 0.25], dtype=np.float32)
+    whole: dict[float, int] = {}
+    codes = parts._codes(weights, whole, "part").tolist()
+    for cut in range(1, len(weights)):
+        table: dict[float, int] = {}
+        assert [
+            code for each in np.split(weights, [cut]) for code in parts._codes(each, table, "part").tolist()
+        ] == codes
+        assert list(table.items()) == list(whole.items())
 
 
 def test_a_document_too_large_for_the_cap_is_refused(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def build_tokenizer(store: Store, made: Made) -> Artifact:
 def build_shards(store: Store, made: Made) -> Artifact:
     split = {"documents": 400, "tokens": 102_400, "bytes": 900_000}
     heldout = {"documents": made.n_documents, "bytes": sum(size for _, size, _ in documents_of(made))}
-    return put(store, "shards", made, {"train": split, "heldout": split | heldout})
+    facts = {"train": split, "heldout": split | heldout, "encoder": "tokenizers", "peak_memory_bytes": 300 * 2**20}
+    return put(store, "shards", made, facts)
 
 
 def build_model(store: Store, made: Made) -> Artifact:

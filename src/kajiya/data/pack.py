@@ -137,9 +137,9 @@ def build_packing(config: DataConfig, shards: Artifact, store: Store) -> tuple[A
     """Pack the examples of both splits into rows of `data.row_tokens`; returns the artifact, and whether it was there.
 
     Facts, for each split: `rows`, `examples`, `tokens`, `fill` (share of the rows' tokens that are used), and, but for text
-    (whose longer documents are packed in pieces), what became of examples longer than a row, as `data.on_long` says:
-    `long`, `cut_examples`, `cut_tokens`, `dropped_examples`, `dropped_tokens`. Raises `DataError` for a long example under
-    `on_long=error`, and where no example is left.
+    (whose longer documents are packed in pieces), what became of examples longer than a row, or with a sequence longer than
+    `data.max_tokens`, as `data.on_long` says: `long`, `cut_examples`, `cut_tokens`, `dropped_examples`, `dropped_tokens`,
+    `dropped_bytes`. Raises `DataError` for a long example under `on_long=error`, and where no example is left.
     """
 
     def make(folder: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def build_packing(config: DataConfig, shards: Artifact, store: Store) -> tuple[A
         store,
         STAGE,
         code=code_revision("kajiya.data.pack"),
-        config={"row_tokens": config.row_tokens, "on_long": config.on_long},
+        config={"row_tokens": config.row_tokens, "max_tokens": config.max_tokens, "on_long": config.on_long},
         parents={"shards": shards},
         make=make,
     )
@@ -199,21 +199,27 @@ def _pieces_of_text(split: Split, room: int) -> _Pieces:
 
 
 def _examples(split: Split, config: DataConfig) -> _Pieces:
-    """Every example, those longer than a row cut, dropped or refused as `data.on_long` says."""
+    """Every example, those longer than they may be cut, dropped or refused as `data.on_long` says."""
     room = config.row_tokens
+    limit = room if config.max_tokens is None else min(config.max_tokens, room)
     lengths = np.diff(split.offsets).reshape(-1, split.segments)
     totals = lengths.sum(axis=1)
-    long = np.flatnonzero(totals > room)
+    long = np.flatnonzero((totals > room) | (lengths > limit).any(axis=1))
     if len(long) and config.on_long == "error":
         worst = int(long[np.argmax(totals[long])])
+        is_row = totals[worst] > room
+        what = (
+            f"{totals[worst]} tokens, more than a row of data.row_tokens={room}"
+            if is_row
+            else f"a sequence of {lengths[worst].max()} tokens, more than data.max_tokens={limit}"
+        )
         raise DataError(
-            f"{split.names[worst]}: {totals[worst]} tokens, more than a row of data.row_tokens={room} "
-            f"({len(long)} of {len(totals)} examples are too long).\n"
-            "Raise data.row_tokens, or set data.on_long to cut or drop."
+            f"{split.names[worst]}: {what} ({len(long)} of {len(totals)} examples are too long).\n"
+            f"Raise data.{'row_tokens' if is_row else 'max_tokens'}, or set data.on_long to cut or drop."
         )
     kept = lengths.copy()
     for index in long.tolist():
-        kept[index] = cut_to(lengths[index], room) if config.on_long == "cut" else 0
+        kept[index] = cut_to(np.minimum(lengths[index], limit), room) if config.on_long == "cut" else 0
         if not _has_target(split, index, kept[index]):
             kept[index] = 0
     left = kept.sum(axis=1)

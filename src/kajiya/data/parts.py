@@ -182,8 +182,9 @@ def _encoded(
 
 def _codes(weights: np.ndarray, table: dict[float, int], name: str) -> np.ndarray:
     """Each weight's number in the table, uint8; weights not seen before are added to it."""
-    found, places = np.unique(weights, return_inverse=True)
-    for weight in found.tolist():
+    found, firsts, places = np.unique(weights, return_index=True, return_inverse=True)
+    # In the order in which they come, so that the table does not depend on how the rows are cut for the work.
+    for weight in found[np.argsort(firsts)].tolist():
         table.setdefault(weight, len(table))
     if len(table) > MAX_WEIGHTS:
         raise DataError(

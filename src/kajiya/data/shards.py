@@ -6,7 +6,7 @@ with a weight for each target, and a label where its kind has one.
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import numpy as np
 
 from kajiya.config.schema import DataConfig
 from kajiya.data.documents import SPLITS, Documents, cumulated, open_documents, write_names
-from kajiya.data.encode import open_bulk_encoder
+from kajiya.data.encode import bulk_words, open_bulk_encoder
 from kajiya.data.encoding import RenderMany, RowsEncoder, TextEncoder
 from kajiya.data.mapped import map_file
 from kajiya.data.memory import FAST, PLAIN, portions_within
 from kajiya.data.names import Names, open_names
 from kajiya.data.parts import Encode, Part, link_parts, write_parts
 from kajiya.data.progress import OnEvent, Progress, silent
+from kajiya.data.render_processes import CHUNK_BYTES, RenderProcesses, RowsTask, processes_for
 from kajiya.errors import DataError, StoreError
 from kajiya.run.code import code_revision
 from kajiya.run.files import read_json, require_space, write_json
@@ -39,7 +40,7 @@ class Rendering:
     """How the rows of a structured corpus become examples."""
 
     open: Callable[[], RenderMany]
-    """Opens the function that renders rows."""
+    """Opens the function that renders rows; it can be pickled, since of many rows processes of their own render each a part."""
     segments: int
     """Sequences of an example, k."""
     key: Any
@@ -60,12 +61,14 @@ def build_shards(
 
     Each document of text becomes begin-of-text + ids + end-of-text; with a `rendering`, each is a row that becomes an
     example. Facts, for each split: `documents`, `tokens`, `bytes`, `bytes_per_token`, `shards`, and of rows `dropped`
-    (documents, bytes, examples of reasons); `encoder` (which, and why); `peak_memory_bytes` (of the process, at the end).
+    (documents, bytes, examples of reasons); `encoder` (which, and why); `peak_memory_bytes` (of the process, at the end, and of
+    those that rendered for it).
     `row_tokens` is no part of the key; a text shorter than one row raises `DataError`. Killed, it goes on with the first part
     that is not finished.
     """
     dtype = np.dtype("<u2" if tokenizer.facts["vocab_size"] <= 2**16 else "<u4")
     segments = rendering.segments if rendering else 1
+    drops = config.on_unreadable == "drop"
     unfinished: list[Path] = []
 
     def make(folder: Path) -> dict[str, Any]:
@@ -79,23 +82,30 @@ def build_shards(
             opened = open_bulk_encoder(tokenizer.path, _sample(splits))
             appetite, words = (FAST if opened.is_fast else PLAIN), opened.words
         else:
-            render, appetite, words = rendering.open(), PLAIN, "rendered row by row"
+            render, appetite, words = rendering.open(), PLAIN, f"{bulk_words()}, rendered row by row"
         portions = portions_within(config.memory_mib, splits, appetite, config.shard_bytes)
         progress = Progress(on_event, STAGE, "bytes", n_bytes)
         facts: dict[str, Any] = {"encoder": words}
         index: dict[str, Any] = {"dtype": dtype.str, "is_text": rendering is None, "segments": segments} | special
+        rendered_bytes = 0
         for documents in splits:
-            encode: Encode = (
-                TextEncoder(documents, opened.bulk, dtype, special["bos_id"], special["eos_id"])
-                if rendering is None
-                else RowsEncoder(documents, render, dtype, segments, drops=config.on_unreadable == "drop")
-            )
-            parts = write_parts(parts_folder, documents, encode, portions, progress)
+            if rendering is None:
+                encode: Encode = TextEncoder(documents, opened.bulk, dtype, special["bos_id"], special["eos_id"])
+                parts = write_parts(parts_folder, documents, encode, portions, progress)
+            elif (n := processes_for(documents, config.memory_mib)) > 1:
+                task = RowsTask(corpus.path, documents.split, rendering.open, dtype, segments, drops)
+                shared = replace(portions, chunk_bytes=CHUNK_BYTES, n_ahead=2 * n)
+                with RenderProcesses(task, n) as processes:
+                    parts = write_parts(parts_folder, documents, processes, shared, progress)
+                rendered_bytes = max(rendered_bytes, processes.peak_bytes)
+            else:
+                encode = RowsEncoder(documents, render, dtype, segments, drops)
+                parts = write_parts(parts_folder, documents, encode, portions, progress)
             index[documents.split] = link_parts(parts, folder)
             facts[documents.split] = _write_index(folder, documents, parts, segments)
         progress.end()
         write_json(folder / _INDEX, index)
-        facts["peak_memory_bytes"] = peak_memory()
+        facts["peak_memory_bytes"] = peak_memory() + rendered_bytes
         return facts | {name: value for name, value in index.items() if name not in SPLITS}
 
     special = {name: int(tokenizer.facts[name]) for name in ("bos_id", "eos_id", "pad_id")}
@@ -103,7 +113,8 @@ def build_shards(
         store,
         STAGE,
         code=code_revision("kajiya.data.shards", *(rendering.code if rendering else ())),
-        config={"shard_bytes": config.shard_bytes} | ({"rendering": rendering.key} if rendering else {}),
+        config={"shard_bytes": config.shard_bytes}
+        | ({"rendering": rendering.key, "on_unreadable": config.on_unreadable} if rendering else {}),
         parents={"corpus": corpus, "tokenizer": tokenizer},
         make=make,
     )

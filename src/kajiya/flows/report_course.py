@@ -133,6 +133,10 @@ def _tokens(run: RunFacts) -> Iterator[Block]:
         rate = f"{facts['bytes'] / facts['tokens']:.3f}" if facts["tokens"] else "—"
         rows.append([words, f"{facts['documents']:,}", f"{facts['tokens']:,}", f"{facts['bytes']:,}", rate])
     yield Table(columns, rows)
+    peak = format_bytes(shards.facts["peak_memory_bytes"])
+    yield Text(
+        f"Encoded by {shards.facts['encoder']}; until then the process took {peak} of memory at most.", is_aside=True
+    )
 
 
 # ---------------------------------------------------------------- plan and time

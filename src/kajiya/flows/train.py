@@ -347,7 +347,10 @@ def _tokenizer_words(tokenizer: Artifact) -> str:
 
 def _shards_words(shards: Artifact) -> str:
     train = shards.facts["train"]
-    return f"{format_count(train['tokens'])} tokens, {train['bytes'] / train['tokens']:.2f} bytes a token"
+    return (
+        f"{format_count(train['tokens'])} tokens, {train['bytes'] / train['tokens']:.2f} bytes a token, by "
+        f"{shards.facts['encoder']}; {format_bytes(shards.facts['peak_memory_bytes'])} of memory at most"
+    )
 
 
 def _packing_words(packing: Artifact) -> str:
