@@ -13,10 +13,11 @@ from tests.training.test_fit import make_setup
 
 from kajiya.data.batch import Batch
 from kajiya.errors import TrainingError
+from kajiya.models.quantized import plain_tensors, quantize
 from kajiya.training.fit import fit, train_step
 from kajiya.training.guard import Guard, find_spike
 from kajiya.training.loss_scale import LossScale
-from kajiya.training.movement import Movement
+from kajiya.training.movement import Movement, changed, checksums
 from kajiya.training.state import TrainState
 
 Make = Callable[..., torch.nn.Module]
@@ -212,6 +213,17 @@ def test_everything_moves_and_the_frozen_stays(tiny_model: Make) -> None:
         train_step(setup, state)
         movement.check(state, heard.append)
     assert heard == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_a_weight_in_few_bits_has_a_checksum(kind: str, tiny_model: Make) -> None:
+    model: Any = quantize(tiny_model(ffn_size=64), kind)
+    parameters = dict(model.named_parameters())
+    before = checksums(parameters)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        plain_tensors(weight.data)[0].view(-1)[0] ^= 1
+    assert changed(before, checksums(parameters)) == ["model.layers.0.self_attn.q_proj.weight"]
 
 
 def test_a_tensor_that_stays_is_told_and_a_frozen_one_that_moves_stops_the_run(tiny_model: Make) -> None:

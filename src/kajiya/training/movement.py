@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import TrainingError
+from kajiya.models.quantized import plain_tensors
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.state import TrainState
 
@@ -21,7 +22,7 @@ class Movement:
         self._trained = optimizer.masters
         trained = {id(parameter) for parameter in optimizer.parameters.values()}
         self._frozen = {name: p for name, p in model.named_parameters() if id(p) not in trained}
-        self._before = {"trained": _checksums(self._trained), "frozen": _checksums(self._frozen)}
+        self._before = {"trained": checksums(self._trained), "frozen": checksums(self._frozen)}
         self._began = _updates(state)
         self._is_done = False
 
@@ -30,14 +31,14 @@ class Movement:
         if self._is_done or _updates(state) < self._began + _STEPS:
             return
         self._is_done = True
-        moved = _changed(self._before["frozen"], _checksums(self._frozen))
+        moved = changed(self._before["frozen"], checksums(self._frozen))
         if moved:
             raise TrainingError(
                 f"step {state.step}: {len(moved)} frozen tensors changed, which nothing may: {_some(moved)}\n"
                 "Something else than the optimizer writes to them: look for code of the model that does."
             )
-        after = _checksums(self._trained)
-        still = sorted(after.keys() - _changed(self._before["trained"], after))
+        after = checksums(self._trained)
+        still = sorted(after.keys() - changed(self._before["trained"], after))
         if len(still) == len(after):
             raise TrainingError(f"step {state.step}: not one trainable tensor moved in {_STEPS} updates")
         if still:
@@ -51,16 +52,21 @@ def _updates(state: TrainState) -> int:
     return state.step - state.skipped - state.spikes - state.overflows
 
 
-def _checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Sum of each tensor's bits as whole numbers, read from the device at once."""
     if not tensors:
         return {}
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.detach().contiguous().view(words[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()]
+    sums = [torch.stack([_bits(part) for part in plain_tensors(t.detach())]).sum() for t in tensors.values()]
     return dict(zip(tensors, torch.stack(sums).tolist(), strict=True))
 
 
-def _changed(before: dict[str, int], after: dict[str, int]) -> list[str]:
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(words[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def changed(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    """Names whose checksums are not the same."""
     return sorted(name for name in before if before[name] != after[name])
 
 
