@@ -268,3 +268,19 @@ def test_serve_answers_and_stops(finished: Finished, store: str) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "torchao" not in err
+
+
+def test_a_failed_proof_stops_the_training_with_its_remedy(tmp_path: Path) -> None:
+    words = ("train", "stdlib-pretrain", *small_overrides("optim=adamw", "optim.lr=3", "train.compile=off"))
+    done = kajiya_process(*words, "--store", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error.startswith("error: learning: ")
+    assert "Lower optim.lr" in error
+    assert "preflight.skip=[learning]" in error
+    (run,) = (tmp_path / "runs").iterdir()
+    manifest = _json((run / "manifest.json").read_text())
+    assert manifest["status"] == "failed"
+    assert [each["name"] for each in manifest["proof"]["findings"] if each["state"] == "failed"] == ["learning"]
+    assert not {"model", "proof"} & manifest["artifacts"].keys()
+    assert not list((run / "checkpoints").glob("*"))

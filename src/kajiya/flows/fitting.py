@@ -51,7 +51,7 @@ from kajiya.training.recompute import recompute_activations
 from kajiya.training.saving import CheckpointWriter
 from kajiya.training.state import TrainState
 from kajiya.training.stopping import is_stale
-from kajiya.training.strategy import open_strategy
+from kajiya.training.strategy import SingleProcess, open_strategy
 from kajiya.training.timing import time_words
 
 _TIMES_A_RUN = 10
@@ -258,22 +258,7 @@ def fit_run(
     hear("plan", facts=facts)
     hear("stage", name="plan", state="done", seconds=time.perf_counter() - began, text="")
 
-    began = time.perf_counter()
-    if prepared.ranks.n == 1:
-        plain = with_schedule(prepared.setup, config, settled["train.steps"])
-        proof = prove_run(
-            config,
-            plain,
-            data,
-            run.store,
-            facts["peak_bytes"],
-            lambda: _build(config, data).module,
-            _recording(run, hear),
-        )
-        run.record_artifact("proof", proof)
-        run.record(timings=run.manifest().get("timings", {}) | {"prove": proof.facts["seconds"]})
-    else:
-        hear("warning", text="nothing is proven before a run of several processes; `kajiya prove` proves it in one")
+    _prove_first(config, run, prepared, data, settled, hear)
     began = time.perf_counter()
     keeper = _keeper(config, run, prepared, settled, key, hear)
     setup = keeper.setup
@@ -310,6 +295,24 @@ def fit_run(
     return Fitted(setup, state, settled) if finished else None
 
 
+def _prove_first(
+    config: Config, run: Run, prepared: Prepared, data: Data, settled: dict[str, Any], hear: OnEvent
+) -> None:
+    """Prove the run on the first rank, by itself, while the others wait for the word whether they go on."""
+    setup = with_schedule(prepared.setup, config, settled["train.steps"])
+    if prepared.ranks.n > 1:
+        setup = replace(setup, strategy=SingleProcess(setup.strategy.device, setup.precision))
+    is_proven = False
+    try:
+        plan, rebuild = run.manifest()["plan"], lambda: _build(config, data).module
+        proof = prove_run(config, setup, data, run.store, plan, rebuild, _recording(run, hear))
+        run.record_artifact("proof", proof)
+        run.record(timings=run.manifest().get("timings", {}) | {"prove": proof.facts["seconds"]})
+        is_proven = True
+    finally:
+        prepared.setup.strategy.from_first(float(is_proven))
+
+
 def follow_run(config: Config, run: Run, data: Data, key: str, should_stop: Callable[[], bool]) -> None:
     """The part of a rank that is not the first: the same steps on other rows; it writes and tells nothing."""
     began = time.perf_counter()
@@ -317,6 +320,8 @@ def follow_run(config: Config, run: Run, data: Data, key: str, should_stop: Call
     prepared = prepare(config, data, run.store, settled)
     if "train.steps" not in settled:
         settled = _settle(config, prepared, plan_run(config, prepared, data, began))
+    if not prepared.setup.strategy.from_first(0.0):
+        return  # the first rank proved that the run would go wrong, and says so
     keeper = _keeper(config, run, prepared, settled, key, silent)
     state = keeper.resume() or TrainState(derived=settled)
     fit(keeper.setup, state, follower_hooks(keeper, state), should_stop)
@@ -441,5 +446,5 @@ def prove_only(config: Config, data: Data, store: Store, hear: OnEvent) -> dict[
     plan = plan_run(config, prepared, data, began)
     hear("plan", facts=plan_facts(plan))
     setup = with_schedule(prepared.setup, config, plan.steps)
-    proof = prove_run(config, setup, data, store, plan.peak_bytes, lambda: _build(config, data).module, hear)
+    proof = prove_run(config, setup, data, store, plan_facts(plan), lambda: _build(config, data).module, hear)
     return dict(proof.facts)

@@ -1,8 +1,9 @@
-"""A user's own module, built again from its config with the weights of a model artifact."""
+"""What of a run is the user's own: the names of the code, and a module built again with the weights of a model artifact."""
 
 import torch
 
 from kajiya.config.schema import Config
+from kajiya.config.tables import loss_row
 from kajiya.models.build import build_model, vocabulary_of
 from kajiya.run.store import Artifact
 
@@ -18,3 +19,21 @@ def rebuild_own_module(config: Config, model: Artifact, tokenizer: Artifact) -> 
     module = build_model(config.model, vocabulary_of(load_tokenizer(tokenizer.path)), config.seed).module
     load_model(module, model.path / "model.safetensors")
     return module.eval()
+
+
+def own_names(config: Config) -> tuple[str, ...]:
+    """What may be the user's own code, among what training runs."""
+    return (
+        config.model.name,
+        config.adapter.name,
+        config.optim.name,
+        config.schedule.name,
+        config.train.loss.name,
+        *_reward_names(config),
+    )
+
+
+def _reward_names(config: Config) -> list[str]:
+    if loss_row(config.train.loss.name).takes != "prompts":
+        return []
+    return [each["name"] for each in config.train.loss.options["rewards"]]

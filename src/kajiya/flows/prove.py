@@ -10,16 +10,18 @@ import torch
 from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
+from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.flows.bases import loss_without_place, without_places
 from kajiya.flows.feeding import Data, task_of
+from kajiya.flows.own_module import own_names
 from kajiya.models.future import without_future_heads
 from kajiya.models.open import open_model
 from kajiya.models.trained import save_trained
 from kajiya.preflight.prove import Verdict, prove, require_proven
 from kajiya.preflight.prove_run import check_memory, check_schedule
 from kajiya.preflight.subject import Finding, Subject
-from kajiya.run.code import code_revision
+from kajiya.run.code import code_revision, own_code
 from kajiya.run.events import finite
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, artifact_key, produce
@@ -31,16 +33,22 @@ _ANEW: Mapping[str, Callable[[Subject], Finding]] = {"schedule": check_schedule,
 
 
 def prove_run(
-    config: Config, setup: Setup, data: Data, store: Store, peak_bytes: int, rebuild: Rebuild, hear: OnEvent
+    config: Config,
+    setup: Setup,
+    data: Data,
+    store: Store,
+    plan: Mapping[str, Any],
+    rebuild: Rebuild,
+    hear: OnEvent,
 ) -> Artifact:
     """The proof of the run that `setup` is about to begin, made or found under its config without seed and length.
 
     The findings go to `hear` as a `proof` event. Raises `ProofError` for checks that fail; a failed proof is not kept.
-    `setup` has its schedule; `rebuild` makes the untrained model again.
+    `setup` has its schedule, `plan` are the facts of the plan; `rebuild` makes the untrained model again.
     """
-    subject = _subject(config, setup, data, peak_bytes, rebuild)
+    subject = _subject(config, setup, data, plan, rebuild)
     code = code_revision("kajiya.preflight.prove", "kajiya.flows.fitting", "kajiya.flows.prove")
-    section, parents = _section(config), {"corpus": data.corpus, **data.parents()}
+    section, parents = proof_section(config), {"corpus": data.corpus, **data.parents()}
     found = store.find("proof", artifact_key("proof", code, section, parents))
     hear("stage", name="prove", state="begun", seconds=0.0, text="")
     verdict = _with_own_schedule(found, subject) if found is not None else prove(subject)
@@ -81,7 +89,7 @@ def _with_own_schedule(found: Artifact, subject: Subject) -> Verdict:
     return Verdict(tuple(findings), 0.0)
 
 
-def _subject(config: Config, setup: Setup, data: Data, peak_bytes: int, rebuild: Rebuild) -> Subject:
+def _subject(config: Config, setup: Setup, data: Data, plan: Mapping[str, Any], rebuild: Rebuild) -> Subject:
     tokenizer = load_tokenizer(data.tokenizer.path)
     task = task_of(config, data.corpus)
 
@@ -97,14 +105,15 @@ def _subject(config: Config, setup: Setup, data: Data, peak_bytes: int, rebuild:
         setup=setup,
         tokenizer=tokenizer,
         corpus=data.corpus,
-        peak_bytes=peak_bytes,
+        shards=open_split(data.shards.path, "train"),
+        plan=plan,
         save=save,
         reopen=None if ":" in config.model.name else reopen,
     )
 
 
-def _section(config: Config) -> dict[str, Any]:
-    """What the proof depends on: neither the seed nor the length."""
+def proof_section(config: Config) -> dict[str, Any]:
+    """What the proof depends on: the settings and the user's own code, neither the seed nor the length."""
     train = replace(
         config.train,
         loss=loss_without_place(config.train.loss),
@@ -123,5 +132,6 @@ def _section(config: Config) -> dict[str, Any]:
         "row_tokens": config.data.row_tokens,
         "isolate": config.data.isolate,
         "preflight": config.preflight,
+        "own_code": own_code(own_names(config)),
         **without_places(config),
     }

@@ -8,13 +8,13 @@ from typing import Any
 
 from kajiya.config.quantities import format_bytes, format_count
 from kajiya.config.schema import Config
-from kajiya.config.tables import loss_row
 from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
 from kajiya.flows.bases import find_bases, loss_without_place, without_places
 from kajiya.flows.feeding import Data, packing_of, rendering_of
 from kajiya.flows.fitting import fit_run, follow_run, save_fitted
+from kajiya.flows.own_module import own_names
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
 from kajiya.flows.stopping import stop_on_signals
@@ -235,26 +235,8 @@ def _training_section(config: Config) -> dict[str, Any]:
         "train": replace(config.train, loss=loss_without_place(config.train.loss)),
         "row_tokens": config.data.row_tokens,
         "isolate": config.data.isolate,
-        "own_code": own_code(_own_names(config)),
+        "own_code": own_code(own_names(config)),
     } | without_places(config)
-
-
-def _own_names(config: Config) -> tuple[str, ...]:
-    """What may be the user's own code."""
-    return (
-        config.model.name,
-        config.adapter.name,
-        config.optim.name,
-        config.schedule.name,
-        config.train.loss.name,
-        *_reward_names(config),
-    )
-
-
-def _reward_names(config: Config) -> list[str]:
-    if loss_row(config.train.loss.name).takes != "prompts":
-        return []
-    return [each["name"] for each in config.train.loss.options["rewards"]]
 
 
 def _model(

@@ -38,7 +38,7 @@ def portion(batch: Any, rows: int = _ROWS, tokens: int = _TOKENS) -> Any:
     starts = [_densest(row, length) for row in wanted]
     order = sorted(range(len(starts)), key=lambda row: -int(wanted[row, starts[row] : starts[row] + length].sum()))
     chosen = order[: min(rows, len(order))]
-    return _rows(batch, chosen, [starts[row] for row in chosen], length)
+    return windows(batch, chosen, [starts[row] for row in chosen], length)
 
 
 def _densest(wanted_T: torch.Tensor, length: int) -> int:
@@ -46,7 +46,9 @@ def _densest(wanted_T: torch.Tensor, length: int) -> int:
     return int((sums[length:] - sums[:-length]).argmax())
 
 
-def _rows(batch: Batch, rows: list[int], starts: list[int], length: int) -> Batch:
+def windows(batch: Batch, rows: list[int], starts: list[int], length: int) -> Batch:
+    """Of each of these rows the `length` tokens from its start on."""
+
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         return torch.stack([tensor[row, start : start + length] for row, start in zip(rows, starts, strict=True)])
 

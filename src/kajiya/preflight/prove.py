@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 from kajiya.config.validate import CHECKS
 from kajiya.errors import ProofError, StoreError, TrainingError
-from kajiya.preflight.prove_rows import check_disjoint, check_isolation, check_targets
+from kajiya.preflight.prove_isolation import check_isolation
+from kajiya.preflight.prove_rows import check_disjoint, check_targets
 from kajiya.preflight.prove_run import check_memory, check_schedule
 from kajiya.preflight.prove_saving import check_reload, check_trainable
-from kajiya.preflight.prove_steps import check_accumulation, check_learning, check_start
+from kajiya.preflight.prove_start import check_start
+from kajiya.preflight.prove_steps import check_accumulation, check_learning
 from kajiya.preflight.subject import SKIPPED_BY_HAND, Finding, Subject, failed, skipped
 from kajiya.training.probe import undone
 

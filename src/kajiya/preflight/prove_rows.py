@@ -1,81 +1,179 @@
-"""Checks of what the model reads: targets and their ends, rows whose documents are kept apart, held-out text not trained on."""
+"""Checks of what the model reads: targets, the texts that they are of and their ends, held-out text that is not trained on."""
 
 import hashlib
+import json
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, RolloutBatch
-from kajiya.data.documents import open_documents
-from kajiya.models.hidden import all_logits
-from kajiya.preflight.portion import first_batch
-from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
+from kajiya.data.documents import Documents, open_documents
+from kajiya.preflight.places import Place, are_last, places
+from kajiya.preflight.said import Said, compare, marked_text, texts_of
+from kajiya.preflight.subject import Finding, Subject, failed, passed
 
-_LOOKED_THROUGH = 12
-_HAS_ROWS = (ExampleBatch, RolloutBatch)
-_ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest change of a logit in the other documents. Leaking changes them by tenths and more."""
+LOOKED_THROUGH = 12
+"""Batches that are looked at before the first step."""
+HAS_ROWS = (ExampleBatch, RolloutBatch)
+_MOST_SEQUENCES = 256
+_ANSWERED = ("chat", "instruction", "preference", "feedback")
+"""Kinds of rows that hold answers of an assistant."""
 
 
 def check_targets(subject: Subject) -> Finding:
-    """Targets exist, are the tokens that follow, end of text is learnt, and the model stops at what was learnt."""
-    setup, tokenizer = subject.setup, subject.tokenizer
-    batches = [setup.loader.next() for _ in range(_LOOKED_THROUGH)]
-    rows = [batch.rows if isinstance(batch, _HAS_ROWS) else batch for batch in batches]
+    """Targets exist, follow their tokens, are of the text that is to be trained; ends are learnt, and the model stops there."""
+    setup = subject.setup
+    batches = [setup.loader.next() for _ in range(LOOKED_THROUGH)]
+    rows = [batch.rows if isinstance(batch, HAS_ROWS) else batch for batch in batches]
+    n_targets = sum(batch.n_targets for batch in batches)
     if not isinstance(rows[0], Batch):
-        n_targets = sum(batch.n_targets for batch in batches)
         if n_targets == 0:
             return failed("the first batches have no target to learn from", "Look at the data with `kajiya preview`.")
         return passed(f"{n_targets:,} targets in the first {len(batches)} batches", n_targets=n_targets)
     n_tokens = sum(row.tokens.numel() for row in rows)
-    n_targets = sum(int((row.targets != NO_TARGET).sum()) for row in rows)
-    is_judged_whole = isinstance(batches[0], ExampleBatch) and batches[0].labels is not None
-    if n_targets == 0 and not is_judged_whole:
+    facts = {"n_targets": n_targets, "n_tokens": n_tokens}
+    said = f"{n_targets / n_tokens:.0%} of {n_tokens:,} tokens are targets"
+    if subject.corpus.facts["format"] == "labelled":
+        return passed(said + "; what is learnt are the labels", **facts)
+    if n_targets == 0:
         return failed(
             f"none of the first {n_tokens:,} tokens is a target: there is nothing to learn from",
             "Look at the rows and at data.render: the mask leaves everything out.",
         )
-    if not rows[0].is_causal or is_judged_whole:
-        return passed(f"{n_targets:,} of {n_tokens:,} tokens are targets", n_targets=n_targets, n_tokens=n_tokens)
-    wrong, ends, ends_learnt = (
-        sum(parts) for parts in zip(*(_shifts(row, tokenizer.eos_token_id) for row in rows), strict=True)
-    )
+    if not rows[0].is_causal:
+        return passed(said, **facts)
+    wrong = sum(_n_wrong(row) for row in rows)
     if wrong:
         return failed(
             f"{wrong:,} of {n_targets:,} targets are not the token that follows",
             "This is a fault of the loader, not of the config.",
         )
-    if ends and not ends_learnt:
+    found = _unstoppable(subject) or _of_texts(batches[0], rows, subject)
+    if isinstance(found, Finding):
+        return found
+    return passed(f"{said}, each the token that follows; {found}", **facts)
+
+
+def _n_wrong(row: Batch) -> int:
+    """Targets that are not the next token of their segment."""
+    inside = row.segments[:, 1:] == row.segments[:, :-1]
+    targets = row.targets[:, :-1]
+    # Where a segment ends with its row or goes over into another, what follows is not in view.
+    return int(((targets != NO_TARGET) & inside & (targets != row.tokens[:, 1:])).sum())
+
+
+def _of_texts(first: Any, rows: list[Batch], subject: Subject) -> Finding | str:
+    """What is wrong with the texts behind the targets, or what was proven of them."""
+    if isinstance(first, RolloutBatch):
+        return "the answers are the model's own"
+    return _text(rows, subject) if subject.shards.is_text else _answers(rows, subject)
+
+
+# ---------------------------------------------------------------- plain text
+
+
+def _text(rows: list[Batch], subject: Subject) -> Finding | str:
+    """Every token of a text is learnt from the one before it, end of text too; a finding of what is not, or words."""
+    tokenizer = subject.tokenizer
+    n_masked = n_ends = n_open = n_unlearnt = 0
+    for row in rows:
+        inside = row.segments[:, 1:] == row.segments[:, :-1]
+        if row.sources is not None:
+            inside = inside & (row.sources[:, 1:] >= 0)
+        is_masked = inside & (row.targets[:, :-1] == NO_TARGET)
+        is_last = are_last(row, subject.shards)
+        is_end = row.tokens == tokenizer.eos_token_id
+        n_masked += int(is_masked.sum())
+        n_ends += int(is_last.sum())
+        n_open += int((is_last & ~is_end).sum())
+        n_unlearnt += int((is_masked & (is_last & is_end)[:, 1:]).sum())
+    if n_open:
         return failed(
-            f"end of text ({tokenizer.eos_token!r}) stands at {ends} places and is a target at none: the model would never stop",
-            "Look at data.render: the mask leaves the end out.",
+            f"{n_open} of {n_ends} texts that end in the first rows do so without end of text ({tokenizer.eos_token!r})",
+            "This is a fault of the shards, not of the config.",
         )
-    stops = _stops(subject.setup.model)
+    if n_unlearnt:
+        return failed(
+            f"end of text ({tokenizer.eos_token!r}) is no target at {n_unlearnt} of {n_ends} places: the model would not stop",
+            "This is a fault of the mask, not of the config.",
+        )
+    if n_masked:
+        return failed(
+            f"{n_masked:,} tokens of the first texts are no target, and all of a text is to be learnt",
+            "This is a fault of the mask, not of the config.",
+        )
+    return f"end of text a target at each of {n_ends} ends" if n_ends else "no text ends in the first rows"
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _answers(rows: list[Batch], subject: Subject) -> Finding | str:
+    """Each text of the first rows is trained or not as its row says, and each answer's end is learnt; a finding, or words."""
+    kind = subject.corpus.facts["format"]
+    if kind not in _ANSWERED:
+        return "of rows of this kind nothing more is known"
+    stops = _stops(subject)
+    n_texts = n_found = n_ends = n_endless = 0
+    for row, place, said in _looked_at(rows, subject):
+        text, trained = marked_text(row, place, subject.tokenizer)
+        n, wrong = compare(said, text, trained, is_whole=place.is_whole)
+        n_texts, n_found = n_texts + len(said), n_found + n
+        if wrong is not None:
+            should = "is to be trained, and is not" if wrong.is_trained else "is trained, and is not to be"
+            return failed(
+                f"a text of a row {should} (data.render.train_on, weights): {wrong.text[:60]!r}",
+                "Look at the row with `kajiya preview`; the mask does not say what the row does.",
+            )
+        if place.is_whole and any(each.is_answer and each.is_trained for each in said):
+            n_ends += 1
+            targets = row.targets[place.row, place.start : place.stop].tolist()
+            n_endless += not stops & set(targets)
+    if n_endless:
+        return failed(
+            f"{n_endless} of the first {n_ends} answers have no end among their targets: the model would not stop",
+            "Look at the chat template and at data.render.append_eos.",
+        )
+    where = f"{n_found} of {n_texts} texts of the rows found, each trained or not as it should be"
+    return f"{where}; an end is learnt in each of {n_ends} whole answers"
+
+
+def _looked_at(rows: list[Batch], subject: Subject) -> Iterator[tuple[Batch, Place, list[Said]]]:
+    """The first sequences in the rows, with the texts that their documents hold."""
+    split, kind = subject.shards, subject.corpus.facts["format"]
+    documents = open_documents(subject.corpus.path, "train")
+    left = _MOST_SEQUENCES
+    for row in rows:
+        for place in places(row, split):
+            if not left:
+                return
+            left -= 1
+            number, part = divmod(place.sequence, split.segments)
+            document = _document(documents, split.names[number], number)
+            yield row, place, texts_of(document, kind, subject.config.data.render)[part]
+
+
+def _document(documents: Documents, name: str, first: int) -> dict[str, Any]:
+    """The row of that name; those that were dropped from the shards move it back, never forward."""
+    number = next(number for number in range(first, len(documents)) if documents.names[number] == name)
+    row: dict[str, Any] = json.loads(documents.text(number))
+    return row
+
+
+# ---------------------------------------------------------------- where the model stops
+
+
+def _unstoppable(subject: Subject) -> Finding | None:
+    """Where the model does not stop at what its text ends with."""
+    tokenizer, stops = subject.tokenizer, _named_stops(subject.setup.model)
     if stops is not None and tokenizer.eos_token_id not in stops:
         return failed(
             f"the model's generation config ends at {sorted(stops) or 'nothing'}, the text ends with {tokenizer.eos_token_id}",
             "Set eos_token_id of the base's generation_config.json to the tokenizer's.",
         )
-    unsaid = _template_without_end(subject)
-    if unsaid is not None:
-        return unsaid
-    said = f"end of text a target at {ends_learnt} of {ends}" if ends else "no text ends in the first rows"
-    share = f"{n_targets / n_tokens:.0%} of {n_tokens:,} tokens are targets, each the token that follows; {said}"
-    return passed(share, n_targets=n_targets, n_tokens=n_tokens, ends=ends, ends_learnt=ends_learnt)
+    return _template_without_end(subject)
 
 
-def _shifts(row: Batch, eos_id: int) -> tuple[int, int, int]:
-    """Targets that are not the next token of their segment; ends of text within a segment; those that are targets."""
-    inside = row.segments[:, 1:] == row.segments[:, :-1]
-    targets, following = row.targets[:, :-1], row.tokens[:, 1:]
-    wanted = targets != NO_TARGET
-    # Where a segment ends with its row or goes over into another, what follows is not in view.
-    wrong = int((wanted & inside & (targets != following)).sum())
-    ends = inside & (following == eos_id)
-    return wrong, int(ends.sum()), int((ends & wanted).sum())
-
-
-def _stops(model: Any) -> set[int] | None:
+def _named_stops(model: Any) -> set[int] | None:
     """Ids at which the model's own settings end an answer; `None` where it has none."""
     from transformers import PreTrainedModel
 
@@ -85,16 +183,20 @@ def _stops(model: Any) -> set[int] | None:
     return set(named) if isinstance(named, list) else set() if named is None else {int(named)}
 
 
+def _stops(subject: Subject) -> set[int]:
+    return _named_stops(subject.setup.model) or {subject.tokenizer.eos_token_id}
+
+
 def _template_without_end(subject: Subject) -> Finding | None:
     """For conversations: the template must end an answer with a token that the model stops at."""
-    tokenizer = subject.tokenizer
-    if dict(subject.corpus.facts).get("format") not in ("chat", "instruction") or not tokenizer.chat_template:
+    tokenizer, kind, render = subject.tokenizer, subject.corpus.facts["format"], subject.config.data.render
+    is_plain = kind != "chat" and render.prompt_style == "plain"
+    if kind not in _ANSWERED or is_plain or not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    stops = _stops(subject.setup.model) or {tokenizer.eos_token_id}
     behind = tokenizer.encode(text[text.rindex("answer") + len("answer") :], add_special_tokens=False)
-    if stops & set(behind):
+    if _stops(subject) & set(behind):
         return None
     return failed(
         "the chat template ends an answer with no token that the model stops at",
@@ -102,59 +204,7 @@ def _template_without_end(subject: Subject) -> Finding | None:
     )
 
 
-@torch.no_grad()
-def check_isolation(subject: Subject) -> Finding:
-    """Change the first document of a packed row: what the model says of the others must not move."""
-    setup, config = subject.setup, subject.config
-    batch = first_batch(setup)
-    rows = batch.rows if isinstance(batch, _HAS_ROWS) else batch
-    if not isinstance(rows, Batch) or not rows.is_causal:
-        return skipped("rows of this kind hold one text each, or are read from both sides")
-    if not config.data.isolate and not isinstance(batch, _HAS_ROWS):
-        return skipped("data.isolate=false: documents of a row see each other as the config says")
-    if ":" in config.model.name:
-        return skipped("the model is the user's own module: what it does with segments is its own")
-    ends = rows.segments[:, 1:] == rows.segments[:, :-1]
-    # Of conversations, each answer may end with the token that ends a text.
-    is_text = isinstance(batch, Batch) and dict(subject.corpus.facts).get("format") == "text"
-    if is_text and bool((ends & (rows.tokens[:, :-1] == subject.tokenizer.eos_token_id)).any()):
-        return failed("a segment goes on behind its end of text", "This is a fault of the loader, not of the config.")
-    probe, cut = _two_documents(rows)
-    device = setup.strategy.device
-    changed = probe.tokens.clone()
-    vocabulary = len(subject.tokenizer)
-    changed[:, :cut] = (changed[:, :cut] + 1 + vocabulary // 3) % vocabulary
-    other = Batch(changed, probe.targets, probe.positions, probe.segments, probe.n_targets)
-    setup.model.eval()
-    with setup.precision.context(device):
-        first, second = (all_logits(setup.model, each.to(device))[0].float() for each in (probe, other))
-    moved = float((first[cut:] - second[cut:]).abs().max())
-    own = float((first[:cut] - second[:cut]).abs().max())
-    limit = _ISOLATION_TOLERANCE[
-        next(setup.model.parameters()).dtype if setup.precision.autocast is None else torch.bfloat16
-    ]
-    if config.model.quantize == "int8":
-        # LLM.int8 takes its outlier columns from the whole batch, and so lets a trace of its rounding through.
-        limit = 5e-2
-    if not moved <= limit:
-        return failed(
-            f"changing one document of a row moves the logits of the next by {moved:.2g} (its own by {own:.2g})",
-            "Set model.attention=sdpa, or data.isolate=false if that is meant.",
-            moved=moved,
-        )
-    return passed(
-        f"changing one document moves the next one's logits by {moved:.1g} (its own by {own:.2g})", moved=moved
-    )
-
-
-def _two_documents(rows: Batch) -> tuple[Batch, int]:
-    """One row of the real tokens as two documents, and where the second begins."""
-    tokens = rows.tokens[:1]
-    n_tokens = tokens.shape[1]
-    cut = n_tokens // 2
-    place = torch.arange(n_tokens)[None]
-    segments = (place >= cut).long()
-    return Batch(tokens, rows.targets[:1], torch.where(segments == 1, place - cut, place), segments, 1), cut
+# ---------------------------------------------------------------- held-out text
 
 
 def check_disjoint(subject: Subject) -> Finding:

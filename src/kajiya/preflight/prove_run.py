@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kajiya.config.quantities import format_bytes
+from kajiya.config.quantities import format_bytes, format_count
 from kajiya.preflight.subject import Finding, Subject, failed, passed
 
 _MARKS = "▁▂▃▄▅▆▇█"
@@ -22,7 +22,8 @@ def check_schedule(subject: Subject) -> Finding:
     rates = [setup.lr(step) for step in points]
     drawn = "".join(_MARKS[min(7, max(0, int(8 * rate / peak)))] if math.isfinite(rate) else "?" for rate in rates)
     warmup = round(config.schedule.warmup_fraction * steps)
-    facts = {"curve": drawn, "steps": steps, "warmup_steps": warmup}
+    tokens, epochs = subject.plan["tokens"], subject.plan["epochs"]
+    facts = {"curve": drawn, "steps": steps, "warmup_steps": warmup, "tokens": tokens, "epochs": epochs}
     remedy = f"Look at schedule.name={config.schedule.name} and schedule.warmup_fraction."
     if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
         return failed(f"the learning rate is negative or no number somewhere: {drawn}", remedy, **facts)
@@ -36,13 +37,14 @@ def check_schedule(subject: Subject) -> Finding:
             return failed(
                 f"the learning rate does not rise over the {warmup} steps of warm-up: {drawn}", remedy, **facts
             )
-    return passed(f"{drawn}  {warmup} steps of warm-up, then {config.schedule.name}, {steps:,} in all", **facts)
+    length = f"{steps:,} in all: {format_count(tokens)} tokens, {epochs:.2f} epochs"
+    return passed(f"{drawn}  {warmup} steps of warm-up, then {config.schedule.name}, {length}", **facts)
 
 
 def check_memory(subject: Subject) -> Finding:
     """Whole steps were measured for the plan, one on the heaviest micro-batch; what they took, of what there is."""
     there = available_bytes(subject.setup.strategy.device)
-    peak = subject.peak_bytes
+    peak = subject.plan["peak_bytes"]
     facts = {"peak_bytes": peak, "available_bytes": there}
     if peak > 0.97 * there:
         return failed(

@@ -1,27 +1,34 @@
 """Checks of what is trained and what is kept: every trainable tensor moves, no frozen one does, and what is saved comes back."""
 
 import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from kajiya.config.quantities import format_bytes, format_count
-from kajiya.data.batch import Batch
+from kajiya.evals.scoring import evaluation_mode
+from kajiya.models.adapt import has_adapter
 from kajiya.models.fused import fuse_blocks, is_fused
-from kajiya.models.hidden import all_logits
+from kajiya.models.future import without_future_heads
 from kajiya.models.quantized import count_params
+from kajiya.preflight.logits import batch_logits
 from kajiya.preflight.portion import Repeated, first_batch
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
 from kajiya.training.fit import Setup, train_step
+from kajiya.training.movement import changed, checksums
 from kajiya.training.state import TrainState
 
 _PROBE_STEPS = 3
-_MOST_BYTES = 2 * 2**30
-"""A larger state is not written for a proof: the first checkpoint verifies its own hashes."""
+_MORE_STEPS = 30
+_MOST_BYTES = 4 * 2**30
+"""More is not written for a proof (the first checkpoint verifies its own hashes), and no larger model is opened."""
 _TOLERANCE = {"fp32": 2e-4, "bf16": 0.1, "bf16-mixed": 2e-4, "fp16-mixed": 2e-4, "fp8": 0.2}
 
 
@@ -37,16 +44,21 @@ def check_trainable(subject: Subject) -> Finding:
             f"{missing[0]} is to be trained, but the optimizer does not know it", "This is a fault of the optimizer."
         )
     before = {name: master.detach().clone() for name, master in setup.optimizer.masters.items()}
-    frozen = {name: each._version for name, each in parameters.items() if not each.requires_grad}
+    frozen = {name: each for name, each in parameters.items() if not each.requires_grad}
+    frozen_before = checksums(frozen)
     reached = probe_steps(setup)
-    still = [name for name, master in setup.optimizer.masters.items() if torch.equal(master, before[name])]
+    still = _unmoved(setup, before)
+    if still and reached.issuperset(still):
+        # Plain gradient descent moves a matrix behind one that begins at zero by less than its rounding at first.
+        probe_steps(setup, _MORE_STEPS)
+        still = _unmoved(setup, before)
     if still:
         why = "gets no gradient" if still[0] not in reached else "gets a gradient and does not move"
         return failed(
             f"{len(still)} of {len(before)} trainable tensors stay as they are, for example {still[0]}, which {why}",
             "Freeze what is not to be trained (adapter.name=freeze), or look at what cuts it off from the loss.",
         )
-    moved = [name for name, version in frozen.items() if parameters[name]._version != version]
+    moved = changed(frozen_before, checksums(frozen))
     if moved:
         return failed(f"{moved[0]} is frozen and was changed", "This is a fault of the model or of the optimizer.")
     n_trained, n_all = count_params(setup.model, trainable=True), count_params(setup.model)
@@ -54,6 +66,10 @@ def check_trainable(subject: Subject) -> Finding:
     return passed(
         text + (f", none of {len(frozen)} frozen ones" if frozen else ""), n_trainable=n_trained, n_params=n_all
     )
+
+
+def _unmoved(setup: Setup, before: Mapping[str, torch.Tensor]) -> list[str]:
+    return [name for name, master in setup.optimizer.masters.items() if torch.equal(master, before[name])]
 
 
 def probe_steps(setup: Setup, n_steps: int = _PROBE_STEPS) -> set[str]:
@@ -99,38 +115,51 @@ class _Watched:
 
 
 def check_reload(subject: Subject) -> Finding:
-    """After three steps, the checkpoint and what training leaves both give the same logits back."""
+    """After three steps, the checkpoint and what training leaves both give the same logits back, and every trained tensor."""
     setup = subject.setup
     batch = first_batch(setup)
-    n_bytes = sum(each.numel() * each.element_size() for each in setup.optimizer.state_tensors().values())
-    n_bytes += sum(each.numel() * each.element_size() for each in setup.model.parameters())
+    n_bytes = _bytes_to_write(subject)
     if n_bytes > _MOST_BYTES:
         return skipped(f"{format_bytes(n_bytes)} would be written; the first checkpoint is checked by its hashes")
     start = {name: each.detach().clone() for name, each in setup.optimizer.state_tensors().items()}
     probe_steps(setup)
-    expected = _outputs(setup.model, setup, batch)
-    # What is saved at the end is the average of the weights, where one is kept.
-    with setup.optimizer.averaged():
-        to_save = _outputs(setup.model, setup, batch, is_rounded=False)
+    expected = _outputs(subject, setup.model, batch)
+    # What is saved at the end is the average of the weights, where one is kept; further heads are left out of it.
+    with setup.optimizer.averaged(), without_future_heads(setup.model):
+        to_save = _outputs(subject, setup.model, batch, is_rounded=False)
+        trained = {name: each.detach().cpu().clone() for name, each in _trained(setup.model)}
     with tempfile.TemporaryDirectory(prefix="kajiya-proof-") as where:
         folder = save_checkpoint(
             Path(where) / "checkpoints", TrainState(), setup.model, setup.optimizer, setup.loader.state(), "proof"
         )
+        model = Path(where) / "model"
         with setup.optimizer.averaged():
-            subject.save(Path(where) / "model")
+            subject.save(model)
         setup.optimizer.reset(start)
         load_checkpoint(folder, setup.model, setup.optimizer, "proof")
-        again = _outputs(setup.model, setup, batch)
+        again = _outputs(subject, setup.model, batch)
         if not torch.equal(again, expected):
             worst = float((again - expected).abs().max())
             return failed(
                 f"a checkpoint comes back with logits that differ by {worst:.2g}", "This is a fault of the checkpoint."
             )
-        if subject.reopen is None:
-            return passed(
-                "a checkpoint comes back to the bit (what is saved at the end is built by the user's own module)"
-            )
-        saved = subject.reopen(Path(where) / "model")
+        can_open = subject.reopen is not None and _opened_bytes(setup.model) <= _MOST_BYTES
+        saved = subject.reopen(model) if subject.reopen is not None and can_open else None
+        lost = _lost(trained, model, saved)
+    if lost is not None:
+        return failed(
+            f"what is saved does not hold {lost} as it was trained",
+            "Something that is trained is not saved, or is saved under another name.",
+        )
+    said = f"a checkpoint comes back to the bit; what is saved holds each of {len(trained)} trained tensors"
+    if saved is None:
+        why = "the user's own module builds it" if subject.reopen is None else "it is large"
+        return passed(f"{said} (it is not opened here: {why})", bytes=n_bytes)
+    return _compare_opened(subject, batch, saved, to_save, said)
+
+
+def _compare_opened(subject: Subject, batch: Any, saved: Any, to_save: torch.Tensor, said: str) -> Finding:
+    setup = subject.setup
     tied = _tied_words(setup.model, saved)
     if tied is not None:
         return failed(tied, "Weights that are one must be saved as one: see model.tied.")
@@ -138,8 +167,7 @@ def check_reload(subject: Subject) -> Finding:
     if is_fused(setup.model):
         # Weights are compared here: in bf16 the same ones give other logits by operators that round elsewhere.
         fuse_blocks(saved, setup.precision.weights, setup.strategy.device, is_autocast=False)
-    found = _outputs(saved, setup, batch, is_rounded=False)
-    worst = float((found - to_save).abs().max())
+    worst = float((_outputs(subject, saved, batch, is_rounded=False) - to_save).abs().max())
     # A base in few bits is opened as the weights that these stand for; LLM.int8 rounds activations besides.
     limit = _TOLERANCE[setup.precision.name]
     if subject.config.model.quantize == "int8":
@@ -150,7 +178,53 @@ def check_reload(subject: Subject) -> Finding:
             "Something that is trained is not saved, or is saved under another name.",
             worst=worst,
         )
-    return passed(f"a checkpoint comes back to the bit, the saved model to {worst:.1g}", worst=worst, bytes=n_bytes)
+    return passed(f"{said}, and its logits come back to {worst:.1g}", worst=worst)
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+
+
+def _bytes_to_write(subject: Subject) -> int:
+    """Of a checkpoint (masters, two slots of the optimizer, buffers) and of what is saved at the end, about."""
+    model = subject.setup.model
+    masters = sum(4 * each.numel() for each in subject.setup.optimizer.masters.values())
+    # An adapter of a base in a folder of its own is saved alone.
+    is_alone = has_adapter(model) and subject.config.model.path is not None
+    saved = [each for _, each in _trained(model)] if is_alone else list(model.parameters())
+    kept = [*saved, *model.buffers()]
+    return int(3 * masters + sum(each.numel() * each.element_size() for each in kept))
+
+
+def _opened_bytes(model: nn.Module) -> int:
+    """Of the model as it is opened, in float32."""
+    return 4 * count_params(model)
+
+
+def _lost(trained: Mapping[str, torch.Tensor], folder: Path, saved: Any) -> str | None:
+    """The first trained tensor that is not in the folder as it is, by name, or by its value where files have names of their own."""
+    held = {_plain(name): each for path in folder.glob("*.safetensors") for name, each in load_file(path).items()}
+    if saved is not None:
+        held |= {_plain(name): each.detach() for name, each in saved.named_parameters()}
+    for name, tensor in trained.items():
+        found = held.get(_plain(name))
+        candidates = held.values() if found is None else (found,)
+        if not any(_holds(each, tensor, is_exact=found is None) for each in candidates):
+            return name
+    return None
+
+
+def _holds(found: torch.Tensor, tensor: torch.Tensor, *, is_exact: bool) -> bool:
+    """Whether `found` is the tensor, or has it as its first block: PiSSA and OLoRA are saved with their beginning behind them."""
+    if found.ndim != tensor.ndim or (is_exact and found.shape != tensor.shape):
+        return False
+    block = found[tuple(slice(n) for n in tensor.shape)]
+    return block.shape == tensor.shape and torch.equal(block.cpu(), tensor.to(found.dtype))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what PEFT puts into it."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".default", "")
 
 
 def _tied_words(model: Any, saved: Any) -> str | None:
@@ -171,27 +245,12 @@ def _is_tied(model: Any) -> bool | None:
 
 
 @torch.no_grad()
-def _outputs(model: Any, setup: Setup, batch: Any, *, is_rounded: bool = True) -> torch.Tensor:
-    """Logits of the batch, or the loss where the model is read in another way; without `is_rounded` in the weights' own dtype.
+def _outputs(subject: Subject, model: Any, batch: Any, *, is_rounded: bool = True) -> torch.Tensor:
+    """What the model says of the batch; without `is_rounded` in the weights' own dtype.
 
     An adapter may be saved as other matrices of the same product (PiSSA), which autocast would round to another.
     """
-    training = model.training
-    model.eval()
-    placed = batch.to(setup.strategy.device)
-    with setup.precision.context(setup.strategy.device) if is_rounded else nullcontext():
-        if isinstance(placed, Batch) and placed.is_causal:
-            result = all_logits(model, placed).float()
-        else:
-            result = _values(model, setup, placed)
-    model.train(training)
-    return result
-
-
-def _values(model: Any, setup: Setup, batch: Any) -> torch.Tensor:
-    if setup.measure is not None:
-        terms = setup.measure(model, batch)
-        batch = replace(batch, measured={name: float(value) for name, (value, _) in terms.items()})
-    terms, _ = setup.loss(model, batch)
-    counts = [batch.counts[count] if isinstance(count, str) else float(count) for _, count in terms.values()]
-    return torch.stack([value.float() / max(1.0, n) for (value, _), n in zip(terms.values(), counts, strict=True)])
+    setup = subject.setup
+    device = setup.strategy.device
+    with evaluation_mode(model), setup.precision.context(device) if is_rounded else nullcontext():
+        return batch_logits(model, batch.to(device), subject.config)

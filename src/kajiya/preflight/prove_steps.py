@@ -1,4 +1,4 @@
-"""Checks that take a few steps: accumulation, the loss at the start, whether it falls at all."""
+"""Checks that take a few steps: one gradient however the batch is cut, and a loss that falls."""
 
 import math
 from dataclasses import replace
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from kajiya.data.batch import NO_TARGET, Batch, RolloutBatch
-from kajiya.models.adapt import adapter_off, has_adapter
-from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.preflight.joining import can_join, joined, with_fewer
 from kajiya.preflight.portion import Repeated, first_batch, portion, restore_dropout, without_dropout
-from kajiya.preflight.prove_policy import check_policy_learning, check_policy_start
-from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
+from kajiya.preflight.prove_policy import check_policy_learning
+from kajiya.preflight.prove_start import loss_on
+from kajiya.preflight.subject import Finding, Subject, failed, passed
 from kajiya.training.fit import Setup, train_step
-from kajiya.training.losses.sequences import split_head
 from kajiya.training.state import TrainState
 
 _ACCUMULATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "bf16-mixed": 5e-2, "fp16-mixed": 2e-2, "fp8": 0.1}
 """Largest norm of the difference of the gradients over their norm. A mean of means is off by tenths."""
+_LEAST_FALL = {"fp32": 1e-5, "bf16": 1e-4, "bf16-mixed": 1e-4, "fp16-mixed": 1e-4, "fp8": 1e-3}
+"""Share of the loss by which it must have fallen."""
 _STEPS = 20
 
 
@@ -136,123 +136,8 @@ def _gradients_of_sums(setup: Setup, batches: list[Any]) -> dict[str, torch.Tens
     return taken
 
 
-@torch.no_grad()
-def loss_on(setup: Setup, batch: Any) -> float:
-    """Mean of the loss's terms on one batch, dropout off."""
-    changed = without_dropout(setup.model)
-    try:
-        device = setup.strategy.device
-        placed = batch.to(device)
-        if setup.measure is not None:
-            terms = setup.measure(setup.model, placed)
-            means = {name: float(value) / _number(count, placed) for name, (value, count) in terms.items()}
-            placed = replace(placed, measured=means)
-        with setup.precision.context(device):
-            terms, _ = setup.loss(setup.model, placed)
-        return sum(float(value) / (_number(count, placed) or math.nan) for value, count in terms.values())
-    finally:
-        restore_dropout(changed)
-
-
-def _number(count: Any, batch: Any) -> float:
-    return float(batch.counts[count]) if isinstance(count, str) else float(count)
-
-
-def check_start(subject: Subject) -> Finding:
-    """The loss before the first step is what theory expects, and an adapter begins as its base."""
-    setup, config = subject.setup, subject.config
-    batch = first_batch(setup)
-    identity = _identity(subject, batch)
-    if identity is not None and identity.state == "failed":
-        return identity
-    changed = _behind_the_head(setup, batch)
-    if changed is not None:
-        return changed
-    said = "" if identity is None else f"; {identity.text}"
-    loss = loss_on(setup, batch)
-    if not math.isfinite(loss):
-        return failed(f"the first loss is {loss}", "Look at the weights, and set train.precision=fp32.", loss=loss)
-    if isinstance(batch, RolloutBatch):
-        return check_policy_start(subject, batch, said)
-    name = config.train.loss.name
-    if name == "dpo" and config.train.loss.options.get("kind", "sigmoid") in ("sigmoid", "sigmoid_norm"):
-        expected = math.log(2)
-        if abs(loss - expected) > 0.02 and config.adapter.name not in ("prefix", "prompt"):
-            return failed(
-                f"the first loss is {loss:.3f}, and ln 2 = {expected:.3f} where the model is its own reference",
-                "The reference is of another model or of other rows.",
-                loss=loss,
-            )
-        return passed(f"the first loss is {loss:.3f}, as of a model that is its own reference{said}", loss=loss)
-    if name not in ("next_token", "masked_lm", "seq2seq") or ":" in config.model.name:
-        return passed(f"the first loss is {loss:.3f}; theory says nothing of {name}{said}", loss=loss)
-    uniform = math.log(len(subject.tokenizer))
-    if config.model.path is not None or config.model.init != "normal":
-        if loss >= uniform:
-            return failed(
-                f"the first loss is {loss:.2f}, no better than guessing among all tokens ({uniform:.2f}): these "
-                "weights know nothing of this text",
-                "Is the tokenizer that of the weights? Set tokenizer.path to model.path.",
-                loss=loss,
-            )
-        return passed(f"the first loss is {loss:.2f}, below ln V = {uniform:.2f}{said}", loss=loss)
-    # Logits of a spread as wide as the initial weights make them add half their variance.
-    if not 0.8 * uniform <= loss <= 1.25 * uniform + 0.5:
-        return failed(
-            f"the first loss is {loss:.2f}, and ln V = {uniform:.2f} where weights are random",
-            "Look at model.init_std: larger ones make a model sure of nonsense.",
-            loss=loss,
-        )
-    return passed(f"the first loss is {loss:.2f}, and ln V = {uniform:.2f}{said}", loss=loss)
-
-
-@torch.no_grad()
-def _identity(subject: Subject, batch: Any) -> Finding | None:
-    """Whether the model with its adapter is its base; `None` where there is no adapter that could be."""
-    setup, adapter = subject.setup, subject.config.adapter
-    if not has_adapter(setup.model) or not isinstance(batch, Batch) or not batch.is_causal:
-        return None
-    if adapter.name in ("prefix", "prompt", "load"):
-        return skipped(f"{adapter.name} changes what the base says from the start")
-    setup.model.eval()
-    placed = batch.to(setup.strategy.device)
-    with setup.precision.context(setup.strategy.device):
-        found = all_logits(setup.model, placed).float()
-        with adapter_off(setup.model):
-            expected = all_logits(setup.model, placed).float()
-    difference = float((found - expected).abs().max())
-    limit = 1e-3 if setup.precision.name == "fp32" else 0.1
-    if not difference <= limit:
-        return failed(
-            f"the adapter changes a logit by {difference:.2g} before it has learnt anything",
-            "Set adapter.options.init=default.",
-        )
-    return passed(f"the adapter begins as nothing (largest change of a logit {difference:.1g})")
-
-
-@torch.no_grad()
-def _behind_the_head(setup: Setup, batch: Any) -> Finding | None:
-    """A finding where the model makes something else of its head's products than the losses do, which take them as logits."""
-    if not isinstance(batch, Batch) or not batch.is_causal or not has_split_head(setup.model):
-        return None
-    setup.model.eval()
-    placed = batch.to(setup.strategy.device)
-    with setup.precision.context(setup.strategy.device):
-        hidden_ND, head_VD = split_head(setup.model, placed)
-        logits_NV, products_NV = all_logits(setup.model, placed).flatten(0, 1), hidden_ND @ head_VD.T
-    difference = float((logits_NV - products_NV).float().abs().max())
-    # Rounding is of the size of what is rounded.
-    if difference <= (1e-4 if setup.precision.name == "fp32" else 2e-2) * max(1.0, float(products_NV.abs().max())):
-        return None
-    return failed(
-        f"the model's logits differ by {difference:.2g} from the products of its head, which are what is trained",
-        "This architecture changes them behind its head, and is not known to: kajiya.models.hidden must name the field.",
-        difference=difference,
-    )
-
-
 def check_learning(subject: Subject) -> Finding:
-    """Twenty steps on one batch lower its loss."""
+    """Twenty steps on one batch lower its loss, and it stays lowered."""
     setup, peak = subject.setup, subject.config.optim.lr
     batch = first_batch(setup)
     if isinstance(batch, RolloutBatch):
@@ -265,20 +150,19 @@ def check_learning(subject: Subject) -> Finding:
     tried = replace(
         setup, loader=loader, accumulate=1, steps=_STEPS, lr=lambda step: peak * min(1.0, step / 8), row_growth=()
     )
-    lowest = before
-    for number in range(1, _STEPS + 1):
+    for _ in range(_STEPS):
         train_step(tried, state)
-        if number % 5 == 0:
-            lowest = min(lowest, loss_on(setup, batch))
+    after = loss_on(setup, batch)
     if state.skipped:
         return failed(f"{state.skipped} of {_STEPS} steps had a gradient that is no number", "Lower optim.lr.")
-    if not lowest < before:
+    # Less than this is rounding.
+    if not after < before - _LEAST_FALL[setup.precision.name] * abs(before):
         return failed(
-            f"{_STEPS} steps on one batch do not lower its loss of {before:.4f}",
+            f"{_STEPS} steps on one batch take its loss from {before:.4f} to {after:.4f}: it is not lowered",
             "Lower optim.lr; if the loss does not move at all, see what is frozen (adapter).",
             before=before,
-            after=lowest,
+            after=after,
         )
     return passed(
-        f"{_STEPS} steps on one batch take its loss from {before:.3f} to {lowest:.3f}", before=before, after=lowest
+        f"{_STEPS} steps on one batch take its loss from {before:.3f} to {after:.3f}", before=before, after=after
     )

@@ -1,11 +1,12 @@
 """What is proven before a run, and what a check says of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import Config
+from kajiya.data.shards import Split
 from kajiya.run.store import Artifact
 from kajiya.training.fit import Setup
 
@@ -21,8 +22,10 @@ class Subject:
     setup: Setup
     tokenizer: Any
     corpus: Artifact
-    peak_bytes: int
-    """Highest memory of the measured steps of the plan, bytes."""
+    shards: Split
+    """The training split, which the rows say their places in."""
+    plan: Mapping[str, Any]
+    """Facts of the plan: `peak_bytes` of its measured steps, `tokens` and `epochs` of the run, …"""
     save: Callable[[Path], object]
     """Write what training leaves, as it stands, into a folder."""
     reopen: Callable[[Path], Any] | None
@@ -52,6 +55,6 @@ def failed(text: str, remedy: str, **figures: Any) -> Finding:
     return Finding("", "failed", text, remedy, figures)
 
 
-def skipped(text: str) -> Finding:
+def skipped(text: str, **figures: Any) -> Finding:
     """The finding of a check that says nothing here."""
-    return Finding("", "skipped", text)
+    return Finding("", "skipped", text, "", figures)

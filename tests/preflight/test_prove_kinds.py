@@ -1,0 +1,285 @@
+"""`kajiya prove` beyond plain text and whole weights: losses with a reference, policies, adapters, few bits, own modules."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.preflight.conftest import Corpus, Parts, finding, log_probs_of, make_parts, verdict_of
+from tests.training.conftest import VOCABULARY, make_examples, make_rollouts, random_sequences
+from torch import nn
+
+from kajiya.config.schema import LossConfig, PreflightConfig
+from kajiya.config.validate import CHECKS
+from kajiya.data.batch import NO_TARGET
+from kajiya.training.losses import load_loss, load_measure
+from kajiya.training.rollouts import own_log_probs
+
+CPU = torch.device("cpu")
+
+
+def with_loss(parts: Parts, form: str, name: str, **options: Any) -> Parts:
+    """The parts with that loss and rows of that kind."""
+    loss = LossConfig(name, {"chunk_tokens": 7, **options})
+    parts.form = form
+    parts.config = replace(parts.config, train=replace(parts.config.train, loss=loss))
+    parts.setup_changes |= {"loss": load_loss(loss), "measure": load_measure(loss)}
+    return parts
+
+
+def only(parts: Parts, *names: str) -> Parts:
+    """The parts, with all checks skipped but these."""
+    skip = tuple(name for name in CHECKS if name not in names)
+    parts.config = replace(parts.config, preflight=PreflightConfig(skip=skip))
+    return parts
+
+
+# ---------------------------------------------------------------- what theory says of the first loss
+
+
+def pairs(adapter: str = "none", **options: Any) -> Parts:
+    """DPO on pairs whose reference is the model itself: computed before, or its base."""
+    parts = with_loss(make_parts(adapter), "preference", "dpo", **options)
+    parts.batches = [make_examples(random_sequences(8, seed), k=2) for seed in range(3)]
+    if adapter == "none":
+        parts.batches = [replace(each, reference=log_probs_of(parts.model, each)) for each in parts.batches]
+    return parts
+
+
+KINDS = {"sigmoid": 0.6931, "sigmoid_norm": 0.6931, "robust": 0.6931, "hinge": 1.0, "ipo": 25.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_its_own_reference_begins_where_theory_says(kind: str, corpus: Corpus) -> None:
+    more = {"label_smoothing": 0.1} if kind == "robust" else {}
+    sound, wrong = (only(pairs(kind=kind, **more), "start") for _ in range(2))
+    found = finding(verdict_of(sound, corpus)[0], "start")
+    assert found.state == "passed", found.text
+    assert found.figures["loss"] == pytest.approx(KINDS[kind], rel=1e-3)
+    # The reference of another model finds the chosen answer likelier.
+    shift = torch.tensor([6.0, -6.0]).repeat(4)
+    wrong.batches = [replace(each, reference=each.reference + shift) for each in wrong.batches]
+    found = finding(verdict_of(wrong, corpus)[0], "start")
+    assert found.state == "failed"
+    assert "reference" in found.remedy
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_feedback_begins_at_half_its_weights(is_wrong: bool, corpus: Corpus) -> None:
+    parts = with_loss(make_parts(), "feedback", "kto", desirable_weight=2.0)
+    labels = torch.tensor([1.0, 0, 1, 1])
+    for seed in range(3):
+        own, other = (make_examples(random_sequences(4, each), k=1) for each in (seed, seed + 20))
+        own, other = (replace(each, reference=log_probs_of(parts.model, each)) for each in (own, other))
+        if is_wrong:
+            own = replace(own, reference=own.reference - 8 * labels)
+        parts.batches[seed] = replace(own, labels=labels, mismatched=other)
+    found = finding(verdict_of(only(parts, "start"), corpus)[0], "start")
+    assert found.state == ("failed" if is_wrong else "passed"), found.text
+    assert is_wrong or found.figures["loss"] == pytest.approx(0.5 * (3 * 2 + 1) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "state"), [("orpo", "passed"), ("simpo", "passed"), ("my_pkg:loss", "skipped")])
+def test_a_loss_that_theory_knows_nothing_of_is_no_pass(name: str, state: str, corpus: Corpus) -> None:
+    parts = pairs()
+    if ":" not in name:
+        with_loss(parts, "preference", name)
+    else:
+        parts.config = replace(parts.config, train=replace(parts.config.train, loss=LossConfig(name)))
+    found = finding(verdict_of(only(parts, "start"), corpus)[0], "start")
+    assert found.state == state, found.text
+    assert "theory says nothing" in found.text or state == "passed"
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def _awake(parts: Parts) -> None:
+    """Second matrices that are not zero."""
+    with torch.no_grad():
+        for name, parameter in parts.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.2)
+
+
+@pytest.mark.parametrize("make", [lambda: make_parts("lora"), lambda: pairs("lora")], ids=["text", "pairs"])
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_an_adapter_begins_as_nothing(is_wrong: bool, make: Callable[[], Parts], corpus: Corpus) -> None:
+    parts = only(make(), "start")
+    if is_wrong:
+        _awake(parts)
+    found = finding(verdict_of(parts, corpus)[0], "start")
+    assert found.state == ("failed" if is_wrong else "passed"), found.text
+    assert ("begins as nothing" in found.text) == (not is_wrong)
+
+
+def _rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _last_b(tensors: dict[str, torch.Tensor]) -> str:
+    return sorted(name for name in tensors if "lora_B" in name)[-1]
+
+
+UNSAVED: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "missing": lambda tensors: tensors.pop(_last_b(tensors)),
+    "as it began": lambda tensors: tensors[_last_b(tensors)].zero_(),
+    "rounded": lambda tensors: tensors.update({k: t.to(torch.bfloat16).float() for k, t in tensors.items()}),
+}
+
+
+@pytest.mark.parametrize("how", [None, *UNSAVED])
+def test_a_part_of_an_adapter_that_is_not_saved_is_found(how: str | None, corpus: Corpus) -> None:
+    parts = only(make_parts("lora", r=4), "reload")
+    parts.config = replace(parts.config, optim=replace(parts.config.optim, lr=1e-4))
+
+    def save(model: Any, folder: Path) -> None:
+        parts.save_honestly(model, folder)
+        if how is not None:
+            _rewritten(folder, UNSAVED[how])  # type: ignore[arg-type]
+
+    parts.save = save
+    found = finding(verdict_of(parts, corpus)[0], "reload")
+    assert found.state == ("passed" if how is None else "failed"), found.text
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_is_saved_with_its_beginning_is_found_again(init: str, corpus: Corpus) -> None:
+    found = finding(verdict_of(only(make_parts("lora", r=4, init=init), "reload"), corpus)[0], "reload")
+    assert found.state == "passed", found.text
+
+
+def test_a_large_frozen_base_is_no_reason_to_skip_what_is_trained(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is trained is written; the base is too large to be opened beside itself."""
+    parts = only(make_parts("lora", r=4), "reload")
+    parts.config = replace(parts.config, model=replace(parts.config.model, path="somewhere"))
+    n_base = sum(each.numel() * 4 for each in parts.model.parameters())
+    monkeypatch.setattr("kajiya.preflight.prove_saving._MOST_BYTES", n_base - 1)
+
+    def save(model: Any, folder: Path) -> None:
+        parts.config = replace(parts.config, model=replace(parts.config.model, path=None))
+        parts.save_honestly(model, folder)
+
+    parts.save = save
+    found = finding(verdict_of(parts, corpus)[0], "reload")
+    assert found.state == "passed", found.text
+    assert "not opened here: it is large" in found.text
+
+
+# ---------------------------------------------------------------- few bits
+
+
+def test_a_run_beside_a_base_in_few_bits_passes(corpus: Corpus) -> None:
+    verdict, _ = verdict_of(make_parts("lora", "nf4", r=4), corpus)
+    assert [each.text for each in verdict.failures()] == []
+
+
+def test_a_base_that_is_opened_in_another_form_is_found(corpus: Corpus) -> None:
+    """The adapter's folder names a base that was not rounded to few bits."""
+    parts = only(make_parts("lora", "nf4", r=4), "reload")
+
+    def save(model: Any, folder: Path) -> None:
+        parts.save_honestly(model, folder)
+        path = folder / "base.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize": "none"}))
+
+    parts.save = save
+    found = finding(verdict_of(parts, corpus)[0], "reload")
+    assert found.state == "failed", found.text
+
+
+def test_a_quantized_weight_that_changes_is_found(corpus: Corpus) -> None:
+    parts = only(make_parts("lora", "nf4", r=4), "trainable")
+    layer = parts.model.model.layers[0].self_attn.q_proj.base_layer
+
+    def drift(_: torch.Tensor) -> None:
+        layer.weight.data[0] ^= 1
+
+    first = next(each for name, each in parts.model.named_parameters() if "lora_A" in name)
+    first.register_post_accumulate_grad_hook(drift)
+    found = finding(verdict_of(parts, corpus)[0], "trainable")
+    assert found.state == "failed", found.text
+    assert "frozen" in found.text
+
+
+# ---------------------------------------------------------------- policies
+
+
+def policy(sign: float = 1.0, off: float = 0.0) -> Parts:
+    """Answers with advantages, drawn by the model that is trained; `off` nats away, or followed with another sign."""
+    parts = with_loss(make_parts(), "instruction", "grpo")
+    honest = parts.setup_changes["loss"]
+
+    def loss(model: Any, batch: Any) -> Any:
+        terms, metrics = honest(model, batch)
+        return {name: (sign * value, count) for name, (value, count) in terms.items()}, metrics
+
+    log_probs = own_log_probs(parts.model, lambda: torch.no_grad(), CPU, 64)
+    parts.batches = []
+    for seed in range(3):
+        batch = make_rollouts(2, seed)
+        is_target = batch.rows.targets != NO_TARGET
+        parts.batches.append(replace(batch, sampled=log_probs(batch.rows) + off * is_target))
+    parts.setup_changes["loss"] = loss
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "caught_by"),
+    [({}, None), ({"off": -0.5}, "start"), ({"sign": -1.0}, "learning"), ({"sign": 0.0}, "learning")],
+)
+def test_a_policy_is_proven(wrong: dict[str, float], caught_by: str | None, corpus: Corpus) -> None:
+    verdict, _ = verdict_of(only(policy(**wrong), "targets", "start", "learning"), corpus)
+    assert [each.name for each in verdict.failures()] == ([] if caught_by is None else [caught_by])
+
+
+# ---------------------------------------------------------------- a module of one's own
+
+
+class Own(nn.Module):
+    """Each token and the sum of those before it, of its segment or of its row."""
+
+    def __init__(self, is_leaking: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY.size, 16)
+        self.is_leaking = is_leaking
+
+    def forward(self, tokens: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        seen = (segments[:, :, None] == segments[:, None, :]).tril() if not self.is_leaking else None
+        if seen is None:
+            seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril().expand(len(tokens), -1, -1)
+        return (seen.float() @ self.table(tokens)) @ self.table.weight.T
+
+
+class Blind(nn.Module):
+    """It is not told of segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY.size, 16)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table(tokens) @ self.table.weight.T
+
+
+@pytest.mark.parametrize(
+    ("module", "state", "word"),
+    [(Own(), "passed", "moves"), (Own(True), "failed", "moves"), (Blind(), "skipped", "takes no `segments`")],
+    ids=["kept apart", "leaking", "blind"],
+)
+def test_a_module_of_ones_own_is_looked_at(module: nn.Module, state: str, word: str, corpus: Corpus) -> None:
+    parts = only(make_parts(), "isolation")
+    parts.config = replace(parts.config, model=replace(parts.config.model, name="my_pkg:Module"))
+    parts.model = module.train()
+    found = finding(verdict_of(parts, corpus)[0], "isolation")
+    assert found.state == state, found.text
+    assert word in found.text
