@@ -235,6 +235,22 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     for step, loss in curves[0].items():
         assert curves[1][step] == pytest.approx(loss, rel=1e-3)
     assert sum(event["kind"] == "opened" for event in read_events(both)) == 1
+    # The first of the two proves the run.
+    proofs = [event["facts"]["findings"] for event in read_events(both) if event["kind"] == "proof"]
+    assert [len(findings) for findings in proofs] == [10]
+    assert {each["state"] for each in proofs[0]} == {"passed"}
+    assert json.loads((both / "manifest.json").read_text())["artifacts"]["proof"]
+
+
+@pytest.mark.slow
+def test_a_failed_proof_stops_every_rank(tmp_path: Path) -> None:
+    overrides = small_overrides("optim=adamw", "optim.lr=3", "eval.samples=0", "train.compile=off")
+    command = [*_TWO, "-m", "kajiya", "train", "stdlib-pretrain", *overrides, "--store", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("error: learning: ") == 1
+    assert not list(tmp_path.glob("runs/*/checkpoints/*"))
 
 
 def _start(store: Path, *before: str) -> subprocess.Popen[bytes]:
