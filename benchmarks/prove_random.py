@@ -1,11 +1,13 @@
 """Random valid configs, proven one by one: `kajiya prove` should raise no alarm on any of them.
 
-What is drawn: rows and loss, architecture, size, quantization, adapter, optimizer, schedule, precision, portions. A config that is
-refused by name is no config and another is drawn. Every alarm is printed with the settings that raised it; the exit code is
-1 if there was one. About twenty seconds a config on one core.
+What is drawn: rows and loss (a policy's and a teacher's among them), architecture, size, quantization, adapter (a part of the
+weights, or an adapter that is gone on with, too), optimizer, schedule, precision, portions. A config that is refused by name is no
+config and another is drawn. Every alarm is printed with the settings that raised it; the exit code is 1 if there was one. About ten
+seconds a config on one core, and half a minute for the base that some of them begin with, which stays in the store.
 """
 
 import argparse
+import json
 import random
 import sys
 import sysconfig
@@ -13,15 +15,27 @@ import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kajiya.config.compose import compose
-from kajiya.config.schema import AdapterConfig, Config, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
+from kajiya.config.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SourceConfig,
+)
 from kajiya.config.validate import validate
 from kajiya.errors import ConfigError, KajiyaError
 from kajiya.flows.plan import prove_recipe
+from kajiya.flows.train import Scope, train
 from kajiya.run.store import Store
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
+_TEXT = (f"data.source.options.root={STDLIB / 'email'}", "data.heldout_every=5", "data.row_tokens=64")
 
 _FAMILIES: dict[str, list[str]] = {
     "stdlib-pretrain": ["next_token"],
@@ -31,16 +45,30 @@ _FAMILIES: dict[str, list[str]] = {
     "stdlib-kto": ["kto"],
     "stdlib-sft": ["next_token"],
     "stdlib-dpo": ["dpo", "orpo", "simpo", "reward"],
+    "stdlib-grpo": ["grpo"],
+    "regress": ["regress"],
+    "based": ["next_token", "next_token", "distill"],
 }
-"""Recipes whose rows are taken, and the losses that learn from them."""
+"""Recipes whose rows are taken, and the losses that learn from them. `regress`: texts with a number each; `based`: text of the
+standard library, with a trained model to begin from or to learn from."""
+_FREEZES = (r"layers\.0|\bh\.0", "norm|ln_", "attn", "embed|wte")
+"""Patterns of what is trained alone."""
 
 
 @cache
-def _of_rows(recipe: str) -> Config:
+def _of_rows(recipe: str, root: Path) -> Config:
     """The recipe on few rows, its model and its tokenizer made anew."""
+    if recipe == "regress":
+        return replace(_of_rows("stdlib-classify", root), data=_numbered(root))
+    if recipe == "based":
+        base = _base(root)
+        given = (f"model.path={base}", f"tokenizer.path={base}")
+        return compose("stdlib-pretrain", [*_TEXT, *given, "model.init=normal", "name=drawn"])
     rows = ["data.source.options.packages=email json xml", "data.source.options.max_bytes=400"]
     if recipe == "stdlib-pretrain":
-        rows = [f"data.source.options.root={STDLIB / 'email'}", "data.heldout_every=5", "data.row_tokens=64"]
+        rows = list(_TEXT)
+    elif recipe == "stdlib-grpo":
+        rows = [f"data.source.options.root={STDLIB / 'email'}", "train.loss.options.group_size=4"]
     elif recipe == "stdlib-mlm":
         rows = [f"data.source.options.root={STDLIB / 'email'}", "data.heldout_every=5"]
     elif recipe == "stdlib-classify":
@@ -49,12 +77,41 @@ def _of_rows(recipe: str) -> Config:
     return compose(recipe, [*rows, *anew, "name=drawn"])
 
 
-def _drawn(draw: random.Random) -> Config:
+def _numbered(root: Path) -> DataConfig:
+    """Texts, each with the share of it that is white space."""
+    path = root / "numbers.jsonl"
+    texts = [path.read_text(encoding="utf-8") for path in sorted((STDLIB / "email").glob("*.py"))]
+    parts = [text[at : at + 300] for text in texts for at in range(0, len(text) - 300, 900)]
+    rows = ({"text": part, "label": 10 * sum(map(str.isspace, part)) / len(part)} for part in parts)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    labelled = _of_rows("stdlib-classify", root).data
+    return replace(labelled, source=SourceConfig("jsonl", {"files": str(path)}), format="labelled")
+
+
+@cache
+def _base(root: Path, adapter: str = "none") -> str:
+    """Run of a small model of the text, or of an adapter beside it; made where it is not there."""
+    anew = ["model.n_params=100k", "model.init=normal", "tokenizer.vocab_size=512"]
+    if adapter != "none":
+        base = _base(root)
+        anew = [f"model.path={base}", f"tokenizer.path={base}", f"adapter.name={adapter}", "model.init=normal"]
+    settings = [
+        "train.minutes=null",
+        "train.steps=150",
+        "train.row_growth=[]",
+        "track.trackers=[]",
+        f"name=base-{adapter}",
+    ]
+    config = compose("stdlib-pretrain", [*_TEXT, *anew, *settings, "train.precision=fp32", "optim=adamw"])
+    return train(config, Store(root), scope=Scope(is_evaluated=False, is_reported=False)).run.id
+
+
+def _drawn(draw: random.Random, root: Path) -> Config:
     """A config whose parts are drawn one by one. Raises `ConfigError` where they do not fit together."""
     recipe = draw.choice([*_FAMILIES, "stdlib-pretrain", "stdlib-pretrain", "stdlib-sft"])
     loss = draw.choice(_FAMILIES[recipe])
-    config = _of_rows(recipe)
-    is_causal = loss not in ("masked_lm", "seq2seq", "classify", "reward")
+    config = _of_rows(recipe, root)
+    is_causal = loss not in ("masked_lm", "seq2seq", "classify", "reward", "regress")
     architecture = draw.choice(["llama", "llama", "qwen3", "mistral", "gpt2", "gemma3_text"])
     model = ModelConfig(
         name=architecture if is_causal else config.model.name,
@@ -63,7 +120,16 @@ def _drawn(draw: random.Random) -> Config:
         tied=draw.choice([True, False]),
         quantize=draw.choice(["none"] * 4 + ["nf4", "int8", "torchao-int8"]),
     )
-    adapter = AdapterConfig(draw.choice(["none"] * 4 + ["lora", "lora", "dora", "ia3", "prefix", "prompt"]))
+    adapters = ["none"] * 4 + ["freeze", "lora", "lora", "dora", "ia3", "prefix", "prompt"]
+    adapter = AdapterConfig(draw.choice(adapters))
+    if recipe == "based":
+        is_pupil = loss == "distill"
+        model = replace(model, name="llama") if is_pupil else replace(config.model, quantize=model.quantize)
+        adapter = AdapterConfig(draw.choice([*adapters, *(() if is_pupil else ["load"] * 6)]))
+    if adapter.name == "load":
+        adapter = replace(adapter, options={"path": _base(root, draw.choice(["lora", "ia3"]))})
+    if adapter.name == "freeze":
+        adapter = replace(adapter, options={"train": draw.choice(_FREEZES)})
     if adapter.name == "lora":
         inits, targets = ("default", "gaussian", "pissa", "olora"), ("all-linear", "attention", "mlp")
         options = {"init": draw.choice(inits), "targets": draw.choice(targets), "dropout": draw.choice([0.0, 0.1])}
@@ -79,7 +145,7 @@ def _drawn(draw: random.Random) -> Config:
     )
     train = replace(
         config.train,
-        loss=LossConfig(loss, {"chunk_tokens": draw.choice([7, 512])} if loss in ("next_token", "dpo") else {}),
+        loss=LossConfig(loss, _loss_options(draw, loss, config)),
         minutes=None,
         steps=draw.choice([30, 200, 5000]),
         micro_batch=draw.choice([1, 2, 4]),
@@ -94,6 +160,17 @@ def _drawn(draw: random.Random) -> Config:
     )
     validate(made)
     return made
+
+
+def _loss_options(draw: random.Random, loss: str, config: Config) -> dict[str, Any]:
+    if loss in ("next_token", "dpo"):
+        return {"chunk_tokens": draw.choice([7, 512])} | (
+            {"kind": draw.choice(["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"])} if loss == "dpo" else {}
+        )
+    if loss == "distill":
+        divergence = draw.choice(["forward", "reverse", "jsd"])
+        return {"teacher": config.model.path, "top_k": draw.choice([None, 8]), "divergence": divergence}
+    return dict(config.train.loss.options) if loss == "grpo" else {}
 
 
 def _words(config: Config) -> str:
@@ -124,14 +201,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="Folder for what is made, which stays; a temporary one without it.")
     given = parser.parse_args()
     draw = random.Random(given.seed)
     n_proven = n_alarms = n_refused = 0
     with tempfile.TemporaryDirectory() as where:
+        root = given.store or Path(where)
         while n_proven < given.configs:
             try:
-                config = _drawn(draw)
-                alarms = _alarms(config, Store(Path(where)))
+                config = _drawn(draw, root)
+                alarms = _alarms(config, Store(root))
             except ConfigError:
                 n_refused += 1
                 continue
