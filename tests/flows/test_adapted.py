@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from kajiya.flows.train import Trained, train
 from kajiya.models.open import open_model
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.store import Store
+from kajiya.serving.hosts import source_of
 from kajiya.serving.sequence import SamplingParams
 from kajiya.serving.server import open_engine
 
@@ -95,13 +97,28 @@ def test_tasks_are_asked_of_the_adapted_model(adapted: Any, finished: Finished) 
     assert local.dtype == "float32"
 
 
-def test_it_is_served_over_its_base_by_the_name_of_its_run(adapted: Any, finished: Finished) -> None:
-    trained, _ = adapted
+def test_it_is_served_by_the_name_of_its_run(
+    adapted: Any, finished: Finished, small_config: Callable[..., Config]
+) -> None:
+    """Over its base, or as a model of its own; what was trained beside NF4 weights is not served over the plain ones."""
+    settings = ("name=small-plain-lora", "adapter.name=lora", "adapter.options.r=4", "train.steps=4", "eval.samples=0")
+    trained = train(small_config(*on_base(finished), *settings), finished.store)
+    assert trained.model is not None
+    base = finished.trained.model.path
     cfg = ServeConfig(adapters={"tuned": trained.run.id}, precision="fp32", device="cpu", max_batch=2)
-    engine = open_engine(with_folders(cfg, finished.store), finished.trained.model.path)
+    engine = open_engine(with_folders(cfg, finished.store), base)
     assert engine.adapters == {"tuned": trained.model.path}
     params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
-    assert len(engine.generate([[1, 2, 3]], params, "tuned")[0].token_ids) == 4
+    beside = engine.generate([[1, 2, 3]], params, "tuned")[0].token_ids
+    assert len(beside) == 4
+    in_bits = with_folders(replace(cfg, adapters={"tuned": adapted[0].run.id}), finished.store)
+    with pytest.raises(ConfigError, match="kajiya merge"):
+        open_engine(in_bits, base)
+    further = with_folders(replace(cfg, adapters={}, models={"own": trained.run.id}), finished.store)
+    own, _ = source_of(
+        "own", Path(further.models["own"]), lambda folder: open_engine(replace(cfg, adapters={}), folder)
+    ).open()
+    assert own.generate([[1, 2, 3]], params)[0].token_ids == beside
 
 
 def find_artifact_facts(trained: Trained, store: Store, name: str) -> dict[str, Any]:

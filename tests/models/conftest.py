@@ -1,11 +1,17 @@
-"""A tokenizer small enough to be trained on the spot."""
+"""A tokenizer small enough to be trained on the spot, and bases for adapters."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.training.conftest import VOCABULARY, NoTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from kajiya.config.schema import ModelConfig
 from kajiya.data.tokenizer import train_bpe
+from kajiya.models.build import build_model
+from kajiya.models.save import save_model
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +20,17 @@ def small_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=train_bpe(iter(texts), 300, 2), bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
     )
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Callable[..., Path]:
+    """`base(tied=False, seed=0)`: the folder of a random Llama, the same shapes for every seed."""
+
+    def make(tied: bool = False, seed: int = 0) -> Path:
+        folder = tmp_path / f"base-{tied}-{seed}"
+        sizes = {"n_params": None, "hidden_size": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_size": 64}
+        settings: Any = {**sizes, "max_positions": 64, "tied": tied}
+        save_model(build_model(ModelConfig(**settings), VOCABULARY, seed).module, NoTokenizer(), folder)
+        return folder
+
+    return make

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from tests.training.conftest import VOCABULARY, NoTokenizer, make_batch
 from tests.training.test_fit import make_setup
 
@@ -24,7 +24,6 @@ from kajiya.models.injection import merge
 from kajiya.models.load import load_model
 from kajiya.models.open import open_model
 from kajiya.models.quantized import count_params, dequantize, plain_tensors, quantize, stored_bytes
-from kajiya.models.save import save_model
 from kajiya.models.weights_digest import weights_digest
 from kajiya.training import cross_entropy
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
@@ -69,18 +68,6 @@ CASES = [
     Case("dora", {"r": 4}, quantized="nf4"),
 ]
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Callable[[bool], Path]:
-    def make(tied: bool = False, seed: int = 0) -> Path:
-        folder = tmp_path / f"base-{tied}-{seed}"
-        sizes = {"n_params": None, "hidden_size": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_size": 64}
-        settings: Any = {**sizes, "max_positions": 64, "tied": tied}
-        save_model(build_model(ModelConfig(**settings), VOCABULARY, seed).module, NoTokenizer(), folder)
-        return folder
-
-    return make
 
 
 def _adapted(folder: Path, case: Case) -> Any:
@@ -263,25 +250,6 @@ def test_an_adapter_is_refused_on_another_base(base: Callable[..., Path], tmp_pa
         load_adapter(load_model(other), tmp_path / "a")
     with pytest.raises(StoreError, match="belongs to weights of digest"):
         open_model(tmp_path / "a", torch.float32, base=str(other))
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_of_plain_peft_loads_and_is_trained_on(base: Callable[..., Path], tmp_path: Path) -> None:
-    folder = base()
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    made = get_peft_model(load_model(folder), config)
-    made.save_pretrained(tmp_path / "theirs")
-    batch = _alone(make_batch(2, seed=2))
-    module = load_model(folder)
-    transform(module, AdapterConfig("load", {"path": str(tmp_path / "theirs"), "lr_ratio": 2.0}), "none", 0)
-    with torch.no_grad():
-        torch.testing.assert_close(all_logits(module, batch), made.eval()(**_one_document(batch)).logits)
-    trained = {name for name, each in module.named_parameters() if each.requires_grad}
-    assert len(trained) == 2 * 2 * 2
-    assert all("lora_" in name for name in trained)
-    assert rate_ratios(module, AdapterConfig("load", {"path": "", "lr_ratio": 2.0})) == {
-        name: 2.0 for name in trained if "lora_B" in name
-    }
 
 
 def test_several_named_adapters_on_one_base(base: Callable[..., Path], tmp_path: Path) -> None:

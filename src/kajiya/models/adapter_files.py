@@ -11,6 +11,8 @@ from torch import nn
 
 from kajiya.errors import StoreError
 from kajiya.models.injection import BEGINNING, inject, takes_from_base
+from kajiya.models.origin import Origin, origin_of
+from kajiya.models.tasks import CAUSAL, CLASS_HEADS, Task
 from kajiya.models.virtual_tokens import ATTRIBUTE, attach, filled_config
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.files import read_json, write_json
@@ -32,6 +34,8 @@ class Base:
     """`weights_digest` of them."""
     quantize: str
     """In which form they were trained beside (`model.quantize`)."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes that the adapter's head tells apart; the base knows none of them."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -66,7 +70,39 @@ def read_base(folder: Path) -> Base | None:
     """The base that the adapter names by digest; `None` for one that another tool made."""
     if not (folder / _BASE).is_file():
         return None
-    return Base(**read_json(folder / _BASE))
+    listed = read_json(folder / _BASE)
+    return Base(**listed | {"labels": tuple(listed.get("labels", ()))})
+
+
+def adapter_task(folder: Path, base: Path) -> Task:
+    """The head that the adapter in `folder` was trained with: what its config calls its use, or what its base has."""
+    kind = read_json(folder / ADAPTER_CONFIG).get("task_type")
+    if kind is None and (base / "config.json").is_file():
+        saved = read_json(base / "config.json").get("architectures") or []
+        return Task("masked") if any(name.endswith("ForMaskedLM") for name in saved) else CAUSAL
+    if kind == "SEQ_CLS":
+        n_outputs = _n_outputs(folder)
+        if n_outputs == 1:
+            return Task("score")
+        named = read_base(folder)
+        labels = named.labels if named is not None else ()
+        # As Transformers calls classes that nobody has named; of a head that is the base's own, the base names them.
+        return Task("classes", labels or tuple(f"LABEL_{number}" for number in range(n_outputs)))
+    return Task("seq2seq") if kind == "SEQ_2_SEQ_LM" else CAUSAL
+
+
+def _n_outputs(folder: Path) -> int:
+    """Outputs of the head over whole texts that the adapter brings along; 0 where it brings none."""
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, "pt") as tensors:
+        heads = [
+            tensors.get_slice(name).get_shape()[0]
+            for name in tensors.keys()  # noqa: SIM118  # a safetensors file is no mapping
+            if name.endswith(".weight") and set(CLASS_HEADS) & set(name.split("."))
+        ]
+    # Of a head of several layers the last is the narrowest.
+    return min(heads, default=0)
 
 
 def base_folder(folder: Path, given: str | None = None) -> Path:
@@ -114,19 +150,42 @@ def check_base(folder: Path, base: Path) -> None:
         )
 
 
+def check_origin(folder: Path, origin: Origin | None) -> None:
+    """Raise `StoreError` when the adapter in `folder` was trained beside other weights than those of that origin, or beside the
+    same ones in other bits; and when it cannot be told, as the weights are of no folder.
+
+    The weights are hashed here alone, once a process, and not at all for an adapter of another tool, which names no base.
+    """
+    named = read_base(folder)
+    if named is None:
+        return
+    if origin is None:
+        raise StoreError(
+            f"{folder}: this adapter belongs to weights of digest {named.digest[:12]}, and those of the model are of no "
+            f"folder that could be compared.\nOpen the base that it names: {named.path}."
+        )
+    found = Path(origin.path)
+    check_base(folder, found if found.is_dir() else hub_folder(origin.path, origin.revision))
+    if origin.quantize != named.quantize:
+        raise StoreError(
+            f"{folder}: this adapter was trained with model.quantize={named.quantize}, and the model's weights are with "
+            f"model.quantize={origin.quantize}: other numbers, beside which it would compute something else.\n"
+            "Merge it into those that it was trained beside (kajiya merge), or serve it as a model of its own; to train on, "
+            f"set model.quantize={named.quantize}."
+        )
+
+
 def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained: bool = False) -> None:
     """Put the adapter in `folder` beside the weights of `module`, under `name`; made by any tool that writes PEFT's files.
 
-    Raises `StoreError` where its tensors do not fit, or where it names another base than the folder that `module` came from.
+    Raises `StoreError` where its tensors do not fit, or where it names another base than the weights of `module`.
     """
     from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     if not is_adapter(folder) or not (folder / _WEIGHTS).is_file():
         raise StoreError(f"{folder}: no adapter is there ({ADAPTER_CONFIG} and {_WEIGHTS})")
-    origin = Path(str(getattr(module, "name_or_path", "")) or "-")
-    if origin.is_dir():
-        check_base(folder, origin)
+    check_origin(folder, origin_of(module))
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trained
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(folder / _WEIGHTS).items()}

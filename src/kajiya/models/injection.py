@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from kajiya.errors import ConfigError
+from kajiya.models.origin import set_origin
 from kajiya.run.process import quiet_transformers
 
 BEGINNING = ("initial_A", "initial_B")
@@ -76,6 +77,7 @@ def merge(module: Any) -> None:
         elif is_wrapper(part):
             module.set_submodule(name, part.modules_to_save[part.active_adapters[0]])  # type: ignore[index,operator]
     del module.peft_config
+    set_origin(module, None)
     head = module.get_output_embeddings()
     if head is not None and head.weight is not module.get_input_embeddings().weight:
         module.config.tie_word_embeddings = False

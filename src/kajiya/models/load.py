@@ -7,6 +7,7 @@ import torch
 
 from kajiya.errors import ConfigError, StoreError
 from kajiya.models.attention import attention_name
+from kajiya.models.origin import Origin, set_origin
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.run.process import quiet_transformers
 
@@ -65,6 +66,7 @@ def load_model(
             raise StoreError(
                 f"{path}: the weights do not fit the config: {len(names)} {kind.replace('_', ' ')} ({listed} …)"
             )
+    set_origin(model, Origin(str(folder.resolve()) if folder.is_dir() else str(path), revision))
     return model.eval()
 
 

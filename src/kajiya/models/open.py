@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
-from kajiya.models.adapter_files import base_folder, is_adapter, load_adapter, read_base
+from kajiya.data.tokenizer import load_tokenizer
+from kajiya.models.adapter_files import adapter_task, base_folder, is_adapter, load_adapter, read_base
 from kajiya.models.injection import merge
 from kajiya.models.load import load_model, stored_dtype
+from kajiya.models.origin import Origin, set_origin
 from kajiya.models.quantized import dequantize, quantize
 from kajiya.models.tasks import CAUSAL, Task
 
@@ -19,27 +21,37 @@ def open_model(
     *,
     base: str | None = None,
     is_merged: bool = False,
-    task: Task = CAUSAL,
+    task: Task | None = None,
 ) -> Any:
     """The model with the task's head in `folder`, in `dtype`, on the CPU, in evaluation mode.
 
     An adapter is put beside its base, whose digest is checked; a base that was quantized is taken as the exact weights that the
-    adapter was trained beside. With `is_merged` it is added to them. `base` names one in the place of that which the folder names.
+    adapter was trained beside. With `is_merged` it is added to them. `base` names one in the place of that which the folder
+    names. `task` is that of the adapter unless given, and causal for whole weights.
     """
     if not is_adapter(folder):
-        return load_model(folder, dtype=dtype, attention=attention, task=task)
+        return load_model(folder, dtype=dtype, attention=attention, task=task or CAUSAL)
     module = open_base(folder, dtype, attention, base, task)
     load_adapter(module, folder)
     if is_merged:
         merge(module)
+        set_origin(module, Origin(str(folder.resolve())))
     return module.eval()
 
 
 def open_base(
-    folder: Path, dtype: torch.dtype, attention: str = "sdpa", base: str | None = None, task: Task = CAUSAL
+    folder: Path, dtype: torch.dtype, attention: str = "sdpa", base: str | None = None, task: Task | None = None
 ) -> Any:
-    """The base of the adapter in `folder`: the weights beside which it was trained, dequantized where they were quantized."""
-    module = load_model(base_folder(folder, base), dtype=torch.float32, attention=attention, task=task)
+    """The base of the adapter in `folder`: the weights beside which it was trained, dequantized where they were quantized.
+
+    Where the base is an adapter itself, these are its own base's with it added.
+    """
+    found = base_folder(folder, base)
+    task = task or adapter_task(folder, found)
+    module = open_model(found, torch.float32, attention, is_merged=True, task=task)
+    if task.has_new_head and module.config.pad_token_id is None and (folder / "tokenizer_config.json").is_file():
+        # As in training: a head over whole texts is told where they end.
+        module.config.pad_token_id = load_tokenizer(folder).pad_token_id
     named = read_base(folder)
     if named is not None and named.quantize != "none":
         dequantize(quantize(module, named.quantize), torch.float32)
@@ -48,6 +60,4 @@ def open_base(
 
 def model_dtype(folder: Path) -> torch.dtype:
     """The dtype that the model's weights, or the weights of its base, are stored in."""
-    if not is_adapter(folder):
-        return stored_dtype(folder)
-    return stored_dtype(base_folder(folder))
+    return model_dtype(base_folder(folder)) if is_adapter(folder) else stored_dtype(folder)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError, MissingExtraError
+from kajiya.models.origin import set_form
 from kajiya.models.tasks import CLASS_HEADS
 
 
@@ -29,6 +30,7 @@ def quantize(module: nn.Module, kind: str) -> nn.Module:
     if kind in ("nf4", "int8"):
         # PEFT's layers look here for what they stand beside.
         setattr(module, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+    set_form(module, kind)
     return module
 
 

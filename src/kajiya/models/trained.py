@@ -26,11 +26,22 @@ def save_trained(
         return {}
     if model.path is None:
         save_model(rebuild(), tokenizer, folder / "base")
-        base = Base("base", weights_digest(folder / "base"), model.quantize)
+        path, weights = "base", folder / "base"
     elif Path(model.path).is_dir():
-        digest = weights_digest(Path(model.path))
-        base = Base(os.path.relpath(Path(model.path).resolve(), folder.resolve()), digest, model.quantize)
+        weights = Path(model.path)
+        path = os.path.relpath(weights.resolve(), folder.resolve())
     else:
-        base = Base(model.path, weights_digest(hub_folder(model.path, model.revision)), model.quantize)
+        path, weights = model.path, hub_folder(model.path, model.revision)
+    base = Base(path, weights_digest(weights), model.quantize, _labels(module))
     save_adapter(module, tokenizer, folder, base)
     return {"base": {"path": base.path, "digest": base.digest, "quantize": base.quantize}}
+
+
+def _labels(module: nn.Module) -> tuple[str, ...]:
+    """Names of the classes that a head over whole texts tells apart; none for every other head."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel) or not type(module).__name__.endswith("ForSequenceClassification"):
+        return ()
+    config: Any = module.config
+    return tuple(str(config.id2label[number]) for number in range(config.num_labels)) if config.num_labels > 1 else ()

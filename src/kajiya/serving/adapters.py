@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from kajiya.errors import ConfigError, StoreError
+from kajiya.models.adapter_files import check_origin
+from kajiya.models.origin import Origin
 from kajiya.run.files import read_json
 
 _PREFIX = "base_model.model."
@@ -48,10 +50,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> LoraAdapter:
-    """The adapter in `folder`; `shapes` has the model's weight names and shapes.
+def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], origin: Origin | None) -> LoraAdapter:
+    """The adapter in `folder`; `shapes` has the model's weight names and shapes, `origin` says where the weights are from.
 
-    Raises `ConfigError` for a folder that is none, a kind of adapter that is not plain LoRA, or one made for another model.
+    Raises `ConfigError` for a folder that is none, a kind of adapter that is not plain LoRA, or one made for another model;
+    also where it names other weights by digest, or was trained beside the same ones in other bits.
     """
     from safetensors.torch import load_file
 
@@ -93,6 +96,10 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> LoraAda
                 "Serve it with the model that it was made for.",
             )
         parts[module] = LowRank(a, b, _scale(settings, module, a.shape[0]))
+    try:
+        check_origin(folder, origin)
+    except StoreError as error:
+        raise ConfigError("adapter", str(error)) from error
     return LoraAdapter(folder, parts)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from kajiya.errors import KajiyaError, MissingExtraError, RequestError
-from kajiya.serving.adapters import read_adapter
+from kajiya.models.origin import Origin
+from kajiya.serving.adapters import LoraAdapter, read_adapter
 from kajiya.serving.blocks import BlockPool
 from kajiya.serving.drafts import Drafter, within
 from kajiya.serving.embedding import embedding
@@ -48,6 +49,8 @@ class ModelFacts:
     """Weight names with their shapes, against which adapters are checked."""
     note: str = ""
     """Which runner drives the model, and why, in words."""
+    origin: Origin | None = None
+    """Where the weights are from, with which the bases of adapters are compared."""
 
 
 class Engine:
@@ -148,18 +151,19 @@ class Engine:
         What is cached is forgotten; requests that run go on with the new weights behind what they have said.
         """
         self.runner.set_weights(tensors)
+        self.facts = dataclasses.replace(self.facts, origin=None)
         self.scheduler.renew(version)
         if self._drafter is not None:
             self._drafter.reset()
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Serve the LoRA adapter that PEFT has saved in `folder` to requests that name it.
+    def load_adapter(self, name: str, folder: Path, adapter: LoraAdapter | None = None) -> None:
+        """Serve the LoRA adapter that PEFT has saved in `folder` to requests that name it; `adapter` is what was read of it.
 
         Raises `RequestError` for a name that is taken, `ConfigError` for a folder that does not fit.
         """
         if name in self.adapters:
             raise RequestError(f"an adapter with the name {name!r} is loaded already", param="name", status=409)
-        self.runner.load_adapter(name, read_adapter(folder, self.facts.shapes))
+        self.runner.load_adapter(name, adapter or read_adapter(folder, self.facts.shapes, self.facts.origin))
         self.adapters[name] = folder
 
     def unload_adapter(self, name: str) -> None:
@@ -208,7 +212,7 @@ class Engine:
             Request(
                 f"generate-{self._n_generate_calls}-{i}",
                 tuple(prompt),
-                _with_seed(params, derive_seed(params.seed, i) if seeds is None else seeds[i]),
+                dataclasses.replace(params, seed=derive_seed(params.seed, i) if seeds is None else seeds[i]),
                 adapter,
             )
             for i, prompt in enumerate(prompts)
@@ -384,10 +388,6 @@ class _Partial:
     def completion(self) -> Completion:
         tokens = [one.token for one in self.logprobs]
         return Completion(tokens, self.logprobs, self.finish_reason, self.prompt_logprobs)
-
-
-def _with_seed(params: SamplingParams, seed: int | None) -> SamplingParams:
-    return dataclasses.replace(params, seed=seed)
 
 
 def _prompt_logprobs(chunk: Chunk, rows: Logits) -> list[TokenLogprob]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kajiya.errors import ConfigError, KajiyaError
+from kajiya.models.origin import origin_of
 from kajiya.run.process import has_bf16_instructions
 from kajiya.serving.draft_model import DraftModel
 from kajiya.serving.drafts import Drafter, PromptLookup
@@ -79,7 +80,8 @@ def engine_of(
     """An engine over a Transformers model in memory; the native runner packs its weights and lets go of it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found, note, context = _drive(model, opts, runner)
-    facts = ModelFacts(context, model.config.get_text_config().vocab_size, eos_ids, shapes, note)
+    n_tokens = model.config.get_text_config().vocab_size
+    facts = ModelFacts(context, n_tokens, eos_ids, shapes, note, origin_of(model))
     return Engine(found, facts, opts.max_batch, opts.max_waiting, drafter)
 
 

@@ -1,0 +1,104 @@
+"""Adapters that plain PEFT has made and saved: they compute here what they compute there, and are trained on."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from tests.training.conftest import make_batch
+
+from kajiya.config.schema import AdapterConfig
+from kajiya.models.adapt import rate_ratios, transform
+from kajiya.models.hidden import all_logits
+from kajiya.models.load import load_model
+from kajiya.models.open import open_model
+
+_LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+_MADE: dict[str, Callable[[], Any]] = {
+    "lora": lambda: LoraConfig(**_LORA),
+    "rslora": lambda: LoraConfig(**_LORA, use_rslora=True, lora_alpha=3),
+    "dora": lambda: LoraConfig(**_LORA, use_dora=True),
+    "pissa": lambda: LoraConfig(**_LORA, init_lora_weights="pissa"),
+    "olora": lambda: LoraConfig(**_LORA, init_lora_weights="olora"),
+    "modules_to_save": lambda: LoraConfig(**_LORA, modules_to_save=["lm_head", "embed_tokens"]),
+    "all-linear": lambda: LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "patterns": lambda: LoraConfig(**_LORA, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 1}),
+    "no task": lambda: LoraConfig(r=4, target_modules=["v_proj"]),
+    "ia3": lambda: IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def _theirs(kind: str, folder: Path, base: Path) -> Any:
+    """PEFT's model of that kind, its adapter moved and saved in `folder` by PEFT alone."""
+    torch.manual_seed(0)
+    made: Any = get_peft_model(load_model(base), _MADE[kind]())
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    if kind in ("pissa", "olora"):
+        # As PEFT's guide says: what was taken out of the base is given along, or it belongs to other weights.
+        first: Any = get_peft_model(load_model(base), _MADE[kind]())
+        first.peft_config["default"].init_lora_weights = True
+        first.save_pretrained(folder / "beginning")
+        with warnings.catch_warnings():
+            # That another adapter stands beside it while it is converted.
+            warnings.simplefilter("ignore")
+            made.save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder / "beginning"))
+    else:
+        made.save_pretrained(folder)
+    return made.eval()
+
+
+@pytest.mark.parametrize("kind", sorted(_MADE))
+def test_an_adapter_of_plain_peft_gives_pefts_own_logits(kind: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    folder = base()
+    _theirs(kind, tmp_path / "theirs", folder)
+    tokens = make_batch(2, seed=2).tokens
+    peft = PeftModel.from_pretrained(load_model(folder), tmp_path / "theirs").eval()
+    with torch.no_grad():
+        expected = peft(input_ids=tokens).logits
+        plain = load_model(folder)(input_ids=tokens).logits
+        assert (expected - plain).abs().max() > 1e-2
+        module = load_model(folder)
+        transform(module, AdapterConfig("load", {"path": str(tmp_path / "theirs")}), "none", 0)
+        torch.testing.assert_close(module.eval()(input_ids=tokens).logits, expected)
+        for is_merged in (False, True):
+            again = open_model(tmp_path / "theirs", torch.float32, base=str(folder), is_merged=is_merged)
+            torch.testing.assert_close(again(input_ids=tokens).logits, expected, atol=5e-5, rtol=1e-4)
+    trained = {name for name, each in module.named_parameters() if each.requires_grad}
+    theirs = sum(each.numel() for each in _trainable(kind, folder))
+    assert sum(each.numel() for name, each in module.named_parameters() if name in trained) == theirs
+
+
+def _trainable(kind: str, base: Path) -> list[torch.Tensor]:
+    config = _MADE[kind]()
+    if kind in ("pissa", "olora"):
+        # Beside a whole base the change has twice the rank.
+        config.r, config.init_lora_weights = 2 * config.r, True
+    made: Any = get_peft_model(load_model(base), config)
+    return [each for each in made.parameters() if each.requires_grad]
+
+
+def test_what_is_trained_on_is_the_adapter(base: Callable[..., Path], tmp_path: Path) -> None:
+    folder = base()
+    made = _theirs("lora", tmp_path / "theirs", folder)
+    batch = make_batch(2, seed=2)
+    alone = {"input_ids": batch.tokens}
+    module = load_model(folder)
+    transform(module, AdapterConfig("load", {"path": str(tmp_path / "theirs"), "lr_ratio": 2.0}), "none", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(**alone).logits, made(**alone).logits)
+        assert torch.isfinite(all_logits(module, batch)).all()
+    trained = {name for name, each in module.named_parameters() if each.requires_grad}
+    assert len(trained) == 2 * 2 * 2
+    assert all("lora_" in name for name in trained)
+    assert rate_ratios(module, AdapterConfig("load", {"path": "", "lr_ratio": 2.0})) == {
+        name: 2.0 for name in trained if "lora_B" in name
+    }
