@@ -167,8 +167,7 @@ def _loading_routes(service: Service, load: Callable[[Path], Engine]) -> APIRout
             raise RequestError(
                 f"a model with the name {body.lora_name!r} is here already", param="lora_name", status=409
             )
-        folder = Path(body.lora_path)
-        await host.worker.call(lambda: host.engine.load_adapter(body.lora_name, folder))
+        await host.load_adapter(body.lora_name, Path(body.lora_path))
         return JSONResponse({"object": "list", "data": service.hosts.cards()})
 
     @router.post("/unload_lora_adapter")
@@ -182,7 +181,12 @@ def _loading_routes(service: Service, load: Callable[[Path], Engine]) -> APIRout
     @router.post("/load_model")
     async def load_model(body: ModelBody) -> JSONResponse:
         service.hosts.add(source_of(body.name, Path(body.folder), load))
-        await service.hosts.find(body.name)
+        try:
+            await service.hosts.find(body.name)
+        except BaseException:
+            # What could not be loaded is no model of this server.
+            await service.hosts.remove(body.name)
+            raise
         return JSONResponse({"object": "list", "data": service.hosts.cards()})
 
     @router.post("/unload_model")

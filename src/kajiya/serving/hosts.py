@@ -10,6 +10,7 @@ from typing import Any
 from kajiya.config.schema import ServeConfig
 from kajiya.data.chat import ChatTemplate
 from kajiya.errors import ConfigError, RequestError
+from kajiya.serving.adapters import is_adapter, read_adapter
 from kajiya.serving.engine import Engine
 from kajiya.serving.text import byte_reader
 from kajiya.serving.worker import StepWatcher, Worker
@@ -54,6 +55,12 @@ class Host:
             "has_chat_template": bool(self.tokenizer.chat_template),
             "parent": None if name == self.name else self.name,
         }
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve the adapter in `folder` too. It is read beside the engine's thread: its base may take seconds to hash."""
+        facts = self.engine.facts
+        adapter = await asyncio.to_thread(read_adapter, folder, facts.shapes, facts.origin)
+        await self.worker.call(lambda: self.engine.load_adapter(name, folder, adapter))
 
     async def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds."""
@@ -105,6 +112,8 @@ class Hosts:
         self._watcher = watcher
         self._sources = dict(others)
         self._hosts = {first.name: first}
+        self._kept: dict[str, dict[str, Path]] = {}
+        """Adapters of models that were let go, by model and name: they come back when they are asked for."""
         self._idle_unload_s = idle_unload_s
         self._loading = asyncio.Lock()
         self._sweeper: asyncio.Task[None] | None = None
@@ -117,10 +126,13 @@ class Hosts:
     def cards(self) -> list[dict[str, Any]]:
         """Models and adapters, for `/v1/models`; models that are not in memory are listed too."""
         cards = [host.card(name) for host in self.loaded for name in (host.name, *host.engine.adapters)]
-        asleep = self._sources.keys() - self._hosts.keys()
+        asleep: list[tuple[str, str | None]] = [
+            (each, None) for each in sorted(self._sources.keys() - self._hosts.keys())
+        ]
+        kept = [(name, model) for model, adapters in sorted(self._kept.items()) for name in adapters]
         return cards + [
-            {"id": name, "object": "model", "created": 0, "owned_by": "kajiya", "is_loaded": False}
-            for name in sorted(asleep)
+            {"id": name, "object": "model", "created": 0, "owned_by": "kajiya", "parent": parent, "is_loaded": False}
+            for name, parent in asleep + kept
         ]
 
     async def find(self, name: str) -> tuple[Host, str | None]:
@@ -129,7 +141,8 @@ class Hosts:
             if name == host.name or name in host.engine.adapters:
                 host.last_used = time.monotonic()
                 return host, None if name == host.name else name
-        if name not in self._sources:
+        model = next((each for each, adapters in self._kept.items() if name in adapters), name)
+        if model not in self._sources:
             known = ", ".join(repr(card["id"]) for card in self.cards())
             raise RequestError(
                 f"The model {name!r} does not exist here; this server has {known}.",
@@ -138,12 +151,20 @@ class Hosts:
                 status=404,
             )
         async with self._loading:
-            if name not in self._hosts:
-                engine, tokenizer = await asyncio.to_thread(self._sources[name].open)
-                host = Host(name, engine, tokenizer, self._watcher)
+            if model not in self._hosts:
+                engine, tokenizer = await asyncio.to_thread(self._sources[model].open)
+                host = Host(model, engine, tokenizer, self._watcher)
                 host.worker.start()
-                self._hosts[name] = host
-        return self._hosts[name], None
+                self._hosts[model] = host
+            host = self._hosts[model]
+            host.last_used = time.monotonic()
+            if name == model:
+                return host, None
+            folder = self._kept.get(model, {}).get(name)
+            if folder is not None:
+                await host.load_adapter(name, folder)
+                self._kept[model].pop(name)
+        return host, name
 
     def add(self, source: Source) -> None:
         """Have one more model, loaded when it is first asked for."""
@@ -159,6 +180,7 @@ class Hosts:
             raise RequestError(f"no model {name!r} is here", param="name", status=404)
         host = self._hosts.pop(name, None)
         del self._sources[name]
+        self._kept.pop(name, None)
         if host is not None:
             await host.worker.stop()
 
@@ -188,13 +210,14 @@ class Hosts:
                     host.last_used = time.monotonic()
                 elif time.monotonic() - host.last_used > idle_s:
                     del self._hosts[name]
+                    self._kept[name] = self._kept.get(name, {}) | host.engine.adapters
                     await host.worker.stop()
 
 
 def source_of(name: str, folder: Path, load: Callable[[Path], Engine]) -> Source:
-    """A model in a folder, loaded by `load` with its tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise ConfigError("serve.models", f"{name}: {str(folder)!r} is no folder with a saved model")
+    """A model in a folder (whole, or an adapter with its base), loaded by `load` with its tokenizer."""
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
+        raise ConfigError("serve.models", f"{name}: {str(folder)!r} is no folder with a saved model or adapter")
 
     def open_both() -> Opened:
         from transformers import AutoTokenizer
