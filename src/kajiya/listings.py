@@ -168,10 +168,13 @@ def merge_lines(facts: Mapping[str, Any]) -> list[str]:
         return [f"perplexity {facts['perplexity']:.2f} (of what it was made of: {parents})"]
     lines = [f"base: {facts['base']}"]
     for row in facts["parity"]:
-        held = "" if row["is_held"] else " (told, not held to)"
+        own = row["rounding"]
+        rounding = "" if own is None else f" (rounding alone: KL {own['kl']:.2g}, top-1 {own['top1']:.2%})"
+        greedy = "" if row["greedy"] is None else f", greedy {row['greedy']:.0%}"
+        if row["perplexity"] is not None:
+            greedy += f", perplexity {row['perplexity']:.2f} (adapter {row['parent_perplexity']:.2f})"
         lines.append(
             f"{row['dtype']}: largest difference of a logit {row['max_difference']:.2g}, KL {row['kl']:.2g}, "
-            f"top-1 {row['top1']:.2%}, greedy {row['greedy']:.0%}, perplexity {row['perplexity']:.2f} "
-            f"(adapter {row['parent_perplexity']:.2f}){held}"
+            f"top-1 {row['top1']:.2%}{rounding}{greedy}"
         )
     return lines

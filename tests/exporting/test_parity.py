@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kajiya.errors import ParityError
-from kajiya.exporting.parity import compare, perplexity, require_parity
+from kajiya.exporting.parity import TOLERANCES, compare, perplexity, require_parity
 
 Make = Callable[..., Any]
 ROWS = [[0, 5, 9, 33, 7, 8, 12, 90, 4], [0, 60, 61, 62, 63, 1]]
@@ -51,4 +51,53 @@ def test_one_wrong_weight_is_past_the_tolerance(dtype: torch.dtype, value: float
         result.model.layers[1].mlp.down_proj.weight[3, :8] += value
     with pytest.raises(ParityError, match="does not compute what its parent does"):
         require_parity("the result", [compare(parent, result, ROWS)])
-    require_parity("the result", [compare(parent, result, ROWS, is_held=False)])
+
+
+def test_weights_that_were_rounded_are_held_to_the_tolerance_of_their_dtype(tiny_model: Make) -> None:
+    """In float32 too: their logits differ by more than float32's own tolerance, and by less than bf16's."""
+    parent, result = (tiny_model(init_std=0.1).eval() for _ in range(2))
+    result.to(torch.bfloat16).to(torch.float32)
+    with pytest.raises(ParityError, match="a logit differs by"):
+        require_parity("the result", [compare(parent, result, ROWS)])
+    found = compare(parent, result, ROWS, stored=torch.bfloat16)
+    assert found.tolerance == TOLERANCES[torch.bfloat16]
+    assert found.rounding is None
+    require_parity("the result", [found])
+
+
+def test_what_rounding_does_to_the_parent_itself_is_taken_off(tiny_model: Make) -> None:
+    parent, rounded = (tiny_model(init_std=0.5).eval() for _ in range(2))
+    rounded.to(torch.bfloat16)
+    alone = compare(parent, rounded, ROWS)
+    assert alone.kl > 1e-3
+    with pytest.raises(ParityError, match="KL"):
+        require_parity("the result", [alone])
+    found = compare(parent, rounded, ROWS, rounded=rounded)
+    assert found.rounding is not None
+    assert (found.rounding.kl, found.rounding.top1) == (found.kl, found.top1) == (alone.kl, alone.top1)
+    require_parity("the result", [found])
+    with torch.no_grad():
+        other = tiny_model(init_std=0.5).eval().to(torch.bfloat16)
+        other.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+    with pytest.raises(ParityError, match="does not compute what its parent does"):
+        require_parity("the result", [compare(parent, other, ROWS, rounded=rounded)])
+
+
+def test_tokens_that_the_dtype_cannot_tell_apart_are_tied() -> None:
+    class Two(torch.nn.Module):
+        """Of two tokens, the second's logit is larger by `lead`, and the others' are far below."""
+
+        def __init__(self, lead: float, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.tensor([8.0, 8.0 + lead, -8.0, -9.0]).to(dtype))
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(*tokens.shape, -1)
+
+    for dtype, lead, share in (
+        (torch.bfloat16, 0.0625, 1.0),
+        (torch.bfloat16, 0.125, 0.0),
+        (torch.float32, 0.0625, 0.0),
+    ):
+        found = compare(Two(-lead, dtype), Two(lead, dtype), [[0, 1, 2]])
+        assert found.top1 == share, (dtype, lead)

@@ -11,10 +11,11 @@ from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, ParityError
 from kajiya.exporting.mixing import Mixing, mix
 from kajiya.exporting.parity import compare, perplexity, require_parity
-from kajiya.models.adapter_files import read_base
+from kajiya.models.adapter_files import ADAPTER_CONFIG, adapter_task, base_folder, is_mergeable, read_base
 from kajiya.models.load import load_model
 from kajiya.models.open import model_dtype, open_model
 from kajiya.models.save import save_model
+from kajiya.run.files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Rows = Sequence[Sequence[int]]
@@ -23,18 +24,32 @@ Rows = Sequence[Sequence[int]]
 def merge_adapter(adapter: Path, folder: Path, rows: Rows, *, into: str | None, base: str | None) -> dict[str, Any]:
     """Write the base of `adapter` with the adapter added into `folder`, in the dtype `into` (`None`: the base's own).
 
-    What was written is loaded again and compared with the adapter beside its base on `rows`, in float32 and in `into`, at the
-    tolerances of `parity`. Returns the certificate. Raises `ParityError` when one is past its tolerance.
+    What was written is loaded again and compared with the adapter beside its base on `rows`, in float32 and in 16 bits, each at
+    its tolerance of `parity`. Returns the certificate. Raises `ParityError` when one is past it, `ConfigError` for an adapter that
+    is no change of weights.
     """
-    stored = model_dtype(adapter) if into is None else _dtype(into)
-    merged = open_model(adapter, torch.float32, base=base, is_merged=True)
+    if not is_mergeable(adapter):
+        kind = read_json(adapter / ADAPTER_CONFIG)["peft_type"]
+        raise ConfigError(
+            "merge",
+            f"{adapter}: {kind} adds virtual tokens, which are no change of the weights, so they cannot be merged into them",
+            "It is evaluated and sampled as it is.",
+        )
+    found = base_folder(adapter, base)
+    stored = model_dtype(found) if into is None else _dtype(into)
+    task = adapter_task(adapter, found)
+    merged = open_model(adapter, torch.float32, base=base, is_merged=True, task=task)
     save_model(merged.to(stored), load_tokenizer(adapter), folder)
+    longest = getattr(merged.config, "max_position_embeddings", None)
+    rows = [row[:longest] for row in rows]
     del merged
-    held = {torch.float32, stored} if stored == torch.float32 else {stored}
+    coarser = torch.bfloat16 if stored == torch.float32 else stored
+    parent, rounded = (open_model(adapter, dtype, base=base, task=task) for dtype in (torch.float32, coarser))
     measured = []
-    for dtype in (torch.float32, torch.bfloat16) if stored == torch.float32 else (stored,):
-        parent = open_model(adapter, torch.float32, base=base).to(dtype)
-        measured.append(compare(parent, load_model(folder, dtype=dtype), rows, is_held=dtype in held))
+    for dtype in (torch.float32, coarser):
+        result = load_model(folder, dtype=dtype, task=task)
+        own = None if dtype == stored == torch.float32 else rounded
+        measured.append(compare(parent, result, rows, task=task, stored=stored, rounded=own))
     require_parity("the merged model", measured)
     named = read_base(adapter)
     return {

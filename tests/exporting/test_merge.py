@@ -1,0 +1,199 @@
+"""Every adapter that is a change of weights is merged and certified, whatever its base is stored in and its head says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.conftest import VOCABULARY
+
+from kajiya.config.schema import AdapterConfig, ModelConfig
+from kajiya.errors import ConfigError, ParityError
+from kajiya.exporting import merge as merging
+from kajiya.exporting import parity
+from kajiya.exporting.merge import merge_adapter
+from kajiya.listings import merge_lines
+from kajiya.models.adapt import has_adapter, transform
+from kajiya.models.build import build_model
+from kajiya.models.load import load_model
+from kajiya.models.open import open_model
+from kajiya.models.tasks import CAUSAL, Task, auto_class
+from kajiya.models.trained import save_trained
+
+ROWS = [[(5 + 7 * i * (row + 1)) % 94 + 3 for i in range(60)] for row in range(16)]
+KINDS: list[tuple[str, dict[str, Any], str]] = [
+    ("lora", {"init": "gaussian"}, "none"),
+    ("lora", {"rslora": True}, "none"),
+    ("lora", {"init": "pissa"}, "none"),
+    ("lora", {"init": "olora"}, "none"),
+    ("lora", {"train_embeddings": True, "train_head": True}, "none"),
+    ("dora", {}, "none"),
+    ("ia3", {}, "none"),
+    ("lora", {}, "nf4"),
+    ("lora", {}, "int8"),
+    ("lora", {}, "torchao-int8"),
+    ("dora", {}, "nf4"),
+]
+EACH = pytest.mark.parametrize(
+    ("name", "options", "quantized"), KINDS, ids=lambda each: "-".join(each) if isinstance(each, dict) else each
+)
+
+
+@pytest.fixture
+def sharp(tmp_path: Path) -> Callable[..., Path]:
+    """`sharp(task, dtype)`: the folder of a base whose logits are as far apart as those of a trained model."""
+
+    def make(task: Task = CAUSAL, dtype: torch.dtype = torch.float32) -> Path:
+        architecture = {"masked": "bert", "seq2seq": "t5"}.get(task.name, "llama")
+        config = ModelConfig(name=architecture, n_params="40k", max_positions=64, init_std=0.15)
+        folder = tmp_path / f"base-{task.name}-{dtype}"
+        module: Any = build_model(config, VOCABULARY, 0, task).module
+        module.to(dtype).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def _adapter(
+    base: Path, folder: Path, tokenizer: Any, kind: tuple[str, dict[str, Any], str], task: Task = CAUSAL
+) -> Path:
+    """An adapter of that kind, moved from its beginning, as training leaves it."""
+    name, options, quantized = kind
+    config = ModelConfig(path=str(base), quantize=quantized)
+    module = build_model(config, VOCABULARY, 0, task).module
+    options = options if name == "ia3" else {"r": 4} | options
+    transform(module, AdapterConfig(name, options), quantized, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    save_trained(config, module, tokenizer, folder, lambda: module)
+    return folder
+
+
+@EACH
+def test_it_is_merged_and_held_to_its_tolerance_in_each_dtype(
+    name: str, options: dict[str, Any], quantized: str, sharp: Callable[..., Path], small_tokenizer: Any, tmp_path: Path
+) -> None:
+    adapter = _adapter(sharp(), tmp_path / "adapter", small_tokenizer, (name, options, quantized))
+    facts = merge_adapter(adapter, tmp_path / "merged", ROWS, into=None, base=None)
+    single, half = facts["parity"]
+    assert single["dtype"] == facts["dtype"] == "float32"
+    assert single["max_difference"] <= 1e-4
+    assert single["top1"] == single["greedy"] == 1.0
+    assert half["dtype"] == "bfloat16"
+    assert single["rounding"] is None
+    assert half["rounding"]["kl"] > 0
+    assert half["kl"] <= half["rounding"]["kl"] + 1e-3
+    assert half["top1"] >= half["rounding"]["top1"] - 0.005
+    assert half["tolerance"] == {"max_difference": None, "kl": 1e-3, "top1": 0.995}
+    assert (f"{quantized} ones stand for" in facts["base"]) == (quantized != "none")
+    merged, plain = load_model(tmp_path / "merged"), load_model(sharp())
+    assert not has_adapter(merged)
+    ids = torch.tensor(ROWS[:2])
+    with torch.no_grad():
+        expected = open_model(adapter, torch.float32)(input_ids=ids).logits
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+        assert (expected - plain(input_ids=ids).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_virtual_tokens_are_refused_by_name(
+    name: str, sharp: Callable[..., Path], small_tokenizer: Any, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    config = ModelConfig(path=str(sharp()))
+    module = build_model(config, VOCABULARY, 0).module
+    transform(module, AdapterConfig(name, {"n_tokens": 2}), "none", seed=0)
+    save_trained(config, module, small_tokenizer, adapter, lambda: module)
+    with pytest.raises(ConfigError, match=f"{name.upper()}_TUNING adds virtual tokens"):
+        merge_adapter(adapter, tmp_path / "merged", ROWS, into=None, base=None)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "into", "written"),
+    [
+        (torch.float32, "bf16", "bfloat16"),
+        (torch.float32, "fp16", "float16"),
+        (torch.bfloat16, None, "bfloat16"),
+        (torch.bfloat16, "fp32", "float32"),
+    ],
+)
+def test_it_is_written_in_the_bases_dtype_or_in_another(
+    stored: torch.dtype,
+    into: str | None,
+    written: str,
+    sharp: Callable[..., Path],
+    small_tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    adapter = _adapter(sharp(dtype=stored), tmp_path / "adapter", small_tokenizer, KINDS[0])
+    facts = merge_adapter(adapter, tmp_path / "merged", ROWS, into=into, base=None)
+    assert facts["dtype"] == written
+    dtype = getattr(torch, written)
+    assert {each.dtype for each in load_file(tmp_path / "merged" / "model.safetensors").values()} == {dtype}
+    assert [each["dtype"] for each in facts["parity"]] == [
+        "float32",
+        "bfloat16" if dtype == torch.float32 else written,
+    ]
+    # Weights that were rounded cannot agree to float32's digits, whatever computes them.
+    limits = [each["tolerance"]["max_difference"] for each in facts["parity"]]
+    assert limits == [1e-4 if dtype == torch.float32 else None, None]
+    with pytest.raises(ConfigError, match="fp8"):
+        merge_adapter(adapter, tmp_path / "merged", ROWS, into="fp8", base=None)
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_one_dtype_past_its_tolerance_is_enough(
+    held: torch.dtype, sharp: Callable[..., Path], small_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = _adapter(sharp(), tmp_path / "adapter", small_tokenizer, KINDS[0])
+    limits = {**parity.TOLERANCES, held: parity.Tolerance(top1=1.1)}
+    monkeypatch.setattr(parity, "TOLERANCES", limits)
+    with pytest.raises(ParityError, match=f"in {str(held).removeprefix('torch.')}"):
+        merge_adapter(adapter, tmp_path / "merged", ROWS, into=None, base=None)
+
+
+@pytest.mark.parametrize("is_corrupt", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "task",
+    [Task("classes", ("ham", "spam", "eggs")), Task("score"), Task("seq2seq"), Task("masked")],
+    ids=lambda task: task.name,
+)
+def test_heads_of_other_kinds_are_merged_and_compared_by_what_they_say(
+    task: Task,
+    stored: torch.dtype,
+    is_corrupt: bool,
+    sharp: Callable[..., Path],
+    small_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beginning = sharp(CAUSAL if task.has_new_head else task, stored)
+    adapter = _adapter(beginning, tmp_path / "adapter", small_tokenizer, KINDS[0], task)
+    if is_corrupt:
+        saved = merging.save_model
+
+        def corrupt(module: Any, tokenizer: Any, folder: Path) -> None:
+            weights = [each for each in module.parameters() if each.dim() == 2]
+            with torch.no_grad():
+                weights[len(weights) // 2].mul_(-1)
+            saved(module, tokenizer, folder)
+
+        monkeypatch.setattr(merging, "save_model", corrupt)
+        with pytest.raises(ParityError):
+            merge_adapter(adapter, tmp_path / "merged", ROWS, into=None, base=None)
+        return
+    facts = merge_adapter(adapter, tmp_path / "merged", ROWS, into=None, base=None)
+    assert [each["greedy"] for each in facts["parity"]] == [None, None]
+    assert [each["perplexity"] is None for each in facts["parity"]] == [task.name != "seq2seq"] * 2
+    assert len(merge_lines(facts)) == 3
+    again = auto_class(task).from_pretrained(tmp_path / "merged")
+    if task.name == "classes":
+        assert again.config.id2label == {0: "ham", 1: "spam", 2: "eggs"}
+        assert again.config.pad_token_id is not None
