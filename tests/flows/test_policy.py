@@ -15,9 +15,15 @@ import torch
 
 from kajiya.api import load
 from kajiya.config.compose import compose
+from kajiya.config.schema import ModelConfig
 from kajiya.config.validate import CHECKS
+from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, DataError
+from kajiya.flows.targets import find_model
 from kajiya.flows.train import Trained, train
+from kajiya.models.build import build_model, vocabulary_of
+from kajiya.models.save import save_model
+from kajiya.models.tasks import Task
 from kajiya.run.events import read_events
 from kajiya.run.folder import find_run
 from kajiya.run.store import Store
@@ -95,6 +101,35 @@ def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[s
     assert low <= figures["reward"]["value"] <= high
     model, _ = load(trained.model.path, tmp_path)
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_a_reward_model_is_a_parent_and_another_in_its_folder_makes_another_policy(text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    digests: list[str] = []
+    first, _ = _train(text, tmp_path / "store", "train.steps=1", "eval.samples=0")
+    assert first.model is not None
+    tokenizer = load_tokenizer(first.model.path)
+    for std in (0.1, 0.2):
+        judge = build_model(ModelConfig(n_params="40k"), vocabulary_of(tokenizer), 0, Task("score")).module
+        torch.nn.init.normal_(judge.score.weight, std=std)
+        save_model(judge, tokenizer, folder)
+        given = f"{{name: model, options: {{path: '{folder}', prompt_style: plain}}}}"
+        rewards = f"train.loss.options.rewards=[{{name: exact_match}}, {given}]"
+        settings = (rewards, "train.steps=2", "eval.samples=0")
+        trained, _ = _train(text, tmp_path / "store", *settings)
+        again, _ = _train(text, tmp_path / "store", *settings)
+        assert trained.model is not None
+        assert again.model is not None
+        assert again.model.digest == trained.model.digest
+        listed = trained.run.manifest()["artifacts"]
+        found = find_model(str(folder), Store(tmp_path / "store")).model.digest
+        assert listed["reward_1"]["digest"] == found
+        parents = json.loads((trained.model.path / "manifest.json").read_text())
+        assert parents["parents"]["reward_1"]["digest"] == found
+        # Where it lies is no part of what is trained.
+        assert str(folder) not in json.dumps(parents)
+        digests.append(trained.model.digest)
+    assert digests[0] != digests[1]
 
 
 def test_what_cannot_be_is_refused(text: str, tmp_path: Path) -> None:

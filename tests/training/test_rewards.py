@@ -107,15 +107,17 @@ def test_a_reward_gives_a_finite_number_for_each_answer() -> None:
             Rewards(("x",), (1.0,), (function,)).judge([_sample("a"), _sample("b")])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("style", ["chat", "plain"])
-def test_a_reward_model_judges_what_it_was_trained_to(style: str, tmp_path: Path) -> None:
-    """Each number is the model's own for the rendered text alone, whatever else is judged with it."""
-    from kajiya.config.schema import ModelConfig, RenderConfig
+@pytest.mark.parametrize(("style", "adapter"), [("chat", False), ("plain", False), ("plain", True)])
+def test_a_reward_model_judges_what_it_was_trained_to(style: str, adapter: bool, tmp_path: Path) -> None:
+    """Each number is the model's own for the rendered text alone, whatever else is judged with it; of an adapter's folder too."""
+    from kajiya.config.schema import AdapterConfig, ModelConfig, RenderConfig
     from kajiya.data.render import Renderer
     from kajiya.data.tokenizer import train_bpe
+    from kajiya.models.adapt import transform
     from kajiya.models.build import build_model, vocabulary_of
     from kajiya.models.save import save_model
-    from kajiya.models.tasks import Task
+    from kajiya.models.tasks import CAUSAL, Task
+    from kajiya.models.trained import save_trained
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_bpe(iter(["aa bb\n", "b a b\n"] * 20), 270, 2),
@@ -123,11 +125,19 @@ def test_a_reward_model_judges_what_it_was_trained_to(style: str, tmp_path: Path
         eos_token="<|eos|>",
         pad_token="<|pad|>",
     )
-    model = build_model(
-        ModelConfig(n_params="40k", max_positions=64), vocabulary_of(tokenizer, ()), 0, Task("score")
-    ).module
+    vocabulary = vocabulary_of(tokenizer)
+    config = ModelConfig(n_params="40k", max_positions=64)
+    if adapter:
+        save_model(build_model(config, vocabulary, 0, CAUSAL).module, tokenizer, tmp_path / "base")
+        config = ModelConfig(path=str(tmp_path / "base"))
+    model = build_model(config, vocabulary, 0, Task("score")).module
     torch.nn.init.normal_(model.score.weight, std=0.5)
-    save_model(model, tokenizer, tmp_path / "reward")
+    if adapter:
+        transform(model, AdapterConfig("lora", {"r": 4, "init": "gaussian"}), "none", 0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    save_trained(config, model, tokenizer, tmp_path / "reward", lambda: model)
     samples = [_sample(answer, prompt="say") for answer in ("a", "aa bb", "b a b")]
     part = {"name": "model", "options": {"path": str(tmp_path / "reward"), "prompt_style": style, "batch": 2}}
     got = [row[0] for row in _judge(samples, part)]

@@ -331,7 +331,7 @@ class ModelReward:
     """What a reward model (`train.loss.name=reward`) gives for prompt and answer."""
 
     path: str = setting()
-    """Folder or hub name of the reward model."""
+    """The reward model: a run, a recipe's name, an artifact, a folder (also of an adapter) or a hub name."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     prompt_style: str = setting("chat", choices=("chat", "plain"))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kajiya.config.rewards import check_rewards
 from kajiya.config.schema import Config, LossConfig, ModelConfig
 from kajiya.data.progress import OnEvent
 from kajiya.errors import StoreError
@@ -25,7 +26,7 @@ class Based:
 
 
 def find_bases(config: Config, store: Store, tell: OnEvent) -> Based:
-    """Turn `model.path`, `tokenizer.path`, the path of an adapter that is gone on with and a teacher into folders.
+    """Turn `model.path`, `tokenizer.path`, the path of an adapter that is gone on with, a teacher and reward models into folders.
 
     A hub name stays one. Raises `StoreError` when a name is neither in the store nor a folder nor a hub name.
     """
@@ -53,26 +54,48 @@ def find_bases(config: Config, store: Store, tell: OnEvent) -> Based:
             raise StoreError(f"adapter.options.path={adapter.options['path']}: no such folder, run or artifact")
         parents["adapter"] = found
         adapter = replace(adapter, options=adapter.options | {"path": str(found.path)})
-    train = config.train
-    if _teacher(train.loss):
-        found = _find(_teacher(train.loss), store)
+    places = {}
+    for name, path in _named(config.train.loss).items():
+        found = _find(path, store)
         if found is not None:
-            parents["teacher"] = found
-            loss = replace(train.loss, options=train.loss.options | {"teacher": str(found.path)})
-            train = replace(train, loss=loss)
+            parents[name] = found
+            places[name] = str(found.path)
+    train = replace(config.train, loss=_with_places(config.train.loss, places))
     return Based(replace(config, model=model, tokenizer=tokenizer, adapter=adapter, train=train), parents)
 
 
 def loss_without_place(loss: LossConfig) -> LossConfig:
-    """The same without where its teacher lies: the parent's digest says which it is."""
-    if not Path(_teacher(loss)).is_dir():
-        return loss
-    return replace(loss, options=loss.options | {"teacher": _PARENT})
+    """The same without where its teacher or its reward models lie: the parents' digests say which they are."""
+    return _with_places(loss, {name: _PARENT for name, path in _named(loss).items() if Path(path).is_dir()})
 
 
-def _teacher(loss: LossConfig) -> str:
-    """The teacher that the loss names; empty of a loss that has none."""
-    return str(loss.options["teacher"]) if loss.name == "distill" and "teacher" in loss.options else ""
+def _named(loss: LossConfig) -> dict[str, str]:
+    """The weights that the loss names beside the model's own, by the name that they have among the parents."""
+    if loss.name == "distill":
+        return {"teacher": str(loss.options["teacher"])} if loss.options.get("teacher") else {}
+    if loss.name != "grpo":
+        return {}
+    rewards = check_rewards(loss.options["rewards"], "train.loss.options.rewards")
+    return {_reward(number): part.options["path"] for number, part in enumerate(rewards) if part.name == "model"}
+
+
+def _with_places(loss: LossConfig, places: dict[str, str]) -> LossConfig:
+    """The loss with other paths for some of what it names."""
+    options = dict(loss.options)
+    if "teacher" in places:
+        options["teacher"] = places["teacher"]
+    if loss.name == "grpo":
+        options["rewards"] = [
+            given | {"options": given["options"] | {"path": places[_reward(number)]}}
+            if _reward(number) in places
+            else given
+            for number, given in enumerate(options["rewards"])
+        ]
+    return replace(loss, options=options)
+
+
+def _reward(number: int) -> str:
+    return f"reward_{number}"
 
 
 def without_places(config: Config) -> dict[str, Any]:

@@ -136,14 +136,15 @@ def load_reward_model(options: ModelReward, device: torch.device) -> dict[str, A
     """The reward model of `options.path`, frozen, and what renders prompts and answers for it."""
     from kajiya.data.render import Renderer
     from kajiya.data.tokenizer import load_tokenizer
-    from kajiya.models.adapter_files import hub_folder
-    from kajiya.models.load import load_model
+    from kajiya.models.adapter_files import hub_folder, is_adapter, is_mergeable
+    from kajiya.models.open import open_model
     from kajiya.models.tasks import Task
 
     folder = Path(options.path)
     if not folder.is_dir():
         folder = hub_folder(options.path, options.revision)
-    model = load_model(folder, task=Task("score"))
+    is_merged = is_adapter(folder) and is_mergeable(folder)
+    model = open_model(folder, torch.float32, is_merged=is_merged, task=Task("score"))
     renderer = Renderer(load_tokenizer(folder), RenderConfig(prompt_style=options.prompt_style), "instruction")
     return {"model": model.requires_grad_(False).to(device), "renderer": renderer}
 
