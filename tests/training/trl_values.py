@@ -119,6 +119,13 @@ def main() -> None:
         options = {"kind": kind, "beta": 0.3, "label_smoothing": smoothing}
         _tell(f"dpo-{kind}", _our("dpo", options, preference, ours, _batch(2 * E, reference[order])), float(theirs))
 
+    # TRL's DPO smooths no sigmoid; its CPO does, of log-probabilities in the place of log-ratios.
+    smoothed = SimpleNamespace(alpha=0.0, loss_type="sigmoid", beta=0.3, label_smoothing=0.1, accelerator=Accelerator())
+    ratios = sums - reference
+    theirs = CPOTrainer.cpo_loss(smoothed, ratios[:E], ratios[E:])[0].mean()
+    options = {"kind": "sigmoid", "beta": 0.3, "label_smoothing": 0.1}
+    _tell("dpo-smoothed", _our("dpo", options, preference, ours, _batch(2 * E, reference[order])), float(theirs))
+
     mean = sums / lengths
     simpo = SimpleNamespace(
         alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=2.5, label_smoothing=0.0, accelerator=Accelerator()
@@ -155,7 +162,7 @@ def main() -> None:
     _tell("reward", float(total) / E, float(theirs))
 
     student, teacher = torch.randn(1, 7, 11), torch.randn(1, 7, 11)
-    for divergence, beta, share in (("forward", 0.0, 0.5), ("jsd", 0.3, 0.3)):
+    for divergence, beta, share in (("forward", 0.0, 0.5), ("reverse", 1.0, 0.5), ("jsd", 0.3, 0.3)):
         theirs = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=2.0, reduction="sum")
         log_p, log_q = (torch.log_softmax(each[0] / 2.0, dim=1) for each in (teacher, student))
         _tell(
@@ -209,13 +216,33 @@ def _policies() -> None:
             ((total, unit),) = loss(None, batch)[0].values()
         _tell(f"grpo-{normalize}", float(total) / batch.counts[str(unit)], float(theirs))
     for is_scaled in (True, False):
-        ours = _advantages(rewards.tolist(), k, is_scaled)
-        grouped = rewards.view(-1, k)
-        centred = grouped - grouped.mean(dim=1, keepdim=True)
-        # As `GRPOTrainer._generate_and_score_completions` has it, which needs a whole trainer.
-        theirs = centred / (grouped.std(dim=1, keepdim=True) + 1e-4) if is_scaled else centred
-        weights = torch.arange(1.0, n + 1)
-        _tell(f"advantages-{is_scaled}", float((ours * weights).sum()), float((theirs.flatten() * weights).sum()))
+        ours, theirs = _advantages(rewards.tolist(), k, is_scaled), _their_advantages(rewards, k, is_scaled)
+        for number in range(n):
+            _tell(f"advantages-{is_scaled}-{number}", float(ours[number]), float(theirs[number]))
+
+
+def _their_advantages(rewards: torch.Tensor, k: int, is_scaled: bool) -> torch.Tensor:
+    """Of answers that were drawn already and have earned these rewards."""
+    ids = [[1, 2]] * len(rewards)
+    trainer = _trainer(
+        environment_factories=None, environments=None, tools=None, pad_to_multiple_of=None, mask_truncated_completions=False,
+        use_vllm=False, beta=0.0, num_iterations=1, num_generations=k, reward_weights=torch.ones(1), reward_funcs=[None],
+        reward_func_names=["given"], multi_objective_aggregation="sum_then_normalize", log_multimodal=False,
+        scale_rewards="group" if is_scaled else "none", _tokenizer=SimpleNamespace(pad_token_id=0), _pending_extra_logs={},
+        _pending_metrics={}, _logs={"rewards": Metrics(), "extra": Metrics(), "prompt": [], "completion": [], "advantages": []},
+        args=SimpleNamespace(
+            per_device_train_batch_size=len(rewards), steps_per_generation=1, gradient_accumulation_steps=1,
+            gradient_checkpointing_kwargs=None,
+        ),
+    )  # fmt: skip
+    trainer.model.is_gradient_checkpointing = False
+    trainer.accelerator.process_index = 0
+    trainer._generate = lambda prompts: (ids, ids, None, ["x"] * len(rewards), None, {}, None, None)
+    trainer._calculate_rewards = lambda *_: rewards[:, None]
+    found: torch.Tensor = GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": "x"} for _ in rewards])[
+        "advantages"
+    ]
+    return found
 
 
 def _advantages(rewards: list[float], k: int, is_scaled: bool) -> torch.Tensor:
