@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+from tests.data.families import FAMILIES, tokenizer_of
 
-from kajiya.data.chat import render_chat
+from kajiya.data.chat import ChatTemplate, render_chat
 from kajiya.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -68,3 +69,9 @@ def test_a_template_of_the_tokenizers_own_goes_first(tokenizer: Any) -> None:
     assert own.decode(render_chat(own, [ASK], add_generation_prompt=True)) == "[Why?]>"
     with pytest.raises(DataError, match="no system here"):
         render_chat(own, [SYSTEM, ASK], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "default"])
+def test_whether_a_template_knows_tools_is_found_by_rendering(name: str) -> None:
+    """DeepSeek's writes calls and results, but says nothing of which tools there are."""
+    assert ChatTemplate(tokenizer_of(name)).knows_tools == (name in ("qwen2.5", "llama-3.1", "mistral-v3"))

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ from kajiya.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
 _LOST = "it renders no {}; give a template that does (data.render.template), or rows without them"
+_ID = "probe0000"
+"""Of a call; Mistral's template takes nine letters and digits."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -145,6 +148,23 @@ class ChatTemplate:
         chunks = [Chunk(text, 0.0) for text in pieces(layout.text, layout.cuts)]
         ids: list[int] = self.markup.encode([Draft(chunks, names)])[0].ids.tolist()
         return ids
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template renders descriptions of tools, calls and what they answered: found by rendering some."""
+        schema = {"type": "object", "properties": {"place": {"type": "string"}}}
+        tool = {"name": "probe", "description": "probed_tool", "parameters": schema}
+        call = {"name": "probe", "arguments": {"place": "probed_call"}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "A question."},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "id": _ID, "function": call}]},
+            {"role": "tool", "content": "probed_answer", "tool_call_id": _ID, "name": "probe"},
+        ]
+        try:
+            text = self.text([_for_template(one) for one in messages], [{"type": "function", "function": tool}], True)
+        except TemplateRefusalError:
+            return False
+        return all(word in text for word in ("probed_tool", "probed_call", "probed_answer"))
 
     def lay_out(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> Layout:
         """The text of a conversation, and where the assistant's answers lie in it. Raises `TemplateRefusalError`."""

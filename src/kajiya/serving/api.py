@@ -20,11 +20,12 @@ from kajiya.serving.faults import add_error_handlers
 from kajiya.serving.gate import add_gate
 from kajiya.serving.generation import Generation, Prompt
 from kajiya.serving.hosts import Host, Hosts, Source, source_of
+from kajiya.serving.messages import read_messages
 from kajiya.serving.metrics import CONTENT_TYPE, Metrics
 from kajiya.serving.protocol import AdapterBody, ChatBody, CompletionBody, EmbeddingBody, ModelBody, NameBody
 from kajiya.serving.replies import ChatShape, CompletionShape
 from kajiya.serving.sequence import SamplingParams
-from kajiya.serving.tools import call_schema, check_tools, schema_of
+from kajiya.serving.tools import call_schema, check_tools, format_or_call, schema_of, told_in_text
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -122,20 +123,23 @@ def _openai_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         host, adapter = await service.hosts.find(body.model)
-        try:
-            ids = host.chat.ids(body.plain_messages(), add_generation_prompt=True)
-        except DataError as error:
-            raise RequestError(str(error), param="messages") from error
-        tools = check_tools(body.tools or []) if body.tool_choice != "none" else {}
+        ids = _rendered(host, body)
         params = _sampling(
             body,
             max_tokens=host.answer_tokens(body.answer_tokens, service.cfg, len(ids), "messages"),
             n_logprobs=body.top_logprobs or 0,
         )
-        called = call_schema(tools, body.tool_choice)
-        if called is not None:
-            params = replace(params, grammar=called)
-        shape = ChatShape(body.model, host.read_bytes, bool(body.logprobs), tuple(tools))
+        tools = check_tools(body.offered)
+        are_several = bool(body.parallel_tool_calls)
+        called = call_schema(tools, body.tool_choice, are_several)
+        if called is not None and params.grammar is not None:
+            problem = "response_format and a tool_choice that binds the answer to a call exclude each other"
+            raise RequestError(problem, param="response_format")
+        if params.grammar is not None and tools:
+            called = format_or_call(params.grammar, tools, are_several)
+        params = replace(params, grammar=called or params.grammar)
+        max_calls = 1 if body.parallel_tool_calls is False else None
+        shape = ChatShape(body.model, host.read_bytes, bool(body.logprobs), tuple(tools), max_calls)
         generation = await service.begin(body, host, shape, [Prompt(ids, None, adapter)], params)
         return generation.stream() if body.stream else await generation.reply(http)
 
@@ -236,6 +240,18 @@ def playground_page() -> HTMLResponse:
     """The page that talks to the API of the server that it came from."""
     page = resources.files("kajiya.serving").joinpath("playground.html").read_text(encoding="utf-8")
     return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
+
+
+def _rendered(host: Host, body: ChatBody) -> list[int]:
+    """Token ids of the conversation, rendered as in training; a template that knows no tools is told of them in words."""
+    messages, tools = read_messages(body.messages), body.offered
+    check_tools(tools)
+    if not host.chat.knows_tools:
+        messages, tools = told_in_text(messages, tools), []
+    try:
+        return host.chat.ids(messages, tools=tools or None, add_generation_prompt=True)
+    except DataError as error:
+        raise RequestError(str(error), param="messages") from error
 
 
 def _sampling(body: CompletionBody | ChatBody, *, max_tokens: int, n_logprobs: int) -> SamplingParams:

@@ -1,6 +1,5 @@
 """The bodies that the API takes: every field checked, nothing unknown let through, nothing ignored silently."""
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 
 from kajiya.config.tables import nearest
 from kajiya.errors import RequestError
-from kajiya.serving.tools import check_tools, introduce
+from kajiya.serving.messages import MESSAGES, require_unicode
 
 MAX_LOGPROBS = 20
 """Most alternatives that a request may ask for with each token."""
@@ -38,48 +37,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": _NOTHING,
 }
 """Parameters of OpenAI's API that are not supported here, each with the values that ask for nothing."""
-
-
-_TEXT = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-                "additionalProperties": False,
-            },
-        },
-    ]
-}
-_MESSAGES = {
-    "type": "array",
-    "minItems": 1,
-    "items": {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {"role": {"enum": ["system", "developer", "user", "assistant"]}, "content": _TEXT},
-                "required": ["role", "content"],
-                "additionalProperties": False,
-            },
-            {
-                "type": "object",
-                "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array"}},
-                "required": ["role", "tool_calls"],
-            },
-            {
-                "type": "object",
-                "properties": {"role": {"const": "tool"}, "content": _TEXT, "tool_call_id": {"type": "string"}},
-                "required": ["role", "content"],
-                "additionalProperties": False,
-            },
-        ]
-    },
-}
-"""What the OpenAPI document says of messages; they are checked by `ChatBody.plain_messages`."""
 
 
 class _Body(BaseModel):
@@ -142,7 +99,7 @@ class _Generation(_Body):
         if isinstance(self.stop, list) and len(self.stop) > _MAX_STOPS:
             raise RequestError(f"stop takes at most {_MAX_STOPS} strings, not {len(self.stop)}", param="stop")
         for stop in self.stops:
-            _require_unicode(stop, "stop", "stop")
+            require_unicode(stop, "stop", "stop")
         if any(not stop for stop in self.stops):
             raise RequestError("stop must not be empty", param="stop")
         return self
@@ -188,7 +145,7 @@ class CompletionBody(_Generation):
 class ChatBody(_Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], WithJsonSchema(_MESSAGES)]
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -213,18 +170,10 @@ class ChatBody(_Generation):
         """Longest answer, tokens, under its newer or its older name."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
-    def plain_messages(self) -> list[dict[str, str]]:
-        """The messages as role and text. Raises `RequestError` for what is no text."""
-        if not self.messages:
-            raise RequestError("messages is empty", param="messages")
-        plain = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
-        if not self.tools or self.tool_choice == "none":
-            return plain
-        check_tools(self.tools)
-        told = introduce(self.tools)
-        if plain[0]["role"] == "system":
-            return [{"role": "system", "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
-        return [{"role": "system", "content": told}, *plain]
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
 
 class EmbeddingBody(_Body):
@@ -281,56 +230,8 @@ def check_texts_or_ids(given: Mapping[str, Any], field: str) -> None:
         )
     if is_texts:
         for item in items:
-            _require_unicode(item, field, field)
-
-
-def _require_unicode(text: str, where: str, param: str) -> None:
-    """JSON can spell half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{where} is no valid Unicode text: {error.reason}", param=param) from error
+            require_unicode(item, field, field)
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _plain_message(message: dict[str, Any], where: str) -> dict[str, str]:
-    mine = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls",)}.get(str(message.get("role")), ())
-    for key, value in message.items():
-        if key not in ("role", "content", *mine) and value not in (None, [], ""):
-            raise RequestError(f"{where}.{key} is not supported", code="unsupported_parameter", param="messages")
-    role = message.get("role")
-    role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant", "tool"):
-        raise RequestError(f"{where}.role must be system, user, assistant or tool, not {role!r}", param="messages")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_text_part(part, where) for part in content)
-    calls = message.get("tool_calls")
-    if calls and content in (None, ""):
-        content = "\n".join(_call_text(call, where) for call in calls) if isinstance(calls, list) else None
-    elif calls:
-        raise RequestError(f"{where}.tool_calls goes with an assistant's message without content", param="messages")
-    if not isinstance(content, str):
-        raise RequestError(f"{where}.content must be a text", code="invalid_type", param="messages")
-    _require_unicode(content, f"{where}.content", "messages")
-    if role == "tool":
-        # Most templates know no such role.
-        return {"role": "user", "content": f"The tool answered: {content}"}
-    return {"role": role, "content": content}
-
-
-def _call_text(call: Any, where: str) -> str:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not all(isinstance(function.get(key), str) for key in ("name", "arguments")):
-        raise RequestError(f"{where}.tool_calls: each has a function with name and arguments", param="messages")
-    return f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
-
-
-def _text_part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise RequestError(f"{where}.content: only parts of type text are supported", param="messages")
-    text: str = part["text"]
-    return text

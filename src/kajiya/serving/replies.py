@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from kajiya.serving.answer import Entry, Piece
 from kajiya.serving.sequence import FINISHED_STOP
 from kajiya.serving.text import token_text
-from kajiya.serving.tools import read_call
+from kajiya.serving.tools import certain, read_calls
 
 _LOWEST_LOGPROB = -9999.0
 """Stands for −∞, which JSON has no number for; OpenAI's own sign for it."""
@@ -82,11 +82,18 @@ class ChatShape:
     """`chat.completion` and `chat.completion.chunk` objects."""
 
     def __init__(
-        self, model: str, read_bytes: Callable[[int], bytes], with_logprobs: bool, tools: Sequence[str] = ()
+        self,
+        model: str,
+        read_bytes: Callable[[int], bytes],
+        with_logprobs: bool,
+        tools: Sequence[str] = (),
+        max_calls: int | None = None,
     ) -> None:
         self._tools = tools
-        # A streamed answer that may be a tool call is held back until it is known whether it is one.
-        self._held: dict[int, str] = {}
+        self._max_calls = max_calls
+        # What may be the beginning of a tool call in a streamed answer is held back until it is known whether it is one:
+        # the text of each choice, and how much of it was given.
+        self._texts: dict[int, tuple[str, int]] = {}
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
@@ -98,14 +105,18 @@ class ChatShape:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def part(self, index: int, piece: Piece) -> dict[str, Any]:
-        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
-        reason = piece.finish_reason
+        calls: list[dict[str, Any]] = []
+        text, reason = piece.text, piece.finish_reason
         if self._tools:
-            text = self._held[index] = self._held.get(index, "") + piece.text
-            call = read_call(text, self._tools) if reason == FINISHED_STOP else None
-            delta = {"content": text} if reason and text else {}
-            if call is not None:
-                delta, reason = {"tool_calls": [{"index": 0, **call}]}, "tool_calls"
+            said, n_given = self._texts.get(index, ("", 0))
+            said += text
+            answer, calls, reason = self._read(said, reason)
+            n_certain = len(answer) if reason else certain(said, n_given)
+            text = answer[n_given:n_certain]
+            self._texts[index] = said, n_certain
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
         return {
             "index": index,
             "delta": delta,
@@ -114,17 +125,23 @@ class ChatShape:
         }
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
-        reason = piece.finish_reason
-        call = read_call(piece.text, self._tools) if self._tools and reason == FINISHED_STOP else None
-        if call is not None:
-            message, reason = message | {"content": None, "tool_calls": [call]}, "tool_calls"
+        text, calls, reason = self._read(piece.text, piece.finish_reason)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(piece.entries),
             "finish_reason": reason,
         }
+
+    def _read(self, text: str, reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """An answer's text, its tool calls, and why it ended."""
+        if not self._tools or reason != FINISHED_STOP:
+            return text, [], reason
+        text, calls = read_calls(text, self._tools)
+        return text, calls[: self._max_calls], "tool_calls" if calls else reason
 
     def envelope(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, is_stream: bool) -> dict[str, Any]:
         kind = "chat.completion.chunk" if is_stream else "chat.completion"

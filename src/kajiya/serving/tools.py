@@ -1,4 +1,4 @@
-"""Tool calls: how tools are told to a model, what its answer must look like, and how a call is read out of it."""
+"""Tool calls: how tools are told to a model that knows none, what an answer must look like, and how calls are read out of it."""
 
 import json
 import re
@@ -7,12 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kajiya.errors import RequestError
+from kajiya.serving.messages import require_unicode
+from kajiya.serving.text import overlap
 
 _INTRODUCTION = (
     "You can call these tools:\n{tools}\n"
     'To call one, answer with nothing but a JSON object: {{"name": <name of the tool>, "arguments": {{…}}}}.'
 )
-_WRAPPED = re.compile(r"^\s*<tool_call>\s*(.*?)\s*</tool_call>\s*$", re.DOTALL)
+_OPEN = "<tool_call>"
+_WRAPPED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_BARE = re.compile(r"^\s*[\[{]", re.MULTILINE)
+_BEGINNING = re.compile(rf"\s*{_OPEN}|{_BARE.pattern}", re.MULTILINE)
+_MAX_CALLS = 16
+"""Calls in an answer that is bound to several: a small model could go on for ever."""
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -29,17 +36,38 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         parameters = function.get("parameters") or {"type": "object"}
         if not isinstance(parameters, dict):
             raise RequestError(f"tools[{place}].function.parameters must be a JSON schema", param="tools")
+        require_unicode(json.dumps(function, ensure_ascii=False), f"tools[{place}]", "tools")
         found[function["name"]] = parameters
     return found
 
 
-def introduce(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What the system message says of the tools."""
-    return _INTRODUCTION.format(tools="\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
+def told_in_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for a template that knows no tools: these are told by the system, calls and what they brought are texts."""
+    plain: list[dict[str, Any]] = []
+    for behind, message in zip([None, *messages], messages, strict=False):
+        said = _in_text(message)
+        if behind is not None and behind["role"] == message["role"] == "tool":
+            plain[-1]["content"] += f"\n{said['content']}"
+        else:
+            plain.append(said)
+    if not tools:
+        return plain
+    told = _INTRODUCTION.format(tools="\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
+    if plain[0]["role"] == "system":
+        return [{"role": "system", "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
+    return [{"role": "system", "content": told}, *plain]
 
 
-def call_schema(schemas: Mapping[str, dict[str, Any]], choice: Any) -> str | None:
-    """The JSON schema that `tool_choice` binds the answer to; `None` where the model may choose.
+def _in_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    if message["role"] == "tool":
+        # Most templates know no such role.
+        return {"role": "user", "content": f"The tool answered: {message['content']}"}
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return {"role": message["role"], "content": "\n".join([*filter(None, [message["content"]]), *calls])}
+
+
+def call_schema(schemas: Mapping[str, dict[str, Any]], choice: Any, are_several: bool = False) -> str | None:
+    """The JSON schema that `tool_choice` binds the answer to, of a call or of several; `None` where the model may choose.
 
     Raises `RequestError` for a choice that is none, or of a tool that is not there.
     """
@@ -55,27 +83,78 @@ def call_schema(schemas: Mapping[str, dict[str, Any]], choice: Any) -> str | Non
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schemas[name]},
+            "properties": {"name": {"const": name}, "arguments": _resource(schemas[name], f"tool-{place}")},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for name in names
+        for place, name in enumerate(names)
     ]
-    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+    call = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return json.dumps({"type": "array", "items": call, "minItems": 1, "maxItems": _MAX_CALLS} if are_several else call)
 
 
-def read_call(text: str, names: Sequence[str]) -> dict[str, Any] | None:
-    """The tool call that an answer is, in OpenAI's form; `None` where it is a text."""
-    wrapped = _WRAPPED.match(text)
+def format_or_call(schema: str, schemas: Mapping[str, dict[str, Any]], are_several: bool) -> str:
+    """The JSON schema of an answer that either is what `response_format` asks for or calls tools."""
+    call = call_schema(schemas, "required", are_several)
+    assert call is not None
+    return json.dumps({"anyOf": [_resource(json.loads(schema), "format"), json.loads(call)]})
+
+
+def _resource(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The schema within another: with a name, its references start at itself (JSON Schema 2020-12, section 8.2.1)."""
+    return {"$id": f"kajiya:{name}", **schema}
+
+
+def read_calls(text: str, names: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The text of an answer and the tool calls behind it, in OpenAI's form; none where it is a text to its end.
+
+    A call is a JSON object, several stand in a list, behind one another, or each between `<tool_call>` and `</tool_call>`.
+    """
+    wrapped = _WRAPPED.findall(text)
+    if wrapped:
+        calls = [_calls(body, names) for body in wrapped]
+        return (
+            (_WRAPPED.sub("", text).rstrip(), [call for each in calls for call in each]) if all(calls) else (text, [])
+        )
+    for place in _BARE.finditer(text):
+        found = _calls(text[place.start() :], names)
+        if found:
+            return text[: place.start()].rstrip(), found
+    return text, []
+
+
+def certain(text: str, known: int) -> int:
+    """How much of an answer's beginning is text, whatever comes; that much was `known` before. A call begins behind it."""
+    begun = _BEGINNING.search(text, known)
+    end = len(text) - overlap(text, _OPEN) if begun is None else begun.start()
+    return len(text[:end].rstrip())
+
+
+def _calls(text: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The calls that a text is from end to end; empty where it is something else."""
+    found: list[Any] = []
+    text, at = text.strip(), 0
     try:
-        found = json.loads(wrapped.group(1) if wrapped else text)
-    except ValueError:
+        while at < len(text):
+            value, at = json.JSONDecoder().raw_decode(text, at)
+            found += value if isinstance(value, list) else [value]
+            at += len(text[at:]) - len(text[at:].lstrip())
+    except (ValueError, RecursionError):
+        return []
+    calls = [_call(value, names) for value in found]
+    return [call for call in calls if call is not None] if all(calls) else []
+
+
+def _call(value: Any, names: Sequence[str]) -> dict[str, Any] | None:
+    if not isinstance(value, dict) or value.get("name") not in names:
         return None
-    if not isinstance(found, dict) or found.get("name") not in names or not isinstance(found.get("arguments"), dict):
+    # Llama's own word for them is the second.
+    arguments = value.get("arguments", value.get("parameters"))
+    if not isinstance(arguments, dict):
         return None
-    arguments = json.dumps(found["arguments"], ensure_ascii=False)
-    function = {"name": found["name"], "arguments": arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    function = {"name": value["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+    # Nine letters and digits: what Mistral's template takes back.
+    return {"id": uuid.uuid4().hex[:9], "type": "function", "function": function}
 
 
 def schema_of(response_format: Mapping[str, Any] | None) -> str | None:
