@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from serving_model import SHAPE, make_model, run_peer
+from serving_model import SHAPES, make_model, run_peer
 
 CASES = {
     "kajiya fp32": ("serve_kajiya", {"precision": "fp32"}),
@@ -29,7 +29,13 @@ CASES = {
     "ONNX Runtime int4": ("serve_onnx", {}),
 }
 """Name → script and what it is told."""
-PYTHONS = {"serve_llamacpp": "llamacpp", "serve_openvino": "openvino", "serve_onnx": "onnx"}
+GPU_CASES = {
+    "kajiya bf16, GPU": ("serve_kajiya", {"precision": "bf16", "device": "cuda"}),
+    "transformers bf16, GPU": ("serve_transformers", {"precision": "bfloat16", "device": "cuda"}),
+    "vLLM bf16, GPU": ("serve_vllm", {"precision": "bfloat16"}),
+}
+"""Those of `--gpu`."""
+PYTHONS = {"serve_llamacpp": "llamacpp", "serve_openvino": "openvino", "serve_onnx": "onnx", "serve_vllm": "vllm"}
 """Scripts that need a Python of their own → its name on the command line."""
 PAIRS = (
     ("kajiya bf16", "transformers bf16"),
@@ -41,6 +47,8 @@ PAIRS = (
     ("kajiya int4", "ONNX Runtime int4"),
     ("kajiya fp32", "llama.cpp f32"),
     ("kajiya fp32", "transformers fp32"),
+    ("kajiya bf16, GPU", "vLLM bf16, GPU"),
+    ("kajiya bf16, GPU", "transformers bf16, GPU"),
 )
 
 
@@ -54,23 +62,31 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for busy machines"
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
-    parser.add_argument("--python", action="append", default=[], metavar="PEER=PYTHON", help="llamacpp, openvino, onnx")
+    parser.add_argument("--cases", nargs="+", choices=CASES | GPU_CASES)
+    parser.add_argument("--gpu", action="store_true", help="the cases on a GPU in place of those on the processor")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="llama-52m", help="of the model; one --scratch holds one shape"
+    )
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="PEER=PYTHON", help="llamacpp, openvino, onnx, vllm"
+    )
     parser.add_argument("--scratch", type=Path, help="where the model and its conversions are kept for another run")
     args = parser.parse_args()
+    known = CASES | GPU_CASES
+    asked = args.cases or [*(GPU_CASES if args.gpu else CASES)]
     pythons = dict(one.split("=", 1) for one in args.python)
-    missing = [case for case in args.cases if PYTHONS.get(CASES[case][0], "") not in ["", *pythons]]
-    cases = [case for case in args.cases if case not in missing]
+    missing = [case for case in asked if PYTHONS.get(known[case][0], "") not in ["", *pythons]]
+    cases = [case for case in asked if case not in missing]
     print(f"left out, for want of a --python: {', '.join(missing) or 'none'}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         scratch = args.scratch or Path(temporary)
         folder = scratch / "model"
         if not (folder / "config.json").exists():
-            make_model(folder)
+            make_model(folder, args.shape)
         order = {
             "folder": str(folder),
             "scratch": str(scratch),
-            "vocab": SHAPE["vocab_size"],
+            "vocab": SHAPES[args.shape][1]["vocab_size"],
             "streams": args.streams,
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
@@ -80,7 +96,7 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
         for repeat in range(args.repeats):
             for case in cases:
-                script, settings = CASES[case]
+                script, settings = known[case]
                 python = pythons[PYTHONS[script]] if script in PYTHONS else sys.executable
                 found[case].append(run_peer(script, order | settings, python))
                 rates = " ".join(f"{rate:.0f}" for rate in found[case][-1].values())

@@ -16,14 +16,28 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-"""52M parameters."""
+"""A Llama of 52M parameters."""
+QWEN3_SHAPE = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+"""Qwen3-0.6B, its context cut."""
+SHAPES = {"llama-52m": ("llama", SHAPE), "qwen3-0.6b": ("qwen3", QWEN3_SHAPE)}
+"""Name → architecture and sizes."""
 
 
-def make_model(folder: Path) -> None:
-    """A Llama of 52M random weights with a byte-level tokenizer and a plain chat template, saved."""
+def make_model(folder: Path, shape: str = "llama-52m") -> None:
+    """A model of random weights with a byte-level tokenizer and a plain chat template, saved."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<|end|>", *alphabet, *(f"{a}{b}" for a in alphabet for b in alphabet)][: SHAPE["vocab_size"]]
@@ -35,8 +49,10 @@ def make_model(folder: Path) -> None:
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=0, pad_token_id=None, initializer_range=0.05)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    kind, sizes = SHAPES[shape]
+    tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    config = AutoConfig.for_model(kind, **sizes, **tokens, initializer_range=0.05)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def make_adapters(model: Path, to: Path, n: int) -> list[Path]:

@@ -4,9 +4,9 @@ import random
 import time
 
 
-def prompts(order: dict, n_streams: int) -> list[list[int]]:
-    """One prompt a stream."""
-    draw = random.Random(n_streams)
+def prompts(order: dict, n_streams: int, turn: int = 0) -> list[list[int]]:
+    """One prompt a stream; others at each turn."""
+    draw = random.Random(n_streams + 1000 * turn)
     return [[draw.randrange(1, order["vocab"]) for _ in range(order["prompt_tokens"])] for _ in range(n_streams)]
 
 

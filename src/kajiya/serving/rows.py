@@ -15,19 +15,30 @@ class Rows:
     The logits are the runner's own memory: they hold until its next step.
     """
 
-    logits: torch.Tensor
+    whole: torch.Tensor
+    """Logits of all sequences of the step; a part is taken when it is asked for, which greedy answers do not."""
     best: list[int]
     log_sums: list[float]
     """NaN for a row that is not finite."""
     best_logprobs: list[float] | None = None
     """Of each row's most probable token, where the runner brings it along."""
+    first: int = 0
+    """The first of these rows in `whole`."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The logits of these rows."""
+        return self.whole[self.first : self.first + len(self.best)]
 
     def last(self, n: int) -> "Rows":
         """The last `n` rows, of at least as many."""
-        if n == len(self.best):
-            return self
-        logprobs = self.best_logprobs[-n:] if self.best_logprobs is not None else None
-        return Rows(self.logits[-n:], self.best[-n:], self.log_sums[-n:], logprobs)
+        return self if n == len(self.best) else self.part(range(len(self.best) - n, len(self.best)))
+
+    def part(self, rows: range) -> "Rows":
+        """Some of the rows."""
+        part = slice(rows.start, rows.stop)
+        logprobs = self.best_logprobs[part] if self.best_logprobs is not None else None
+        return Rows(self.whole, self.best[part], self.log_sums[part], logprobs, self.first + rows.start)
 
 
 def rows_of(logits_OV: torch.Tensor) -> Rows:

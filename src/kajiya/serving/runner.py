@@ -1,6 +1,7 @@
 """The torch side of a step: Transformers' own forward over a paged cache, and one without any cache.
 
-Shape letters: R sequences, T tokens of the step, L cached positions, V vocabulary, D width, O outputs.
+Shape letters: R sequences, T tokens of the step, L cached positions, V vocabulary, D width, O outputs; for static shapes
+those of `static`, and B blocks.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from kajiya.serving.adapters import LoraAdapter, LowRank
 from kajiya.serving.cache import PagedCache, Place, Span
 from kajiya.serving.rows import Rows, rows_of
 from kajiya.serving.scheduler import Chunk, Plan
+from kajiya.serving.static import StaticDecoder
 
 BLOCK_TOKENS = 16
 
@@ -46,16 +48,21 @@ class Runner(Protocol):
 
 
 class TransformersRunner:
-    """Drives a causal language model through Transformers: one flat forward pass a step, whatever it mixes."""
+    """Drives a causal language model through Transformers: one flat forward pass a step, whatever it mixes.
+
+    With `is_static`, steps of single tokens have static shapes, which are replayed as CUDA graphs on a GPU.
+    """
 
     name = "transformers"
     block_tokens = BLOCK_TOKENS
 
-    def __init__(self, model: Any, n_blocks: int) -> None:
+    def __init__(self, model: Any, n_blocks: int, is_static: bool = False) -> None:
         self.model = model
         self.n_blocks = n_blocks
         self.device: torch.device = model.device
-        self.cache = PagedCache(n_blocks, BLOCK_TOKENS, model.config.get_text_config().num_hidden_layers)
+        # One block more, for the padding of static shapes.
+        self.cache = PagedCache(n_blocks + 1, BLOCK_TOKENS, model.config.get_text_config().num_hidden_layers)
+        self.decoder = StaticDecoder(self._decode, self.device, BLOCK_TOKENS, n_blocks) if is_static else None
         self._patches = _Patches(model)
         # Newer versions of Transformers call it `cache` and warn of the other name.
         names = inspect.signature(model.forward).parameters
@@ -67,21 +74,23 @@ class TransformersRunner:
         for copy in plan.copies:
             self.cache.copy_block(copy.source, copy.target)
         chunks = plan.chunks
-        wanted, first = [], 0
-        for chunk in chunks:
-            wanted += [first + place for place in chunk.outputs]
-            first += chunk.count
-        if not first:
-            return {}
-        # Logits of one token are computed even where none are wanted: Transformers has no word for none.
-        keep_O = torch.tensor(wanted or [0], device=self.device)
-        logits_OV = self._forward(self.model, chunks, logits_to_keep=keep_O).logits[0].float()
-        rows, first = {}, 0
-        for chunk in chunks:
-            n = len(chunk.outputs)
-            rows[chunk.sequence.request.id] = rows_of(logits_OV[first : first + n])
-            first += n
-        return rows
+        read: list[range] = []
+        if self.decoder is not None and self.decoder.takes(chunks):
+            found = rows_of(self.decoder.step(chunks))
+            read += [range(i, i + len(chunk.outputs)) for i, chunk in enumerate(chunks)]
+        else:
+            wanted: list[int] = []
+            first = 0
+            for chunk in chunks:
+                read.append(range(len(wanted), len(wanted) + len(chunk.outputs)))
+                wanted += [first + place for place in chunk.outputs]
+                first += chunk.count
+            if not first:
+                return {}
+            # Logits of one token are computed even where none are wanted: Transformers has no word for none.
+            keep_O = torch.tensor(wanted or [0], device=self.device)
+            found = rows_of(self._forward(self.model, chunks, logits_to_keep=keep_O).logits[0])
+        return {chunk.sequence.request.id: found.part(rows) for chunk, rows in zip(chunks, read, strict=True)}
 
     @torch.inference_mode()
     def hidden(self, chunk: Chunk) -> torch.Tensor:
@@ -106,15 +115,34 @@ class TransformersRunner:
         positions = [place for chunk in chunks for place in range(chunk.start, chunk.start + chunk.count)]
         self._aim(chunks)
         with self._patches.aimed(chunks):
-            return module(
-                input_ids=torch.tensor([tokens], device=self.device),
-                position_ids=torch.tensor([positions], device=self.device),
-                # Any four-dimensional mask is taken as it is; the attention makes its own.
-                attention_mask=torch.zeros((1, 1, 1, 1), dtype=self.model.dtype, device=self.device),
-                use_cache=True,
-                **{self._cache_name: self.cache},
-                **extra,
-            )
+            ids, places = (torch.tensor([each], device=self.device) for each in (tokens, positions))
+            return self._call(module, ids, places, **extra)
+
+    def _call(self, module: Any, ids: torch.Tensor, positions: torch.Tensor, **extra: Any) -> Any:
+        return module(
+            input_ids=ids,
+            position_ids=positions,
+            # Any four-dimensional mask is taken as it is; the attention makes its own.
+            attention_mask=torch.zeros((1, 1, 1, 1), dtype=self.model.dtype, device=self.device),
+            use_cache=True,
+            **{self._cache_name: self.cache},
+            **extra,
+        )
+
+    def _decode(self, numbers_RC: torch.Tensor) -> torch.Tensor:
+        """Logits of a step of single tokens; nothing in it depends on what the numbers are."""
+        ids_R, positions_R, blocks_RB = numbers_RC[:, 0], numbers_RC[:, 1], numbers_RC[:, 2:]
+        within = torch.arange(BLOCK_TOKENS, device=self.device)
+        tables_RL = (blocks_RB.unsqueeze(-1) * BLOCK_TOKENS + within).flatten(1)
+        place = self.cache.place
+        place.slots = tables_RL.gather(1, positions_R.unsqueeze(1)).squeeze(1)
+        place.singles = torch.arange(len(numbers_RC), device=self.device)
+        place.tables = tables_RL
+        seen_L = torch.arange(tables_RL.shape[1], device=self.device)
+        place.mask = (seen_L <= positions_R.unsqueeze(1))[:, None, None]
+        place.spans = ()
+        logits_RV: torch.Tensor = self._call(self.model, ids_R.unsqueeze(0), positions_R.unsqueeze(0)).logits[0].float()
+        return logits_RV
 
     def _aim(self, chunks: tuple[Chunk, ...]) -> None:
         slots: list[int] = []

@@ -48,15 +48,13 @@ class NativeRunner:
         rows, first = {}, 0
         for chunk, places in zip(chunks, wanted, strict=True):
             part = slice(first, first + len(places))
-            rows[chunk.sequence.request.id] = Rows(logits_OV[part], best[part], log_sums[part], logprobs[part])
+            rows[chunk.sequence.request.id] = Rows(logits_OV, best[part], log_sums[part], logprobs[part], first)
             first = part.stop
         return rows
 
     def _logits(self, n: int) -> torch.Tensor:
-        """Room for `n` rows of logits; that of few is kept, for pages that are new cost more than what is written to them."""
-        if n > _KEPT_ROWS:
-            return torch.empty(n, self._vocab)
-        return self._kept_logits[:n]
+        """Room for at least `n` rows of logits; that of few is kept, for new pages cost more than what is written to them."""
+        return torch.empty(n, self._vocab) if n > _KEPT_ROWS else self._kept_logits
 
     @torch.inference_mode()
     def hidden(self, chunk: Chunk) -> torch.Tensor:
