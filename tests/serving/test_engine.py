@@ -318,26 +318,39 @@ def test_other_architectures_answer_as_transformers_does(tmp_path: Path, model_f
     ("kind", "extra", "named"),
     [
         ("mamba", {"state_size": 4}, "max_position_embeddings"),
-        ("mistral", {"sliding_window": 16, "num_key_value_heads": 2, "head_dim": 8}, "sliding_attention"),
-        ("bloom", {}, "max_position_embeddings"),
+        (
+            "mistral",
+            {"sliding_window": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+            "sliding_attention",
+        ),
+        ("bloom", {"num_attention_heads": 4}, "max_position_embeddings"),
     ],
 )
-def test_a_model_that_the_engine_cannot_drive_is_refused(
+def test_a_model_that_the_engine_cannot_drive_is_refused_and_served_without_a_cache(
     tmp_path: Path, model_folder: Path, kind: str, extra: dict[str, int], named: str
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **extra))
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **extra)).eval()
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
-    with pytest.raises(KajiyaError, match=named):
+    with pytest.raises(KajiyaError, match=named) as caught:
         load_engine(tmp_path, precision="fp32", device="cpu", max_batch=3, max_waiting=8)
+    assert "serve.runner=plain" in str(caught.value)
+    engine = open_engine(tmp_path, runner="plain")
+    prompts = _prompts([3, 30, 9], seed=14)
+    found = engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    assert [len(one.token_ids) for one in found] == [8] * 3
+    assert all(is_greedy(model, prompt, one.token_ids) for prompt, one in zip(prompts, found, strict=True))
 
 
-def test_bf16_stays_near_the_reference(model_folder: Path, reference: Any) -> None:
+@pytest.mark.parametrize("runner", ["native", "transformers"])
+def test_bf16_stays_near_the_reference(model_folder: Path, reference: Any, runner: str) -> None:
     """Every token's fp32 logit is within half a standard deviation of the maximum (a random token's is 3 below)."""
-    engine = load_engine(model_folder, precision="bf16", device="cpu", max_batch=4, max_waiting=8)
+    engine = open_engine(model_folder, precision="bf16", runner=runner)
+    assert engine.runner.name == runner
     prompts = _prompts([5, 40, 21], seed=13)
     for prompt, one in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
         whole = torch.tensor([[*prompt, *one.token_ids]])

@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kajiya.errors import KajiyaError
+from kajiya.errors import ConfigError
 from kajiya.serving.engine import Engine
 from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
 from kajiya.serving.native.build import load_library
 from kajiya.serving.native.model import cache_bytes
+from kajiya.serving.proof import rounded_activations, rounded_weights
 from kajiya.serving.sequence import Request, SamplingParams
 
 from .conftest import is_greedy, open_engine
@@ -78,6 +79,20 @@ def test_weights_that_the_integers_hold_exactly_are_kept(kind: str) -> None:
     x = torch.randint(-127, 128, (3, 64), generator=generator).float()
     x[:, ::32] = 127.0
     assert torch.equal(_product(kind, weights, x), x @ weights.T)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(("n_out", "n_in"), [(40, 64), (7, 257)])
+def test_products_of_integers_are_those_that_the_proof_reckons_with(kind: str, n_out: int, n_in: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(n_out, n_in, generator=generator)
+    weights[0] = 0.0
+    weights[1, 3], weights[1, 5] = 9.0, -9.0  # of two that are largest in size, the first counts
+    weights[2, 3], weights[2, 5] = -9.0, 9.0
+    x = torch.randn(6, n_in, generator=generator)
+    x[0] = 0.0
+    expected = rounded_activations(x).double() @ rounded_weights(weights, kind).double().T
+    assert torch.allclose(_product(kind, weights, x).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +222,25 @@ def test_new_weights_take_hold_and_forget_what_was_cached(model_folder: Path, re
     assert not is_greedy(reference, prompt, engine.generate([prompt], GREEDY)[0].token_ids)
 
 
-def test_what_only_the_native_decoder_can_do_is_refused_elsewhere(tmp_path: Path, model_folder: Path) -> None:
-    with pytest.raises(KajiyaError, match="need"):
-        open_engine(_gpt2(tmp_path, model_folder), quantize="int8")
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"quantize": "int8"}, "serve.quantize"),
+        ({"cache_precision": "int8"}, "serve.cache_precision"),
+        ({"cache_precision": "bf16"}, "serve.cache_precision"),
+    ],
+)
+def test_what_only_the_native_decoder_can_do_is_refused_elsewhere(
+    tmp_path: Path, model_folder: Path, settings: dict[str, str], field: str
+) -> None:
+    with pytest.raises(ConfigError, match="gpt2 is not among") as caught:
+        open_engine(_gpt2(tmp_path, model_folder), **settings)
+    assert caught.value.field == field
+    for runner in ("transformers", "plain"):
+        with pytest.raises(ConfigError, match=f"needs the native decoder; the runner {runner}") as caught:
+            open_engine(model_folder, runner=runner, **settings)
+        assert caught.value.field == field
+        open_engine(model_folder, runner=runner, cache_precision="fp32")
 
 
 def _gpt2(folder: Path, tokenizer_folder: Path) -> Path:

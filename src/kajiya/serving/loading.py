@@ -12,16 +12,9 @@ from kajiya.run.process import has_bf16_instructions
 from kajiya.serving.draft_model import DraftModel
 from kajiya.serving.drafts import Drafter, PromptLookup
 from kajiya.serving.engine import Engine, ModelFacts
+from kajiya.serving.proof import FALLBACK, compare, plain_logits
 from kajiya.serving.runner import BLOCK_TOKENS, PlainRunner, Runner, TransformersRunner
-from kajiya.serving.scheduler import Chunk, Plan
-from kajiya.serving.sequence import Request, SamplingParams, new_sequence
 
-_PROBE_TOKENS = 23
-_PROBE_CHUNKS = (7, 4, 1, 10, 1)
-_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "int8": 0.15, "int4": 1.0}
-"""Largest root mean square difference between the runner's logits and the plain model's, in standard deviations of the
-logits. A wrong mask or position makes it about 1.4; rounding to bf16 reaches a tenth of its tolerance in trained models.
-In 4 bits a model of random weights may be off by half, so there the same runner is proven in fp32 first."""
 _CACHE_BYTES = 4 << 30
 
 
@@ -117,29 +110,55 @@ def _same_tokens(folder: Path, draft: Path, opts: EngineOptions) -> int:
 
 
 def _choose_runner(model: Any, config: Any, opts: EngineOptions, runner: str) -> tuple[Runner, str]:
+    if runner == "plain":
+        _refuse_native_settings(model, opts, runner, "")
+        return PlainRunner(model, _n_blocks(config, opts, None)), PlainRunner.name
     why = ""
     if runner in ("auto", "native"):
         try:
             return _native(model, config, opts)
         except KajiyaError as error:
-            if runner == "native" or opts.quantize != "none" or opts.cache_precision == "int8":
-                needs = "" if runner == "native" else " (weights and caches in 8 or 4 bits need it)"
-                raise KajiyaError(f"The native decoder cannot drive this model{needs}: {error}") from error
+            if runner == "native":
+                raise KajiyaError(f"The native decoder cannot drive this model: {error}") from error
             why = str(error)
-    kind = {"plain": PlainRunner}.get(runner, TransformersRunner)
+    _refuse_native_settings(model, opts, TransformersRunner.name, why)
     n_blocks = _n_blocks(config, opts, _torch_block_bytes(config, model.dtype))
     # What the plain model says, before its attention is exchanged for the cache's.
-    plain_TV = None if runner == "plain" else _plain_logits(model)
+    plain_TV = plain_logits(model)
+    is_static = model.device.type == "cuda"
     try:
-        found: Runner = kind(model, n_blocks)
-        if plain_TV is not None:
-            _compare(found, plain_TV, _precision(model.dtype), config.model_type)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise KajiyaError(f"The engine cannot drive a {config.model_type} model: {error}\n{_FALLBACK}") from error
+        found = _transformers(model, n_blocks, plain_TV, is_static)
+    except KajiyaError as error:
+        if not is_static:
+            raise
+        found = _transformers(model, n_blocks, plain_TV, False)
+        why = f"without CUDA graphs: {error}"
+    if found.decoder is not None and found.decoder.problem:
+        why = found.decoder.problem
     return found, f"{found.name}: {why}" if why else found.name
 
 
-_FALLBACK = "serve.runner=plain serves it without a cache, slowly; serve.engine=vllm hands it to vLLM."
+def _transformers(model: Any, n_blocks: int, plain_TV: torch.Tensor, is_static: bool) -> TransformersRunner:
+    kind = model.config.model_type
+    try:
+        found = TransformersRunner(model, n_blocks, is_static)
+        compare(found, plain_TV, _precision(model.dtype), kind)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise KajiyaError(f"The engine cannot drive a {kind} model: {error}\n{FALLBACK}") from error
+    return found
+
+
+def _refuse_native_settings(model: Any, opts: EngineOptions, runner: str, why: str) -> None:
+    """Raise `ConfigError` for settings that the native decoder alone follows; `why` says why it does not drive this model."""
+    reason = f"The native decoder cannot drive this model: {why}\n" if why else ""
+    if opts.quantize != "none":
+        problem = f"{opts.quantize!r} needs the native decoder; the runner {runner} leaves weights as they are"
+        raise ConfigError("serve.quantize", problem, f"{reason}Leave it out, or serve with serve.runner=auto on a CPU.")
+    if opts.cache_precision not in ("auto", _precision(model.dtype)):
+        problem = (
+            f"{opts.cache_precision!r} needs the native decoder; the runner {runner} keeps the precision of the weights"
+        )
+        raise ConfigError("serve.cache_precision", problem, f"{reason}Leave it out, or set serve.precision.")
 
 
 def _native(model: Any, config: Any, opts: EngineOptions) -> tuple[Runner, str]:
@@ -158,17 +177,19 @@ def _native(model: Any, config: Any, opts: EngineOptions) -> tuple[Runner, str]:
     native = NativeModel(config, model.model.rotary_emb, weights, cache, n_blocks)
     native.load(model.state_dict())
     runner = NativeRunner(native, n_blocks)
-    worst = max((weights, "bf16" if cache != "fp32" else "fp32"), key=lambda name: _TOLERANCE[name])
-    _compare(runner, _plain_logits(model), worst, config.model_type)
+    held_to = "bf16" if weights == "fp32" != cache else weights
+    compare(runner, plain_logits(model, weights), held_to, config.model_type)
     return runner, f"native, weights in {weights}, cache in {cache}"
 
 
-def _n_blocks(config: Any, opts: EngineOptions, block_bytes: int) -> int:
+def _n_blocks(config: Any, opts: EngineOptions, block_bytes: int | None) -> int:
+    """Blocks of the cache; `None` bytes: of a runner without one, for which they only bound what is held."""
     if opts.cache_tokens is not None:
         return -(-opts.cache_tokens // BLOCK_TOKENS)
     context = getattr(config, "max_position_embeddings", None) or 4096
     per_sequence = -(-context // BLOCK_TOKENS)
-    return max(min(opts.max_batch * per_sequence, _CACHE_BYTES // block_bytes), min(per_sequence, 64))
+    whole = opts.max_batch * per_sequence
+    return whole if block_bytes is None else max(min(whole, _CACHE_BYTES // block_bytes), min(per_sequence, 64))
 
 
 def _torch_block_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -225,7 +246,7 @@ def _refuse_unsupported(config: Any) -> None:
     values = config.to_dict()
     if "max_position_embeddings" not in values and "max_position_embeddings" not in config.attribute_map:
         raise KajiyaError(
-            f"The engine cannot serve a {config.model_type} model: it declares no max_position_embeddings.\n{_FALLBACK}"
+            f"The engine cannot serve a {config.model_type} model: it declares no max_position_embeddings.\n{FALLBACK}"
         )
     kinds = set(values.get("layer_types") or ()) - {"full_attention"}
     window = values.get("sliding_window")
@@ -234,43 +255,5 @@ def _refuse_unsupported(config: Any) -> None:
     if kinds:
         raise KajiyaError(
             f"The engine cannot serve this {config.model_type} model: it has layers of kind {', '.join(sorted(kinds))}, "
-            f"and only full attention is supported.\n{_FALLBACK}"
-        )
-
-
-# ---------------------------------------------------------------- the proof
-
-
-def _probe_ids(vocab_size: int) -> list[int]:
-    return [(7 + 31 * i) % vocab_size for i in range(_PROBE_TOKENS)]
-
-
-@torch.inference_mode()
-def _plain_logits(model: Any) -> torch.Tensor:
-    ids = _probe_ids(model.config.get_text_config().vocab_size)
-    logits_TV: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-    return logits_TV.float()
-
-
-def _compare(runner: Runner, plain_TV: torch.Tensor, precision: str, kind: str) -> None:
-    """Read a few tokens through the cache, in chunks, and compare with the plain model.
-
-    Raises `KajiyaError` when the two disagree: the model's architecture does something that the runner does not know, and
-    would answer wrongly without a sign.
-    """
-    ids = _probe_ids(plain_TV.shape[1])
-    request = Request("probe", tuple(ids), SamplingParams(max_tokens=0, prompt_logprobs=True))
-    sequence = new_sequence(request, frozenset())
-    # Not in order, as blocks come after a while.
-    sequence.blocks = [min(1, runner.n_blocks - 1), 0]
-    pieces, start = [], 0
-    for count in _PROBE_CHUNKS:
-        chunk = Chunk(sequence, start, tuple(ids[start : start + count]))
-        pieces.append(runner.run(Plan((), (chunk,)))["probe"].logits.clone())
-        start += count
-    difference = (torch.cat(pieces) - plain_TV).square().mean().sqrt() / plain_TV.std().clamp(min=1e-6)
-    if not difference.item() <= _TOLERANCE[precision]:
-        raise KajiyaError(
-            f"The engine cannot drive a {kind} model: its logits differ from the plain model's by "
-            f"{difference.item():.2g} standard deviations (allowed: {_TOLERANCE[precision]:g}).\n{_FALLBACK}"
+            f"and only full attention is supported.\n{FALLBACK}"
         )
