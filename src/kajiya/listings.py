@@ -21,16 +21,24 @@ _MARKS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "missing": "
 def evaluation_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any]) -> Table:
     """The model beside its baselines, in bits per byte of the same held-out bytes."""
     table = _table("", "bits per byte", "95 % interval", "perplexity")
-    low, high = evaluation["bits_per_byte_interval"]
+    bounds = evaluation["bits_per_byte_interval"]
     table.add_row(
         "model",
         f"[bold]{evaluation['bits_per_byte']:.3f}[/bold]",
-        f"{low:.3f} – {high:.3f}",
+        "none: one document" if bounds is None else f"{bounds[0]:.3f} – {bounds[1]:.3f}",
         f"{evaluation['perplexity']:.2f}",
     )
     for name, row in baselines["baselines"].items():
         table.add_row(name, f"{row['bits_per_byte']:.3f}", "", "")
     table.caption = f"{evaluation['n_bytes']:,} bytes in {evaluation['n_documents']} held-out documents"
+    return table
+
+
+def confusion_table(details: Mapping[str, Any]) -> Table:
+    """How often each right class (down) was taken for which (across)."""
+    table = _table("right \\ picked", *map(str, details["classes"]))
+    for name, row in zip(details["classes"], details["confusion"], strict=True):
+        table.add_row(escape(str(name)), *(f"{count:,}" for count in row))
     return table
 
 
@@ -71,14 +79,16 @@ def show_misses(console: Console, task: str, rows: Sequence[Mapping[str, Any]], 
         notes = [str(value) for key, value in row.items() if key.endswith(": note") and value]
         for words, text in (
             ("source", row["group"]),
-            ("prompt", row["prompt"][-400:]),
-            ("answer", row["answers"][0]),
-            ("target", row["target"]),
+            *(_asked(row) if "prompt" in row else [("row", row["row"])]),
             ("note", "; ".join(notes)),
         ):
             if text:
                 console.print(f"[dim]{words}:[/dim] {escape(text)}", highlight=False, soft_wrap=True)
         console.rule(style="dim")
+
+
+def _asked(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [("prompt", row["prompt"][-400:]), ("answer", row["answers"][0]), ("target", row["target"])]
 
 
 def runs_table(rows: Sequence["RunRow"]) -> Table:

@@ -9,6 +9,7 @@ from tests.conftest import Finished
 
 from kajiya.data.documents import open_documents
 from kajiya.evals.baselines import xz, xz_primed, xz_size
+from kajiya.evals.results import compare_results, text_result
 from kajiya.evals.samples import unseen_functions
 from kajiya.evals.statistics import ratio_interval
 from kajiya.run.store import open_artifact
@@ -53,6 +54,12 @@ def test_the_evaluation_adds_up(finished: Finished) -> None:
     nats = sum(row["nats"] for row in rows)
     assert facts["bits_per_byte"] == pytest.approx(nats / np.log(2) / heldout.n_bytes)
     assert facts["perplexity"] == pytest.approx(np.exp(nats / sum(row["n_targets"] for row in rows)))
+    assert facts["fingerprint"].keys() >= {"data", "template", "code", "engine", "dtype", "sampling", "model"}
+    assert facts["fingerprint"]["dtype"] == facts["dtype"]
+    assert facts["fingerprint"]["model"] == finished.trained.model.digest
+    result = text_result(evaluation.path, facts)
+    assert [row["row"] for row in result.rows()] == list(heldout.names)
+    assert compare_results(result, result, "bits_per_byte").first == pytest.approx(facts["bits_per_byte"])
     low, high = facts["bits_per_byte_interval"]
     assert low <= facts["bits_per_byte"] <= high
     baselines = open_artifact(finished.store.root / artifacts["baselines"]["path"]).facts["baselines"]

@@ -1,22 +1,16 @@
-"""Metrics against the libraries they are named after; the sandbox; the judge against a stub endpoint."""
+"""Metrics against the libraries they are named after; the sandbox."""
 
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kajiya.errors import DataError, KajiyaError
+from kajiya.errors import DataError
 from kajiya.evals import metrics as m
 from kajiya.evals import metrics_labels as ml
-from kajiya.evals.answers import Answer, Endpoint, Sampling
-from kajiya.evals.judge import judge_pairs
+from kajiya.evals.answers import Answer
 from kajiya.evals.sandbox import run_program
 from kajiya.evals.statistics import compare, interval
-from kajiya.evals.tasks import JudgeConfig
 
 TEXTS = ["the cat sat on the mat", "a quick brown fox jumps", "hello there world", "to be or not to be that is it"]
 TARGETS = ["the cat is on the mat", "the quick brown fox jumped over", "hello world", "to be or not to be"]
@@ -100,8 +94,15 @@ def test_regression_is_scikit_learns() -> None:
     assert _value(ml.rmse, answers) == pytest.approx(root_mean_squared_error(right, written))
     assert _value(ml.mae, answers) == pytest.approx(mean_absolute_error(right, written))
     assert _value(ml.r2, answers) == pytest.approx(r2_score(right, written))
-    silent = ml.rmse([*answers, Answer({}, "", "1", ("no idea",))], None)  # type: ignore[arg-type]
-    assert silent.details["answers_without_a_number"] == 1
+    # No number is a miss: as wrong as an answer among the targets can be, and not the mean of them, which nobody wrote.
+    silent = [Answer({}, "", str(target), ("no idea",)) for target in (0, 1, 10)]
+    assert _value(ml.mae, silent) == pytest.approx((10 + 9 + 10) / 3)
+    assert _value(ml.r2, silent) < -1
+    assert _value(ml.mae, silent[:1]) == 1
+    found = ml.rmse([*answers, silent[1]], None)  # type: ignore[arg-type]
+    assert found.details["answers_without_a_number"] == 1
+    assert found.signature.startswith("1 of 31 answers hold no number; an answer without a number counts as the value")
+    assert ml.rmse(answers, None).signature == ""  # type: ignore[arg-type]
     with pytest.raises(DataError, match="must be a number"):
         ml.rmse([Answer({}, "", "one", ("1",))], None)  # type: ignore[arg-type]
 
@@ -164,80 +165,3 @@ def test_programs_are_held_to_their_limits() -> None:
     assert run("import os; assert set(os.environ) <= {'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}").is_passed
     assert run("import os; assert os.listdir('.') == []").is_passed
     assert "SIGKILL" in run("import os; os.kill(os.getpid(), 9)").reason
-
-
-# ---------------------------------------------------------------- a stub endpoint
-
-
-class _Stub(BaseHTTPRequestHandler):
-    asked: list[dict[str, Any]]
-
-    def do_GET(self) -> None:
-        self._reply({"data": [{"id": "stub"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).asked.append(body)
-        if self.path == "/v1/embeddings":
-            self._reply({"data": [{"embedding": [3.0, 4.0]} for _ in body["input"]]})
-        elif self.path == "/v1/completions":
-            self._reply({"choices": [{"text": body["prompt"].upper() + "\nmore"}] * body["n"]})
-        else:
-            self._reply({"choices": [{"message": {"content": self._judge(body["messages"][0]["content"])}}]})
-
-    @staticmethod
-    def _judge(text: str) -> str:
-        """Prefers `good`; of two equals the first one; says nothing useful of `odd`."""
-        first, second = text.split("Answer 1:\n")[1].split("\n\nAnswer 2:\n")
-        second = second.split("\n\nReason")[0]
-        if "odd" in text:
-            return "I cannot say."
-        if ("good" in first) != ("good" in second):
-            return f"Because.\nVERDICT: {1 if 'good' in first else 2}"
-        return "VERDICT: 1"
-
-    def _reply(self, content: Any) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on the screen."""
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    _Stub.asked = []
-    server = HTTPServer(("127.0.0.1", 0), _Stub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_the_judge_is_asked_in_both_orders(url: str) -> None:
-    rows = [("q", "good", "bad"), ("q", "bad", "good"), ("q", "same", "same"), ("q", "odd", "bad")]
-    found = judge_pairs(JudgeConfig(url, "stub"), rows)
-    assert [(each.score, each.is_consistent) for each in found] == [
-        (1.0, True),
-        (0.0, True),
-        (0.5, False),
-        (0.5, False),
-    ]
-    assert len(_Stub.asked) == 8
-    with pytest.raises(KajiyaError, match="never gave a verdict"):
-        judge_pairs(JudgeConfig(url, "stub"), rows[3:])
-
-
-def test_an_endpoint_answers_tasks(url: str) -> None:
-    endpoint = Endpoint(url)
-    assert endpoint.model == "stub"
-    assert endpoint.complete(["ab"], Sampling(8, 0.5, 1, 2, ("\n",), False)) == [("AB", "AB")]
-    assert _Stub.asked[0]["stop"] == ["\n"]
-    assert np.allclose(endpoint.embed(["x"]), [[0.6, 0.8]])
-    with pytest.raises(KajiyaError, match="does not answer"):
-        Endpoint("http://127.0.0.1:9/v1", "none").complete(["a"], Sampling(1, 0, 0, 1, (), False))

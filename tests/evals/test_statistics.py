@@ -152,3 +152,16 @@ def test_maps_of_embeddings() -> None:
     assert shifts[0].wasserstein > 3 * shifts[1].wasserstein
     with pytest.raises(DataError, match="no kind of map"):
         map_embeddings(vectors, "tsne")
+
+
+def test_an_interval_of_what_cannot_vary_is_wilsons_or_none() -> None:
+    for right, n in ((1.0, 9), (0.0, 9)):
+        theirs = stats.binomtest(int(right * n), n).proportion_ci(0.95, method="wilson")
+        assert s.interval(s.mean_scores([right] * n, points=100)) == pytest.approx((theirs.low, theirs.high))
+    # Of rows that share sources, the sources are what was tried.
+    assert s.interval(s.mean_scores([1.0] * 9, points=100), list("aaabbbccc")) == pytest.approx(s.wilson(1.0, 3))
+    assert s.interval(s.mean_scores([1.0, 0.0, 1.0]), ["a"] * 3) is None
+    assert s.interval(s.mean_scores([0.5])) is None
+    assert s.interval(s.mean_scores([0.3] * 50)) is None
+    assert s.interval(s.mean_scores([0.0] * 5, is_lower_better=True)) is None
+    assert s.wilson(0.3, 40) == pytest.approx(tuple(stats.binomtest(12, 40).proportion_ci(0.95, method="wilson")))

@@ -12,10 +12,12 @@ from tests.conftest import Finished
 
 from kajiya.errors import ConfigError, DataError, StoreError
 from kajiya.evals.answers import LocalModel
-from kajiya.evals.run_task import TaskResult, compare_results
+from kajiya.evals.results import TaskResult, compare_results, compared_words
+from kajiya.evals.run_task import task_revision
 from kajiya.evals.stdlib_rows import cut_body, program
-from kajiya.evals.tasks import find_task, list_tasks, load_task, read_rows
+from kajiya.evals.tasks import find_task, list_tasks, load_task, read_rows, read_task
 from kajiya.flows.task_evaluation import Asked, evaluate_tasks
+from kajiya.run.code import code_revision
 
 
 def _evaluate(own_finished: Finished, *tasks: str, **more: Any) -> list[TaskResult]:
@@ -69,6 +71,7 @@ def _own_task(folder: Path, **more: Any) -> Path:
 def test_a_task_of_ones_own_and_its_fingerprint(own_finished: Finished, tmp_path: Path) -> None:
     path = str(_own_task(tmp_path))
     first = _evaluate(own_finished, path)[0]
+    assert read_task(json.loads(json.dumps(load_task(Path(path)).settings()))).metrics == ("exact_match", "f1", "bleu")
     assert first.facts["n_groups"] == 3
     assert first.facts["figures"]["bleu"]["signature"].startswith("nrefs:1")
     assert len(first.misses("exact_match")) >= 1
@@ -114,19 +117,288 @@ def test_programs_of_samples_are_counted(own_finished: Finished, tmp_path: Path)
     found = _evaluate(own_finished, str(path), limit=3)[0]
     assert found.facts["figures"]["pass_at_k"]["value"] == 1.0
     assert found.rows()[0]["pass_at_k: note"].startswith("5 of 5 passed")
-    assert found.facts["figures"]["pass@5"]["interval"] == [1.0, 1.0]
+    low, high = found.facts["figures"]["pass@5"]["interval"]
+    assert found.facts["n_groups"] == 2
+    assert low == pytest.approx(0.3424, abs=1e-3)  # Wilson's of 2 of 2 sources
+    assert high == 1.0
+
+
+def test_the_k_of_pass_at_k_are_the_tasks(own_finished: Finished, tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "metrics": ["pass_at_k"],
+        "tests": "assert '{{ answer }}' != ''",
+        "samples": 4,
+        "temperature": 1.0,
+    }
+    found = _evaluate(own_finished, str(_own_task(tmp_path, **more, k=[2, 4])), limit=2)[0]
+    assert list(found.figures) == ["pass_at_k", "pass@2", "pass@4"]
+    for k, problem in (
+        ([8], "8 is more than the 4 samples"),
+        ([0], "no list of whole numbers"),
+        (3, "no list of whole"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            load_task(_own_task(tmp_path, **more, k=k))
+
+
+def _own_code(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str) -> None:
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_an_edited_function_is_another_evaluation(
+    own_finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "def strip(row, answer):\n    return answer.strip()\n"
+    _own_code(tmp_path, monkeypatch, "own_answers", source)
+    path = str(_own_task(tmp_path, metrics=["exact_match"], function="own_answers:strip"))
+    first = _evaluate(own_finished, path, limit=2)[0]
+    assert _evaluate(own_finished, path, limit=2)[0].folder == first.folder
+    (tmp_path / "own_answers.py").write_text(source.replace("strip()", "strip(')')"))
+    second = _evaluate(own_finished, path, limit=2)[0]
+    assert second.folder != first.folder
+    assert first.fingerprint.differences(second.fingerprint) == ["code"]
+    with pytest.raises(ConfigError, match="has no function 'stripp'"):
+        load_task(_own_task(tmp_path, function="own_answers:stripp"))
+
+
+def test_a_mended_metric_unmakes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task(_own_task(tmp_path, kind="choose", choices=["a", "b"], metrics=["auroc"]))
+    before = task_revision(task)
+    read = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: read(path) + (b"# mended" if path.name == "metrics_labels.py" else b"")
+    )
+    code_revision.cache_clear()
+    assert task_revision(task) != before
+    code_revision.cache_clear()
+
+
+def test_the_dtype_is_the_one_that_the_engine_computes_in(
+    own_finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = LocalModel(own_finished.trained.model.path, 2)
+    assert local.dtype("choose") == str(next(local.model.parameters()).dtype).removeprefix("torch.")
+    for has_bf16, precision, dtype in ((True, "bf16", "bfloat16"), (False, "fp32", "float32")):
+        monkeypatch.setattr("kajiya.serving.loading.has_bf16_instructions", lambda has=has_bf16: has)
+        local = LocalModel(own_finished.trained.model.path, 2)
+        assert local.dtype("generate") == dtype
+        assert f"weights in {precision}" in local._engine.facts.note
+
+
+def test_errors_are_ranked_by_a_metric_of_rows(own_finished: Finished, tmp_path: Path) -> None:
+    path = str(_own_task(tmp_path, metrics=["bleu", "f1", "exact_match"]))
+    found = _evaluate(own_finished, path)[0]
+    marks = [row["f1: statistics"][0] for row in found.misses()]
+    assert marks == sorted(marks)
+    assert max(marks) < 1
+    with pytest.raises(StoreError, match=r"bleu says nothing of a single row.*those that do: f1, exact_match"):
+        found.misses("bleu")
+    with pytest.raises(StoreError, match="has no metric 'blue'"):
+        found.misses("blue")
+    alone = _evaluate(own_finished, str(_own_task(tmp_path, metrics=["bleu"])))[0]
+    with pytest.raises(StoreError, match="add one that does, for example exact_match"):
+        alone.misses()
+
+
+def test_a_metric_of_ones_own_that_is_no_mean_is_compared(
+    own_finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        "import numpy as np\nfrom kajiya.evals.metrics import Measured\nfrom kajiya.evals.statistics import Scores\n\n\n"
+        "def longest(answers, task):\n"
+        "    rows = np.array([[len(each.text) / task.max_tokens] for each in answers])\n"
+        "    return Measured(Scores(rows, lambda drawn: float(drawn.max()), by_rows=True))\n"
+    )
+    _own_code(tmp_path, monkeypatch, "own_longest", source)
+    path = _own_task(tmp_path, metrics=["own_longest:longest", "f1"])
+    first = _evaluate(own_finished, str(path))[0]
+    found = compare_results(first, first, "own_longest:longest")
+    assert found.first == found.second == first.figures["own_longest:longest"]["value"]
+    assert compared_words(first, found, "own_longest:longest", ("A", "B")).startswith("no difference shown")
+    words = compared_words(first, compare_results(first, first, "f1"), "f1", ("A", "B"))
+    assert "(0 ± 0 points, p = 1)" in words
+
+    def fails(answers: Any, task: Any) -> Any:
+        raise ZeroDivisionError("no rows")
+
+    monkeypatch.setattr("own_longest.longest", fails)
+    with pytest.raises(StoreError, match="own_longest:longest fails on the rows that were kept: ZeroDivisionError"):
+        compare_results(first, first, "own_longest:longest")
+
+
+def test_bodies_of_heldout_functions_are_asked_and_run(
+    own_finished: Finished, small_config: Any, tmp_path: Path
+) -> None:
+    """The packaged task `stdlib-body`, from the rows to pass@1."""
+    function = '''def add_{n}(a, b):
+    """The sum.
+
+    >>> add_{n}({n}, 2)
+    {sum}
+    """
+    return a + b
+
+
+def wrong_{n}(a):
+    """Its example does not hold.
+
+    >>> wrong_{n}(1)
+    2
+    """
+    a = a * 3
+    return a
+
+
+def untold_{n}(a):
+    """No example."""
+    return a
+'''
+    for n in range(12):
+        own = "".join(f"value_{n}_{i} = {n * i}\n" for i in range(60))  # no file is nearly another
+        text = f"{own}\n\n" + function.format(n=n, sum=n + 2)
+        (tmp_path / f"module_{n}.py").write_text(text)
+    config = small_config(f"data.source.options.root={tmp_path}", "data.heldout_every=3", "data.duplicates=off")
+    asked = Asked(str(own_finished.trained.model.path), ["stdlib-body"])
+    found = evaluate_tasks(asked, config, own_finished.store)[0]
+    rows = [json.loads(row["row"]) for row in found.rows()]
+    assert 0 < len(rows) < 12
+    assert all(row["name"].startswith("add_") and row["body"] == "    return a + b\n" for row in rows)
+    assert found.figures["pass_at_k"]["value"] == 0.0
+    assert all(row["pass_at_k: note"].startswith("0 of 1 passed; the first: ") for row in found.rows())
+    assert 0 <= found.figures["chrf"]["value"] <= 100
+    assert found.facts["n_groups"] == len(rows)
+
+
+_LM_EVAL_TASK = """task: {name}
+output_type: {output}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/{rows}.jsonl
+test_split: test
+num_fewshot: 0
+doc_to_text: '{{{{q}}}}'
+{more}
+"""
+
+
+def _lm_eval_tasks(folder: Path) -> None:
+    """A group of two tasks of different size, and a task whose answers go through two filters."""
+    for rows, n in (("few", 3), ("many", 9)):
+        lines = [{"q": f"import os\nfor x{i} in", "a": [" range(3):", " self.items:"], "t": " r", "r": i % 2, "s": 1 - i % 2}
+                 for i in range(n)]  # fmt: skip
+        (folder / f"{rows}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        more = "doc_to_choice: '{{a}}'\ndoc_to_target: r\nmetric_list:\n  - metric: acc\n  - metric: f1\n"
+        body = _LM_EVAL_TASK.format(name=f"own_{rows}", output="multiple_choice", folder=folder, rows=rows, more=more)
+        (folder / f"{rows}.yaml").write_text(body)
+    for name, weighs in (("own_group", "true"), ("own_flat", "false")):
+        (folder / f"{name}.yaml").write_text(
+            f"group: {name}\ntask:\n  - own_few\n  - own_many\naggregate_metric_list:\n"
+            f"  - metric: acc\n    aggregation: mean\n    weight_by_size: {weighs}\n"
+        )
+    more = (
+        "doc_to_target: '{{t}}'\ngeneration_kwargs:\n  until: ['\\n']\n  max_gen_toks: 4\nmetric_list:\n"
+        "  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+        "filter_list:\n  - name: whole\n    filter:\n      - function: take_first\n"
+        "  - name: letter\n    filter:\n      - function: regex\n        regex_pattern: '( r|[^ ])'\n      - function: take_first\n"
+    )
+    body = _LM_EVAL_TASK.format(name="own_filters", output="generate_until", folder=folder, rows="many", more=more)
+    (folder / "filters.yaml").write_text(body)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_groups_and_filters_of_lm_eval_are_read_whole(own_finished: Finished, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    _lm_eval_tasks(tmp_path)
+    names = [f"lm-eval:{tmp_path}/{name}.yaml" for name in ("own_group", "own_flat", "filters")]
+    group, flat, filters = _evaluate(own_finished, *names)
+
+    # A group is its own figure and those of its tasks, over the rows of all.
+    assert group.task == "own_group"
+    assert group.facts["n_rows"] == len(group.rows()) == 12
+    figures = group.figures
+    assert {"acc", "own_few: acc", "own_many: acc", "own_many: f1"} <= figures.keys()
+    few, many = figures["own_few: acc"]["value"], figures["own_many: acc"]["value"]
+    assert figures["acc"]["value"] == pytest.approx((3 * few + 9 * many) / 12)
+    assert flat.figures["acc"]["value"] == pytest.approx((few + many) / 2)
+    for result in (group, flat):
+        low, high = result.figures["acc"]["interval"]
+        assert low <= result.figures["acc"]["value"] <= high
+    assert {json.loads(row["row"])["task"] for row in group.rows()} == {"own_few", "own_many"}
+    assert compare_results(group, group, "own_many: acc").first == pytest.approx(many)
+    assert len(group.misses("acc")) == round(12 - 3 * few - 9 * many)
+
+    # Two filters are two figures over the same nine rows, not one over eighteen.
+    assert filters.facts["n_rows"] == len(filters.rows()) == 9
+    assert filters.figures.keys() == {"exact_match,whole", "exact_match,letter"}
+    assert all(each["interval"] is not None for each in filters.figures.values())
+    assert all(row["answers"][0] != "" for row in filters.rows())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_edited_rows_and_tasks_of_lm_eval_are_asked_anew(own_finished: Finished, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    _lm_eval_tasks(tmp_path)
+    name = f"lm-eval:{tmp_path}/few.yaml"
+    first = _evaluate(own_finished, name)[0]
+    assert _evaluate(own_finished, name)[0].folder == first.folder
+    path = tmp_path / "few.yaml"
+    path.write_text(path.read_text().replace("doc_to_target: r", "doc_to_target: s"))
+    second = _evaluate(own_finished, name)[0]
+    assert second.figures["acc"]["value"] == pytest.approx(1 - first.figures["acc"]["value"])
+    assert first.fingerprint.differences(second.fingerprint) == ["template"]
+    rows = tmp_path / "few.jsonl"
+    rows.write_text(rows.read_text().replace("import os", "import re"))
+    third = _evaluate(own_finished, name)[0]
+    assert second.fingerprint.differences(third.fingerprint) == ["data"]
+
+
+def test_lm_evals_figures_of_rows_that_are_no_mean_have_intervals() -> None:
+    from kajiya.evals.lm_eval_results import figures_of
+
+    random = np.random.default_rng(0)
+    pairs = [(int(a), int(b)) for a, b in random.integers(0, 2, (40, 2))]
+    samples = [
+        {"filter": "none", "f1": pair, "acc": float(pair[0] == pair[1]), "doc": {"q": i}, "target": pair[0],
+         "arguments": [("q", " a"), ("q", " b")], "filtered_resps": [(-1.0, True), (-2.0, False)]}
+        for i, pair in enumerate(pairs)
+    ]  # fmt: skip
+
+    def f1(items: Any) -> float:
+        both = sum(a and b for a, b in items)
+        return 2 * both / max(1, sum(a + b for a, b in items))
+
+    accuracy = float(np.mean([sample["acc"] for sample in samples]))
+    raw = {
+        "results": {"own": {"alias": "own", "sample_len": 40, "f1,none": f1(pairs), "f1_stderr,none": "N/A",
+                            "acc,none": accuracy}},
+        "samples": {"own": samples}, "group_subtasks": {}, "versions": {"own": 1},
+        "higher_is_better": {"own": {"f1": True, "acc": True}},
+    }  # fmt: skip
+    found = figures_of(raw, {"own": {"f1": f1, "acc": np.mean}})
+    assert found.figures.keys() == {"f1", "acc"}
+    low, high = found.figures["f1"]["interval"]
+    assert low < f1(pairs) < high
+    assert (found.figures["f1"]["is_mean"], found.figures["acc"]["is_mean"]) == (False, True)
+    assert found.figures["acc"]["points"] == 100
+    assert found.measured.keys() == {"acc"}
+    assert found.columns["answers"][0] == [" a"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_on_the_engine_equals_its_own_backend(own_finished: Finished, tmp_path: Path) -> None:
+def test_lm_eval_on_the_engine_equals_its_own_backend(
+    own_finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    monkeypatch.setattr("kajiya.serving.loading.has_bf16_instructions", lambda: False)  # theirs computes in fp32
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from kajiya.evals.lm_eval_engine import run_lm_eval
+    from kajiya.evals.lm_eval_engine import open_tasks, run_lm_eval
     from kajiya.models.load import load_model
 
     rows = [{"q": f"import os\nfor x{i} in", "a": [" range(3):", " self.items:"], "text": f"def f{i}(a):\n    return a\n" * 9}
@@ -152,9 +424,8 @@ def test_lm_eval_on_the_engine_equals_its_own_backend(own_finished: Finished, tm
     shutil.copytree(own_finished.trained.model.path, folder)
     load_model(own_finished.trained.model.path, dtype=torch.float32).save_pretrained(folder)  # bf16 rounds by shape
     names = ["own_choice", "own_text", "own_write"]
-    ours = run_lm_eval(
-        folder, [str(tmp_path / f"{name}.yaml") for name in ("choice", "text", "write")], limit=None, batch=4
-    )
+    opened = open_tasks([str(tmp_path / f"{name}.yaml") for name in ("choice", "text", "write")])
+    ours = run_lm_eval(folder, opened, limit=None, batch=4)
     local = LocalModel(folder, 4)
     backend = HFLM(pretrained=load_model(folder, dtype=torch.float32), tokenizer=local._tokenizer, batch_size=4,
                    max_length=local.context_tokens)  # fmt: skip

@@ -55,6 +55,47 @@ def test_the_api_model_of_lm_eval_scores_as_the_engine_does(
         assert logprob == pytest.approx(sum(engine.score(whole)[len(before) - 1 :]), abs=1e-3)
 
 
+def test_tasks_are_asked_of_an_endpoint_as_of_the_model_itself(
+    model_folder: Path, tokenizer: Any, server_url: str, tmp_path: Path
+) -> None:
+    import json
+
+    from kajiya.config.compose import compose
+    from kajiya.flows.report import report_targets
+    from kajiya.flows.task_evaluation import Asked, evaluate_tasks
+    from kajiya.run.store import Store
+
+    rows = [{"q": f"def f{i}(self", "a": "):", "b": ", other=None):"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, more in (
+        ("choose", {"choices": ["{{ a }}", "{{ b }}"], "target": "0", "metrics": ["accuracy", "ece"]}),
+        ("generate", {"target": "{{ a }}", "metrics": ["exact_match", "chrf"], "max_tokens": 6}),
+        ("embed", {"target": "{{ a }}", "metrics": ["recall_at_k"]}),
+    ):
+        task = {"rows": "rows.jsonl", "prompt": "{{ q }}", "kind": name} | more
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    tasks = [str(tmp_path / f"{name}.yaml") for name in ("choose", "generate", "embed")]
+    store, config = Store(tmp_path / "store"), compose("stdlib-pretrain")
+    url = f"{server_url}/v1"
+    chosen, written, _ = evaluate_tasks(Asked(url, tasks), config, store)
+    engine = open_engine(model_folder)
+    for row in chosen.rows():
+        for choice, logprob in zip(row["choices"], row["logprobs"], strict=True):
+            ids = tokenizer.encode(row["prompt"] + choice)
+            ends = [len(tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+            first = next(n for n, end in enumerate(ends) if end > len(row["prompt"]))
+            assert logprob == pytest.approx(sum(engine.score(ids)[first - 1 :]), abs=1e-3)
+    assert all(row["answers"][0] for row in written.rows())
+    assert written.fingerprint.model == f"{url} {NAME}"
+    assert written.fingerprint.dtype == "unknown"
+    # An endpoint has no run, and yet its results stand in a report, beside those of the folder that it serves.
+    evaluate_tasks(Asked(str(model_folder), tasks[1:2]), config, store)
+    page = report_targets([url, str(model_folder)], store, tmp_path / "report").read_text(encoding="utf-8")
+    assert url in page
+    assert "they differ in" not in page
+    assert "These evaluations differ in their rows, prompts, code, engine, precision or sampling" in page
+
+
 def test_langchain_chats_streams_batches_and_binds(server_url: str, chatted: Callable[..., str]) -> None:
     from langchain_core.messages import HumanMessage, SystemMessage
     from langchain_openai import ChatOpenAI

@@ -1,10 +1,6 @@
-"""Who answers a task: a model of this machine by the engine that serves, or any OpenAI-compatible endpoint."""
+"""Who answers a task: a model of this machine, by the engine that serves; `kajiya.evals.endpoint` has those behind an API."""
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kajiya.errors import ConfigError, DataError, KajiyaError
+from kajiya.errors import DataError
 
-_AT_ONCE = 8
-_TIMEOUT_S = 300.0
+_PRECISION = _DEVICE = "auto"
 
 
 @dataclass(frozen=True)
@@ -60,9 +55,8 @@ class Respondent(Protocol):
     def engine(self) -> str:
         """What computes the answers."""
 
-    @property
-    def dtype(self) -> str:
-        """Precision of the weights."""
+    def dtype(self, kind: str) -> str:
+        """Precision in which a task of that kind is computed."""
 
     def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
         """`sampling.samples` answers to each prompt."""
@@ -89,18 +83,21 @@ class LocalModel:
         self.folder = folder
         self.batch = batch
 
-    @property
-    def dtype(self) -> str:
-        """Precision of the weights on the disk."""
+    def dtype(self, kind: str) -> str:
+        """Given texts are scored in the precision of the weights on the disk; the engine picks its own for all else."""
         from kajiya.models.open import model_dtype
+        from kajiya.serving.loading import pick_device, pick_dtype
 
-        return str(model_dtype(self.folder)).removeprefix("torch.")
+        found = model_dtype(self.folder) if kind == "choose" else pick_dtype(_PRECISION, pick_device(_DEVICE))
+        return str(found).removeprefix("torch.")
 
     @cached_property
     def _engine(self) -> Any:
         from kajiya.serving.loading import load_engine
 
-        return load_engine(self.folder, precision="auto", device="auto", max_batch=self.batch, max_waiting=self.batch)
+        return load_engine(
+            self.folder, precision=_PRECISION, device=_DEVICE, max_batch=self.batch, max_waiting=self.batch
+        )
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -170,7 +167,7 @@ class LocalModel:
         from kajiya.serving.loading import pick_device
 
         is_merged = is_adapter(self.folder) and is_mergeable(self.folder)
-        return open_model(self.folder, model_dtype(self.folder), is_merged=is_merged).to(pick_device("auto"))
+        return open_model(self.folder, model_dtype(self.folder), is_merged=is_merged).to(pick_device(_DEVICE))
 
     @property
     def context_tokens(self) -> int:
@@ -181,70 +178,3 @@ class LocalModel:
         """Means of last hidden states, by the engine."""
         limit = self._engine.context_tokens
         return np.array([self._engine.embed(self._ids(text, False, limit)) for text in texts], dtype=np.float32)
-
-
-class Endpoint:
-    """A model behind `<url>/completions`, `/chat/completions` and `/embeddings` of the OpenAI API."""
-
-    engine = "http"
-    dtype = "unknown"
-
-    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
-        self.url = url.rstrip("/")
-        self._api_key = api_key
-        self.model = model or self._first_model()
-
-    def _first_model(self) -> str:
-        models = self.post("/models", None)["data"]
-        if not models:
-            raise KajiyaError(f"{self.url} serves no model")
-        return str(models[0]["id"])
-
-    def post(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The answer's JSON; `body` `None` is a GET. Raises `KajiyaError` with the address and what it said."""
-        headers = {"Content-Type": "application/json"}
-        if self._api_key is not None:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
-                return json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            said = error.read().decode("utf-8", "replace")[:300]
-            raise KajiyaError(f"{self.url}{path} answered {error.code}: {said}") from error
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise KajiyaError(f"{self.url}{path} does not answer: {error}") from error
-
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
-        """One request a row, a few at once."""
-
-        def ask(prompt: str) -> tuple[str, ...]:
-            body: dict[str, Any] = {
-                "model": self.model, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
-                "seed": sampling.seed, "n": sampling.samples,
-            }  # fmt: skip
-            if sampling.stop:
-                body["stop"] = list(sampling.stop)
-            if sampling.is_chat:
-                reply = self.post("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
-                texts = [choice["message"]["content"] for choice in reply["choices"]]
-            else:
-                texts = [choice["text"] for choice in self.post("/completions", body | {"prompt": prompt})["choices"]]
-            return tuple(cut_at(text or "", sampling.stop) for text in texts)
-
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(ask, prompts))
-
-    def choose(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
-        """Not to be had: an endpoint does not tell the log-probability of a given text."""
-        raise ConfigError(
-            "--tasks", "a task of kind choose needs log-probabilities of given texts, which an endpoint does not give"
-        )
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """By the endpoint's embeddings."""
-        found = self.post("/embeddings", {"model": self.model, "input": list(texts)})["data"]
-        vectors = np.array([each["embedding"] for each in found], dtype=np.float32)
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(vectors / np.maximum(lengths, 1e-12))

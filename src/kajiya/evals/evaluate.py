@@ -3,21 +3,27 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kajiya.config.digest import digest
 from kajiya.config.schema import EvalConfig
 from kajiya.data.documents import Documents, open_documents
 from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.data.tokenizer import load_tokenizer, start_id
 from kajiya.evals.baselines import BASELINES
+from kajiya.evals.fingerprint import Fingerprint, heldout_digest
+from kajiya.evals.metrics import Measured
+from kajiya.evals.results import write_rows
 from kajiya.evals.samples import sample_completions, unseen_functions
 from kajiya.evals.scoring import score_documents
-from kajiya.evals.statistics import ratio_interval
+from kajiya.evals.statistics import ratio_interval, ratio_scores
 from kajiya.models.adapter_files import is_adapter, is_mergeable
+from kajiya.models.open import model_dtype
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, produce
@@ -40,18 +46,34 @@ def evaluate_model(
     """The evaluation of `model` on the held-out documents of `corpus`, and whether it was there already.
 
     `module` is the model in memory, for one that Transformers cannot load; `None` loads it from the artifact.
-    Files: `evaluation.json` (the figures), `documents.jsonl` (nats and bytes of each document), `samples.json`.
+    Files: `evaluation.json` (the figures), `documents.jsonl` (nats and bytes of each document), the same as `rows.parquet`,
+    and `samples.json`.
     """
     context = config.context_tokens or context_tokens
 
+    fingerprint = Fingerprint(
+        data=heldout_digest(corpus),
+        template=digest({"context_tokens": context, "stride_fraction": config.stride_fraction}),
+        code=digest({}),
+        engine="torch",
+        dtype=str(model_dtype(model.path) if module is None else next(module.parameters()).dtype).removeprefix(
+            "torch."
+        ),
+        sampling="none",
+        model=model.digest,
+    )
+
     def make(folder: Path) -> dict[str, Any]:
-        return _evaluate(folder, config, model.path, open_documents(corpus.path, "heldout"), context, seed, module)
+        documents = open_documents(corpus.path, "heldout")
+        figures = _evaluate(folder, config, model.path, documents, context, seed, module)
+        assert figures["dtype"] == fingerprint.dtype
+        return figures | {"fingerprint": asdict(fingerprint)}
 
     return produce(
         store,
         "evaluation",
         code=code_revision("kajiya.evals.evaluate"),
-        config={"eval": config, "context_tokens": context, "seed": seed},
+        config={"eval": config, "context_tokens": context, "seed": seed, "fingerprint": asdict(fingerprint)},
         parents={"model": model, "corpus": corpus},
         make=make,
     )
@@ -153,12 +175,14 @@ def _score(
         for name, nat, size, count in zip(documents.names, nats, n_bytes, n_targets, strict=True):
             row = {"document": name, "nats": float(nat), "n_bytes": int(size), "n_targets": int(count)}
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-    low, high = ratio_interval(nats / _LN2, n_bytes)
+    bits = Measured(ratio_scores(nats / _LN2, n_bytes, is_lower_better=True))
+    write_rows(folder, {"row": list(documents.names)}, {"bits_per_byte": bits}, None)
+    several = len(counts) > 1  # a single document cannot be resampled
     return {
         "bits_per_byte": bits_per_byte(nats, n_bytes),
-        "bits_per_byte_interval": [low, high],
+        "bits_per_byte_interval": list(ratio_interval(nats / _LN2, n_bytes)) if several else None,
         "perplexity": float(np.exp(nats.sum() / n_targets.sum())),
-        "perplexity_interval": [float(np.exp(bound)) for bound in ratio_interval(nats, n_targets)],
+        "perplexity_interval": [float(np.exp(bound)) for bound in ratio_interval(nats, n_targets)] if several else None,
         "nats": float(nats.sum()),
         "n_bytes": int(n_bytes.sum()),
         "n_tokens": int(n_targets.sum()),

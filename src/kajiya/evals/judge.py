@@ -1,12 +1,14 @@
 """A language model as judge of two answers, asked in both orders: its liking for a place is not a liking for an answer."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kajiya.errors import KajiyaError
-from kajiya.evals.answers import Endpoint, Sampling
+from kajiya.errors import ConfigError, KajiyaError
+from kajiya.evals.answers import Sampling
+from kajiya.evals.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from kajiya.evals.tasks import JudgeConfig
@@ -38,9 +40,10 @@ class Judgement:
 def judge_pairs(judge: "JudgeConfig", rows: Sequence[tuple[str, str, str]]) -> list[Judgement]:
     """Judge (request, answer, reference) triples, each twice with the places swapped (Zheng et al., arXiv:2306.05685, 3.4).
 
-    Raises `KajiyaError` when the endpoint fails, or where no judgement at all holds a verdict.
+    Raises `KajiyaError` when the endpoint fails, or where no judgement at all holds a verdict, and `ConfigError` without the
+    key that the task names.
     """
-    endpoint = Endpoint(judge.url, judge.model)
+    endpoint = Endpoint(judge.url, judge.model, _key(judge))
     prompts = []
     for request, answer, reference in rows:
         for first, second in ((answer, reference), (reference, answer)):
@@ -51,6 +54,17 @@ def judge_pairs(judge: "JudgeConfig", rows: Sequence[tuple[str, str, str]]) -> l
     if rows and all(verdict is None for verdict in verdicts):
         raise KajiyaError(f"The judge {judge.model} never gave a verdict; it said: {said[0][:200]!r}")
     return [_combine(verdicts[i], verdicts[i + 1]) for i in range(0, len(verdicts), 2)]
+
+
+def _key(judge: "JudgeConfig") -> str | None:
+    if judge.key_variable is None:
+        return None
+    key = os.environ.get(judge.key_variable)
+    if not key:
+        raise ConfigError(
+            "judge.key_variable", f"the environment has no {judge.key_variable}, which is to hold the judge's key"
+        )
+    return key
 
 
 def _read(text: str) -> str | None:

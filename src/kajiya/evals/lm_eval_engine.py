@@ -1,40 +1,93 @@
 """lm-eval's tasks on the project's own engine: its library scores, the project's model answers."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kajiya.config.digest import digest
 from kajiya.errors import ConfigError, MissingExtraError
 from kajiya.evals.answers import LocalModel, Sampling, cut_at
 from kajiya.evals.scoring import score_continuations, score_documents
+from kajiya.run.files import hash_file
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What names of lm-eval stand for, loaded with their data sets."""
+
+    manager: Any
+    """The `TaskManager` that has loaded them."""
+    tasks: Mapping[str, Any]
+    """Every single task, by name."""
+    groups: Mapping[str, Any]
+    beside: Mapping[str, str]
+    """Digest of each Python file beside a task's YAML, whose functions the task may use."""
+
+    @property
+    def roots(self) -> list[Any]:
+        """The groups and tasks that belong to no other group."""
+        within = {name for group in self.groups.values() for name in group.child_names}
+        return [each for name, each in {**self.groups, **self.tasks}.items() if name not in within]
+
+    def digests(self, limit: int | None) -> dict[str, str]:
+        """`data`: of the rows that are asked (and of those shown as examples); `template`: of all that the tasks say else."""
+        rows, settings = hashlib.sha256(), {}
+        for name, task in sorted(self.tasks.items()):
+            said = task.dump_config()
+            shots = list(task.fewshot_docs() or ()) if said.get("num_fewshot") else []
+            for row in chain(islice(task.eval_docs, limit), shots):
+                rows.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+            settings[name] = {key: str(value) for key, value in said.items() if key not in _PLACE}
+        groups = {name: [*group.child_names, str(group.aggregate_metric_list)] for name, group in self.groups.items()}
+        return {"data": rows.hexdigest(), "template": digest([settings, groups, dict(self.beside)])}
+
+    def aggregations(self) -> dict[str, Any]:
+        """Of each task, the function from a metric's values to its figure, by metric."""
+        return {name: task.aggregation() for name, task in self.tasks.items()}
+
+    def dtype(self, local: LocalModel) -> str:
+        """What the answers are computed in; two, where texts are scored in another precision than they are written in."""
+        kinds = {"generate" if each.OUTPUT_TYPE == "generate_until" else "choose" for each in self.tasks.values()}
+        return " and ".join(sorted({local.dtype(kind) for kind in kinds}))
+
+
+_PLACE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")
+"""Of a task's settings, where its rows come from: their own digest says which they are."""
+
+
+def open_tasks(names: Sequence[str]) -> Opened:
+    """Load tasks and groups by their names, or the paths of their YAML files. Raises `MissingExtraError` without lm-eval."""
+    require_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    wanted = [task_name(name) for name in names]
+    folders = [Path(name).resolve().parent for name in names if _is_file(name)]
+    manager = TaskManager(include_path=[str(folder) for folder in folders] or None)
+    try:
+        loaded = manager.load(wanted)
+    except KeyError as problem:
+        raise ConfigError("--tasks", f"lm-eval knows no task {problem}") from problem
+    beside = {path.name: hash_file(path) for folder in folders for path in sorted(folder.glob("*.py"))}
+    return Opened(manager, loaded["tasks"], loaded["groups"], beside)
 
 
 def run_lm_eval(
-    folder: Path, tasks: Sequence[str], *, limit: int | None, batch: int, context_tokens: int | None = None
+    folder: Path, opened: Opened, *, limit: int | None, batch: int, context_tokens: int | None = None
 ) -> dict[str, Any]:
-    """lm-eval's results on the model in `folder`; a task is a name, or the path of a task's YAML.
-
-    Returns lm-eval's own dictionary, with `samples`. Raises `MissingExtraError` without lm-eval.
-    """
-    require_lm_eval()
+    """lm-eval's results on the model in `folder`: its own dictionary, with `samples`."""
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    names, folders = [], []
-    for task in tasks:
-        path = Path(task)
-        if task.endswith((".yaml", ".yml")):
-            names.append(_name_of(path))
-            folders.append(str(path.resolve().parent))
-        else:
-            names.append(task)
-    manager = TaskManager(include_path=folders or None)
     found = simple_evaluate(
         model=make_lm(folder, batch, context_tokens),
-        tasks=names,
-        task_manager=manager,
+        tasks=opened.roots,
+        task_manager=opened.manager,
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
@@ -51,15 +104,22 @@ def require_lm_eval() -> None:
         raise MissingExtraError("lm-eval", "eval", "A task of lm-eval")
 
 
-def _name_of(path: Path) -> str:
-    import re
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
 
+
+def task_name(task: str) -> str:
+    """lm-eval's name of a task or group: the name itself, or that which a YAML file gives it."""
+    if not _is_file(task):
+        return task
+    path = Path(task)
     if not path.is_file():
         raise ConfigError("--tasks", f"no file {str(path)!r}")
     # lm-eval's YAML has tags of its own (!function), which a plain reader refuses.
-    found = re.search(r"^task:\s*['\"]?([\w\-.]+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"^(?:group|task):[ \t]*['\"]?([\w\-.]+)", text, flags=re.MULTILINE)
     if found is None:
-        raise ConfigError(str(path), "a task of lm-eval has a line `task: NAME`")
+        raise ConfigError(str(path), "a task of lm-eval has a line `task: NAME`, a group one `group: NAME`")
     return found[1]
 
 

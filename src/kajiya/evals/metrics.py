@@ -36,12 +36,17 @@ class Measured:
 
 def exact_match(answers: Sequence[Answer], _task: "Task") -> Measured:
     """Share of answers that equal the target but for white space around them."""
-    return Measured(mean_scores([float(each.text.strip() == each.target.strip()) for each in answers]))
+    return Measured(shares([float(each.text.strip() == each.target.strip()) for each in answers]))
+
+
+def shares(values: Sequence[float] | np.ndarray) -> Scores:
+    """The mean of one share a row, 0 to 1, which is told in points of a hundred."""
+    return mean_scores(values, points=100)
 
 
 def token_f1(answers: Sequence[Answer], _task: "Task") -> Measured:
     """Mean F1 of the words of answer and target, lower-cased, without punctuation and articles (SQuAD, arXiv:1606.05250)."""
-    return Measured(mean_scores([_f1(_words(each.text), _words(each.target)) for each in answers]), "SQuAD v1.1")
+    return Measured(shares([_f1(_words(each.text), _words(each.target)) for each in answers]), "SQuAD v1.1")
 
 
 def _words(text: str) -> list[str]:
@@ -67,7 +72,7 @@ def bleu(answers: Sequence[Answer], _task: "Task") -> Measured:
     def figure(sums: np.ndarray) -> float:
         return float(metric._compute_score_from_stats([float(value) for value in sums]).score)
 
-    return Measured(Scores(rows, figure), str(metric.get_signature()))
+    return Measured(Scores(rows, figure, points=1), str(metric.get_signature()))
 
 
 def chrf(answers: Sequence[Answer], _task: "Task") -> Measured:
@@ -78,7 +83,7 @@ def chrf(answers: Sequence[Answer], _task: "Task") -> Measured:
     def figure(sums: np.ndarray) -> float:
         return float(metric._compute_score_from_stats([float(value) for value in sums]).score)
 
-    return Measured(Scores(rows, figure), str(metric.get_signature()))
+    return Measured(Scores(rows, figure, points=1), str(metric.get_signature()))
 
 
 def _bleu_statistics(metric: Any, answer: Answer) -> list[int]:
@@ -116,15 +121,14 @@ def _rouge(answers: Sequence[Answer], kind: str) -> Measured:
     except ModuleNotFoundError as error:
         raise MissingExtraError("rouge-score", "metrics", "ROUGE") from error
     scorer = RougeScorer([kind], use_stemmer=True)
-    return Measured(
-        mean_scores([scorer.score(each.target, each.text)[kind].fmeasure for each in answers]), f"{kind}, stemmed, F1"
-    )
+    found = [scorer.score(each.target, each.text)[kind].fmeasure for each in answers]
+    return Measured(shares(found), f"{kind}, stemmed, F1")
 
 
 def pass_at_k(answers: Sequence[Answer], task: "Task") -> Measured:
     """Mean chance that one of k answers passes its tests: 1 − C(n − c, k) / C(n, k) (Chen et al., arXiv:2107.03374, eq. 1).
 
-    k is 1 and, with as many samples, 5, 10 and 100.
+    k is 1 and those of the task's `k`, else, with as many samples, 5, 10 and 100.
     """
     from kajiya.evals.tasks import test_program
 
@@ -138,9 +142,10 @@ def pass_at_k(answers: Sequence[Answer], task: "Task") -> Measured:
 
     def at(k: int) -> Measured:
         rates = [estimate_pass(task.samples, n_passed, k) for n_passed in passed]
-        return Measured(mean_scores(rates), f"pass@{k} of {task.samples} samples", notes=notes)
+        return Measured(shares(rates), f"pass@{k} of {task.samples} samples", notes=notes)
 
-    return replace(at(1), more={f"pass@{k}": at(k) for k in (5, 10, 100) if k <= task.samples})
+    further = [k for k in task.k or (5, 10, 100) if 1 < k <= task.samples]
+    return replace(at(1), more={f"pass@{k}": at(k) for k in further})
 
 
 def estimate_pass(n: int, n_passed: int, k: int) -> float:
@@ -157,4 +162,4 @@ def judge(answers: Sequence[Answer], task: "Task") -> Measured:
     flipped = sum(not verdict.is_consistent for verdict in found)
     details = {"changed_its_mind_when_swapped": flipped / len(found) if found else 0.0}
     signature = f"{task.judge.model}, both orders, ½ for a tie or a change of mind"
-    return Measured(mean_scores([v.score for v in found]), signature, details, [v.note for v in found])
+    return Measured(shares([v.score for v in found]), signature, details, [v.note for v in found])

@@ -3,19 +3,21 @@
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kajiya.errors import DataError, MissingExtraError
 from kajiya.evals.answers import Answer
-from kajiya.evals.metrics import Measured
+from kajiya.evals.metrics import Measured, shares
 from kajiya.evals.statistics import Scores, mean_scores
 
 if TYPE_CHECKING:
     from kajiya.evals.tasks import Task
 
 _ECE_BINS = 15
+_CONFUSED_CLASSES = 100
 
 
 def _right(answer: Answer) -> int:
@@ -38,7 +40,7 @@ def probabilities(answer: Answer) -> np.ndarray:
 def accuracy(answers: Sequence[Answer], _task: "Task") -> Measured:
     """Share of rows whose likeliest choice is the right one."""
     picked = [int(np.argmax(each.logprobs)) for each in answers]
-    return Measured(mean_scores([float(p == _right(each)) for p, each in zip(picked, answers, strict=True)]))
+    return Measured(shares([float(p == _right(each)) for p, each in zip(picked, answers, strict=True)]))
 
 
 def accuracy_by_byte(answers: Sequence[Answer], _task: "Task") -> Measured:
@@ -46,7 +48,7 @@ def accuracy_by_byte(answers: Sequence[Answer], _task: "Task") -> Measured:
     values = [
         float(int(np.argmax(np.array(each.logprobs) / np.maximum(each.n_bytes, 1))) == _right(each)) for each in answers
     ]
-    return Measured(mean_scores(values))
+    return Measured(shares(values))
 
 
 def _labels(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -59,21 +61,27 @@ def _labels(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def macro_f1(answers: Sequence[Answer], _task: "Task") -> Measured:
-    """Unweighted mean over classes of F1, as scikit-learn's `f1_score(average="macro")` over classes that occur."""
+    """Unweighted mean over classes of F1, as scikit-learn's `f1_score(average="macro")` over classes that occur.
+
+    Its details hold the confusion matrix, right classes down and picked ones across, of at most 100 classes.
+    """
     right, picked, n = _labels(answers)
-    rows = np.zeros((len(right), n * n))
-    rows[np.arange(len(right)), right * n + picked] = 1
+    rows = np.column_stack([right, picked]).astype(np.float64)
 
-    def figure(sums: np.ndarray) -> float:
-        table = sums.reshape(n, n)
-        both = np.diag(table)
-        sizes = table.sum(axis=0) + table.sum(axis=1)
+    def table(drawn: np.ndarray) -> np.ndarray:
+        pairs = (drawn[:, 0] * n + drawn[:, 1]).astype(np.int64)
+        return np.bincount(pairs, minlength=n * n).reshape(n, n)
+
+    def figure(drawn: np.ndarray) -> float:
+        found = table(drawn)
+        sizes = found.sum(axis=0) + found.sum(axis=1)
         present = sizes > 0
-        return float((2 * both[present] / sizes[present]).mean())
+        return float((2 * np.diag(found)[present] / sizes[present]).mean())
 
-    table = rows.sum(axis=0).reshape(n, n).astype(int)
-    names = list(answers[0].choices)
-    return Measured(Scores(rows, figure), details={"confusion": table.tolist(), "classes": names})
+    details: dict[str, Any] = {"classes": list(answers[0].choices)}
+    if n <= _CONFUSED_CLASSES:
+        details["confusion"] = table(rows).tolist()
+    return Measured(Scores(rows, figure, by_rows=True, points=100), details=details)
 
 
 def auroc(answers: Sequence[Answer], _task: "Task") -> Measured:
@@ -92,10 +100,11 @@ def auroc(answers: Sequence[Answer], _task: "Task") -> Measured:
         return float((ranks[is_positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
     def figure(drawn: np.ndarray) -> float:
-        classes = [1] if n == 2 else range(n)
-        return float(np.nanmean([area(drawn[:, 0] == c, drawn[:, 1 + c]) for c in classes]))
+        areas = [area(drawn[:, 0] == c, drawn[:, 1 + c]) for c in ([1] if n == 2 else range(n))]
+        known = [each for each in areas if not math.isnan(each)]
+        return float(np.mean(known)) if known else math.nan
 
-    return Measured(Scores(rows, figure, by_rows=True), "one against the rest" if n > 2 else "")
+    return Measured(Scores(rows, figure, by_rows=True, points=100), "one against the rest" if n > 2 else "")
 
 
 def calibration_error(answers: Sequence[Answer], _task: "Task") -> Measured:
@@ -111,20 +120,52 @@ def calibration_error(answers: Sequence[Answer], _task: "Task") -> Measured:
         bins = sums.reshape(_ECE_BINS, 3)
         return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
 
-    return Measured(Scores(rows, figure, is_lower_better=True), f"{_ECE_BINS} equal bins, top choice")
+    return Measured(Scores(rows, figure, is_lower_better=True, points=100), f"{_ECE_BINS} equal bins, top choice")
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def _numbers(answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Written and right numbers; an answer without a number counts as the mean of the right ones, and is told."""
+_MISS = "an answer without a number counts as the value farthest from the target among all targets"
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Written and right numbers; an answer without a number is a miss, and is told.
+
+    A miss counts as wrong as an answer within the targets' range can be: the mean of the targets, say, would flatter a model
+    that writes nothing.
+    """
+
+    written: np.ndarray
+    right: np.ndarray
+    notes: list[str]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        n_missing = sum(map(bool, self.notes))
+        return {"answers_without_a_number": n_missing} | ({"rule": _MISS} if n_missing else {})
+
+    @property
+    def signature(self) -> str:
+        n_missing = sum(map(bool, self.notes))
+        return f"{n_missing} of {len(self.notes)} answers hold no number; {_MISS}" if n_missing else ""
+
+    def measured(self, scores: Scores) -> Measured:
+        """A figure with what is to be said of it."""
+        return Measured(scores, self.signature, self.details, self.notes)
+
+
+def _numbers(answers: Sequence[Answer]) -> _Numbers:
     right = np.array([_number(each.target) for each in answers])
     if np.isnan(right).any():
         raise DataError("a regression's target must be a number in every row")
     written = np.array([_number(each.text) for each in answers])
+    low, high = right.min(), right.max()
+    # Of a single target there is no range: a miss is then off by the target's size.
+    farthest = np.where(right - low > high - right, low, high) if low < high else right + np.maximum(1, np.abs(right))
     notes = ["no number" if math.isnan(value) else "" for value in written]
-    return np.where(np.isnan(written), right.mean(), written), right, notes
+    return _Numbers(np.where(np.isnan(written), farthest, written), right, notes)
 
 
 def _number(text: str) -> float:
@@ -134,29 +175,29 @@ def _number(text: str) -> float:
 
 def rmse(answers: Sequence[Answer], _task: "Task") -> Measured:
     """Root mean squared error of the first number that an answer holds."""
-    written, right, notes = _numbers(answers)
-    rows = np.column_stack([(written - right) ** 2, np.ones(len(right))])
-    scores = Scores(rows, lambda sums: math.sqrt(sums[0] / sums[1]), is_lower_better=True)
-    return Measured(scores, details={"answers_without_a_number": sum(map(bool, notes))}, notes=notes)
+    found = _numbers(answers)
+    rows = np.column_stack([(found.written - found.right) ** 2, np.ones(len(answers))])
+    return found.measured(Scores(rows, lambda sums: math.sqrt(sums[0] / sums[1]), is_lower_better=True))
 
 
 def mae(answers: Sequence[Answer], _task: "Task") -> Measured:
     """Mean absolute error of the first number that an answer holds."""
-    written, right, notes = _numbers(answers)
-    return Measured(mean_scores(np.abs(written - right), True), notes=notes)
+    found = _numbers(answers)
+    return found.measured(mean_scores(np.abs(found.written - found.right), True))
 
 
 def r2(answers: Sequence[Answer], _task: "Task") -> Measured:
     """Coefficient of determination of the first number that an answer holds."""
-    written, right, notes = _numbers(answers)
-    rows = np.column_stack([(written - right) ** 2, right, right**2, np.ones(len(right))])
+    found = _numbers(answers)
+    right = found.right
+    rows = np.column_stack([(found.written - right) ** 2, right, right**2, np.ones(len(right))])
 
     def figure(sums: np.ndarray) -> float:
         residual, total, squares, n = sums
         spread = squares - total**2 / n
         return 1 - residual / spread if spread > 0 else math.nan
 
-    return Measured(Scores(rows, figure), notes=notes)
+    return found.measured(Scores(rows, figure))
 
 
 # ---------------------------------------------------------------- vectors
@@ -178,9 +219,9 @@ def recall_at_k(answers: Sequence[Answer], _task: "Task") -> Measured:
     # A tie with another target counts against the own one; the same text twice is one target.
     ranks = ((similar >= own) & (names[:, None] != names[None, :])).sum(axis=1) + 1
     among = f"among {len(answers)} targets"
-    more = {f"recall@{k}": Measured(mean_scores((ranks <= k).astype(float)), f"recall@{k} {among}") for k in (5, 10)}
-    more["mrr"] = Measured(mean_scores(1 / ranks), f"mean of 1 / rank {among}")
-    return Measured(mean_scores((ranks == 1).astype(float)), f"recall@1 {among}", more=more)
+    more = {f"recall@{k}": Measured(shares((ranks <= k).astype(float)), f"recall@{k} {among}") for k in (5, 10)}
+    more["mrr"] = Measured(shares(1 / ranks), f"mean of 1 / rank {among}")
+    return Measured(shares((ranks == 1).astype(float)), f"recall@1 {among}", more=more)
 
 
 def clustering(answers: Sequence[Answer], _task: "Task") -> Measured:
@@ -199,4 +240,4 @@ def clustering(answers: Sequence[Answer], _task: "Task") -> Measured:
     def figure(drawn: np.ndarray) -> float:
         return float(normalized_mutual_info_score(drawn[:, 0], drawn[:, 1]))
 
-    return Measured(Scores(rows, figure, by_rows=True), f"k-means, k = {len(names)}, 10 starts")
+    return Measured(Scores(rows, figure, by_rows=True, points=100), f"k-means, k = {len(names)}, 10 starts")

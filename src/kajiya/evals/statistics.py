@@ -30,6 +30,8 @@ class Scores:
     """Of the sums of the rows [k], or, where `by_rows`, of the rows themselves [n, k]."""
     by_rows: bool = False
     is_lower_better: bool = False
+    points: float | None = None
+    """Points in 1 of the figure: 100 of a share from 0 to 1, 1 of a score up to 100; `None` of what is no such score."""
 
     @property
     def is_mean(self) -> bool:
@@ -62,16 +64,20 @@ class Comparison:
     is_lower_better: bool
 
 
-def mean_scores(values: Sequence[float] | np.ndarray, is_lower_better: bool = False) -> Scores:
+def mean_scores(
+    values: Sequence[float] | np.ndarray, is_lower_better: bool = False, points: float | None = None
+) -> Scores:
     """The mean of one value a row."""
     column = np.asarray(values, dtype=np.float64)
-    return Scores(np.stack([column, np.ones_like(column)], axis=1), _ratio, is_lower_better=is_lower_better)
+    return ratio_scores(column, np.ones_like(column), is_lower_better, points)
 
 
-def ratio_scores(numerators: np.ndarray, denominators: np.ndarray, is_lower_better: bool = False) -> Scores:
+def ratio_scores(
+    numerators: np.ndarray, denominators: np.ndarray, is_lower_better: bool = False, points: float | None = None
+) -> Scores:
     """Σ numerators / Σ denominators, both [n]."""
     rows = np.stack([numerators, denominators], axis=1).astype(np.float64)
-    return Scores(rows, _ratio, is_lower_better=is_lower_better)
+    return Scores(rows, _ratio, is_lower_better=is_lower_better, points=points)
 
 
 def _ratio(sums: np.ndarray) -> float:
@@ -82,14 +88,34 @@ def _ratio(sums: np.ndarray) -> float:
 
 
 def interval(
-    scores: Scores, groups: Sequence[str] | None = None, *, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
+    scores: Scores,
+    groups: Sequence[str] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = _RESAMPLES_BY_ROWS,
+) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the figure (Efron, 1979), drawing whole groups with replacement (Cameron et al., 2008).
 
-    `groups` names the source of each row; `None`: each row is its own. Raises `DataError` for no rows.
+    `groups` names the source of each row; `None`: each row is its own. Where every row is right, or none, resampling cannot
+    vary: the interval is then Wilson's (1927) over the groups. `None` where nothing can be said: from a single group, and of
+    any other figure that is alike in every resample. `resamples` are those of a figure `by_rows`. Raises `DataError` for no rows.
     """
     parts = _by_group(len(scores.rows), groups)
-    return _quantiles(_drawn(scores, parts, seed), level)
+    if len(parts) < 2:
+        return None
+    if scores.points == 100 and _is_right_or_wrong(scores) and np.ptp(scores.rows[:, 0]) == 0:
+        return wilson(float(scores.rows[0, 0]), len(parts), level)
+    low, high = _quantiles(_drawn(scores, parts, seed, resamples), level)
+    return (low, high) if high - low > 1e-12 * max(1.0, abs(low)) else None  # rounding is no width
+
+
+def wilson(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share of n independent trials (Wilson, 1927)."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def ratio_interval(
@@ -103,11 +129,11 @@ def ratio_interval(
     return _quantiles(ratios, level)
 
 
-def _drawn(scores: Scores, parts: list[np.ndarray], seed: int) -> np.ndarray:
-    """The figure of every resample, float [R]."""
+def _drawn(scores: Scores, parts: list[np.ndarray], seed: int, resamples: int = _RESAMPLES_BY_ROWS) -> np.ndarray:
+    """The figure of every resample, float [R]; of one `by_rows`, R is `resamples`."""
     random = np.random.default_rng(seed)
     if scores.by_rows:
-        draws = random.integers(0, len(parts), size=(_RESAMPLES_BY_ROWS, len(parts)))
+        draws = random.integers(0, len(parts), size=(resamples, len(parts)))
         return np.array([scores.figure(scores.rows[np.concatenate([parts[i] for i in draw])]) for draw in draws])
     sums = _group_sums(scores.rows, parts)
     counts = random.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=_RESAMPLES)
@@ -115,6 +141,8 @@ def _drawn(scores: Scores, parts: list[np.ndarray], seed: int) -> np.ndarray:
 
 
 def _quantiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
+    if np.isnan(drawn).all():
+        return math.nan, math.nan
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

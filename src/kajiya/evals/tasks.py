@@ -31,6 +31,8 @@ class JudgeConfig:
     """What it is asked of the two answers."""
     max_tokens: int = 256
     """Longest judgement, tokens."""
+    key_variable: str | None = None
+    """Environment variable that holds the key which it wants; the key itself stands in no file."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Task:
     """0 is greedy."""
     samples: int = 1
     """Answers drawn for each row."""
+    k: tuple[int, ...] | None = None
+    """Of pass_at_k: the k of each pass@k beside pass@1; `None`: 5, 10 and 100, as far as there are samples."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these."""
     function: str | None = None
@@ -78,7 +82,33 @@ class Task:
     def template_digest(self) -> str:
         """Digest of all that turns a row into a prompt and an answer into a score."""
         plain = asdict(self) | {"folder": None, "rows": None}
+        if self.judge is not None:
+            plain["judge"] = asdict(self.judge) | {"key_variable": None}
         return digest(plain)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Each `module:function` that turns answers into scores."""
+        named = (self.function or "", self.tests if _is_function(self.tests) else "", *self.metrics)
+        return tuple(name for name in named if ":" in name)
+
+    def settings(self) -> dict[str, Any]:
+        """Itself as plain values, for `read_task`."""
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+
+def read_task(settings: Mapping[str, Any]) -> Task:
+    """The task of `Task.settings`, also once they were JSON."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    if values["judge"] is not None:
+        values["judge"] = JudgeConfig(**values["judge"])
+    return Task(**values)
+
+
+def _is_function(name: str) -> bool:
+    return re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
 def find_task(name: str, field: str = "--tasks") -> Task:
@@ -136,7 +166,8 @@ def _judge(given: Any, path: Path) -> JudgeConfig:
     try:
         return JudgeConfig(**given)
     except TypeError as error:
-        raise ConfigError(f"{path}: judge", f"has url, model, question and max_tokens ({error})") from error
+        known = ", ".join(item.name for item in fields(JudgeConfig))
+        raise ConfigError(f"{path}: judge", f"has {known} ({error})") from error
 
 
 def _check(task: Task, path: Path) -> None:
@@ -150,10 +181,24 @@ def _check(task: Task, path: Path) -> None:
         raise ConfigError(f"{path}: choices", "is missing; a task of kind choose needs them")
     if "pass_at_k" in task.metrics and not task.tests:
         raise ConfigError(f"{path}: tests", "is missing; pass_at_k runs them")
+    if task.function is not None:
+        import_target(task.function, f"{path}: function")
+    if _is_function(task.tests):
+        import_target(task.tests, f"{path}: tests")
+    _check_k(task, path)
     if "judge" in task.metrics and task.judge is None:
         raise ConfigError(f"{path}: judge", "is missing; the metric judge asks it")
     if task.samples > 1 and task.temperature == 0:
         raise ConfigError(f"{path}: samples", f"{task.samples} greedy answers are all the same", "Set a temperature.")
+
+
+def _check_k(task: Task, path: Path) -> None:
+    if task.k is None:
+        return
+    if not isinstance(task.k, tuple) or not all(type(k) is int and k > 0 for k in task.k):
+        raise ConfigError(f"{path}: k", f"{task.k!r} is no list of whole numbers from 1", "For example k: [1, 5].")
+    if max(task.k, default=1) > task.samples:
+        raise ConfigError(f"{path}: k", f"{max(task.k)} is more than the {task.samples} samples", "Raise `samples`.")
 
 
 # ---------------------------------------------------------------- rows and templates
@@ -224,7 +269,7 @@ def render(task: Task, template: str, row: Row, **more: Any) -> str:
 
 def test_program(task: Task, row: Row, answer: str) -> str:
     """The program that tells whether an answer is right."""
-    if re.fullmatch(r"[\w.]+:\w+", task.tests):
+    if _is_function(task.tests):
         program: str = import_target(task.tests, f"{task.name}.tests")(row, answer)
         return program
     return render(task, task.tests, row, answer=answer)

@@ -19,10 +19,10 @@ from kajiya.flows.figure_files import (
     standalone_svg,
 )
 from kajiya.flows.figures import BarsData, CurvesData, draw_bars, draw_curves
-from kajiya.flows.report_comparison import comparison_section, cost_section, tasks_section
+from kajiya.flows.report_comparison import comparison_section, cost_section
 from kajiya.flows.report_course import asked_section, data_section, plan_section, time_section
 from kajiya.flows.report_evidence import curves_data, curves_section, documents_section, samples_section
-from kajiya.flows.report_facts import RunFacts, gather
+from kajiya.flows.report_facts import RunFacts, gather, label_of
 from kajiya.flows.report_page import (
     Block,
     Details,
@@ -48,25 +48,59 @@ from kajiya.flows.report_settings import (
     recipe_text,
     skipped_checks,
 )
-from kajiya.run.folder import Run
+from kajiya.flows.report_tasks import Scored, find_scored, scored_runs, tasks_section
+from kajiya.flows.targets import find_model, is_endpoint
+from kajiya.run.folder import Run, find_run
+from kajiya.run.store import Artifact, Store
 
 _LIGHT_EXTRA = "--well: #f5f6f8; --bad: #c4302b; --warn: #b26a00;"
 _DARK_EXTRA = "--well: #1d2127; --bad: #ff8078; --warn: #f0b455;"
 
 
-def write_report(runs: Sequence[Run], folder: Path) -> Path:
+def report_targets(targets: Sequence[str], store: Store, folder: Path | None = None) -> Path:
+    """Report on runs, and on any other models that the store holds evaluations of (folders, artifacts, hub names, endpoints).
+
+    The folder is that of the run, of one alone, else `report`. Raises `StoreError` for a target that is neither.
+    """
+    runs: list[Run] = []
+    others: list[tuple[str, Artifact | None]] = []
+    for target in targets:
+        run, model = _run_or_model(target, store)
+        if run is None:
+            others.append((target, model))
+        else:
+            runs.append(run)
+    letters = [label_of(len(runs) + number, len(targets)) for number in range(len(others))]
+    scored = [find_scored(*each, store, label) for each, label in zip(others, letters, strict=True)]
+    is_one_run = len(runs) == 1 and not others
+    return write_report(runs, folder or (runs[0].folder / "report" if is_one_run else Path("report")), scored)
+
+
+def _run_or_model(target: str, store: Store) -> tuple[Run | None, Artifact | None]:
+    """The run of that name, or the model that is no run's; neither for an endpoint."""
+    try:
+        return find_run(store, target), None
+    except StoreError:
+        if is_endpoint(target):
+            return None, None
+        found = find_model(target, store)
+        return found.run, found.model
+
+
+def write_report(runs: Sequence[Run], folder: Path, others: Sequence[Scored] = ()) -> Path:
     """Write `report.html`, `report.md`, the figures of the latter and a recipe for each run into `folder`.
 
+    `others` are models that are no run's; what they were evaluated on is compared with what the runs were.
     Each file is written beside and renamed, the HTML last; other files of the folder are left alone. Returns the HTML's path.
     What a run lacks (an evaluation, samples, a plan) is said in the report. Raises `StoreError` for a run whose manifest
     cannot be read, `MissingExtraError` without matplotlib and seaborn.
     """
     require_figures()
-    if not runs:
-        raise StoreError("A report needs at least one run.")
-    facts = gather(runs)
+    if not runs and not others:
+        raise StoreError("A report needs at least one run, or a model that was evaluated.")
+    facts = gather(runs, len(others))
     recipes = {run.label: "recipe.yaml" if len(facts) == 1 else f"recipe-{run.label}.yaml" for run in facts}
-    page = build_page(facts, recipes)
+    page = build_page(facts, recipes, others) if facts else _page_of_results(others)
     folder.mkdir(parents=True, exist_ok=True)
     for run in facts:
         _write(folder / recipes[run.label], recipe_text(run).encode())
@@ -107,7 +141,30 @@ def save_figure_files(run: Run, folder: Path) -> list[Path]:
     return written
 
 
-def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
+def _page_of_results(scored: Sequence[Scored]) -> Page:
+    """What is to be said of models that are no run's: their tasks."""
+    section = tasks_section(scored)
+    assert section is not None, "a model without results is refused where it is looked for"
+    names = [each.title for each in scored]
+    words = [block.text for block in section.blocks if isinstance(block, Text) and not block.is_aside]
+    return Page(
+        title="Evaluations",
+        status="finished",
+        status_words=f"{len(scored)} model{'s' * (len(scored) > 1)}",
+        subtitle=", ".join(names),
+        verdict=words,
+        blocks=[],
+        sections=[section],
+        footer=_footer(),
+    )
+
+
+def _footer() -> str:
+    now = moment(time.time())
+    return f"Written by Kajiya on {now}, from the manifests of the store and the files that they list."
+
+
+def build_page(runs: Sequence[RunFacts], recipes: dict[str, str], others: Sequence[Scored] = ()) -> Page:
     """The report as blocks, in their order."""
     # Documents and samples are those of models that write text.
     writing = [run for run in runs if not run.figures]
@@ -116,7 +173,7 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
         ("asked", "What was asked", lambda: asked_section(runs, recipes)),
         ("result", "Result", lambda: result_section(runs)),
         ("comparison", "Paired comparison", lambda: comparison_section(runs)),
-        ("tasks", "Tasks", lambda: tasks_section(runs)),
+        ("tasks", "Tasks", lambda: tasks_section([*scored_runs(runs, with_text=bool(others)), *others])),
         ("curves", "Loss", lambda: curves_section(runs)),
         ("documents", "Held-out documents", lambda: documents_section(writing) if writing else None),
         ("data", "Data ledger", lambda: data_section(runs)),
@@ -149,7 +206,7 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str]) -> Page:
         verdict=[*_paired_verdicts(sections), *(verdict(run, runs) for run in runs)],
         blocks=top,
         sections=[section for section in sections if section is not None],
-        footer=f"Written by Kajiya on {moment(time.time())}, from the manifests of the store and the files that they list.",
+        footer=_footer(),
     )
 
 

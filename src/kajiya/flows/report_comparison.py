@@ -8,7 +8,8 @@ import numpy as np
 from kajiya.config.digest import digest
 from kajiya.config.quantities import format_bytes, format_seconds
 from kajiya.errors import StoreError
-from kajiya.evals.run_task import TaskResult, compare_results
+from kajiya.evals.fingerprint import read_fingerprint
+from kajiya.evals.results import TaskResult, compare_results, compared_words
 from kajiya.evals.statistics import (
     Comparison,
     compare,
@@ -18,19 +19,20 @@ from kajiya.evals.statistics import (
     ratio_scores,
 )
 from kajiya.flows.report_facts import RunFacts
-from kajiya.flows.report_page import Block, Column, Heading, Notice, Section, Table, Text
+from kajiya.flows.report_page import Block, Column, Notice, Section, Table, Text
 from kajiya.flows.report_results import of_run, run_title, why_missing
 
+_SAID = 3
+"""Metrics of a loss that are compared in words; the table has all."""
 _WATTS = 10.0
 """Of one busy processor core with its share of memory and power supply: an assumption, said wherever it is used."""
-_TASK = "task "
 
 
 # ---------------------------------------------------------------- held-out text
 
 
 def comparison_section(runs: Sequence[RunFacts]) -> Section | None:
-    """Every later run against the first on the same held-out documents; `None` for one run."""
+    """Every later run against the first on the same held-out documents or rows; `None` for one run."""
     if len(runs) < 2:
         return None
     blocks: list[Block] = []
@@ -41,15 +43,23 @@ def comparison_section(runs: Sequence[RunFacts]) -> Section | None:
         if problem is not None:
             blocks.append(Notice(f"{first.label} and {other.label} are not compared: {problem}.", "warn"))
             continue
-        found = _compare_documents(first, other)
-        blocks.append(Text(f"On bits per byte, {comparison_words(found, first.label, other.label)}."))
-        rows.append([f"{other.label} − {first.label}", *_comparison_cells(found)])
+        pair = f"{other.label} − {first.label}"
+        if first.figures:
+            found = list(_compare_figures(first, other))
+            blocks += [Text(words) for words, _ in found[:_SAID]]
+            rows += [[f"{pair}: {cells[0]}", *cells[1:]] for _, cells in found]
+        else:
+            bits = _compare_documents(first, other)
+            blocks.append(Text(f"On bits per byte, {comparison_words(bits, first.label, other.label)}."))
+            rows.append([pair, *_comparison_cells(bits)])
     if rows:
         blocks.append(Table(_COMPARISON_COLUMNS, rows))
+        unit = "row" if first.figures else "document"
         blocks.append(
             Text(
-                "Paired by document: both models on the same bytes. The interval resamples documents, the test swaps the two "
-                "models' scores of whole documents; the effect size is the mean difference in standard deviations (d_z).",
+                f"Paired by {unit}: both models on the same held-out {unit}s. The interval resamples sources, the test swaps the "
+                "two models' scores of whole sources (a document is one; so are the rows of one file of code); the effect size "
+                "is the mean difference in standard deviations (d_z).",
                 is_aside=True,
             )
         )
@@ -102,15 +112,32 @@ def _comparison_cells(found: Comparison) -> list[str]:
 
 def _why_not_paired(first: RunFacts, other: RunFacts) -> str | None:
     for run in (first, other):
-        if run.evaluation is None or not run.documents:
+        if not run.figures and (run.evaluation is None or not run.documents):
             return f"{run.label}: {why_missing(run, 'evaluation')}"
-    if first.digest("corpus") != other.digest("corpus"):
+    if bool(first.figures) != bool(other.figures):
+        return "one is judged by the bits of a text, the other by the metrics of its loss"
+    if not first.figures and first.digest("corpus") != other.digest("corpus"):
         return "their held-out texts differ"
-    a, b = (run.evaluation or {} for run in (first, other))
-    apart = [name for name in ("context_tokens", "dtype") if a[name] != b[name]]
-    strides = {run.manifest["config"]["eval"]["stride_fraction"] for run in (first, other)}
-    apart += ["eval.stride_fraction"] if len(strides) > 1 else []
+    a, b = (read_fingerprint(run.parts["evaluation"].facts) for run in (first, other))
+    apart = a.differences(b)
+    if "data" in apart:
+        return f"their held-out {'rows' if first.figures else 'texts'} differ"
     return f"they were scored differently ({', '.join(apart)})" if apart else None
+
+
+def _compare_figures(first: RunFacts, other: RunFacts) -> Iterator[tuple[str, list[str]]]:
+    """Words and table cells of every metric that says which model is better, the first ones first."""
+    a, b = (TaskResult(run.parts["evaluation"].folder, run.parts["evaluation"].facts) for run in (first, other))
+    for metric, figure in a.figures.items():
+        if not figure["is_judged"] or metric not in b.figures or None in (figure["value"], b.figures[metric]["value"]):
+            continue
+        try:
+            found = compare_results(a, b, metric)
+        except StoreError as problem:
+            yield f"On {metric}, {first.label} and {other.label} are not compared: {problem}", [metric, *["—"] * 7]
+            continue
+        words = compared_words(a, found, metric, (first.label, other.label))
+        yield f"On {metric}, {words}.", [metric, *_comparison_cells(found)]
 
 
 def _compare_documents(first: RunFacts, other: RunFacts) -> Comparison:
@@ -120,60 +147,6 @@ def _compare_documents(first: RunFacts, other: RunFacts) -> Comparison:
         for run in (first, other)
     )
     return compare(a, b)
-
-
-# ---------------------------------------------------------------- tasks
-
-
-def tasks_section(runs: Sequence[RunFacts]) -> Section | None:
-    """The tasks that the runs were evaluated on; a table for each way of evaluating, never two ways in one."""
-    found: dict[tuple[str, ...], list[tuple[RunFacts, TaskResult]]] = {}
-    for run in runs:
-        for name, part in run.parts.items():
-            if name.startswith(_TASK):
-                result = TaskResult(part.folder, part.facts)
-                print_ = result.fingerprint
-                key = (part.facts["task"], print_.data, print_.template, print_.engine, print_.dtype, print_.sampling)
-                found.setdefault(key, []).append((run, result))
-    if not found:
-        return None
-    blocks: list[Block] = []
-    names = [key[0] for key in found]
-    for name in dict.fromkeys(names):
-        blocks.append(Heading(name))
-        groups = [group for key, group in found.items() if key[0] == name]
-        if len(groups) > 1:
-            words = (
-                "These evaluations differ in their rows, prompts, engine, precision or sampling: figures of different "
-            )
-            blocks.append(Notice(words + "tables cannot be compared.", "warn"))
-        for group in groups:
-            blocks.extend(_task_blocks(group, runs))
-    return Section("tasks", "Tasks", blocks)
-
-
-def _task_blocks(group: list[tuple[RunFacts, TaskResult]], runs: Sequence[RunFacts]) -> Iterator[Block]:
-    columns = [Column(""), Column("metric"), Column("figure", "number"), Column("95 % interval", "number"),
-               Column("rows", "number"), Column("computed as")]  # fmt: skip
-    rows = []
-    for run, result in group:
-        for metric, figure in result.facts["figures"].items():
-            value, bounds = figure["value"], figure["interval"]
-            rows.append([
-                run_title(run, runs), metric, "—" if value is None else f"{value:.4g}",
-                "—" if bounds is None else f"{bounds[0]:.4g} – {bounds[1]:.4g}", f"{result.facts['n_rows']:,}",
-                figure["signature"],
-            ])  # fmt: skip
-    yield Table(columns, rows)
-    first, *others = group
-    for run, result in others:
-        for metric in result.facts["figures"]:
-            try:
-                verdict = compare_results(first[1], result, metric)
-            except (StoreError, OSError, KeyError) as problem:
-                yield Notice(f"{metric}: {first[0].label} and {run.label} are not compared: {problem}", "warn")
-                continue
-            yield Text(f"{metric}: {comparison_words(verdict, first[0].label, run.label)}.")
 
 
 # ---------------------------------------------------------------- cost

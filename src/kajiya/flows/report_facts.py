@@ -86,10 +86,18 @@ class RunFacts:
         return None if entry is None else str(entry["digest"])
 
 
-def gather(runs: Sequence[Run]) -> list[RunFacts]:
-    """The facts of each run, labelled in the order given. Raises `StoreError` for a run without a readable manifest."""
-    labels = ["model"] if len(runs) == 1 else [_letters(index) for index in range(len(runs))]
-    return [gather_run(run, label) for run, label in zip(runs, labels, strict=True)]
+def gather(runs: Sequence[Run], n_others: int = 0) -> list[RunFacts]:
+    """The facts of each run, labelled in the order given, beside `n_others` models that are no run's.
+
+    Raises `StoreError` for a run without a readable manifest.
+    """
+    n = len(runs) + n_others
+    return [gather_run(run, label_of(number, n)) for number, run in enumerate(runs)]
+
+
+def label_of(number: int, n: int) -> str:
+    """A short name: `model` of one alone, A, B … beside others."""
+    return "model" if n == 1 else _letters(number)
 
 
 def gather_run(run: Run, label: str) -> RunFacts:

@@ -6,6 +6,7 @@ from typing import Any
 from kajiya.config.quantities import format_count, format_seconds
 from kajiya.flows.figure_files import Draw, draw_svg
 from kajiya.flows.figures import Bar, BarsData, draw_bars
+from kajiya.flows.report_confusion import confusion_blocks
 from kajiya.flows.report_facts import RunFacts
 from kajiya.flows.report_page import Block, Column, Heading, Notice, Plot, Section, Table, Text, Tiles
 
@@ -47,6 +48,8 @@ def verdict(run: RunFacts, runs: Sequence[RunFacts]) -> str:
 
 def figure_words(row: dict[str, Any]) -> str:
     """A figure with its 95 % interval, where there is one."""
+    if row["value"] is None:
+        return "not to be had"
     if row["interval"] is None:
         return f"{row['value']:.3f}"
     low, high = row["interval"]
@@ -64,8 +67,8 @@ def _comparison(value: float, interval: tuple[float, float] | None, name: str, r
 
 def interval_of(evaluation: dict[str, Any]) -> tuple[float, float] | None:
     """The interval of bits per byte; `None` from a single document, whose resampling cannot vary."""
-    low, high = evaluation["bits_per_byte_interval"]
-    return None if evaluation["n_documents"] < 2 else (low, high)
+    found = evaluation["bits_per_byte_interval"]
+    return None if found is None or evaluation["n_documents"] < 2 else (found[0], found[1])
 
 
 def why_missing(run: RunFacts, name: str) -> str:
@@ -91,7 +94,8 @@ def key_figures(run: RunFacts) -> Tiles:
         tiles.append((f"{value:.3f}", "bits per byte, held out"))
         for name, row in run.baselines.items():
             tiles.append((f"{value / row['bits_per_byte']:.2f} ×", f"the bits of {baseline_name(name)}"))
-    tiles += [(f"{row['value']:.3f}", f"{name}, held out") for name, row in list(run.figures.items())[:3]]
+    known = [(name, row["value"]) for name, row in run.figures.items() if row["value"] is not None]
+    tiles += [(f"{value:.3f}", f"{name}, held out") for name, value in known[:3]]
     model = run.parts.get("model")
     n_params = model.facts["n_params"] if model else (run.plan or {}).get("n_params")
     if n_params:
@@ -145,17 +149,20 @@ def _figures(run: RunFacts, runs: Sequence[RunFacts]) -> Iterator[Block]:
         rows.append(
             [
                 name,
-                f"{row['value']:.4f}",
-                "none: one batch" if low is None else f"{low:.4f} – {high:.4f}",
+                "—" if row["value"] is None else f"{row['value']:.4f}",
+                "none: it cannot vary" if low is None else f"{low:.4f} – {high:.4f}",
                 f"{row['n']:,g}",
             ]
         )
-    yield Table([*columns, Column("means over", "number")], rows)
+    yield Table([*columns, Column("over", "number")], rows)
     yield Text(
-        "All held-out rows, dropout off. The interval resamples whole batches (percentile bootstrap). "
-        "The last column counts what a figure is a mean over: targets, or examples.",
+        "All held-out rows, dropout off. The interval resamples whole sources (percentile bootstrap; Wilson's where all rows are "
+        "right, or none): the rows of one file of code are a source, any other row is one. "
+        "The last column counts what a figure is over: targets, or examples.",
         is_aside=True,
     )
+    for row in run.figures.values():
+        yield from confusion_blocks(row["details"], run_title(run, runs))
 
 
 def _why_no_baselines(run: RunFacts) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 from kajiya.config.digest import digest
 from kajiya.config.schema import ServeConfig
-from kajiya.errors import StoreError
-from kajiya.run.files import hash_folder
+from kajiya.config.tables import loss_row
+from kajiya.errors import ConfigError, StoreError
+from kajiya.run.files import hash_folder, read_json
 from kajiya.run.folder import Run, find_run, list_runs
 from kajiya.run.store import Artifact, Store, open_artifact
 
@@ -19,6 +20,11 @@ class Target:
     model: Artifact
     name: str
     run: Run | None
+
+
+def is_endpoint(target: str) -> bool:
+    """Whether a target is the address of an API."""
+    return target.startswith(("http://", "https://"))
 
 
 def find_model(target: str, store: Store, *, from_hub: bool = True) -> Target:
@@ -49,6 +55,46 @@ def find_model(target: str, store: Store, *, from_hub: bool = True) -> Target:
     if entry is None:
         raise StoreError(f"{run.id} has no finished model.\nGo on with its training: the same command continues it.")
     return Target(open_artifact(store.root / entry["path"]), str(run.manifest()["name"]), run)
+
+
+def writes_text(found: Target) -> bool:
+    """Whether the model's head says the next token of a text."""
+    return _head(found) is None
+
+
+def require_text(found: Target, field: str) -> None:
+    """Raise `ConfigError` naming the field where the model's head says something else than the next token of a text."""
+    said = _head(found)
+    if said is None:
+        return
+    remedy = (
+        f"`kajiya eval {found.name}` judges the model on its run's held-out rows."
+        if found.run is not None
+        else "`kajiya eval` judges it by the run that trained it, on that run's held-out rows."
+    )
+    raise ConfigError(field, f"{found.name} {said}: it writes no text and has no log-probability of one", remedy)
+
+
+def _head(found: Target) -> str | None:
+    """What a model says that is no model of text; `None` of one that is."""
+    if found.run is not None:
+        task = loss_row(found.run.manifest()["config"]["train"]["loss"]["name"]).task
+        return _HEADS.get(task)
+    folder = found.model.path
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    names = " ".join(config["architectures"] or ()) if "architectures" in config else ""
+    kinds = {"ForSequenceClassification": "classes", "ForMaskedLM": "masked"}
+    is_pair = "is_encoder_decoder" in config and config["is_encoder_decoder"]
+    task = "seq2seq" if is_pair else next((kind for name, kind in kinds.items() if name in names), "causal")
+    return _HEADS.get(task)
+
+
+_HEADS = {
+    "classes": "is a classifier",
+    "score": "is a regressor or a reward model",
+    "masked": "is a masked language model",
+    "seq2seq": "is an encoder-decoder",
+}
 
 
 def with_folders(cfg: ServeConfig, store: Store) -> ServeConfig:

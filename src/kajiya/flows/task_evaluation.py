@@ -1,7 +1,9 @@
 """`kajiya eval … --tasks`: packaged tasks, one's own, and lm-eval's, on a model of this machine or behind an endpoint."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import Config
@@ -9,11 +11,14 @@ from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import open_documents
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError
-from kajiya.evals.answers import Endpoint, LocalModel, Respondent
-from kajiya.evals.run_task import Question, TaskResult, evaluate_task
+from kajiya.evals.answers import LocalModel, Respondent
+from kajiya.evals.endpoint import Endpoint
+from kajiya.evals.fingerprint import Fingerprint
+from kajiya.evals.results import TaskResult, write_rows
+from kajiya.evals.run_task import Question, evaluate_task
 from kajiya.evals.tasks import find_task, read_rows
 from kajiya.flows.stages import Stages
-from kajiya.flows.targets import Target, find_model
+from kajiya.flows.targets import Target, find_model, is_endpoint, require_text
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
 from kajiya.run.process import quiet_torchao
@@ -34,11 +39,6 @@ class Asked:
     api_key: str | None = None
 
 
-def is_endpoint(target: str) -> bool:
-    """Whether a target is the address of an API."""
-    return target.startswith(("http://", "https://"))
-
-
 def evaluate_tasks(asked: Asked, config: Config, store: Store, on_event: OnEvent = silent) -> list[TaskResult]:
     """The result of each task. `config` says which text the packaged tasks' rows are made of.
 
@@ -53,6 +53,7 @@ def evaluate_tasks(asked: Asked, config: Config, store: Store, on_event: OnEvent
         respondent, model = endpoint, f"{endpoint.url} {endpoint.model}"
     else:
         _refuse_own_module(found)
+        require_text(found, "--tasks")
         respondent, model = LocalModel(found.model.path, config.eval.batch), ""
     results = []
     for name in asked.tasks:
@@ -95,21 +96,36 @@ def _refuse_own_module(found: Target) -> None:
 
 
 def _lm_eval(name: str, found: Target | None, asked: Asked, config: Config, store: Store, stages: Stages) -> Artifact:
-    from kajiya.evals.lm_eval_engine import require_lm_eval, run_lm_eval
+    from importlib.metadata import version
+
+    from kajiya.evals.lm_eval_engine import open_tasks, run_lm_eval, task_name
     from kajiya.evals.lm_eval_results import figures_of
 
     if found is None:
         raise ConfigError(
             "--tasks", "lm-eval's tasks run on a model of this machine", "lm-eval has a backend of its own for APIs."
         )
-    require_lm_eval()
+    opened = open_tasks([name])
     model = found.model
+    fingerprint = Fingerprint(
+        **opened.digests(asked.limit),
+        code=version("lm-eval"),
+        engine=LocalModel.engine,
+        dtype=opened.dtype(LocalModel(model.path, 1)),
+        sampling="as the task says",
+        model=model.digest,
+    )
 
-    def make(folder: Any) -> dict[str, Any]:
-        raw = run_lm_eval(model.path, [name], limit=asked.limit, batch=config.eval.batch)
-        facts = figures_of(raw, model.digest, LocalModel(model.path, 1).dtype)
+    def make(folder: Path) -> dict[str, Any]:
+        began = time.perf_counter()
+        raw = run_lm_eval(model.path, opened, limit=asked.limit, batch=config.eval.batch)
+        read = figures_of(raw, opened.aggregations())
+        write_rows(folder, read.columns, read.measured, None)
+        facts = {
+            "task": task_name(name), "n_rows": read.n_rows, "n_groups": read.n_rows, "figures": read.figures,
+            "fingerprint": asdict(fingerprint), "seconds": time.perf_counter() - began,
+        }  # fmt: skip
         write_json(folder / "result.json", facts)
-        write_json(folder / "samples.json", [_plain(each) for rows in raw["samples"].values() for each in rows])
         return facts
 
     return stages.produce(
@@ -117,23 +133,10 @@ def _lm_eval(name: str, found: Target | None, asked: Asked, config: Config, stor
         lambda: produce(
             store,
             "task",
-            code=code_revision("kajiya.evals.lm_eval_engine"),
-            config={"lm-eval": name, "limit": asked.limit, "version": _lm_eval_version()},
+            code=code_revision("kajiya.evals.lm_eval_engine", "kajiya.evals.lm_eval_results"),
+            config={"lm-eval": task_name(name), "fingerprint": asdict(fingerprint)},
             parents={"model": model},
             make=make,
         ),
         lambda made: _words(made.facts),
     )
-
-
-def _lm_eval_version() -> str:
-    from importlib.metadata import version
-
-    return version("lm-eval")
-
-
-def _plain(sample: dict[str, Any]) -> dict[str, Any]:
-    import json
-
-    plain: dict[str, Any] = json.loads(json.dumps(sample, default=str))
-    return plain

@@ -51,12 +51,12 @@ class TaskWatch:
         return values
 
     def _lm_eval(self, folder: Path, task: str) -> dict[str, Any]:
-        from kajiya.evals.lm_eval_engine import run_lm_eval
+        from kajiya.evals.lm_eval_engine import open_tasks, run_lm_eval
         from kajiya.evals.lm_eval_results import figures_of
 
-        raw = run_lm_eval(folder, [task], limit=self.rows, batch=self.batch)
-        figures: dict[str, Any] = figures_of(raw, "in training", "")["figures"]
-        return figures
+        opened = open_tasks([task])
+        raw = run_lm_eval(folder, opened, limit=self.rows, batch=self.batch)
+        return figures_of(raw, opened.aggregations()).figures
 
 
 def _named(task: str, figures: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,148 @@
+"""A model behind the OpenAI API, wherever it runs: it answers, and scores given texts where it echoes their log-probabilities."""
+
+import email.utils
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from kajiya.errors import KajiyaError
+from kajiya.evals.answers import Sampling, cut_at
+
+_AT_ONCE = 8
+_EMBEDDED_AT_ONCE = 64
+_TIMEOUT_S = 300.0
+_TRIES = 6
+_LONGEST_WAIT_S = 60.0
+
+
+class Endpoint:
+    """A model behind `<url>/completions`, `/chat/completions` and `/embeddings` of the OpenAI API."""
+
+    engine = "http"
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self.model = model or self._first_model()
+
+    def dtype(self, kind: str) -> str:
+        """An endpoint does not say in what it computes."""
+        return "unknown"
+
+    def _first_model(self) -> str:
+        models = self.post("/models", None)["data"]
+        if not models:
+            raise KajiyaError(f"{self.url} serves no model")
+        return str(models[0]["id"])
+
+    def post(self, path: str, body: dict[str, Any] | None) -> Any:
+        """The answer's JSON; `body` `None` is a GET. Where it says that it is busy (429, 503), it is asked again, as it wishes.
+
+        Raises `KajiyaError` with the address and what it said.
+        """
+        headers = {"Content-Type": "application/json"}
+        if self._api_key is not None:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)
+        for attempt in range(_TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                said = error.read().decode("utf-8", "replace")[:300]
+                if error.code in (429, 503) and attempt < _TRIES - 1:
+                    time.sleep(_wait_s(error.headers["Retry-After"], attempt))
+                    continue
+                raise KajiyaError(f"{self.url}{path} answered {error.code}: {said}") from error
+            except (urllib.error.URLError, OSError, ValueError) as error:
+                raise KajiyaError(f"{self.url}{path} does not answer: {error}") from error
+        raise AssertionError("the last try returns or raises")
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
+        """One request a row, a few at once."""
+
+        def ask(prompt: str) -> tuple[str, ...]:
+            body: dict[str, Any] = {
+                "model": self.model, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
+                "seed": sampling.seed, "n": sampling.samples,
+            }  # fmt: skip
+            if sampling.stop:
+                body["stop"] = list(sampling.stop)
+            if sampling.is_chat:
+                reply = self.post("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
+                texts = [choice["message"]["content"] for choice in reply["choices"]]
+            else:
+                texts = [choice["text"] for choice in self.post("/completions", body | {"prompt": prompt})["choices"]]
+            return tuple(cut_at(text or "", sampling.stop) for text in texts)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(ask, prompts))
+
+    def choose(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
+        """Σ log p over each choice's tokens, echoed by the endpoint; a token that begins in the prompt counts with the choice.
+
+        Raises `KajiyaError` where the endpoint echoes no log-probabilities.
+        """
+        pairs = [(prompt, choice) for prompt, row in zip(prompts, choices, strict=True) for choice in row]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            scores = iter(list(pool.map(lambda pair: self._score(*pair), pairs)))
+        return [tuple(next(scores) for _ in row) for row in choices]
+
+    def _score(self, prompt: str, choice: str) -> float:
+        body = {"model": self.model, "prompt": prompt + choice, "max_tokens": 0, "echo": True, "logprobs": 1}
+        found = self.post("/completions", body)["choices"][0].get("logprobs")
+        if not found or not found.get("token_logprobs"):
+            raise KajiyaError(
+                f"{self.url} does not echo the log-probabilities of a given text (echo and logprobs of /completions), which "
+                "a task of kind choose needs."
+            )
+        first = _first_scored(found["tokens"], found["text_offset"], prompt, choice)
+        logprobs = found["token_logprobs"][first:]
+        if None in logprobs:
+            raise KajiyaError(
+                f"{self.url} gives no log-probability of a text's first token: a prompt must not be empty."
+            )
+        return float(sum(logprobs))
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """By the endpoint's embeddings, a portion of the texts at a time."""
+        found: list[list[float]] = []
+        for first in range(0, len(texts), _EMBEDDED_AT_ONCE):
+            portion = list(texts[first : first + _EMBEDDED_AT_ONCE])
+            data = self.post("/embeddings", {"model": self.model, "input": portion})["data"]
+            found += [each["embedding"] for each in data]
+        vectors = np.array(found, dtype=np.float32)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(vectors / np.maximum(lengths, 1e-12))
+
+
+def _first_scored(tokens: Sequence[str], offsets: Sequence[int], prompt: str, choice: str) -> int:
+    """Number of the first token that holds a letter of the choice.
+
+    Offsets are counted from the end: some servers count a token in front that the text does not have.
+    """
+    whole = len(prompt) + len(choice)
+    is_text = (prompt + choice).endswith(tokens[-1])  # and not the bytes of a part of a letter, spelt out
+    begin = (offsets[-1] + len(tokens[-1]) if is_text else whole) - len(choice)
+    ends = [*offsets[1:], begin + len(choice)]
+    return next((number for number, end in enumerate(ends) if end > begin), len(ends))
+
+
+def _wait_s(wish: str | None, attempt: int) -> float:
+    """Seconds to wait: as the `Retry-After` header says, in seconds or as a date, else longer each time."""
+    if wish is None:
+        return min(float(2**attempt), _LONGEST_WAIT_S)
+    if wish.strip().isdigit():
+        return min(float(wish), _LONGEST_WAIT_S)
+    try:
+        seconds = email.utils.parsedate_to_datetime(wish).timestamp() - time.time()
+    except ValueError:
+        seconds = float(2**attempt)
+    return min(max(seconds, 0.0), _LONGEST_WAIT_S)

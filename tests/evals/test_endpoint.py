@@ -1,0 +1,176 @@
+"""Endpoints of the OpenAI API and the judge behind one, against a stub; a real server is in `tests/serving/test_clients.py`."""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kajiya.errors import ConfigError, KajiyaError
+from kajiya.evals import endpoint as endpoints
+from kajiya.evals.answers import Answer, Sampling
+from kajiya.evals.endpoint import Endpoint
+from kajiya.evals.judge import judge_pairs
+from kajiya.evals.results import figure_of, measure
+from kajiya.evals.tasks import JudgeConfig, load_task
+
+
+class _Stub(BaseHTTPRequestHandler):
+    asked: list[dict[str, Any]]
+    busy: list[tuple[int, str | None]]
+    """Status and `Retry-After` of the next replies."""
+    key: str | None
+    """What every request must bear."""
+
+    def do_GET(self) -> None:
+        self._reply({"data": [{"id": "stub"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        stub = type(self)
+        if stub.busy:
+            status, wait = stub.busy.pop(0)
+            self._reply({"error": "busy"}, status, {} if wait is None else {"Retry-After": wait})
+            return
+        if stub.key is not None and self.headers["Authorization"] != f"Bearer {stub.key}":
+            self._reply({"error": "no key"}, 401)
+            return
+        stub.asked.append(body)
+        if self.path == "/v1/embeddings":
+            self._reply({"data": [{"embedding": [3.0, 4.0 * len(text)]} for text in body["input"]]})
+        elif self.path == "/v1/completions" and "echo" in body:
+            self._reply({"choices": [{"text": body["prompt"], "logprobs": None}]})
+        elif self.path == "/v1/completions":
+            self._reply({"choices": [{"text": body["prompt"].upper() + "\nmore"}] * body["n"]})
+        else:
+            self._reply({"choices": [{"message": {"content": self._judge(body["messages"][0]["content"])}}]})
+
+    @staticmethod
+    def _judge(text: str) -> str:
+        """Prefers `good`; of two equals the first one; says nothing useful of `odd`."""
+        first, second = text.split("Answer 1:\n")[1].split("\n\nAnswer 2:\n")
+        second = second.split("\n\nReason")[0]
+        if "odd" in text:
+            return "I cannot say."
+        if ("good" in first) != ("good" in second):
+            return f"Because.\nVERDICT: {1 if 'good' in first else 2}"
+        return "VERDICT: 1"
+
+    def _reply(self, content: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on the screen."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    _Stub.asked, _Stub.busy, _Stub.key = [], [], None
+    server = HTTPServer(("127.0.0.1", 0), _Stub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_judge_is_asked_in_both_orders(url: str) -> None:
+    rows = [("q", "good", "bad"), ("q", "bad", "good"), ("q", "same", "same"), ("q", "odd", "bad")]
+    found = judge_pairs(JudgeConfig(url, "stub"), rows)
+    assert [(each.score, each.is_consistent) for each in found] == [
+        (1.0, True),
+        (0.0, True),
+        (0.5, False),
+        (0.5, False),
+    ]
+    assert len(_Stub.asked) == 8
+    with pytest.raises(KajiyaError, match="never gave a verdict"):
+        judge_pairs(JudgeConfig(url, "stub"), rows[3:])
+
+
+def test_an_endpoint_answers_tasks(url: str) -> None:
+    endpoint = Endpoint(url)
+    assert endpoint.model == "stub"
+    assert endpoint.complete(["ab"], Sampling(8, 0.5, 1, 2, ("\n",), False)) == [("AB", "AB")]
+    assert _Stub.asked[0]["stop"] == ["\n"]
+    assert np.allclose(endpoint.embed(["x"]), [[0.6, 0.8]])
+    with pytest.raises(KajiyaError, match="does not echo the log-probabilities of a given text"):
+        endpoint.choose(["a"], [["b", "c"]])
+    with pytest.raises(KajiyaError, match="does not answer"):
+        Endpoint("http://127.0.0.1:9/v1", "none").complete(["a"], Sampling(1, 0, 0, 1, (), False))
+
+
+def test_a_busy_endpoint_is_asked_again_as_it_wishes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(endpoints.time, "sleep", waited.append)
+    _Stub.busy = [(429, "7"), (503, None), (503, formatdate(0)), (429, "3600")]
+    found = Endpoint(url, "stub").complete(["ab"], Sampling(8, 0.0, 1, 1, (), False))
+    assert found == [("AB\nmore",)]
+    assert waited == [7, 2, 0, 60]
+    _Stub.busy = [(503, "1")] * 6
+    with pytest.raises(KajiyaError, match="answered 503"):
+        Endpoint(url, "stub").embed(["a"])
+    _Stub.busy = [(500, "1")]
+    with pytest.raises(KajiyaError, match="answered 500"):
+        Endpoint(url, "stub").embed(["a"])
+    assert _Stub.busy == []
+
+
+def test_many_texts_are_embedded_in_portions(url: str) -> None:
+    texts = ["x" * (1 + i % 5) for i in range(150)]
+    found = Endpoint(url, "stub").embed(texts)
+    assert [len(body["input"]) for body in _Stub.asked] == [64, 64, 22]
+    assert np.allclose(found[:, 1] / found[:, 0], [4 * len(text) / 3 for text in texts], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "first"),
+    [
+        ([0, 3, 4, 8], 2),  # the choice begins with a token
+        ([0, 3, 5, 8], 1),  # a token holds the end of the prompt and the beginning of the choice
+        ([5, 8, 9, 13], 2),  # the server has counted a token in front that the text does not have
+    ],
+)
+def test_the_tokens_of_a_choice_are_found_by_their_offsets(offsets: list[int], first: int) -> None:
+    tokens = ["def", " ", "name", "():"] if first == 2 else ["def", " n", "ame", "():"]
+    assert endpoints._first_scored(tokens, offsets, "def ", "name():") == first
+
+
+def test_the_metric_judge_asks_with_the_key_of_the_environment(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"q": "one"}\n')
+    judge = {"url": url, "model": "stub", "key_variable": "KAJIYA_TEST_JUDGE_KEY"}
+    body = {"rows": "rows.jsonl", "prompt": "{{ q }}", "target": "bad", "metrics": ["judge"], "judge": judge}
+    (tmp_path / "task.yaml").write_text(json.dumps(body))
+    task = load_task(tmp_path / "task.yaml")
+    answers = [Answer({}, "q", "bad", (text,)) for text in ("good", "good", "same")]
+    answers[2] = Answer({}, "q", "same", ("same",))
+    _Stub.key = "s3cret"
+    monkeypatch.delenv("KAJIYA_TEST_JUDGE_KEY", raising=False)
+    with pytest.raises(ConfigError, match="the environment has no KAJIYA_TEST_JUDGE_KEY"):
+        measure(task, answers)
+    monkeypatch.setenv("KAJIYA_TEST_JUDGE_KEY", "s3cret")
+    found = measure(task, answers)["judge"]
+    assert found.scores.value() == pytest.approx(2.5 / 3)
+    assert found.details == {"changed_its_mind_when_swapped": pytest.approx(1 / 3)}
+    assert list(found.notes) == ["answer", "answer", "changed its mind when the answers changed places"]
+    assert "s3cret" not in json.dumps([task.settings(), figure_of(found, None)])
+    other = load_task(tmp_path / "task.yaml", "x")
+    assert other.template_digest == task.template_digest
+    _Stub.key = "another"
+    with pytest.raises(KajiyaError, match="answered 401"):
+        measure(task, answers)
