@@ -39,9 +39,10 @@ def load(target: str | Path, store: str | Path | None = None) -> tuple[Any, Any]
 
 
 def evaluate(target: str | Path, config: "Config", store: str | Path | None = None) -> dict[str, Any]:
-    """Figures of a run, an artifact, a folder or a hub name on the held-out text of `config`, with the baselines'."""
+    """Figures of a run, an artifact, a folder or a hub name on the held-out text of `config`, with the baselines'; of a run's
+    model that writes no text (a classifier, say) those on its run's own held-out rows."""
     from kajiya.flows.evaluate import evaluate as evaluate_flow
     from kajiya.run.store import default_store
 
     evaluation, baselines = evaluate_flow(str(target), config, default_store(store))
-    return {**evaluation.facts, **baselines.facts}
+    return {**evaluation.facts, **(baselines.facts if baselines else {})}

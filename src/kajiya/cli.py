@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,12 @@ from kajiya.errors import ConfigError, KajiyaError
 from kajiya.run.process import quiet_torchao
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
     from kajiya.config.schema import Config, ServeConfig
+    from kajiya.evals.results import TaskResult
     from kajiya.flows.targets import Target
     from kajiya.flows.task_evaluation import Asked
     from kajiya.flows.train import Trained
@@ -214,22 +216,29 @@ def evaluate(
     show_errors: Annotated[
         bool, typer.Option("--show-errors", help="Show rows without full marks, worst first.")
     ] = False,
+    metric: Annotated[str | None, typer.Option(help="Metric by which these rows are the worst.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Model behind an endpoint; else the first it serves.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Key that an endpoint wants.")] = None,
     config_dir: ConfigDir = None,
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte and perplexity on held-out text, beside compressors on the same bytes; or --tasks, each with intervals."""
-    from kajiya.config.compose import compose
-    from kajiya.flows.task_evaluation import Asked, is_endpoint
+    """Bits per byte and perplexity on held-out text, beside compressors on the same bytes; or --tasks, each with intervals.
 
+    The model of a run that writes no text (a classifier, say) is judged on its run's held-out rows."""
+    from kajiya.config.compose import compose
+    from kajiya.flows.targets import is_endpoint
+    from kajiya.flows.task_evaluation import Asked
+
+    shown = Shown(show_errors or metric is not None, metric, as_json)
     if tasks is not None:
         asked = Asked(target, [name.strip() for name in tasks.split(",")], limit, model_name, api_key)
-        _evaluate_tasks(asked, compose(data, overrides or [], config_dir), store, show_errors, as_json)
+        _evaluate_tasks(asked, compose(data, overrides or [], config_dir), store, shown)
         return
     if is_endpoint(target):
-        raise ConfigError("--tasks", "is missing: an endpoint does not give the perplexity of a text", "Name tasks.")
+        raise ConfigError(
+            "--tasks", "is missing: whole texts are scored on a model of this machine alone", "Name tasks."
+        )
     from kajiya.flows.evaluate import evaluate as evaluate_flow
     from kajiya.listings import evaluation_table
     from kajiya.run.store import default_store
@@ -240,25 +249,31 @@ def evaluate(
         config = compose(data, overrides or [], config_dir)
         evaluation, baselines = evaluate_flow(target, config, default_store(store), on_event=screen.on_event)
     if as_json:
-        _print_json({**evaluation.facts, **baselines.facts})
+        _print_json({**evaluation.facts, **(baselines.facts if baselines else {})})
+    elif baselines is None:
+        from kajiya.evals.results import TaskResult
+
+        _show_results([TaskResult(evaluation.path, evaluation.facts)], shown)
     else:
         console.print(evaluation_table(evaluation.facts, baselines.facts))
 
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Runs: ids, beginnings of them, folders, or latest.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Runs (ids, beginnings of them, folders, latest), and any models or endpoints that were evaluated."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Write one self-contained HTML page, and Markdown, about one run or several."""
-    from kajiya.flows.report import write_report
-    from kajiya.run.folder import find_run
+    """Write one self-contained HTML page, and Markdown, about one run or several, and other models' results beside them."""
+    from kajiya.flows.report import report_targets
     from kajiya.run.store import default_store
 
-    found = [find_run(default_store(store), name) for name in runs]
-    folder = out or (found[0].folder / "report" if len(found) == 1 else Path("report"))
-    _console().print(str(write_report(found, folder)), soft_wrap=True, highlight=False)
+    _console().print(str(report_targets(runs, default_store(store), out)), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -722,22 +737,41 @@ def _typed() -> list[str]:
     return [*program, *sys.argv[1:]]
 
 
-def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, show_errors: bool, as_json: bool) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """How evaluations are told."""
+
+    errors: bool
+    """With the rows that have no full marks."""
+    metric: str | None
+    as_json: bool
+
+
+def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, shown: Shown) -> None:
     from kajiya.flows.task_evaluation import evaluate_tasks
-    from kajiya.listings import show_misses, task_table
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
-    console = _console(to_stderr=as_json)
-    with Screen(console) as screen:
+    with Screen(_console(to_stderr=shown.as_json)) as screen:
         results = evaluate_tasks(asked, config, default_store(store), screen.on_event)
-    if as_json:
-        _print_json([result.facts for result in results])
+    _show_results(results, shown)
+
+
+def _show_results(results: "Sequence[TaskResult]", shown: Shown) -> None:
+    from kajiya.listings import confusion_table, show_misses, task_table
+
+    console = _console(to_stderr=shown.as_json)
+    if shown.as_json:
+        _print_json([dict(result.facts) for result in results])
     else:
         console.print(task_table([result.facts for result in results]))
-    if show_errors:
         for result in results:
-            show_misses(console, result.facts["task"], result.misses())
+            for figure in result.figures.values():
+                if "confusion" in figure["details"]:
+                    console.print(confusion_table(figure["details"]))
+    if shown.errors:
+        for result in results:
+            show_misses(console, result.task, result.misses(shown.metric))
 
 
 def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store: str | None, as_json: bool) -> None:

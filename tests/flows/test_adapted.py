@@ -94,7 +94,7 @@ def test_tasks_are_asked_of_the_adapted_model(adapted: Any, finished: Finished) 
         expected.append(sum(float(logprobs[len(ids) - 1 + i, token]) for i, token in enumerate(chosen)))
     assert found == pytest.approx(expected[0], abs=1e-3)
     assert abs(expected[0] - expected[1]) > 2e-3
-    assert local.dtype == "float32"
+    assert local.dtype("choose") == "float32"
 
 
 def test_it_is_served_by_the_name_of_its_run(

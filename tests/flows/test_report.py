@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -25,6 +27,7 @@ from kajiya.run.folder import Run, open_run
 from kajiya.run.store import Artifact, Store, produce, remove_artifact
 
 LN2 = math.log(2)
+FINGERPRINT = dict.fromkeys(("data", "template", "code", "engine", "dtype", "sampling", "model"), "alike")
 
 
 # ---------------------------------------------------------------- a store with runs, made without training
@@ -161,7 +164,7 @@ def build_evaluation(store: Store, made: Made) -> Artifact:
     figures = {
         "bits_per_byte": bits, "bits_per_byte_interval": [low, high], "perplexity": 31.25, "perplexity_interval": [30.0, 33.0],
         "nats": nats, "n_bytes": n_bytes, "n_tokens": n_bytes // 3, "n_documents": len(rows), "context_tokens": 128,
-        "dtype": "float32", "seconds": 1.25,
+        "dtype": "float32", "seconds": 1.25, "fingerprint": FINGERPRINT,
     }  # fmt: skip
     samples = [{"document": "held/a.py", "context": ""} | dict(sample) for sample in made.samples]
     lines = [{"document": name, "n_bytes": size, "nats": each, "n_targets": size // 3} for name, size, each in rows]
@@ -672,6 +675,17 @@ def test_two_runs_share_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "B wrote" in reader.sections["samples"]
 
 
+def test_models_that_were_scored_differently_are_not_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_bf16(store: Store, made: Made) -> Artifact:
+        monkeypatch.setitem(FINGERPRINT, "dtype", ("bfloat16", "float32")[made.seed])
+        return build_evaluation(store, made)
+
+    monkeypatch.setitem(BUILDERS, "corpus", lambda store, _made: build_corpus(store, Made()))
+    monkeypatch.setitem(BUILDERS, "evaluation", in_bf16)
+    reader, _, _ = report_of(tmp_path, Made(), Made(seed=1))
+    assert "A and B are not compared: they were scored differently (dtype)." in reader.words
+
+
 def test_runs_on_different_texts_are_not_put_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other_text(store: Store, made: Made) -> Artifact:
         return put(store, "corpus", made, corpus_facts(made), {"data.bin": made.name})
@@ -681,6 +695,33 @@ def test_runs_on_different_texts_are_not_put_in_one_table(tmp_path: Path, monkey
     headers = [row for row in reader.tables["result"] if row[1:2] == ["bits per byte"]]
     assert [header[3:4] for header in headers] == [["A ÷ this"], ["B ÷ this"]]
     assert "Figures of different tables cannot be compared." in reader.sections["result"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("pdftotext")),
+    reason="no chromium or pdftotext here (apt-get install chromium poppler-utils)",
+)
+def test_the_printed_report_is_short_and_has_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Made(bits=1.2)
+    monkeypatch.setitem(BUILDERS, "corpus", lambda store, _made: build_corpus(store, first))
+    runs = [make_run(tmp_path / "store", made) for made in (first, Made(bits=1.5, seed=1, steps=60))]
+    page = write_report(runs, tmp_path / "report")
+    pdf = tmp_path / "report.pdf"
+    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-pdf-header-footer",
+             f"--user-data-dir={tmp_path / 'chromium'}", f"--print-to-pdf={pdf}")  # fmt: skip
+    subprocess.run(["chromium", *flags, page.as_uri()], check=True, capture_output=True, timeout=300)
+    text = subprocess.run(["pdftotext", "-layout", pdf, "-"], check=True, capture_output=True, text=True).stdout
+    assert 3 <= text.count("\f") <= 12
+    # Letters of the figures themselves, drawn as text, stand on the paper.
+    for words in (
+        "optimizer steps",
+        "A: held out",
+        "xz -9 primed with the training text",
+        "Paired comparison",
+        "Environment",
+    ):
+        assert words in text, words
 
 
 # ---------------------------------------------------------------- files and packages

@@ -1,4 +1,4 @@
-"""Evaluate any model on the held-out text of a recipe."""
+"""Evaluate any model: one that writes text on the held-out text of a recipe, any other on the held-out rows of its run."""
 
 from typing import Any
 
@@ -7,23 +7,34 @@ from kajiya.config.schema import Config
 from kajiya.data.corpus import build_corpus
 from kajiya.data.progress import OnEvent, silent
 from kajiya.evals.evaluate import evaluate_model, measure_baselines
+from kajiya.flows.feeding import Data
+from kajiya.flows.kind_evaluation import evaluate_kind
 from kajiya.flows.own_module import rebuild_own_module
 from kajiya.flows.stages import Stages
-from kajiya.flows.targets import find_model
+from kajiya.flows.targets import find_model, require_text, writes_text
 from kajiya.run.folder import Run
 from kajiya.run.process import keep_large_blocks, quiet_torchao
 from kajiya.run.store import Artifact, Store, open_artifact
 
+_BASES = ("base", "adapter", "teacher")
+"""Names under which a run lists the weights that its training started from."""
 
-def evaluate(target: str, config: Config, store: Store, *, on_event: OnEvent = silent) -> tuple[Artifact, Artifact]:
+
+def evaluate(
+    target: str, config: Config, store: Store, *, on_event: OnEvent = silent
+) -> tuple[Artifact, Artifact | None]:
     """The evaluation of `target` (a run, an artifact, a folder, a hub name) and the baselines on the same bytes.
 
-    `config` says which text, from which part is held out, and how it is scored.
+    `config` says which text, from which part is held out, and how it is scored. The model of a run that writes no text (a
+    classifier, say) is evaluated on that run's own held-out rows, and has no baselines.
     """
     keep_large_blocks()
     quiet_torchao()
     found = find_model(target, store)
     stages = Stages(on_event)
+    if found.run is not None and not writes_text(found):
+        return _by_kind(found.model, found.run, store, stages), None
+    require_text(found, "target")
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, on_event), lambda _: "")
     baselines = stages.produce(
         "baselines", lambda: measure_baselines(config.eval.baselines, corpus, store), lambda _: ""
@@ -42,6 +53,28 @@ def evaluate(target: str, config: Config, store: Store, *, on_event: OnEvent = s
         lambda _: "",
     )
     return evaluation, baselines
+
+
+def _by_kind(model: Artifact, run: Run, store: Store, stages: Stages) -> Artifact:
+    """The loss and metrics of a run's model on the run's held-out rows, recorded in the run."""
+    manifest = run.manifest()
+    listed = {
+        name: open_artifact(store.root / entry["path"])
+        for name, entry in manifest["artifacts"].items()
+        if name in ("corpus", "tokenizer", "shards", "packing", "reference", *_BASES)
+    }
+    data = Data(
+        listed["corpus"],
+        listed["tokenizer"],
+        listed["shards"],
+        listed.get("packing"),
+        {name: listed[name] for name in _BASES if name in listed},
+    )
+    reference = listed.get("reference")
+    config = from_plain(manifest["config"])
+    made = stages.produce("evaluation", lambda: evaluate_kind(config, model, data, reference, store), lambda _: "")
+    run.record_artifact("evaluation", made)
+    return made
 
 
 def _own_module(run: Run | None) -> Any:

@@ -12,7 +12,7 @@ import torch
 from kajiya.config.schema import Config
 from kajiya.config.tables import Row, check_choice, loss_row
 from kajiya.data.batch import pinned
-from kajiya.data.loader import Enrich, Feed, Loader, heldout_rows, open_loader
+from kajiya.data.loader import Enrich, Feed, Loader, heldout_rows, heldout_source, open_loader
 from kajiya.data.masking import Masking
 from kajiya.data.mismatch import add_mismatched
 from kajiya.data.pack import ChosenPacking, choose_packing, open_packing
@@ -165,6 +165,19 @@ class Feeding:
             self.shards, self.feed, rows=_ALL if rows is None else rows, batch=self.micro_batch, seed=self.seed
         )
         return map(self.enrich("heldout"), batches)
+
+    def examples(self) -> Iterator[tuple[str, Any]]:
+        """Each held-out example in a batch of its own, behind its name, in the order of the split.
+
+        Of text that is cut where a row is full, each row, which bears the name of the document that it begins in.
+        """
+        alone = self.feed if self.feed.packed is None else replace(self.feed, packing="bucketed")
+        rows = heldout_source(self.shards, alone, self.seed)
+        names = open_split(self.shards, "heldout").names
+        document = [rows.documents(place)[0] for place in range(rows.n)]
+        enrich = self.enrich("heldout")
+        for place in sorted(range(rows.n), key=lambda place: document[place]):
+            yield names[document[place]], enrich(rows.batch(np.array([place])))
 
 
 def open_feeding(

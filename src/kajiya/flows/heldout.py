@@ -9,7 +9,7 @@ import torch
 
 from kajiya.config.tables import loss_row
 from kajiya.evals.scoring import evaluation_mode, heldout_loss
-from kajiya.evals.statistics import ratio_interval
+from kajiya.evals.statistics import interval, ratio_scores
 from kajiya.training.fit import Setup
 from kajiya.training.losses import Loss, Measure
 from kajiya.training.precision import Precision
@@ -28,12 +28,14 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Sums:
-    """A metric over held-out batches."""
+    """A metric over held-out batches, or rows; those of all metrics lie in one order."""
 
     totals: np.ndarray
     """Sum of each batch, float64 [batches]."""
     counts: np.ndarray
-    """What it is a sum over, float64 [batches]."""
+    """What it is a sum over, float64 [batches]; 0 where the batch says nothing of the metric."""
+    points: float | None = None
+    """As `Scores`'s."""
 
     @property
     def mean(self) -> float:
@@ -41,8 +43,8 @@ class Sums:
         return float(self.totals.sum() / self.counts.sum())
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean, whole batches resampled; `None` from a single batch, which cannot vary."""
-        return None if len(self.totals) < 2 else ratio_interval(self.totals, self.counts)
+        """95 % interval of the mean, whole batches resampled; `None` where they cannot vary."""
+        return interval(ratio_scores(self.totals, self.counts, points=self.points))
 
 
 def score_batches(model: Any, batches: Sequence[Any], scorer: Scorer) -> dict[str, Sums]:
@@ -50,19 +52,18 @@ def score_batches(model: Any, batches: Sequence[Any], scorer: Scorer) -> dict[st
 
     What the loss measures over a whole group, it measures over all of the batches.
     """
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, np.ndarray] = {}
     # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
     with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for batch in _measured(model, batches, scorer):
+        for number, batch in enumerate(_measured(model, batches, scorer)):
             given = batch.to(scorer.device)
             with scorer.precision.context(scorer.device):
                 terms, metrics = scorer.loss(model, given)
             for name, (total, count) in numbered(terms | metrics, given.counts).items():
                 # A batch without a single good (or bad) answer says nothing of their rewards.
                 if count:
-                    rows.setdefault(name, []).append((float(total), float(count)))
-    arrays = {name: np.array(pairs, dtype=np.float64).T for name, pairs in rows.items()}
-    return {name: Sums(totals, counts) for name, (totals, counts) in arrays.items()}
+                    rows.setdefault(name, np.zeros((2, len(batches))))[:, number] = float(total), float(count)
+    return {name: Sums(totals, counts) for name, (totals, counts) in rows.items()}
 
 
 def heldout_values(name: str, setup: Setup, batches: Sequence[Any]) -> dict[str, float]:

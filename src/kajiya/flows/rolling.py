@@ -96,11 +96,19 @@ class HeldoutReward:
             values |= {"eval/reward_low": interval[0], "eval/reward_high": interval[1]}
         return Evaluation({"eval/loss": -values["eval/reward"]} | values, samples)
 
+    def texts(self) -> list[str]:
+        """The prompts, in the order of the sums."""
+        return [self.feeding.prompts["heldout"][place].text for place in self._places()]
+
+    def _places(self) -> list[int]:
+        n_all = len(self.feeding.prompts["heldout"])
+        n = n_all if self.rows is None else min(self.rows, n_all)
+        return [place * n_all // n for place in range(n)]
+
     def measure(self) -> tuple[dict[str, Sums], list[dict[str, Any]]]:
         """Each reward's sum over the prompts, one answer to each, and a few answers to look at."""
-        roller, prompts = self.feeding.roller, self.feeding.prompts["heldout"]
-        n = len(prompts) if self.rows is None else min(self.rows, len(prompts))
-        places = [place * len(prompts) // n for place in range(n)]
+        roller, prompts, places = self.feeding.roller, self.feeding.prompts["heldout"], self._places()
+        n = len(places)
         roller.policy.renew()
         rewards: list[list[float]] = []
         lengths: list[float] = []
@@ -117,7 +125,7 @@ class HeldoutReward:
                     shown.append({"prompt": prompt.text, "text": answer.text, "reward": answer.rewards[0]})
         columns = dict(zip(("reward", *_named(roller.rewards.names)), np.array(rewards).T, strict=True))
         columns |= {"length": np.array(lengths), "cut": np.array(cut)}
-        return {name: Sums(column, np.ones(n)) for name, column in columns.items()}, shown
+        return {name: Sums(column, np.ones(n), _points(name, column)) for name, column in columns.items()}, shown
 
 
 def open_rollouts(config: Config, data: Data, model: Any, precision: Precision, device: torch.device) -> RolloutFeeding:
@@ -174,6 +182,11 @@ def _reference(model: Any, context: Any, device: torch.device, options: GRPOLoss
             return own(rows)
 
     return log_probs
+
+
+def _points(name: str, values: np.ndarray) -> float | None:
+    """Of a reward that every answer either earns or does not, its mean is a share."""
+    return 100.0 if name.startswith("reward") and np.isin(values, (0, 1)).all() else None
 
 
 def _named(names: Sequence[str]) -> list[str]:

@@ -284,7 +284,8 @@ def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artif
             "evaluation", lambda: evaluate_kind(config, model, data, reference, store), _figures_words
         )
         run.record_artifact("evaluation", judged)
-        values = {f"test/{name}": row["value"] for name, row in judged.facts["figures"].items()}
+        known = {name: row["value"] for name, row in judged.facts["figures"].items() if row["value"] is not None}
+        values = {f"test/{name}": value for name, value in known.items()}
         run.events.emit("metrics", step=step, values=values)
         return
     baselines = stages.produce(
@@ -310,7 +311,8 @@ def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artif
 
 
 def _figures_words(evaluation: Artifact) -> str:
-    return "held out: " + ", ".join(f"{name} {row['value']:.3f}" for name, row in evaluation.facts["figures"].items())
+    figures = {name: row["value"] for name, row in evaluation.facts["figures"].items()}
+    return "held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
 
 
 def _corpus_words(corpus: Artifact) -> str:
@@ -351,8 +353,9 @@ def _baseline_words(baselines: Artifact) -> str:
 
 def _evaluation_words(evaluation: Artifact) -> str:
     facts = evaluation.facts
-    low, high = facts["bits_per_byte_interval"]
+    bounds = facts["bits_per_byte_interval"]
+    interval = "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
     return (
-        f"{facts['bits_per_byte']:.3f} bits per byte [{low:.3f}, {high:.3f}] over {facts['n_bytes']:,} held-out bytes, "
+        f"{facts['bits_per_byte']:.3f} bits per byte{interval} over {facts['n_bytes']:,} held-out bytes, "
         f"perplexity {facts['perplexity']:.1f}"
     )
