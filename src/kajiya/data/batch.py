@@ -242,11 +242,9 @@ def pinned(batch: Any, device: torch.device) -> Any:
     def locked(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.pin_memory()
-        return (
-            replace(value, **{name: locked(each) for name, each in vars(value).items()})
-            if is_dataclass(value)
-            else value
-        )
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{name: locked(each) for name, each in vars(value).items()})
+        return value
 
     # In a thread of its own another GPU would be the current one, and get a context for it.
     with torch.cuda.device(device):

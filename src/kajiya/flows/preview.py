@@ -71,7 +71,7 @@ def preview_recipe(config: Config, store: Store, wanted: Wanted, on_event: OnEve
 def _places(feeding: Feeding, wanted: Wanted) -> tuple[Rows, np.ndarray]:
     """Where the wanted rows come from, and their places there (int64)."""
     if wanted.split == "train":
-        loader = feeding.loader(batch=1).loader
+        loader = feeding.loader(batch=1)
         return loader.rows, loader.order.places(np.arange(wanted.first, wanted.first + wanted.rows))
     source = heldout_source(feeding.shards, feeding.feed, feeding.seed)
     if wanted.first >= source.n:

@@ -90,7 +90,8 @@ def rounded_activations(x_TK: torch.Tensor) -> torch.Tensor:
     groups_TGI = _groups(x_TK)
     peaks_TG1 = groups_TGI.abs().amax(-1, keepdim=True)
     integers_TGI = (groups_TGI * (127 / peaks_TG1)).nan_to_num(0.0, 0.0, 0.0).round()
-    return (integers_TGI * (peaks_TG1 / 127)).flatten(1)[:, : x_TK.shape[1]]
+    rounded_TK: torch.Tensor = (integers_TGI * (peaks_TG1 / 127)).flatten(1)[:, : x_TK.shape[1]]
+    return rounded_TK
 
 
 def _groups(matrix: torch.Tensor) -> torch.Tensor:
