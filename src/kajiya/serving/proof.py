@@ -96,7 +96,8 @@ def rounded_activations(x_TK: torch.Tensor) -> torch.Tensor:
 
 def _groups(matrix: torch.Tensor) -> torch.Tensor:
     padded: torch.Tensor = functional.pad(matrix.float(), (0, -matrix.shape[1] % GROUP))
-    return padded.unflatten(1, (-1, GROUP))
+    groups: torch.Tensor = padded.unflatten(1, (-1, GROUP))
+    return groups
 
 
 def _rounded_product(kind: str) -> Any:
