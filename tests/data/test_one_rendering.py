@@ -14,7 +14,7 @@ from tests.data.test_render import chat, independent, plain, render, trained
 from kajiya.data.chat import ChatTemplate
 from kajiya.errors import DataError
 from kajiya.evals.answers import LocalModel, Sampling
-from kajiya.serving.protocol import ChatBody
+from kajiya.serving.tools import prompt_ids
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -33,7 +33,7 @@ def test_ids_are_equal_in_training_in_evaluation_and_at_the_server(name: str, tm
     tokenizer.save_pretrained(tmp_path)
     segment = render(name, chat(USER, SAYS)).segments[0]
     prompt = segment.ids[: int(np.flatnonzero(segment.weights)[0])].tolist()
-    served = ChatTemplate(tokenizer).ids(ChatBody(model="m", messages=[USER]).plain_messages())
+    served = prompt_ids(ChatTemplate(tokenizer), [USER], [])
     engine = Asked(len(prompt) + 9)
     judged = LocalModel(tmp_path, batch=1)
     judged.__dict__["_engine"] = engine
@@ -105,8 +105,7 @@ def test_of_tools_the_packaged_template_says_what_the_server_does() -> None:
     spelt = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
     call = CALL | {"tool_calls": [CALL["tool_calls"][0] | {"function": spelt}]}  # type: ignore[index]
     for system in ([], [SYSTEM]):
-        body = ChatBody(model="m", messages=[*system, USER, call, RESULT], tools=TOOLS)
-        served = ChatTemplate(tokenizer_of("default")).ids(body.plain_messages())
+        served = prompt_ids(ChatTemplate(tokenizer_of("default")), [*system, USER, call, RESULT], TOOLS)
         ids = render("default", chat(*system, *WITH_CALL, tools=TOOLS)).segments[0].ids
         assert ids[: len(served)].tolist() == served
 

@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,10 +12,9 @@ import pytest
 from kajiya.data.chat import ChatTemplate, render_chat
 from kajiya.data.conversations import messages_of, tools_of
 from kajiya.serving.answer import Piece
-from kajiya.serving.api import _rendered
 from kajiya.serving.protocol import ChatBody
 from kajiya.serving.replies import ChatShape
-from kajiya.serving.tools import read_calls
+from kajiya.serving.tools import prompt_ids, read_calls
 
 from .conftest import NAME
 
@@ -223,8 +221,8 @@ NO_TOOLS = "{% for message in messages %}<|{{ message.role }}|>{{ message.conten
 def _ids(tokenizer: Any, template: str, body: dict[str, Any]) -> tuple[list[int], str]:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
-    host: Any = SimpleNamespace(chat=ChatTemplate(tokenizer))
-    ids = _rendered(host, ChatBody.model_validate({"model": NAME} | body))
+    given = ChatBody.model_validate({"model": NAME} | body)
+    ids = prompt_ids(ChatTemplate(tokenizer), given.messages, given.offered)
     return ids, tokenizer.decode(ids)
 
 

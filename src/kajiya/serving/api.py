@@ -14,18 +14,17 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from kajiya.config.schema import ServeConfig
-from kajiya.errors import DataError, RequestError
+from kajiya.errors import RequestError
 from kajiya.serving.engine import Engine
 from kajiya.serving.faults import add_error_handlers
 from kajiya.serving.gate import add_gate
 from kajiya.serving.generation import Generation, Prompt
 from kajiya.serving.hosts import Host, Hosts, Source, source_of
-from kajiya.serving.messages import read_messages
 from kajiya.serving.metrics import CONTENT_TYPE, Metrics
 from kajiya.serving.protocol import AdapterBody, ChatBody, CompletionBody, EmbeddingBody, ModelBody, NameBody
 from kajiya.serving.replies import ChatShape, CompletionShape
 from kajiya.serving.sequence import SamplingParams
-from kajiya.serving.tools import call_schema, check_tools, format_or_call, schema_of, told_in_text
+from kajiya.serving.tools import call_schema, check_tools, format_or_call, prompt_ids, schema_of
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -123,7 +122,7 @@ def _openai_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         host, adapter = await service.hosts.find(body.model)
-        ids = _rendered(host, body)
+        ids = prompt_ids(host.chat, body.messages, body.offered)
         params = _sampling(
             body,
             max_tokens=host.answer_tokens(body.answer_tokens, service.cfg, len(ids), "messages"),
@@ -240,18 +239,6 @@ def playground_page() -> HTMLResponse:
     """The page that talks to the API of the server that it came from."""
     page = resources.files("kajiya.serving").joinpath("playground.html").read_text(encoding="utf-8")
     return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Cache-Control": "no-cache"})
-
-
-def _rendered(host: Host, body: ChatBody) -> list[int]:
-    """Token ids of the conversation, rendered as in training; a template that knows no tools is told of them in words."""
-    messages, tools = read_messages(body.messages), body.offered
-    check_tools(tools)
-    if not host.chat.knows_tools:
-        messages, tools = told_in_text(messages, tools), []
-    try:
-        return host.chat.ids(messages, tools=tools or None, add_generation_prompt=True)
-    except DataError as error:
-        raise RequestError(str(error), param="messages") from error
 
 
 def _sampling(body: CompletionBody | ChatBody, *, max_tokens: int, n_logprobs: int) -> SamplingParams:

@@ -6,8 +6,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kajiya.errors import RequestError
-from kajiya.serving.messages import require_unicode
+from kajiya.data.chat import ChatTemplate
+from kajiya.errors import DataError, RequestError
+from kajiya.serving.messages import read_messages, require_unicode
 from kajiya.serving.text import overlap
 
 _INTRODUCTION = (
@@ -39,6 +40,20 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         require_unicode(json.dumps(function, ensure_ascii=False), f"tools[{place}]", "tools")
         found[function["name"]] = parameters
     return found
+
+
+def prompt_ids(
+    chat: ChatTemplate, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[int]:
+    """Token ids of a request's conversation, rendered as in training; a template that knows no tools is told of them in words."""
+    read, told = read_messages(messages), list(tools)
+    check_tools(told)
+    if not chat.knows_tools:
+        read, told = told_in_text(read, told), []
+    try:
+        return chat.ids(read, tools=told or None, add_generation_prompt=True)
+    except DataError as error:
+        raise RequestError(str(error), param="messages") from error
 
 
 def told_in_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
