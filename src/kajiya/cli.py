@@ -605,9 +605,9 @@ def config_list(config_dir: ConfigDir = None, as_json: Json = False) -> None:
         _print_json(facts)
         return
     console = _console()
-    console.print("recipes: " + ", ".join(facts["recipes"]), highlight=False)
+    console.print("recipes: " + ", ".join(facts["recipes"]), highlight=False, soft_wrap=True)
     for group, names in list_groups(config_dir).items():
-        console.print(f"{group}: " + ", ".join(names), highlight=False)
+        console.print(f"{group}: " + ", ".join(names), highlight=False, soft_wrap=True)
 
 
 @store_app.command("list")
