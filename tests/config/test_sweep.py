@@ -44,6 +44,10 @@ def test_the_grammar_becomes_dimensions() -> None:
         ("optim.lr=choice(1e-3,nan)", "nan is no value to search over"),
         ("optim.lr=interval(1e-4,inf)", "no finite range"),
         ("seed=range(0,inf)", "no finite range"),
+        ("optim.lr=tag(log,choice(1e-3,1e-2))", r"^optim\.lr: tag\(log,…\) says nothing of a choice"),
+        ("model.n_layers=tag(log,range(1,9))", r"^model\.n_layers: tag\(log,…\) says nothing of a range"),
+        ("optim.lr=tag(logarithmic,interval(1e-4,1e-2))", r"^optim\.lr: the tag 'logarithmic' means nothing"),
+        ("seed=shuffle(choice(1,2,3))", r"^seed: shuffle\(…\) changes nothing"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(override: str, problem: str) -> None:
@@ -124,9 +128,73 @@ parameters:
         "train.micro_batch": Dimension("train.micro_batch", low=2, high=8, step=2, is_int=True),
         "model.n_heads": Dimension("model.n_heads", low=1, high=4, is_int=True),
     }
-    path.write_text("parameters: {optim.lr: {distribution: beta, min: 0, max: 1}}")
-    with pytest.raises(ConfigError, match=r"beta.*has no counterpart"):
-        read_wandb_sweep(path)
-    path.write_text("parameters: {}\nagents: 3")
-    with pytest.raises(ConfigError, match="agents: is not understood"):
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (
+            "{distribution: log_uniform, min: -9, max: -2}",
+            "tag(log,interval(0.00012340980408667956,0.1353352832366127))",
+        ),
+        ("{distribution: q_log_uniform_values, min: 2, max: 64, q: 1}", "tag(log,int(interval(2,64)))"),
+        ("{distribution: int_uniform, min: 2, max: 64}", "int(interval(2,64))"),
+        ("{distribution: q_uniform, min: 0, max: 1, q: 0.25}", "range(0.0,1.125,0.25)"),
+        ("{distribution: constant, value: [a, 1]}", "['a',1]"),
+        ("{distribution: categorical, values: [true, null]}", "true,null"),
+        ("{min: 1e-4, max: 0.01}", "interval(0.0001,0.01)"),  # YAML reads the first as text
+    ],
+)
+def test_distributions_of_a_wandb_sweep(entry: str, expected: str, tmp_path: Path) -> None:
+    (path := tmp_path / "sweep.yaml").write_text(f"method: random\nparameters: {{x: {entry}}}\n")
+    overrides, _ = read_wandb_sweep(path)
+    assert overrides == ["tune.sampler.name=random", f"x={expected}"]
+    split_sweep(overrides)
+
+
+def test_brackets_of_a_wandb_sweep(tmp_path: Path) -> None:
+    rule = "{type: hyperband, max_iter: 27, s: 2, strict: true}"
+    (path := tmp_path / "sweep.yaml").write_text(f"parameters: {{seed: {{value: 1}}}}\nearly_terminate: {rule}\n")
+    overrides, _ = read_wandb_sweep(path)
+    assert overrides[1:4] == [
+        "tune.pruner.name=hyperband",
+        "tune.pruner.options.min_evals=3",  # 27 / 3 / 3
+        "tune.pruner.options.max_evals=27",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("parameters: {}\nagents: 3", "agents: is not understood"),
+        ("parameters: {}\nmetric: {goal: minimize}", r"metric\.name: is missing"),
+        ("parameters: {}\nmetric: {name: eval/nll, goal: lower}", r"metric\.goal: 'lower' is not one of"),
+        ("parameters: {}\nmetric: {name: eval/nll, target: 2.5}", r"metric\.target: has no counterpart"),
+        (
+            "parameters: {}\nearly_terminate: {type: hyperband, min_iter: 1, s: 2}",
+            r"early_terminate\.s: counts brackets",
+        ),
+        ("parameters: {}\nearly_terminate: {type: hyperband, strict: false}", r"early_terminate\.strict: false"),
+        ("parameters: {}\nearly_terminate: {type: hyperband, eta: x}", r"early_terminate\.eta: 'x' is no count"),
+        ("parameters: {}\nearly_terminate: {type: hyperband, iters: 2}", r"early_terminate\.iters: is not understood"),
+        (
+            "parameters: {x: {values: [1, 2], probabilities: [0.9, 0.1]}}",
+            r"parameters\.x\.probabilities: has no counterpart",
+        ),
+        ("parameters: {x: {distribution: normal, mu: 0, sigma: 1}}", r"parameters\.x\.distribution: 'normal' has no"),
+        ("parameters: {x: {distribution: beta, min: 0, max: 1}}", r"parameters\.x\.distribution: 'beta' has no"),
+        (
+            "parameters: {x: {distribution: q_log_uniform_values, min: 1, max: 9, q: 2}}",
+            r"parameters\.x\.q: whole numbers",
+        ),
+        ("parameters: {x: {distribution: uniform, min: 1}}", r"parameters\.x\.max: is missing"),
+        ("parameters: {x: {min: 1, max: 2, q: 3}}", r"parameters\.x\.q: is not understood"),
+        ("parameters: {x: {min: low, max: 2}}", r"parameters\.x: min, max and q are numbers"),
+        ("parameters: {x: {values: 3}}", r"parameters\.x\.values: is a list"),
+        ("parameters: {x: 3}", r"parameters\.x: is a mapping"),
+    ],
+)
+def test_what_a_wandb_sweep_cannot_have_here_is_refused_by_name(text: str, problem: str, tmp_path: Path) -> None:
+    (path := tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=problem):
         read_wandb_sweep(path)

@@ -78,6 +78,7 @@ def _dimension(override: Any) -> Dimension:
         raise ConfigError(
             key, f"a {type(sweep).__name__} cannot be searched", "Use choice(…), range(…) or interval(…)."
         )
+    _refuse_unused_words(override, sweep)
     is_log = "log" in sweep.tags
     if isinstance(sweep, ChoiceSweep):
         return Dimension(key, choices=tuple(_plain(element, override) for element in sweep.list))
@@ -98,6 +99,23 @@ def _dimension(override: Any) -> Dimension:
         raise ConfigError(key, f"a logarithmic scale cannot begin at {low:g}")
     is_int = (isinstance(sweep.start, int) and isinstance(sweep.end, int)) or schema_type(key) is int
     return Dimension(key, low=low, high=high, is_int=is_int, is_log=is_log)
+
+
+def _refuse_unused_words(override: Any, sweep: Any) -> None:
+    """What the grammar takes and no search would heed."""
+    from hydra.core.override_parser.types import IntervalSweep
+
+    key = override.key_or_group
+    unknown = sorted(sweep.tags - {"log"})
+    if unknown:
+        raise ConfigError(key, f"the tag {unknown[0]!r} means nothing here", "There is one: tag(log,interval(…)).")
+    if isinstance(sweep, IntervalSweep):
+        return
+    if sweep.tags:
+        kind = type(sweep).__name__.removesuffix("Sweep").lower()
+        raise ConfigError(key, f"tag(log,…) says nothing of a {kind}(…)", "Use tag(log,interval(…)).")
+    if sweep.shuffle:
+        raise ConfigError(key, "shuffle(…) changes nothing here", "Leave it out.")
 
 
 def _plain(element: Any, override: Any) -> Value:
@@ -151,6 +169,20 @@ def check_space(
                     error.field, f"{error.problem} (with {as_override(each.key, value)} of the search)", error.remedy
                 ) from error
     return base
+
+
+def check_grid(
+    recipe: str, fixed: Sequence[str], combinations: Sequence[Mapping[str, Value]], config_dir: str | Path | None = None
+) -> list[Config]:
+    """The config of every combination. Raises `ConfigError`, naming the combination, for one that the schema refuses."""
+    configs = []
+    for values in combinations:
+        words = [as_override(key, value) for key, value in values.items()]
+        try:
+            configs.append(compose(recipe, [*fixed, *words], config_dir))
+        except ConfigError as error:
+            raise ConfigError(error.field, f"{error.problem} (with {' '.join(words)})", error.remedy) from error
+    return configs
 
 
 def grid(dimensions: Sequence[Dimension]) -> list[dict[str, Value]]:

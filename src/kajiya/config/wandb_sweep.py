@@ -1,17 +1,33 @@
 """A W&B sweep file as overrides in Hydra's grammar, so that both are searched by the same code."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kajiya.errors import ConfigError
 
 _SAMPLERS = {"grid": "grid", "random": "random", "bayes": "tpe"}
+_GOALS = {"minimize": "min", "maximize": "max"}
 _KNOWN = {"method", "parameters", "metric", "early_terminate", "run_cap", "name", "description"}
 _IGNORED = {"program", "command", "project", "entity", "controller"}
 """What says how W&B is to start its agents; here Kajiya starts the trials."""
-_INTERVALS = {"uniform": "interval({min},{max})", "int_uniform": "int(interval({min},{max}))",
-              "log_uniform_values": "tag(log,interval({min},{max}))"}  # fmt: skip
+_REFUSED = {
+    "metric.target": "the search does not end at a figure; use run_cap, or tune.minutes",
+    "probabilities": "the values of a choice are equally likely here; leave it out",
+}
+_ENDS = ("min", "max")
+_DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "uniform": _ENDS,
+    "int_uniform": _ENDS,
+    "q_uniform": (*_ENDS, "q"),
+    "log_uniform": _ENDS,
+    "log_uniform_values": _ENDS,
+    "q_log_uniform_values": (*_ENDS, "q"),
+}
+"""Distributions that Optuna has too, and the fields of each."""
 
 
 def read_wandb_sweep(path: Path) -> tuple[list[str], list[str]]:
@@ -27,16 +43,13 @@ def read_wandb_sweep(path: Path) -> tuple[list[str], list[str]]:
         raise ConfigError(str(path), f"is not a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict):
         raise ConfigError(str(path), "a W&B sweep has a mapping `parameters`")
-    for key in sweep:
-        if key not in _KNOWN | _IGNORED:
-            raise ConfigError(f"{path}: {key}", "is not understood", f"Understood: {', '.join(sorted(_KNOWN))}.")
+    _check_fields(sweep, _KNOWN | _IGNORED, f"{path}: ")
     method = sweep.get("method", "random")
     if method not in _SAMPLERS:
         raise ConfigError(f"{path}: method", f"{method!r} is not one of {', '.join(_SAMPLERS)}")
     overrides = [f"tune.sampler.name={_SAMPLERS[method]}"]
     if "metric" in sweep:
-        goal = {"minimize": "min", "maximize": "max"}[sweep["metric"].get("goal", "minimize")]
-        overrides.append(f"tune.objectives=['{goal}:{sweep['metric']['name']}']")
+        overrides.append(f"tune.objectives=['{_objective(sweep['metric'], path)}']")
     if "run_cap" in sweep:
         overrides.append(f"tune.trials={sweep['run_cap']}")
     overrides += _early_terminate(sweep.get("early_terminate"), path)
@@ -44,15 +57,51 @@ def read_wandb_sweep(path: Path) -> tuple[list[str], list[str]]:
     return overrides, sorted(_IGNORED & sweep.keys())
 
 
+def _check_fields(entry: Mapping[str, Any], known: Collection[str], where: str, prefix: str = "") -> None:
+    for key in entry:
+        refused = _REFUSED.get(f"{prefix}{key}")
+        if refused is not None:
+            raise ConfigError(f"{where}{key}", f"has no counterpart: {refused}")
+        if key not in known:
+            raise ConfigError(f"{where}{key}", "is not understood", f"Understood: {', '.join(sorted(known))}.")
+
+
+def _objective(metric: Any, path: Path) -> str:
+    if not isinstance(metric, dict) or not isinstance(metric.get("name"), str):
+        raise ConfigError(f"{path}: metric.name", "is missing", "Name a metric that a run logs, for example eval/nll.")
+    _check_fields(metric, ("name", "goal"), f"{path}: metric.", "metric.")
+    goal = metric.get("goal", "minimize")
+    if goal not in _GOALS:
+        raise ConfigError(f"{path}: metric.goal", f"{goal!r} is not one of {', '.join(_GOALS)}")
+    return f"{_GOALS[goal]}:{metric['name']}"
+
+
 def _early_terminate(rule: Any, path: Path) -> Iterator[str]:
+    """W&B's hyperband as Optuna's, which always ends a trial as `strict` does."""
     if rule is None:
         return
+    where = f"{path}: early_terminate"
     if not isinstance(rule, dict) or rule.get("type") != "hyperband":
-        raise ConfigError(f"{path}: early_terminate", "W&B knows the type hyperband alone")
+        raise ConfigError(where, "W&B knows the type hyperband alone")
+    _check_fields(rule, ("type", "min_iter", "max_iter", "eta", "s", "strict"), f"{where}.")
+    if rule.get("strict") is False:
+        raise ConfigError(f"{where}.strict", "false has no counterpart", "Optuna's hyperband is the strict one: true.")
+    counts = {key: _count(rule[key], f"{where}.{key}") for key in ("min_iter", "max_iter", "eta", "s") if key in rule}
+    if "s" in counts:
+        if "max_iter" not in counts or "min_iter" in counts:
+            raise ConfigError(f"{where}.s", "counts brackets down from max_iter, and goes with it alone")
+        # The last of the brackets max_iter / eta, max_iter / eta², …
+        counts["min_iter"] = max(1, counts["max_iter"] // counts.get("eta", 3) ** counts["s"])
     yield "tune.pruner.name=hyperband"
     for theirs, ours in (("min_iter", "min_evals"), ("max_iter", "max_evals"), ("eta", "reduction")):
-        if theirs in rule:
-            yield f"tune.pruner.options.{ours}={int(rule[theirs])}"
+        if theirs in counts:
+            yield f"tune.pruner.options.{ours}={counts[theirs]}"
+
+
+def _count(value: Any, where: str) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(where, f"{value!r} is no count")
+    return value
 
 
 def _parameters(parameters: Mapping[str, Any], prefix: str, path: Path) -> Iterator[str]:
@@ -61,30 +110,70 @@ def _parameters(parameters: Mapping[str, Any], prefix: str, path: Path) -> Itera
         where = f"{path}: parameters.{key}"
         if not isinstance(entry, dict):
             raise ConfigError(where, "is a mapping: value, values, or min and max")
-        if "parameters" in entry:
+        if isinstance(entry.get("parameters"), dict):
+            _check_fields(entry, ("parameters",), f"{where}.")
             yield from _parameters(entry["parameters"], f"{key}.", path)
-        elif "value" in entry:
-            yield f"{key}={_text(entry['value'])}"
-        elif "values" in entry:
-            yield f"{key}=choice({','.join(_text(value) for value in entry['values'])})"
-        elif "min" in entry and "max" in entry:
-            yield f"{key}={_between(entry, where)}"
         else:
-            raise ConfigError(where, "needs value, values, or min and max")
+            yield f"{key}={_varied(entry, where)}"
 
 
-def _between(entry: Mapping[str, Any], where: str) -> str:
-    low, high = entry["min"], entry["max"]
-    is_whole = isinstance(low, int) and isinstance(high, int)
-    kind = entry.get("distribution", "int_uniform" if is_whole else "uniform")
-    if kind in ("q_uniform", "q_log_uniform_values"):
-        if kind == "q_log_uniform_values":
-            raise ConfigError(where, f"{kind!r} has no counterpart", "Use log_uniform_values.")
-        step = entry.get("q", 1)
-        return f"range({low},{high + step / 2},{step})"
-    if kind not in _INTERVALS:
-        raise ConfigError(where, f"the distribution {kind!r} has no counterpart; there are {', '.join(_INTERVALS)}")
-    return _INTERVALS[kind].format(min=low, max=high)
+def _varied(entry: Mapping[str, Any], where: str) -> str:
+    """The value of one parameter's override."""
+    kind = entry["distribution"] if "distribution" in entry else _implied(entry, where)
+    if kind not in _DISTRIBUTIONS:
+        known = ", ".join(_DISTRIBUTIONS)
+        raise ConfigError(f"{where}.distribution", f"{kind!r} has no counterpart in Optuna; there are {known}")
+    names = _DISTRIBUTIONS[kind]
+    _check_fields(entry, ("distribution", *names), f"{where}.")
+    for name in names:
+        if name not in entry and name != "q":
+            raise ConfigError(f"{where}.{name}", f"is missing, which the distribution {kind} needs")
+    if kind == "constant":
+        return _text(entry["value"])
+    if kind == "categorical":
+        if not isinstance(entry["values"], list) or not entry["values"]:
+            raise ConfigError(f"{where}.values", "is a list of alternatives")
+        alternatives = ",".join(_text(value) for value in entry["values"])
+        return alternatives if None in entry["values"] else f"choice({alternatives})"  # which takes no null
+    return _between(kind, entry, where)
+
+
+def _implied(entry: Mapping[str, Any], where: str) -> str:
+    """The distribution that W&B takes where none is named."""
+    if "value" in entry:
+        return "constant"
+    if "values" in entry:
+        return "categorical"
+    if "min" in entry and "max" in entry:
+        is_whole = isinstance(entry["min"], int) and isinstance(entry["max"], int)
+        return "int_uniform" if is_whole else "uniform"
+    raise ConfigError(where, "needs value, values, or min and max")
+
+
+def _between(kind: str, entry: Mapping[str, Any], where: str) -> str:
+    try:  # YAML reads 1e-4 as text
+        low, high, step = (float(entry[name]) if name in entry else 1.0 for name in ("min", "max", "q"))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(where, "min, max and q are numbers") from error
+    is_whole = all(number.is_integer() for number in (low, high, step))
+    written = [str(round(number)) if is_whole else repr(number) for number in (low, high, step)]
+    between = f"interval({written[0]},{written[1]})"
+    if kind == "uniform":
+        return between
+    if kind == "int_uniform":
+        return f"int({between})"
+    if kind == "log_uniform_values":
+        return f"tag(log,{between})"
+    if kind == "log_uniform":  # its ends are exponents of e
+        return f"tag(log,interval({math.exp(low)!r},{math.exp(high)!r}))"
+    if kind == "q_log_uniform_values":
+        if not is_whole or step != 1:
+            raise ConfigError(
+                f"{where}.q", "whole numbers in steps of 1 are all that Optuna has on a logarithmic scale"
+            )
+        return f"tag(log,int({between}))"
+    end = str(round(high + step)) if is_whole and (high - low) % step == 0 else repr(high + step / 2)
+    return f"range({written[0]},{end},{written[2]})"
 
 
 def _text(value: Any) -> str:
@@ -92,4 +181,6 @@ def _text(value: Any) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
         return f"[{','.join(_text(each) for each in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_text(each)}' for key, each in value.items())}}}"
     return repr(value) if isinstance(value, (int, float, str)) else str(value)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from kajiya.config.compose import compose
 from kajiya.config.schema import Config, TuneConfig
-from kajiya.config.sweep import Value, as_override, grid, split_sweep
+from kajiya.config.sweep import Value, as_override, check_grid, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError
 from kajiya.flows.launch import launch
@@ -44,10 +43,7 @@ def multirun(
     if not dimensions:
         raise ConfigError("-m", "nothing varies", "For example: -m optim.lr=1e-3,3e-3 seed=0,1")
     combinations = grid(dimensions)
-    configs = [
-        compose(recipe, [*fixed, *(as_override(key, value) for key, value in values.items())], config_dir)
-        for values in combinations
-    ]
+    configs = check_grid(recipe, fixed, combinations, config_dir)
     prepare_data(configs[0], store, Stages(on_event))
     tune = configs[0].tune
     jobs = [_job(config, tune, store, number) for number, config in enumerate(configs)]
