@@ -23,10 +23,12 @@ from kajiya.errors import ConfigError
 from kajiya.flows.tune_search import ASHA, metric_of, open_study, suggest
 from kajiya.run.alive import process_facts
 from kajiya.run.provenance import usable_cores
+from kajiya.run.usage import oom_kills
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
+_PROGRAM = ("-P", "-m", "kajiya.flows.tune_trial")
 _END_S = 60.0
 """Longest wait for a trial that was asked to save its state and stop, seconds."""
 
@@ -219,7 +221,7 @@ def execute(job: Job, judge: Callable[[int, float, bool], bool]) -> TrialEnd:
         "is_whole": job.is_whole,
     }
     log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.time()
+    began, n_oom = time.time(), oom_kills()
     told: dict[str, Any] = {}
     with log.open("ab") as output, _process(output) as process, _limit(process, tune.trial_minutes) as expired:
         assert process.stdin is not None
@@ -236,10 +238,10 @@ def execute(job: Job, judge: Callable[[int, float, bool], bool]) -> TrialEnd:
         process.wait()
     seconds = time.time() - began
     status, problem = told.get("status"), told.get("problem")
-    if expired.is_set():
+    if status is None and expired.is_set():
         status, problem = "timed out", f"not done after {tune.trial_minutes:g} min"
     elif status is None:
-        status, problem = _unsaid(process.returncode, log)
+        status, problem = _unsaid(process.returncode, log, n_oom)
     started = told.get("started")
     return TrialEnd(
         str(status), told.get("run"), told.get("values") or {}, problem, seconds, started and started - began
@@ -255,9 +257,12 @@ def _say(process: "subprocess.Popen[str]", line: str) -> None:
 
 @contextmanager
 def _process(output: Any) -> Iterator["subprocess.Popen[str]"]:
-    """The trial's process; when the block is left early, it is asked to save its state, waited for, and in the end killed."""
+    """The trial's process; when the block is left early, it is asked to save its state, waited for, and in the end killed.
+
+    What it started itself (a loader's workers) never outlives it.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "kajiya.flows.tune_trial"],
+        [sys.executable, *_PROGRAM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=output,
@@ -269,16 +274,20 @@ def _process(output: Any) -> Iterator["subprocess.Popen[str]"]:
     finally:
         if process.poll() is None:
             process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        _kill_group(process)
+        process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+
+def _kill_group(process: "subprocess.Popen[str]") -> None:
+    """Kill what is left of the process and of those that it started; they share its number as their group's."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or (on macOS) ended and not waited for
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -288,7 +297,7 @@ def _limit(process: "subprocess.Popen[str]", minutes: float | None) -> Iterator[
 
     def end() -> None:
         expired.set()
-        process.kill()
+        _kill_group(process)
 
     timer = threading.Timer(minutes * 60, end) if minutes is not None else None
     if timer is not None:
@@ -301,14 +310,26 @@ def _limit(process: "subprocess.Popen[str]", minutes: float | None) -> Iterator[
             timer.cancel()
 
 
-def _unsaid(code: int, log: Path) -> tuple[str, str]:
-    """Of a process that ended without a last word: what it seems to have died of."""
+def _unsaid(code: int, log: Path, n_oom_before: int | None) -> tuple[str, str]:
+    """Of a process that ended without a last word: what it seems to have died of.
+
+    `n_oom_before`: what `oom_kills` said when it began.
+    """
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines else "it said nothing"
     if code == -signal.SIGTERM:
         return "interrupted", "ended by SIGTERM"
     if code == -signal.SIGKILL:
-        return "out of memory", "killed (SIGKILL), as the kernel does when memory runs out"
+        return _killed(n_oom_before, oom_kills())
     if code < 0:
         return "failed", f"killed by {signal.Signals(-code).name}: {last}"
     return "failed", f"exit status {code}: {last}"
+
+
+def _killed(n_oom_before: int | None, n_oom: int | None) -> tuple[str, str]:
+    """SIGKILL comes from a person, a scheduler, or the kernel when memory runs out; the kernel counts its own."""
+    if n_oom_before is None or n_oom is None:
+        return "failed", "killed by SIGKILL; this machine does not say whether for lack of memory"
+    if n_oom > n_oom_before:
+        return "out of memory", "killed by the kernel, whose memory ran out"
+    return "failed", "killed by SIGKILL, not for lack of memory"

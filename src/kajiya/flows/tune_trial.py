@@ -8,6 +8,7 @@ with a checkpoint; so does the end of whoever gave the order.
 """
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -114,7 +115,8 @@ def _failure(problem: BaseException) -> str:
     if isinstance(problem, KeyboardInterrupt):
         return "interrupted"
     words = str(problem).lower()
-    if isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+    is_refused = isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM)
+    if is_refused or "out of memory" in words or "can't allocate memory" in words:
         return "out of memory"
     if isinstance(problem, TrainingError) and "not finite" in words:
         return "not finite"

@@ -26,3 +26,12 @@ def peak_memory() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def oom_kills() -> int | None:
+    """Processes that the kernel has ended for lack of memory since the boot; `None` where it does not say."""
+    counters = Path("/proc/vmstat")
+    if not counters.is_file():
+        return None
+    counts = dict(line.split() for line in counters.read_text(encoding="utf-8").splitlines())
+    return int(counts["oom_kill"]) if "oom_kill" in counts else None
