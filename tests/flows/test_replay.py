@@ -1,19 +1,76 @@
-"""What a run used is told; reports compare runs in pairs. The replay itself is run by its verb, in `test_verbs`."""
+"""Verdicts of a replay (an identical one is made by its verb, in `test_verbs`); what a run used; reports compare runs in pairs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from scipy import stats
 from tests.conftest import Finished
 
 from kajiya.config.schema import Config
+from kajiya.flows.replay import _compare_weights, _verdict, replay
 from kajiya.flows.report import write_report
 from kajiya.flows.report_comparison import _compare_documents
 from kajiya.flows.report_facts import gather
 from kajiya.flows.train import train
+from kajiya.run.folder import Run, find_run
 from kajiya.run.usage import usage_with
+
+
+def _recorded_with(own_finished: Finished, name: str, **optim: float) -> Run:
+    """The finished run under another name, as though it had been trained with these settings."""
+    folder = own_finished.store.runs / name
+    shutil.copytree(own_finished.trained.run.folder, folder)
+    run = find_run(own_finished.store, name)
+    config = run.manifest()["config"]
+    run.record(config=config | {"optim": config["optim"] | optim})
+    return run
+
+
+@pytest.mark.slow
+def test_a_replay_is_within_tolerance_or_different(own_finished: Finished) -> None:
+    lr = own_finished.config.optim.lr
+    near = replay(_recorded_with(own_finished, "near-1", lr=lr * (1 + 1e-5)))
+    assert near.verdict == "within tolerance", near
+    assert near.weights.startswith("the largest difference of a weight is ")
+    first, second = near.metrics["test/bits_per_byte"]
+    assert first == pytest.approx(second, rel=1e-4)
+    far = replay(_recorded_with(own_finished, "far-1", lr=lr * 0.1))
+    assert far.verdict == "different", far
+    first, second = far.metrics["test/bits_per_byte"]
+    assert first != pytest.approx(second, rel=1e-4)
+
+
+def test_the_verdict_needs_something_that_was_compared() -> None:
+    assert _verdict(True, {}) == "bit-identical"
+    assert _verdict(False, {"eval/nll": [2.0, 2.0001]}) == "within tolerance"
+    assert _verdict(False, {"eval/nll": [2.0, 2.1]}) == "different"
+    assert _verdict(False, {"eval/nll": [2.0, None], "train/nll": [1.0, 1.0]}) == "different"
+    assert _verdict(False, {"train/nll": [1.0, 1.0], "eval/nll": [2.0, "nan"]}) == "different"
+    assert _verdict(False, {}) == "different"
+
+
+def test_weights_that_are_not_there_are_not_identical(tmp_path: Path) -> None:
+    def folder(name: str, **files: torch.Tensor) -> Path:
+        (tmp_path / name).mkdir()
+        for file, tensor in files.items():
+            save_file({"w": tensor}, tmp_path / name / f"{file}.safetensors")
+        return tmp_path / name
+
+    ones, nan = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    none, one, same = folder("none"), folder("one", model=ones), folder("same", model=ones)
+    assert _compare_weights(none, none)[0] is False
+    assert "no weights to compare" in _compare_weights(none, none)[1]
+    assert _compare_weights(one, same) == (True, "every weight has the same bits")
+    assert _compare_weights(one, folder("more", model=ones, second=ones)) == (
+        False,
+        "only one of the two models has second.safetensors",
+    )
+    assert _compare_weights(one, folder("nan", model=nan)) == (False, "the largest difference of a weight is inf (w)")
 
 
 def test_usage_adds_up() -> None:

@@ -1,5 +1,7 @@
 """`kajiya replay`: a run once more from its manifest, in a store of its own, and whether it came out the same."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,9 @@ def replay(run: Run, on_event: OnEvent = silent) -> Replayed:
         if name.startswith(("test/", "eval/", "task/", "train/nll"))
     }
     is_identical, weights = _compare_weights(first.path, again.model.path)
-    apart = max((_relative(*pair) for pair in metrics.values()), default=0.0)
-    verdict = "bit-identical" if is_identical else "within tolerance" if apart <= _TOLERANCE else "different"
+    verdict = _verdict(is_identical, metrics)
+    if not metrics:
+        weights += "; there is no figure to compare"
     data = {name: pair for name, pair in difference.artifacts.items() if name in ("corpus", "tokenizer", "shards")}
     environment = {name: pair for name, pair in difference.environment.items() if name != "working_directory"}
     differs = {"data": data, "code": difference.code, "environment": environment}
@@ -79,16 +82,30 @@ def _settled(manifest: dict[str, Any]) -> Config:
     return replace(config, train=settled, track=replace(config.track, trackers=()))
 
 
+def _verdict(is_identical: bool, metrics: Mapping[str, Sequence[Any]]) -> str:
+    if is_identical:
+        return "bit-identical"
+    # Where no figure was compared, nothing shows that the two are near each other.
+    is_near = bool(metrics) and all(_relative(*pair) <= _TOLERANCE for pair in metrics.values())
+    return "within tolerance" if is_near else "different"
+
+
 def _compare_weights(first: Path, second: Path) -> tuple[bool, str]:
+    names, others = (sorted(path.name for path in folder.glob("*.safetensors")) for folder in (first, second))
+    if not names:
+        return False, f"there are no weights to compare: {first} holds no safetensors"
+    if names != others:
+        return False, f"only one of the two models has {', '.join(sorted(set(names) ^ set(others)))}"
+    if all(hash_file(first / name) == hash_file(second / name) for name in names):
+        return True, "every weight has the same bits"
+    return _largest_gap(first, second, names)
+
+
+def _largest_gap(first: Path, second: Path, names: Sequence[str]) -> tuple[bool, str]:
     from safetensors import safe_open
 
-    names = sorted(path.name for path in first.glob("*.safetensors"))
-    if all((second / name).is_file() and hash_file(first / name) == hash_file(second / name) for name in names):
-        return True, "every weight has the same bits"
     largest, where = 0.0, ""
     for name in names:
-        if not (second / name).is_file():
-            return False, f"{name} is missing in the replay"
         with safe_open(first / name, "pt") as a, safe_open(second / name, "pt") as b:
             if set(a.keys()) != set(b.keys()):
                 return False, "the two models have different tensors"
@@ -96,12 +113,18 @@ def _compare_weights(first: Path, second: Path) -> tuple[bool, str]:
                 one, other = a.get_tensor(key).float(), b.get_tensor(key).float()
                 if one.shape != other.shape:
                     return False, f"{key} has another shape"
-                gap = float((one - other).abs().max())
-                largest, where = max((largest, where), (gap, key))
+                gap = float((one - other).abs().max()) if one.numel() else 0.0
+                largest, where = max((largest, where), (math.inf if math.isnan(gap) else gap, key))
+    if largest == 0:
+        return False, "no weight differs, though the files do"
     return False, f"the largest difference of a weight is {largest:.3g} ({where})"
 
 
-def _relative(first: float | None, second: float | None) -> float:
+def _relative(first: Any, second: Any) -> float:
+    """The difference as a share of the first; the log has `nan` as text, which equals itself."""
+    if first == second:
+        return 0.0
     if first is None or second is None:
-        return float("inf")
-    return abs(float(first) - float(second)) / max(abs(float(first)), 1e-12)
+        return math.inf
+    apart = abs(float(first) - float(second)) / max(abs(float(first)), 1e-12)
+    return apart if math.isfinite(apart) else math.inf
