@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from kajiya.cli import app
 from kajiya.errors import ConfigError
+from kajiya.evals.shift import map_embeddings
 from kajiya.flows.shift import ShiftAsked, compare_samples
 from kajiya.run.store import Store
 
@@ -63,3 +64,23 @@ def test_what_is_no_side_is_said(own_finished: Finished, tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigError, match=problem):
             compare_samples(ShiftAsked(what, what), own_finished.store, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_umap_map_keeps_neighbours_together(own_finished: Finished, tmp_path: Path) -> None:
+    pytest.importorskip("umap", reason="umap-learn is not installed (the test extra brings it)")
+    random = np.random.default_rng(0)
+    centres = 20 * np.eye(3, 16)
+    vectors = np.concatenate([centre + random.normal(size=(40, 16)) for centre in centres])
+    group = np.repeat(np.arange(3), 40)
+    places = map_embeddings(vectors, "umap")
+    assert places.shape == (120, 2)
+    gaps = np.linalg.norm(places[:, None] - places[None], axis=-1) + np.where(np.eye(120), np.inf, 0.0)
+    assert (group[gaps.argmin(axis=1)] == group).all()
+    assert (map_embeddings(vectors, "umap") == places).all()
+    run = own_finished.trained.run.id
+    asked = ShiftAsked(run, f"{run}:train", model=run, map="umap", limit=12)
+    facts = compare_samples(asked, own_finished.store, tmp_path / "out")
+    page = Path(facts["report"]).read_text(encoding="utf-8")
+    assert "UMAP, which keeps neighbours together" in page
+    assert 'id="figure-map"' in page

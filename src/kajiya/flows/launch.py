@@ -9,6 +9,7 @@ from kajiya.config.options import NoOptions, RayLauncher
 from kajiya.config.schema import LauncherConfig
 from kajiya.config.tables import is_options, resolve
 from kajiya.errors import MissingExtraError
+from kajiya.run.process import quiet_ray
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,6 +57,7 @@ def by_joblib(work: Callable[[T], R], jobs: Sequence[T], parallel: int, _options
 
 def by_ray(work: Callable[[T], R], jobs: Sequence[T], parallel: int, options: RayLauncher) -> Iterator[R]:
     """Ray tasks, never tried again by Ray itself: a job's failure is the job's result."""
+    quiet_ray()
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -83,7 +85,8 @@ def _cluster(ray: Any, parallel: int, options: RayLauncher) -> Iterator[None]:
         yield
         return
     size = {} if options.address else {"num_cpus": max(1, round(parallel * options.cpus)), "include_dashboard": False}
-    ray.init(address=options.address, logging_level=logging.WARNING, log_to_driver=False, **size)
+    # Without an address Ray would join whatever cluster a variable or a file in /tmp names.
+    ray.init(address=options.address or "local", logging_level=logging.WARNING, log_to_driver=False, **size)
     try:
         yield
     finally:

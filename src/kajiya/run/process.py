@@ -91,3 +91,8 @@ def quiet_torchao() -> None:
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_ray() -> None:
+    """Turn Ray's reports to its makers off, which it sends unless told otherwise before its import."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
