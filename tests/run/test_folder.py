@@ -11,7 +11,7 @@ from kajiya.config.schema import Config
 from kajiya.errors import StoreError
 from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.events import read_events
-from kajiya.run.folder import find_run, list_runs, open_run
+from kajiya.run.folder import find_run, find_run_or_study, is_study, list_runs, open_run, runs_of
 from kajiya.run.inspect import moved_words
 from kajiya.run.store import Store, produce
 
@@ -121,3 +121,24 @@ def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
     facts = facts_of(child.pid)
     child.wait()
     assert not is_alive(facts)
+
+
+def test_a_study_is_found_beside_runs_and_has_its_own(store: Store) -> None:
+    run = open_run(store, Config(name="tiny"), "a" * 10, [])
+    other = open_run(store, Config(name="tiny"), "b" * 10, [])
+    folder = store.root / "studies" / "tiny-search"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_bytes((run.folder / "manifest.json").read_bytes())
+    study = find_run_or_study(store, "tiny-s")
+    assert study.folder == folder
+    assert is_study(study)
+    assert find_run_or_study(store, str(folder)).folder == folder
+    assert find_run_or_study(store, run.id) == run
+    assert not is_study(find_run_or_study(store, "latest"))
+    with pytest.raises(StoreError, match="is no run"):
+        find_run(store, "tiny-s")
+    with pytest.raises(StoreError, match="beginning of several"):
+        find_run_or_study(store, "tiny")
+    run.record(study=study.id, status="finished")
+    other.record(study=study.id)  # still at work, in this process
+    assert [each.id for each in runs_of(study)] == [run.id]

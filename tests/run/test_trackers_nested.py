@@ -1,13 +1,19 @@
-"""A trial's run lies below its study's in MLflow."""
+"""A study's trials in its trackers: each as it ends, records of their own, in MLflow below the study's."""
 
+import time
 from pathlib import Path
 
 import pytest
+from tests.run.test_trackers import READERS
 
+from kajiya.config.schema import TrackConfig
 from kajiya.run.events import EventLog
 from kajiya.run.files import write_json
-from kajiya.run.trackers.dispatch import replay_all
+from kajiya.run.folder import Run
+from kajiya.run.store import Store
+from kajiya.run.trackers.dispatch import replay_all, start_trackers
 from kajiya.run.trackers.mlflow import default_uri
+from kajiya.run.trackers.position import load_position, position_file
 
 
 def _folder(path: Path, **more: str) -> Path:
@@ -34,3 +40,48 @@ def test_trials_are_nested_below_their_study(tmp_path: Path) -> None:
     for name in ("demo-t0", "demo-t1"):
         assert found[name].data.tags["mlflow.parentRunId"] == found["demo-1"].info.run_id
         assert found[name].data.metrics == {"eval/nll": 2.5}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
+def test_a_trial_is_delivered_when_it_ends_and_not_when_its_study_does(name: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "studies" / "demo-1").mkdir(parents=True)
+    write_json(tmp_path / "studies" / "demo-1" / "manifest.json", {"name": "demo", "created": 1.7e9})
+    study = Run(tmp_path / "studies" / "demo-1", store, EventLog(tmp_path / "studies" / "demo-1"))
+    study.events.emit("config", config={"seed": 0})
+    trackers = start_trackers(study, TrackConfig(trackers=(name,), timeout_s=300))
+    study.events.emit("metrics", step=0, values={"trial/eval/nll": 3.5})
+    trials = []
+    for number in range(2):
+        folder = tmp_path / "runs" / f"demo-t{number}"
+        folder.mkdir(parents=True)
+        write_json(folder / "manifest.json", {"name": "demo", "created": 1.7e9, "study": "demo-1"})
+        trials.append(Run(folder, store, EventLog(folder)))
+        trials[-1].events.emit("config", config={"seed": number + 1})
+        trials[-1].events.emit("metrics", step=6, values={"eval/nll": 2.5 + number})
+        trials[-1].events.emit("ended", status="finished", error=None)
+        study.events.emit(
+            "trial", number=number, status="finished", values=[2.5], problem=None, run=folder.name, seconds=1
+        )
+    # A trial without a run of its own, and one whose run was removed.
+    study.events.emit("trial", number=2, status="failed", values=None, problem="no", run=None, seconds=1)
+    study.events.emit("trial", number=3, status="failed", values=None, problem="no", run="demo-gone", seconds=1)
+    deadline = time.monotonic() + 300
+    while not all(_is_delivered(trial, name) for trial in trials):
+        assert trackers.waiting[name].poll() is None, position_file(study.folder, name, ".log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not _is_delivered(study, name)  # its search goes on
+    study.events.emit("ended", status="finished", error=None)
+    assert trackers.finish() == []
+    assert READERS[name](study).metrics == {"trial/eval/nll": [(0, 3.5)]}
+    for number, trial in enumerate(trials):
+        found = READERS[name](trial)
+        assert found.metrics == {"eval/nll": [(6, 2.5 + number)]}
+        assert (found.n_runs, found.params["seed"]) == (1, number + 1)
+
+
+def _is_delivered(run: Run, name: str) -> bool:
+    path = position_file(run.folder, name)
+    return path.is_file() and load_position(path).closed

@@ -50,8 +50,15 @@ def test_tensorboard_shows_embeddings_and_how_the_run_ended(run: Run, dtype: str
     ]
     assert torch.allclose(torch.tensor(shown), weights[:4].float(), rtol=1e-4)
     assert (folder / "embeddings-tokens.tsv").read_text().split() == ["<end>", "a", "b", "c"]
+    from google.protobuf import text_format
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
+    projector = text_format.Parse(
+        (folder / "projector_config.pbtxt").read_text(), ProjectorConfig()
+    )  # as the plugin does
+    (entry,) = projector.embeddings
+    assert (entry.tensor_path, entry.metadata_path) == ("embeddings.tsv", "embeddings-tokens.tsv")
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     content = accumulator.summary_metadata[metadata.SESSION_END_INFO_TAG].plugin_data.content

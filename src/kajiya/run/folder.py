@@ -109,22 +109,52 @@ def _refuse_second(run: Run) -> None:
 
 def find_run(store: Store, name: str) -> Run:
     """A run by its id, an unambiguous beginning of it, its folder, or `latest`."""
-    if (Path(name) / _MANIFEST).is_file() and Path(name).resolve().parent.name == "runs":
-        folder = Path(name).resolve()
-        return Run(folder, Store(folder.parent.parent), EventLog(folder))
-    runs = list_runs(store)
-    if name == "latest" and runs:
-        return runs[-1]
-    matches = [run for run in runs if run.id.startswith(name)]
-    exact = [run for run in matches if run.id == name]
-    if len(exact or matches) == 1:
-        return (exact or matches)[0]
-    known = ", ".join(run.id for run in runs[-5:]) or "none yet"
-    problem = "is the beginning of several runs" if matches else "is no run"
-    raise StoreError(f"{name!r} {problem} in {store.runs}.\nRuns, newest last: {known}")
+    return _find(store, name, ("runs",))
+
+
+def find_run_or_study(store: Store, name: str) -> Run:
+    """The same of runs and studies together; `latest` is a run."""
+    return _find(store, name, ("runs", "studies"))
 
 
 def list_runs(store: Store) -> list[Run]:
     """All runs of the store, oldest first."""
-    runs = [Run(path.parent, store, EventLog(path.parent)) for path in store.runs.glob("*/" + _MANIFEST)]
+    return _list(store, "runs")
+
+
+def is_study(run: Run) -> bool:
+    """Whether it is a search of `kajiya tune`, whose trials are runs of their own."""
+    return run.folder.parent.name == "studies"
+
+
+def runs_of(study: Run) -> list[Run]:
+    """Runs that belong to a study and that no process works on, oldest first."""
+    found = []
+    for run in list_runs(study.store):
+        manifest = run.manifest()
+        is_at_work = manifest["status"] == "running" and is_alive(manifest["owner"])
+        if manifest.get("study") == study.id and not is_at_work:
+            found.append(run)
+    return found
+
+
+def _find(store: Store, name: str, kinds: tuple[str, ...]) -> Run:
+    folder = Path(name).resolve()
+    if (folder / _MANIFEST).is_file() and folder.parent.name in kinds:
+        return Run(folder, Store(folder.parent.parent), EventLog(folder))
+    found = [run for kind in kinds for run in _list(store, kind)]
+    runs = [run for run in found if not is_study(run)]
+    if name == "latest" and runs:
+        return runs[-1]
+    matches = [run for run in found if run.id.startswith(name)]
+    exact = [run for run in matches if run.id == name]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0]
+    known = ", ".join(run.id for run in found[-5:]) or "none yet"
+    problem = "is the beginning of several runs" if matches else "is no run"
+    raise StoreError(f"{name!r} {problem} in {store.runs}.\nRuns, newest last: {known}")
+
+
+def _list(store: Store, kind: str) -> list[Run]:
+    runs = [Run(path.parent, store, EventLog(path.parent)) for path in store.root.glob(f"{kind}/*/{_MANIFEST}")]
     return sorted(runs, key=lambda run: (run.manifest()["created"], run.id))

@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,15 +36,25 @@ def follow(
     options: Mapping[str, Any],
     is_parent_alive: Callable[[], bool] | None = None,
     begun: int = 0,
+    *,
+    waits: bool = False,
 ) -> Position:
-    """Deliver the run's events to the tracker, from where it stands, and close it.
+    """Deliver the run's events to the tracker, from where it stands, and close it; of a study, its trials as each ends.
 
     Without `is_parent_alive`: to the end of the log as it is. With it: until an `ended` event behind byte `begun`, or
-    until the parent is gone and every line is read. Raises what the tracker raises.
+    until the parent is gone and every line is read. Raises what the tracker raises, and `StoreError` while another
+    follower is at the run, which a live one, or one that `waits`, waits for.
     """
+
+    def follow_trials(events: Sequence[Event]) -> None:
+        for run in dict.fromkeys(event["run"] for event in events if event["kind"] == "trial" and event["run"]):
+            trial = folder.parent.parent / "runs" / run
+            if (trial / "manifest.json").is_file():
+                follow(trial, name, options, waits=True)
+
     path = position_file(folder, name)
     log = folder / EVENTS_FILE
-    with _only_follower(path.with_suffix(".lock"), wait=is_parent_alive is not None):
+    with _only_follower(path.with_suffix(".lock"), wait=waits or is_parent_alive is not None):
         position = load_position(path)
         if is_parent_alive is None and position.closed and position.offset == _size(log):
             return position
@@ -54,7 +65,7 @@ def follow(
             if not tracker.open(_facts(folder, position)):
                 position.rewind()
                 save_position(path, position)
-            _deliver(tracker, log, position, path, is_parent_alive, begun)
+            _deliver(_Delivery(tracker, log, position, path, follow_trials), is_parent_alive, begun)
             if position.status == "running":
                 position.status = "interrupted"
             tracker.close(position.status)
@@ -68,22 +79,28 @@ def follow(
     return position
 
 
-def _deliver(
-    tracker: Tracker,
-    log: Path,
-    position: Position,
-    path: Path,
-    is_parent_alive: Callable[[], bool] | None,
-    begun: int,
-) -> None:
+@dataclass(frozen=True)
+class _Delivery:
+    """From a log to a tracker."""
+
+    tracker: Tracker
+    log: Path
+    position: Position
+    path: Path
+    """Where the position is saved."""
+    follow_trials: Callable[[Sequence[Event]], None]
+
+
+def _deliver(to: _Delivery, is_parent_alive: Callable[[], bool] | None, begun: int) -> None:
     while True:
         # Asked before the log is read: what a parent wrote before its end is then in what is read.
         may_grow = is_parent_alive is not None and is_parent_alive()
-        events, n_lines, is_end = _next_portion(log, position, begun if is_parent_alive is not None else None)
+        events, n_lines, is_end = _next_portion(to.log, to.position, begun if is_parent_alive is not None else None)
         if events:
-            position.saved = dict(tracker.consume(events))
+            to.position.saved = dict(to.tracker.consume(events))
+            to.follow_trials(events)
         if n_lines:
-            save_position(path, position)
+            save_position(to.path, to.position)
         if is_end or (not n_lines and not may_grow):
             return
         if not n_lines:

@@ -40,6 +40,7 @@ class Tracker(Protocol):
 
     The follower may be killed at any moment. It then delivers again what came after the last position that it saved.
     A tracker that must not count such events twice tells them by `facts.saved` or by what its own record holds.
+    While one follows a study, each of its trials is followed to its end by another one in the same process.
     """
 
     def open(self, facts: RunFacts) -> bool:

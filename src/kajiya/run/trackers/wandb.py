@@ -54,6 +54,7 @@ class WandbTracker:
             dir=str(facts.folder),
             settings=wandb.Settings(
                 silent=True,
+                reinit="create_new",  # a study's run is open while its trials are delivered
                 console="off",
                 disable_git=True,
                 disable_code=True,
