@@ -122,7 +122,8 @@ def tune(
     console = _console(to_stderr=as_json)
     swept, passed_over = read_wandb_sweep(wandb_sweep) if wandb_sweep else ([], [])
     for name in passed_over:
-        console.print(f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used", highlight=False)
+        words = f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used"
+        console.print(words, highlight=False, soft_wrap=True)
     command = ["kajiya", *sys.argv[1:]]
     with _going_on(console), Screen(console) as screen:
         asked = [*swept, *(overrides or [])]
@@ -263,7 +264,7 @@ def report(
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="Runs (ids, beginnings of them, folders, latest), and any models or endpoints that were evaluated."
+            help="Runs (ids, beginnings of them, folders, latest), and any models or endpoints that were evaluated; or one study."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
@@ -271,8 +272,16 @@ def report(
 ) -> None:
     """Write one self-contained HTML page, and Markdown, about one run or several, and other models' results beside them."""
     from kajiya.flows.report import report_targets
+    from kajiya.flows.tune_report import report_study
+    from kajiya.run.folder import find_study
     from kajiya.run.store import default_store
 
+    studies = [study for name in runs if (study := find_study(default_store(store), name)) is not None]
+    if studies and len(runs) > 1:
+        raise ConfigError(studies[0].id, "is a study, whose report is its own", "Report it alone.")
+    if studies:
+        _console().print(str(report_study(studies[0], out)), soft_wrap=True, highlight=False)
+        return
     _console().print(str(report_targets(runs, default_store(store), out)), soft_wrap=True, highlight=False)
 
 
@@ -521,26 +530,31 @@ def replay(
 
 @app.command()
 def sync(
-    run: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")],
+    run: Annotated[str, typer.Argument(help="A run or study: its id, a beginning of it, its folder, or latest.")],
     trackers: Annotated[list[str], typer.Argument(help="mlflow, tensorboard, wandb, or my_pkg.mod:Class.")],
     option: Annotated[
         list[str] | None, typer.Option(help="A setting of the tracker, as name=value; else those of the run.")
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Replay a run's event log into trackers, exactly; what they already have is not sent twice."""
+    """Replay a run's event log, or those of a study and its runs, into trackers, exactly; nothing is sent twice."""
     import yaml
 
-    from kajiya.run.folder import find_run
+    from kajiya.run.folder import find_run_or_study, is_study, runs_of
     from kajiya.run.store import default_store
-    from kajiya.run.trackers.dispatch import replay as replay_log
+    from kajiya.run.trackers.dispatch import replay_all
+    from kajiya.run.trackers.position import load_position, position_file
 
-    found = find_run(default_store(store), run)
+    found = find_run_or_study(default_store(store), run)
+    members = runs_of(found) if is_study(found) else []
     given = dict(word.partition("=")[::2] for word in option or [])
     for name in trackers:
         recorded = found.manifest()["config"]["track"]["options"].get(name) or {}
-        position = replay_log(found.folder, name, recorded | {k: yaml.safe_load(v) for k, v in given.items()})
-        _console().print(f"{name}: {position.n_events:,} events of {found.id}, {position.status}", highlight=False)
+        options = recorded | {k: yaml.safe_load(v) for k, v in given.items()}
+        replay_all([each.folder for each in (found, *members)], name, options)
+        for each in (found, *members):
+            position = load_position(position_file(each.folder, name))
+            _console().print(f"{name}: {position.n_events:,} events of {each.id}, {position.status}", highlight=False)
 
 
 @app.command()

@@ -18,17 +18,8 @@ from tests.conftest import Finished, small_overrides
 from tests.flows.test_tune import LAYERS, LR, RECIPE, Trials
 
 from kajiya.errors import MissingExtraError, StoreError
-from kajiya.flows import tune_confirm, tune_jobs
 from kajiya.flows.tune import tune
 from kajiya.flows.tune_search import _with_driver
-
-
-@pytest.fixture
-def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
-    found = Trials()
-    monkeypatch.setattr(tune_jobs, "execute", found.execute)
-    monkeypatch.setattr(tune_confirm, "execute", found.execute)
-    return found
 
 
 def _tune(own_finished: Finished, *words: str, **more: Any) -> Any:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from kajiya.config.compose import find_recipe
 from kajiya.config.digest import digest, to_plain
-from kajiya.config.sweep import check_space, grid, split_sweep
+from kajiya.config.schema import TrackConfig
+from kajiya.config.sweep import check_grid, check_space, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError, StoreError
 from kajiya.flows.launch import launch
 from kajiya.flows.report_settings import public_config, public_words
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data
-from kajiya.flows.tune_confirm import confirm
+from kajiya.flows.tune_confirm import confirm, recall
 from kajiya.flows.tune_jobs import Outcome, StudyPlan, go_on, run_ticket, trial_config
 from kajiya.flows.tune_report import write_study_report
 from kajiya.flows.tune_results import count_trials, finished, write_best
@@ -26,12 +27,12 @@ from kajiya.flows.tune_search import ASHA, open_study, suggest
 from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.code import own_code
 from kajiya.run.events import EventLog
-from kajiya.run.files import read_json, write_json
-from kajiya.run.folder import Run
+from kajiya.run.files import write_json
+from kajiya.run.folder import Run, runs_of
 from kajiya.run.process import quiet_torchao
 from kajiya.run.provenance import collect_provenance
 from kajiya.run.store import Store
-from kajiya.run.trackers.dispatch import start_trackers
+from kajiya.run.trackers.dispatch import replay_all, start_trackers
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -78,8 +79,12 @@ def tune(
             _search(plan, hear)
             study = open_study(plan.base.tune, plan.folder, plan.id, plan.base.seed)
             best = write_best(plan, study)
-            if best is not None and plan.base.tune.confirm_seeds and len(study.directions) == 1:
-                run.record(confirmed=confirm(plan, study, hear))
+            is_confirmed = best is not None and plan.base.tune.confirm_seeds and len(study.directions) == 1
+            confirmed = confirm(plan, study, hear) if is_confirmed else recall(run, study)
+            run.record(confirmed=confirmed)
+            if confirmed is not None:
+                best = write_best(plan, study, confirmed["chosen"])
+            run.record(status="finished")
             report = write_study_report(run, study, plan.metrics)
             hear("report", path=str(report))
             status = "finished"
@@ -89,9 +94,12 @@ def tune(
         finally:
             run.record(status=status)
             run.events.emit("ended", status=status, error=None)
-            warnings = trackers.finish()
             if status == "finished":
-                warnings += deliver_trials(plan, run)
+                # The followers have the trials to deliver too, each within the time that a run's tracker has.
+                warnings = trackers.finish(plan.base.track.timeout_s * (1 + len(runs_of(run))))
+                warnings += deliver_rest(run, plan.base.track)
+            else:
+                warnings = trackers.finish()
             for text in warnings:
                 on_event("warning", text=text)
     return Tuned(run, best, report, count_trials(study))
@@ -108,7 +116,14 @@ def plan_study(recipe: str, overrides: Sequence[str], store: Store, config_dir: 
     if any(each.key.startswith("tune.") for each in dimensions):
         raise ConfigError("tune", "the settings of the search itself cannot be searched")
     if base.tune.sampler.name == "grid":
-        grid(dimensions)
+        check_grid(recipe, fixed, grid(dimensions)[: base.tune.trials], config_dir)
+    n_numbers = sum(not each.choices and each.low < each.high for each in dimensions)
+    if base.tune.sampler.name == "cmaes" and base.tune.space is None and n_numbers < 2:
+        raise ConfigError(
+            "tune.sampler.name",
+            f"cmaes models two or more numbers together, and {n_numbers or 'none'} varies",
+            "Use tpe or gp.",
+        )
     section = to_plain(base)
     asked = section.pop("tune")
     key = digest(
@@ -234,28 +249,15 @@ def _best_value(study: "Study") -> float | None:
 # ---------------------------------------------------------------- what it leaves
 
 
-def deliver_trials(plan: StudyPlan, run: Run) -> list[str]:
-    """Bring the event logs of all trials into the trackers; returns a warning line for each tracker that failed."""
-    from kajiya.run.trackers.dispatch import replay_all
-
-    folders = sorted(
-        path.parent
-        for path in run.store.runs.glob("*/manifest.json")
-        if read_json(path).get("study") == plan.id and not is_alive_run(path)
-    )
+def deliver_rest(run: Run, track: TrackConfig) -> list[str]:
+    """Bring what the study's followers have not delivered of it and its runs into the trackers; a line for each that failed."""
     warnings = []
-    for name in plan.base.track.trackers:
+    for name in track.trackers:
         try:
-            replay_all(folders, name, plan.base.track.options.get(name) or {})
+            replay_all([each.folder for each in (run, *runs_of(run))], name, track.options.get(name) or {})
         except StoreError as problem:
             warnings.append(str(problem))
     return warnings
-
-
-def is_alive_run(manifest: Path) -> bool:
-    """Whether a process works on the run of that manifest."""
-    content: dict[str, Any] = read_json(manifest)
-    return content["status"] == "running" and is_alive(content["owner"])
 
 
 # ---------------------------------------------------------------- the folder

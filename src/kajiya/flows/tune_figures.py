@@ -41,6 +41,7 @@ class SpaceData:
     """Trials in the space of their settings."""
 
     metric: str
+    """Empty with several objectives: `settings` have them, and a point on the front has the value 0."""
     points: Sequence[Point]
     keys: Sequence[str]
     log_keys: frozenset[str]
@@ -78,19 +79,24 @@ def draw_history(figure: "Figure", data: HistoryData, palette: Palette, is_narro
 
 
 def draw_parallel(figure: "Figure", data: SpaceData, palette: Palette, is_narrow: bool) -> None:
-    """One line a trial through all of its settings; the better, the stronger its colour."""
+    """One line a trial through all of its settings; the better, the stronger; the best, or the front, in a colour of its own."""
     figure.set_size_inches(figure.get_figwidth(), (360 if is_narrow else 380) / 72)
     axes = figure.subplots()
     columns = [_axis([p.settings.get(key) for p in data.points], key in data.log_keys) for key in data.keys]
-    columns.append(_axis([p.value for p in data.points], False))
+    names = list(data.keys)
     ranks = _ranks(data)
-    for row in np.argsort(ranks):
-        share = 1 - ranks[row] / max(1, len(ranks) - 1)  # 1 for the best
-        colour = palette["series1"] if ranks[row] == 0 else palette["series0"]
+    is_best, shares = ranks == 0, 1 - ranks / max(1, len(ranks) - 1)
+    if data.metric:
+        columns.append(_axis([p.value for p in data.points], False))
+        names.append(data.metric)
+    else:
+        is_best = np.array([p.value == 0 for p in data.points])
+        shares = np.where(is_best, 1.0, 0.4)
+    for row in np.argsort(shares):
+        colour, share = palette["series1" if is_best[row] else "series0"], float(shares[row])
         (line,) = axes.plot(range(len(columns)), [places[row] for places, _ in columns], color=colour,
-                  alpha=0.15 + 0.85 * share**2, linewidth=2.6 if ranks[row] == 0 else 1.4, zorder=2 + share)  # fmt: skip
+                  alpha=0.15 + 0.85 * share**2, linewidth=2.6 if is_best[row] else 1.4, zorder=2 + share)  # fmt: skip
         tip(line, _told(data.points[row], data.metric))
-    names = [*data.keys, data.metric]
     for x, (_, ticks) in enumerate(columns):
         axes.axvline(x, color=palette["faint"], linewidth=1.4, zorder=1)
         for place, text in ticks:
@@ -148,12 +154,12 @@ def draw_rungs(figure: "Figure", data: RungsData, palette: Palette, is_narrow: b
 
 
 def draw_front(figure: "Figure", data: SpaceData, palette: Palette, is_narrow: bool) -> None:
-    """Two objectives against each other; `keys` name them among the points' settings, and the points on the front have value 0."""
+    """The objectives `keys[0]` and `keys[1]` against each other."""
     figure.set_size_inches(figure.get_figwidth(), (320 if is_narrow else 360) / 72)
     axes = figure.subplots()
     for is_front, colour in ((False, "neutral"), (True, "series1")):
         chosen = [p for p in data.points if (p.value == 0) == is_front]
-        label = "no other is better in both" if is_front else "other trials"
+        label = "no other is better in all" if is_front else "other trials"
         axes.plot([], [], "o", color=palette[colour], markersize=6.5, label=label)
         places = [(p.settings[data.keys[0]], p.settings[data.keys[1]]) for p in chosen]
         draw_points(axes, places, [_told(p, "") for p in chosen], color=palette[colour], markersize=6.5)

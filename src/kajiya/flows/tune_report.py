@@ -1,11 +1,15 @@
 """The report of a study: the verdict, the best settings, what mattered, every trial."""
 
+import importlib.util
 import time
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kajiya.config.compose import from_plain
 from kajiya.config.quantities import format_seconds
+from kajiya.errors import StoreError
 from kajiya.flows.figures import Bar, BarsData, draw_bars
 from kajiya.flows.report import write_page
 from kajiya.flows.report_page import Block, Code, Column, Details, Notice, Page, Section, Table, Text, Tiles
@@ -23,9 +27,10 @@ from kajiya.flows.tune_figures import (
     draw_rungs,
     short,
 )
-from kajiya.flows.tune_results import best_trials, count_trials, finished
-from kajiya.flows.tune_search import ASHA
+from kajiya.flows.tune_results import THE_RECIPE, best_trials, count_trials, finished, trial_name
+from kajiya.flows.tune_search import ASHA, metric_of, open_study
 from kajiya.run.folder import Run
+from kajiya.run.inspect import run_status
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -34,14 +39,34 @@ if TYPE_CHECKING:
 _FEWEST_FOR_IMPORTANCE = 4
 
 
-def write_study_report(run: Run, study: "Study", metrics: Sequence[str]) -> Path:
-    """Write `report/report.html` and `report.md` in the study's folder; returns the HTML's path."""
+def report_study(run: Run, folder: Path | None = None) -> Path:
+    """The report of a study as it stands, from its folder alone; `folder`: where it goes, else into the study's own.
+
+    Raises `StoreError` for a study without a trial, or whose storage wants a password.
+    """
+    config = from_plain(run.manifest()["config"])
+    if "…@" in (config.tune.storage or ""):
+        raise StoreError(
+            f"The storage of {run.id} wants a password, which its folder does not keep.\n"
+            "The same `kajiya tune` command writes the report anew."
+        )
+    study = open_study(config.tune, run.folder, run.id, config.seed)
+    if not study.get_trials(deepcopy=False):
+        raise StoreError(f"{run.id} has no trial yet.")
+    return write_study_report(run, study, [metric_of(each) for each in config.tune.objectives], folder)
+
+
+def write_study_report(run: Run, study: "Study", metrics: Sequence[str], folder: Path | None = None) -> Path:
+    """Write `report.html` and `report.md` into `folder`, else `report/` of the study's own; returns the HTML's path."""
     manifest = run.manifest()
+    status = run_status(manifest)
+    if status != "finished":
+        manifest["confirmed"] = None  # an earlier end's, of what was the best then
     counts = count_trials(study)
     n = sum(counts.values())
     sections = [
         Section("asked", "What was asked", list(_asked(manifest))),
-        Section("best", "The best", list(_best(study, metrics, run))),
+        Section("best", "The best", list(_best(study, metrics, run, manifest))),
         Section("confirmed", "Beyond the noise?", list(_confirmed(manifest))),
         Section("course", "Course", list(_course(study, metrics))),
         Section("settings", "What mattered", list(_mattered(study, metrics, manifest))),
@@ -49,15 +74,15 @@ def write_study_report(run: Run, study: "Study", metrics: Sequence[str]) -> Path
     ]
     page = Page(
         title=f"{manifest['name']}: search",
-        status="finished",
-        status_words="searched",
+        status=status,
+        status_words="searched" if status == "finished" else status,
         subtitle=f"{run.id} · begun {moment(manifest['created'])}",
         verdict=_verdict(study, metrics, manifest),
         blocks=[Tiles([(str(n), "configurations tried"), *((str(count), state) for state, count in counts.items())])],
         sections=sections,
         footer=f"Written by Kajiya on {moment(time.time())}, from the study's storage and the runs' manifests.",
     )
-    return write_page(page, run.folder / "report")
+    return write_page(page, folder or run.folder / "report")
 
 
 def _verdict(study: "Study", metrics: Sequence[str], manifest: dict[str, Any]) -> list[str]:
@@ -97,13 +122,26 @@ def _range_words(dimension: dict[str, Any]) -> str:
     return f"{kind} from {dimension['low']:g} to {dimension['high']:g}{step}"
 
 
-def _best(study: "Study", metrics: Sequence[str], run: Run) -> Iterator[Block]:
+def _best(study: "Study", metrics: Sequence[str], run: Run, manifest: dict[str, Any]) -> Iterator[Block]:
     ranked = best_trials(study)[:5]
     if not ranked:
         yield Notice("No trial came to an end.", "bad")
         return
-    yield Table(*_trial_table(ranked, metrics), strong=frozenset({0} if len(metrics) == 1 else ()))
-    yield Text("The best settings are written as a recipe; this trains, evaluates and reports it:")
+    confirmed = manifest.get("confirmed")
+    chosen = trial_name(ranked[0]) if confirmed is None else confirmed["chosen"]
+    strong = [i for i, trial in enumerate(ranked) if trial_name(trial) == chosen and len(metrics) == 1]
+    yield Table(*_trial_table(ranked, metrics), strong=frozenset(strong))
+    if run_status(manifest) != "finished":
+        yield Text(
+            "The search is not over: the same command goes on with it, and writes the best settings as a recipe."
+        )
+        return
+    if chosen == trial_name(ranked[0]):
+        yield Text("The best settings are written as a recipe; this trains, evaluates and reports it:")
+    else:
+        favoured = "the recipe as it was" if chosen == THE_RECIPE else chosen
+        yield Notice(f"The fresh seeds favour {favoured} over {trial_name(ranked[0])}, the best of the search.", "warn")
+        yield Text("So best.yaml holds that; this trains, evaluates and reports it:")
     yield Code(f"kajiya train {run.folder / 'best.yaml'}", "sh")
 
 
@@ -111,7 +149,8 @@ def _confirmed(manifest: dict[str, Any]) -> Iterator[Block]:
     found = manifest.get("confirmed")
     if found is None:
         yield Notice(
-            "Not run again over fresh seeds (tune.confirm_seeds is 0, there are several objectives, or no best)."
+            "Not run again over fresh seeds (the search is not over or has no best, tune.confirm_seeds is 0, or there are "
+            "several objectives)."
         )
         return
     for text in found["verdicts"]:
@@ -140,23 +179,20 @@ def _course(study: "Study", metrics: Sequence[str]) -> Iterator[Block]:
         yield Notice("There is no finished trial to draw.")
         return
     if len(metrics) > 1:
-        front = {trial.number for trial in study.best_trials}
-        points = [
-            Point(t.number, 0.0 if t.number in front else 1.0, dict(zip(metrics, t.values or [], strict=True)))
-            for t in done
-        ]
-        yield plot(
-            "front",
-            draw_front,
-            SpaceData("", points, metrics, frozenset(), True),
-            "Objectives",
-            "Every finished trial.",
-        )
+        for number, pair in enumerate(combinations(metrics, 2), start=1):
+            data = SpaceData("", _front_points(study, metrics), pair, frozenset(), True)
+            yield plot(
+                "front" if number == 1 else f"front-{number}",
+                draw_front,
+                data,
+                f"{pair[0]} against {pair[1]}",
+                "Every finished trial; those that no other beats in all objectives are the front.",
+            )
         return
     without = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name in ("PRUNED", "FAIL")]
-    data = HistoryData(metrics[0], _points(done), _is_lower_better(study), without)
+    history = HistoryData(metrics[0], _points(done), _is_lower_better(study), without)
     yield plot(
-        "history", draw_history, data, f"{metrics[0]} by trial", "The figure of each finished trial, in their order."
+        "history", draw_history, history, f"{metrics[0]} by trial", "The figure of each finished trial, in their order."
     )
     courses = [
         (t.number, sorted(t.intermediate_values.items()), t.state.name == "COMPLETE")
@@ -180,43 +216,64 @@ def _mattered(study: "Study", metrics: Sequence[str], manifest: dict[str, Any]) 
     if len(done) < _FEWEST_FOR_IMPORTANCE or not keys:
         yield Notice(f"Too few finished trials ({len(done)}) to say what mattered.")
         return
-    if len(metrics) > 1:
-        yield Notice(
-            "With several objectives, what mattered depends on which; see Optuna's own dashboard on the study."
-        )
-        return
-    shares = _importance(study, keys)
-    if shares:
-        bars = [Bar(key, share, f"{share:.0%}", 0) for key, share in shares.items()]
-        said = ", ".join(f"{bar.label} {bar.text}" for bar in bars)
-        caption = "Share of the figure's variance that each setting explains among the finished trials (fANOVA)."
-        yield plot("importance", draw_bars, BarsData("share of the variance", bars), f"Importance: {said}", caption)
-        keys = list(shares)
+    shares: dict[str, float] = {}
+    for block, found in _importances(study, metrics, keys):
+        yield block
+        shares = shares or found
+    keys = list(shares) or keys
     log_keys = frozenset(each["key"] for each in manifest["dimensions"] if each["is_log"])
     complete = [t for t in done if all(key in t.params for key in keys)]
-    data = SpaceData(metrics[0], _points(complete), keys, log_keys, _is_lower_better(study))
-    if len(complete) > 1:
+    if len(complete) < 2:
+        return
+    if len(metrics) > 1:
+        points = [p for p in _front_points(study, metrics) if all(key in p.settings for key in keys)]
+        data = SpaceData("", points, [*keys, *metrics], log_keys, True)
         yield plot("parallel", draw_parallel, data, "Parallel coordinates of the trials",
-                   "One line a finished trial; the better, the stronger. The best stands out.")  # fmt: skip
-    if len(keys) > 1 and len(complete) > 1:
+                   "One line a finished trial; those of the front stand out.")  # fmt: skip
+        return
+    data = SpaceData(metrics[0], _points(complete), keys, log_keys, _is_lower_better(study))
+    yield plot("parallel", draw_parallel, data, "Parallel coordinates of the trials",
+               "One line a finished trial; the better, the stronger. The best stands out.")  # fmt: skip
+    if len(keys) > 1:
         yield plot("contour", draw_contour, data, f"{keys[0]} against {keys[1]}",
                    "The two settings that mattered most; larger and stronger is better, lines join equal figures.")  # fmt: skip
 
 
-def _importance(study: "Study", keys: Sequence[str]) -> dict[str, float]:
-    """fANOVA (Hutter et al., 2014) over the settings that every finished trial has; empty where there are none."""
-    import importlib.util
+def _importances(
+    study: "Study", metrics: Sequence[str], keys: Sequence[str]
+) -> Iterator[tuple[Block, dict[str, float]]]:
+    """For each objective its plot and its shares, or why there is none."""
+    common = [key for key in keys if all(key in trial.params for trial in finished(study))]
+    if importlib.util.find_spec("sklearn") is None:
+        words = "What mattered is not told: it needs scikit-learn. Install it with: pip install 'kajiya[metrics]'"
+        yield Notice(words, "warn"), {}
+        return
+    if not common:
+        yield Notice("What mattered is not told: no setting that varies is in every finished trial."), {}
+        return
+    for number, metric in enumerate(metrics):
+        try:
+            shares = _importance(study, common, number)
+        except (RuntimeError, ValueError) as problem:  # trials that all came out the same have no variance to share out
+            yield Notice(f"What mattered for {metric} is not told: {problem}"), {}
+            continue
+        bars = [Bar(key, share, f"{share:.0%}", 0) for key, share in shares.items()]
+        said = ", ".join(f"{bar.label} {bar.text}" for bar in bars)
+        caption = f"Share of the variance of {metric} that each setting explains among the finished trials (fANOVA)."
+        name = "importance" if len(metrics) == 1 else f"importance-{number + 1}"
+        yield plot(name, draw_bars, BarsData("share of the variance", bars), f"Importance: {said}", caption), shares
 
+
+def _importance(study: "Study", keys: Sequence[str], objective: int) -> dict[str, float]:
+    """fANOVA (Hutter et al., 2014), the largest share first."""
     import optuna
 
-    common = [key for key in keys if all(key in trial.params for trial in finished(study))]
-    if not common or importlib.util.find_spec("sklearn") is None:
-        return {}
+    def figure(trial: "FrozenTrial") -> float:
+        assert trial.values is not None
+        return trial.values[objective]
+
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    try:
-        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=common))
-    except (RuntimeError, ValueError):  # trials that all came out the same have no variance to share out
-        return {}
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), target=figure))
 
 
 def _trials(study: "Study", metrics: Sequence[str]) -> Iterator[Block]:
@@ -255,6 +312,15 @@ def _trial_table(trials: "Sequence[FrozenTrial]", metrics: Sequence[str]) -> tup
 
 def _points(trials: "Sequence[FrozenTrial]") -> list[Point]:
     return [Point(t.number, float(t.value or 0.0), dict(t.params)) for t in trials]
+
+
+def _front_points(study: "Study", metrics: Sequence[str]) -> list[Point]:
+    """Finished trials with their settings and objectives; those that no other beats in all have the value 0."""
+    front = {trial.number for trial in study.best_trials}
+    return [
+        Point(t.number, 0.0 if t.number in front else 1.0, t.params | dict(zip(metrics, t.values or [], strict=True)))
+        for t in finished(study)
+    ]
 
 
 def _is_lower_better(study: "Study") -> bool:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
+THE_RECIPE = "the recipe"
+"""What the recipe itself is called beside the trials."""
+
 
 def finished(study: "Study") -> "list[FrozenTrial]":
     """Trials that came to their end with a figure."""
@@ -52,18 +55,35 @@ def config_of(plan: StudyPlan, trial: "FrozenTrial") -> Config:
     return compose(plan.recipe, [*plan.fixed, *chosen], plan.config_dir)
 
 
-def write_best(plan: StudyPlan, study: "Study") -> Path | None:
-    """`best.yaml` in the study's folder: the best trial's config as a recipe."""
+def recipe_of(plan: StudyPlan) -> Config:
+    """The recipe as it was before the search."""
+    return compose(plan.recipe, plan.fixed, plan.config_dir)
+
+
+def trial_name(trial: "FrozenTrial") -> str:
+    """What a trial is called beside the recipe."""
+    return f"trial {trial.number}"
+
+
+def write_best(plan: StudyPlan, study: "Study", chosen: str | None = None) -> Path | None:
+    """`best.yaml` in the study's folder: the best trial's config as a recipe, or that of what the fresh seeds have `chosen`."""
     import yaml
 
     ranked = best_trials(study)
     if not ranked:
         return None
     best = ranked[0]
-    config = to_plain(config_of(plan, best))
-    del config["tune"]
-    config["name"] = f"{config['name']}-best"
-    head = f"# Trial {best.number} of study {plan.id}: {', '.join(f'{v:.6g}' for v in best.values or [])}.\n"
+    if chosen == THE_RECIPE:
+        config, head = recipe_of(plan), f"# The recipe as it was before study {plan.id}.\n"
+    else:
+        trial = {trial_name(each): each for each in ranked}[chosen or trial_name(best)]
+        values = ", ".join(f"{v:.6g}" for v in trial.values or [])
+        config, head = config_of(plan, trial), f"# Trial {trial.number} of study {plan.id}: {values}.\n"
+    if chosen not in (None, trial_name(best)):
+        head += f"# The fresh seeds favour it over {trial_name(best)}, the best of the search.\n"
+    plain = to_plain(config)
+    del plain["tune"]
+    plain["name"] = f"{plain['name']}-best"
     path = plan.folder / "best.yaml"
-    path.write_text(head + yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(head + yaml.safe_dump(public_config(plain), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path

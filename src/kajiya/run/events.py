@@ -31,7 +31,6 @@ Event = dict[str, Any]
 - `artifact`: `name`, `path`, `stage`, `digest`
 - `report`: `path`
 - `proof`: `facts` (`seconds`, `findings`: name, state, text, remedy, figures)
-- `trial` (of a study): `number`, `status`, `values`, `problem`, `run` (id or null), `seconds`
 - `warning`: `text`
 - `note`: `text`, something worth knowing that is no warning
 - `ended`: `status` (finished, interrupted, failed), `error`

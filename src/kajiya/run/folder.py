@@ -117,6 +117,15 @@ def find_run_or_study(store: Store, name: str) -> Run:
     return _find(store, name, ("runs", "studies"))
 
 
+def find_study(store: Store, name: str) -> Run | None:
+    """The study that `find_run_or_study` finds; `None` for a run's name, and for one that is neither's."""
+    try:
+        found = find_run_or_study(store, name)
+    except StoreError:
+        return None
+    return found if is_study(found) else None
+
+
 def list_runs(store: Store) -> list[Run]:
     """All runs of the store, oldest first."""
     return _list(store, "runs")
