@@ -97,7 +97,8 @@ def test_a_classifier_has_f1_auroc_calibration_and_a_confusion_matrix(classifier
     assert details == {"classes": names, "confusion": confusion_matrix(right, picked, labels=range(3)).tolist()}
     for name, each in result.figures.items():
         low, high = each["interval"]
-        assert low <= each["value"] <= high, name
+        assert low < high
+        assert name == "ece" or low <= each["value"] <= high, name  # resampling adds to a calibration error
     # Rows are resampled, not batches of them; a prompt is what the model has read.
     losses = np.array([row["nll: statistics"] for row in rows])
     assert losses.shape == (len(rows), 2)
