@@ -109,7 +109,7 @@ def test_every_argument_and_option_has_its_words() -> None:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread, as the shared run was trained with; the speed of a step is nobody's concern here."""
     monkeypatch.setattr("kajiya.run.provenance.usable_cores", lambda: 1)
-    monkeypatch.setattr("kajiya.preflight.plan._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
+    monkeypatch.setattr("kajiya.flows.planning._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def loss(model, batch, chunk_tokens: int, factor: float = {factor}):
 @pytest.fixture(autouse=True)
 def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of a step is nobody's concern here."""
-    monkeypatch.setattr("kajiya.preflight.plan._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
+    monkeypatch.setattr("kajiya.flows.planning._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
 
 
 def _only(*names: str) -> str:
@@ -68,6 +68,27 @@ def test_a_verdict_is_kept_until_settings_or_own_code_change(
     source.write_text(_OWN.format(factor=1.0))
     assert proven() == "reused"
     sys.modules.pop("my_proven_loss")
+
+
+def test_a_step_is_measured_once_unless_the_length_hangs_on_it(
+    small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+
+    def step_seconds(*more: str) -> float:
+        heard: list[float] = []
+
+        def hear(kind: str, **fields: Any) -> None:
+            if kind == "plan":
+                heard.append(fields["facts"]["step_seconds"])
+
+        prove_recipe(small_config(_only("schedule"), *more), store, hear)
+        return heard[-1]
+
+    first = step_seconds()
+    assert step_seconds("seed=7", "optim.lr=1e-3", "train.steps=40") == first
+    assert step_seconds("train.micro_batch=4") != first
+    assert step_seconds("train.steps=null", "train.minutes=1") != first
 
 
 # ---------------------------------------------------------------- rows of conversations

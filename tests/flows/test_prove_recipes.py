@@ -19,7 +19,7 @@ REAL_BASES = ("gemma-dpo", "llama-3.1-8b-lora", "qwen3-qlora")
 @pytest.fixture(autouse=True)
 def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of a step is nobody's concern here."""
-    monkeypatch.setattr("kajiya.preflight.plan._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
+    monkeypatch.setattr("kajiya.flows.planning._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
 
 
 def _smaller(name: str, run: str) -> list[str]:

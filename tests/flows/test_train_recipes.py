@@ -20,7 +20,7 @@ NAMES = ("classify", "kto", "mlm", "t5", "sft")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_and_is_evaluated(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kajiya.preflight.plan._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
+    monkeypatch.setattr("kajiya.flows.planning._ENOUGH_S", {"by time": 0.0, "by steps": 0.0})
     monkeypatch.setattr("kajiya.run.provenance.usable_cores", lambda: 1)
     config = compose(f"stdlib-{name}", [*_smaller(f"stdlib-{name}", ""), *STEPS, *QUICK])
     done = train(config, Store(tmp_path))

@@ -12,12 +12,12 @@ from kajiya.config.schema import Config
 from kajiya.config.tables import loss_row
 from kajiya.data.bigrams import Bigrams, count_bigrams
 from kajiya.data.progress import OnEvent, silent
-from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Data, Feeds, build_reference, open_feeding, require_isolation, task_of
 from kajiya.flows.fit_hooks import follower_hooks, make_hooks
 from kajiya.flows.keeping import Keeper
+from kajiya.flows.planning import plan_run
 from kajiya.flows.prove import prove_run
 from kajiya.flows.rolling import open_rollouts
 from kajiya.flows.sample_watch import open_samples
@@ -32,7 +32,7 @@ from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.outputs import decoder_start
 from kajiya.models.quantized import count_params
 from kajiya.models.trained import save_trained
-from kajiya.preflight.plan import Plan, make_plan, plan_facts, with_schedule
+from kajiya.preflight.plan import Plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
 from kajiya.run.store import Artifact, Store
 from kajiya.training.compile import compile_where_it_pays
@@ -206,26 +206,10 @@ def _build(config: Config, data: Data) -> BuiltModel:
     return built
 
 
-def plan_run(config: Config, prepared: Prepared, data: Data, began: float) -> Plan:
-    """The plan, its steps measured; `began` is when the time of `train.minutes` began (`time.perf_counter()`)."""
-    row_tokens = prepared.feeding.row_tokens
-    if data.packing is None:
-        tokens = open_split(data.shards.path, "train").n_tokens
-    else:
-        tokens = prepared.feeding.loader().rows_per_epoch * row_tokens
-    spent = time.perf_counter() - began
-    loader: Any = prepared.setup.loader
-    # Answers that are drawn are as long as the model makes them.
-    is_drawn = loss_row(config.train.loss.name).takes == "prompts"
-    return make_plan(
-        config,
-        prepared.setup,
-        tokens_per_epoch=tokens,
-        row_tokens=row_tokens,
-        spent_s=spent,
-        compiled=prepared.compiled,
-        heaviest=None if is_drawn else loader.heaviest(),
-    )
+def _plan(config: Config, prepared: Prepared, data: Data, began: float, store: Store | None) -> Plan:
+    """The plan. Processes that work together measure their steps together, so that nothing kept is taken then."""
+    kept = store if prepared.ranks.n == 1 else None
+    return plan_run(config, prepared.setup, prepared.feeding, data, compiled=prepared.compiled, began=began, store=kept)
 
 
 def fit_run(
@@ -247,7 +231,7 @@ def fit_run(
     for name, artifact in prepared.computed.items():
         run.record_artifact(name, artifact)
     if "train.steps" not in settled:
-        plan = plan_run(config, prepared, data, began)
+        plan = _plan(config, prepared, data, began, run.store)
         settled = _settle(config, prepared, plan)
         seconds = time.perf_counter() - began
         run.record(
@@ -319,7 +303,7 @@ def follow_run(config: Config, run: Run, data: Data, key: str, should_stop: Call
     settled = dict(run.manifest().get("derived") or {})
     prepared = prepare(config, data, run.store, settled)
     if "train.steps" not in settled:
-        settled = _settle(config, prepared, plan_run(config, prepared, data, began))
+        settled = _settle(config, prepared, _plan(config, prepared, data, began, None))
     if not prepared.setup.strategy.from_first(0.0):
         return  # the first rank proved that the run would go wrong, and says so
     keeper = _keeper(config, run, prepared, settled, key, silent)
@@ -435,7 +419,7 @@ def plan_only(config: Config, data: Data, store: Store) -> tuple[Plan, dict[str,
     """The plan of a config without a run, and the values that were derived."""
     began = time.perf_counter()
     prepared = prepare(config, data, store, {})
-    plan = plan_run(config, prepared, data, began)
+    plan = _plan(config, prepared, data, began, None)
     return plan, prepared.derived | _lengths(config, plan)
 
 
@@ -443,7 +427,7 @@ def prove_only(config: Config, data: Data, store: Store, hear: OnEvent) -> dict[
     """The verdict of a config without a run. Raises `ProofError` for checks that fail."""
     began = time.perf_counter()
     prepared = prepare(config, data, store, {})
-    plan = plan_run(config, prepared, data, began)
+    plan = _plan(config, prepared, data, began, store)
     hear("plan", facts=plan_facts(plan))
     setup = with_schedule(prepared.setup, config, plan.steps)
     proof = prove_run(config, setup, data, store, plan_facts(plan), lambda: _build(config, data).module, hear)

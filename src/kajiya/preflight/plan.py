@@ -11,12 +11,9 @@ from kajiya.models.quantized import count_params
 from kajiya.training.fit import Setup
 from kajiya.training.flops import flops_per_token
 from kajiya.training.portions import rows_of_step
-from kajiya.training.probe import StepCost, measure_steps
+from kajiya.training.probe import StepCost
 from kajiya.training.ranks import find_ranks
 from kajiya.training.schedules import curve_points, load_schedule
-
-_ENOUGH_S = {"by time": 2.0, "by steps": 0.5}
-"""How long steps are measured: where the length of the run comes from it, and where only its words do, seconds."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +75,18 @@ def _trained_words(n_params: int, n_trainable: int) -> str:
 def make_plan(
     config: Config,
     setup: Setup,
+    cost: StepCost,
     *,
     tokens_per_epoch: int,
     row_tokens: int,
     spent_s: float,
     compiled: str,
-    heaviest: Any = None,
 ) -> Plan:
-    """Measure a few steps (undone afterwards), one on the micro-batch `heaviest`, and derive what the config leaves open.
+    """Derive from what a step costs what the config leaves open.
 
     `tokens_per_epoch` is the training split's, `row_tokens` a row's, `spent_s` the seconds of
     `train.minutes` that are already gone.
     """
-    enough_s = _ENOUGH_S["by time" if config.train.minutes is not None else "by steps"]
-    cost = measure_steps(setup, enough_s, heaviest)
     tokens_per_step = row_tokens * rows_of_step(config.train)
     steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
     n_params = count_params(setup.model)
