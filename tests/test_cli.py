@@ -92,12 +92,13 @@ def test_eval_of_a_run_and_of_a_folder(finished: Finished, store: str) -> None:
     assert "bits per byte" in kajiya("eval", "latest", *small_overrides(), "--store", store)
 
 
-def test_eval_of_tasks_shows_the_worst_rows_by_a_metric(finished: Finished, store: str, tmp_path: Path) -> None:
+def test_eval_of_tasks_shows_the_worst_rows_by_a_metric(own_finished: Finished, tmp_path: Path) -> None:
+    store = str(own_finished.store.root)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"def f{i}(", "a": "self"}) + "\n" for i in range(4)))
     task = {"rows": "rows.jsonl", "prompt": "{{ q }}", "target": "{{ a }}", "metrics": ["bleu", "exact_match", "f1"],
             "max_tokens": 4}  # fmt: skip
     (tmp_path / "mine.yaml").write_text(json.dumps(task))
-    words = ["eval", finished.trained.run.id, "--tasks", str(tmp_path / "mine.yaml"), "--store", store]
+    words = ["eval", own_finished.trained.run.id, "--tasks", str(tmp_path / "mine.yaml"), "--store", store]
     text = kajiya(*words, "--show-errors")
     assert "mine: 4 rows without full marks, 4 of them:" in text
     assert "prompt: def f0(" in text

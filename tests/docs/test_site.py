@@ -155,7 +155,7 @@ def test_the_tracked_recipe_composes(tmp_path: Path) -> None:
     assert compose(str(tmp_path / block.title)).track.trackers == ("mlflow", "tensorboard")
 
 
-def test_the_package_reads_one_variable_of_the_environment_and_torchruns() -> None:
+def test_the_package_reads_one_variable_of_the_environment_torchruns_and_what_a_task_names() -> None:
     """Others are passed to trackers or set for the process; `doctor` looks for the compiler where torch looks for it."""
     ranks = {"'RANK'", "'LOCAL_RANK'", "'WORLD_SIZE'", "'LOCAL_WORLD_SIZE'"}
     reading: dict[str, list[str]] = {}
@@ -166,7 +166,8 @@ def test_the_package_reads_one_variable_of_the_environment_and_torchruns() -> No
                 reading.setdefault(path.name, []).append(variable)
             if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
                 assert ast.unparse(node.value) != "os.environ", f"{path}: {ast.unparse(node)}"
-    assert reading == {"store.py": ["STORE_VARIABLE"], "doctor.py": ["'CXX'"]}
+    # The judge's is named by the task.
+    assert reading == {"store.py": ["STORE_VARIABLE"], "doctor.py": ["'CXX'"], "judge.py": ["judge.key_variable"]}
 
 
 def test_every_address_and_parameter_of_the_server_is_on_the_page(finished: Any) -> None:

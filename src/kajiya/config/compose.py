@@ -15,7 +15,7 @@ from kajiya.errors import ConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_MAPPINGS = ("data.columns", "serve.adapters", "serve.models")
+_MAPPINGS = ("data.columns", "data.heldout_source.columns", "serve.adapters", "serve.models")
 _CONF = Path(str(resources.files("kajiya").joinpath("conf")))
 
 

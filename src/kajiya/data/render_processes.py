@@ -5,16 +5,15 @@ not forked: the process at hand has threads, and where it is a script without a 
 """
 
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -63,6 +62,26 @@ def processes_for(documents: Documents, memory_mib: int) -> int:
     return max(1, min(usable_cores(), (memory_mib * 2**20 - peak_memory()) // each))
 
 
+class _Process:
+    """One that renders: what it is asked, and what it answers."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        inner, asked = os.pipe()
+        answers, outer = os.pipe()
+        self.asked, self.answers = Connection(asked, readable=False), Connection(answers, writable=False)
+        try:
+            self.running = subprocess.Popen(
+                [sys.executable, "-c", _COMMAND],
+                stdin=inner,
+                stdout=outer,
+                env=env,
+                start_new_session=True,  # an interrupt is for the process at hand, which then ends them
+            )
+        finally:
+            os.close(inner)
+            os.close(outer)
+
+
 class RenderProcesses:
     """Encodes runs of rows as `RowsEncoder` does, each in a free one of `n` processes, which live while it is a context."""
 
@@ -71,23 +90,17 @@ class RenderProcesses:
         self.n = n
         self.peak_bytes = 0
         """Highest resident memory of the processes together; known when they have ended."""
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._free: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        self._processes: list[_Process] = []
+        self._free: SimpleQueue[_Process] = SimpleQueue()
 
     def __enter__(self) -> Self:
         # Each has one core: the encoder's own threads would be in the others' way.
         path = os.pathsep.join(each for each in sys.path if each)
         env = os.environ | {"RAYON_NUM_THREADS": "1", "PYTHONPATH": path}
         for _ in range(self.n):
-            process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=env,
-                start_new_session=True,  # an interrupt is for the process at hand, which then ends them
-            )
+            process = _Process(env)
             self._processes.append(process)
-            _send(process.stdin, self.task)
+            process.asked.send(self.task)
             self._free.put(process)
         return self
 
@@ -95,11 +108,11 @@ class RenderProcesses:
         """The rows from `start` to before `stop`; called from several threads. Raises `DataError` as `RowsEncoder` does."""
         process = self._free.get()
         try:
-            _send(process.stdin, (start, stop))
-            answer = _receive(process.stdout)
+            process.asked.send((start, stop))
+            answer = process.answers.recv()
         except (EOFError, BrokenPipeError) as error:
             raise DataError(
-                f"a process that renders rows has ended by itself (exit status {process.wait()}).\n"
+                f"a process that renders rows has ended by itself (exit status {process.running.wait()}).\n"
                 "Where memory is short, lower data.memory_mib: fewer processes then render."
             ) from error
         finally:
@@ -113,43 +126,28 @@ class RenderProcesses:
     ) -> None:
         for process in self._processes:
             if error is not None:
-                process.kill()
-            elif process.stdin is not None:
-                process.stdin.close()
+                process.running.kill()
+            process.asked.close()
         for process in self._processes:
             if error is None:
-                self.peak_bytes += _receive(process.stdout)
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with suppress(BrokenPipeError):  # what was still to be sent to a process that has ended
-                        pipe.close()
+                self.peak_bytes += process.answers.recv()
+            process.running.wait()
+            process.answers.close()
 
 
 def serve() -> None:
     """Render what standard input asks for until it ends; then tell the highest resident memory, bytes."""
-    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    asked, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     # Whatever a library prints goes where errors go.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    encode = _receive(asked).encoder()
+    os.dup2(2, 1)
+    encode = asked.recv().encoder()
     while True:
         try:
-            start, stop = _receive(asked)
+            start, stop = asked.recv()
         except EOFError:
             break
         try:
-            _send(answers, encode(start, stop))
+            answers.send(encode(start, stop))
         except DataError as error:
-            _send(answers, str(error))
-    _send(answers, peak_memory())
-
-
-def _send(pipe: IO[bytes] | None, value: Any) -> None:
-    assert pipe is not None, "the process was begun without a pipe"
-    pickle.dump(value, pipe, protocol=pickle.HIGHEST_PROTOCOL)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes] | None) -> Any:
-    assert pipe is not None, "the process was begun without a pipe"
-    return pickle.load(pipe)
+            answers.send(str(error))
+    answers.send(peak_memory())

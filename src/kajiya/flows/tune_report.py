@@ -270,7 +270,7 @@ def _importance(study: "Study", keys: Sequence[str], objective: int) -> dict[str
 
     def figure(trial: "FrozenTrial") -> float:
         assert trial.values is not None
-        return trial.values[objective]
+        return float(trial.values[objective])
 
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), target=figure))
