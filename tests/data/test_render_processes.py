@@ -89,5 +89,5 @@ def test_a_process_that_is_killed_is_said(prepared: tuple[DataConfig, Artifact, 
 
 def _kill_within(begun: RenderProcesses) -> None:
     with begun as processes:
-        begun._processes[0].send_signal(signal.SIGKILL)
+        begun._processes[0].running.send_signal(signal.SIGKILL)
         processes(10, 20)
