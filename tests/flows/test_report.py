@@ -715,7 +715,7 @@ def test_the_printed_report_is_short_and_has_its_figures(tmp_path: Path, monkeyp
     assert 3 <= text.count("\f") <= 12
     # Letters of the figures themselves, drawn as text, stand on the paper.
     for words in (
-        "optimizer steps",
+        "training tokens",
         "A: held out",
         "xz -9 primed with the training text",
         "Paired comparison",
