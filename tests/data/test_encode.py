@@ -33,6 +33,20 @@ def test_ids_are_equal_over_the_whole_corpus(small) -> None:
             assert np.array_equal(fast, slow)
 
 
+def test_what_the_fast_encoder_keeps_is_bounded(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind so much text it is opened anew, with the same ids."""
+    monkeypatch.setattr("kajiya.data.encode._KEPT_TEXT", 1000)
+    bulk = open_bulk_encoder(small.tokenizer.path, []).bulk
+    assert isinstance(bulk, FastBulkEncoder)
+    bulk.encode(["a" * 1001])
+    first = bulk.encoder
+    ids, _ = bulk.encode(["import os\n"])
+    assert bulk.encoder is not first
+    second = bulk.encoder
+    assert np.array_equal(bulk.encode(["import os\n"])[0], ids)
+    assert bulk.encoder is second
+
+
 @pytest.mark.slow
 def test_ids_are_equal_over_the_whole_standard_library(tmp_path: Path) -> None:
     store = Store(tmp_path)

@@ -17,7 +17,7 @@ from kajiya.data import parts
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import DocumentWriter, open_documents
 from kajiya.data.examples import Example, Segment
-from kajiya.data.memory import FAST, PLAIN, portions_within
+from kajiya.data.memory import FAST, PLAIN, has_room, portions_within
 from kajiya.data.shards import Rendering, build_shards, open_split
 from kajiya.errors import DataError, StoreError
 from kajiya.run.store import Artifact, Store, open_artifact
@@ -185,6 +185,14 @@ def test_a_document_too_large_for_the_cap_is_refused(tmp_path: Path) -> None:
         portions_within(room, [documents], PLAIN, 10**6)
     portions = portions_within(room, [documents], FAST, 10**6)
     assert 2**16 <= portions.chunk_bytes * FAST.bytes_per_byte * FAST.n_ahead <= 201 * 2**20
+
+
+def test_an_encoder_that_keeps_what_it_has_seen_needs_room_for_it() -> None:
+    used = -(-peak_memory() // 2**20)
+    kept = FAST.kept_bytes // 2**20
+    assert not has_room(used + kept, FAST)
+    assert has_room(used + kept + 20, FAST)
+    assert has_room(used + 20, PLAIN)
 
 
 MEASURED = """

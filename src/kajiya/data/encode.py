@@ -58,14 +58,31 @@ class PlainBulkEncoder:
         return np.concatenate([*encoded, np.zeros(0, dtype=np.int64)]).astype(np.uint32), offsets
 
 
-@dataclass(frozen=True)
-class FastBulkEncoder:
-    """The same tokenizer in the package `fastokens`, which keeps what it has encoded before."""
+_KEPT_TEXT = 2**25
+"""Characters after which the fast encoder is opened anew: what it keeps grows with the words that it has seen."""
 
-    encoder: Any
+
+class FastBulkEncoder:
+    """The same tokenizer in the package `fastokens`, which keeps what it has encoded before.
+
+    Raises whatever the package raises for a tokenizer that it cannot read.
+    """
+
+    def __init__(self, tokenizer_json: str) -> None:
+        self._json = tokenizer_json
+        self._open()
+
+    def _open(self) -> None:
+        from fastokens import Tokenizer
+
+        self.encoder: Any = Tokenizer.from_json_str(self._json)
+        self._n_seen = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `BulkEncoder`'s."""
+        if self._n_seen > _KEPT_TEXT:
+            self._open()
+        self._n_seen += sum(map(len, texts))
         ids, offsets = self.encoder.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
         return np.frombuffer(ids, dtype="<u4"), np.frombuffer(offsets, dtype="<u8").astype(np.int64)
 
@@ -95,12 +112,10 @@ def open_bulk_encoder(folder: Path, sample: Iterable[str]) -> OpenedEncoder:
 def fastest_encoder(encoder: "Tokenizer", sample: Iterable[str]) -> OpenedEncoder:
     """As `open_bulk_encoder`, of an encoder without padding, cutting and special tokens."""
     plain = PlainBulkEncoder(encoder)
-    try:
-        from fastokens import Tokenizer
-    except ModuleNotFoundError:
+    if find_spec("fastokens") is None:
         return OpenedEncoder(plain, bulk_words())
     try:
-        fast = FastBulkEncoder(Tokenizer.from_json_str(encoder.to_str()))
+        fast = FastBulkEncoder(encoder.to_str())
     except Exception as error:  # the package has no narrower one: whatever it cannot read, the tokenizer can
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return OpenedEncoder(plain, f"tokenizers, since fastokens cannot read this tokenizer: {first}")

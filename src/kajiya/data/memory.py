@@ -21,10 +21,21 @@ class Appetite:
     """Bytes of memory for each byte of text in work, at the most."""
     n_ahead: int
     """Chunks in work at a time."""
+    kept_bytes: int = 0
+    """What the encoder keeps of text that it has seen, at the most."""
 
 
-FAST = Appetite(32, 2)
+FAST = Appetite(32, 2, 40 * 2**20)
 PLAIN = Appetite(120, 1)
+
+
+def has_room(memory_mib: int, appetite: Appetite) -> bool:
+    """Whether the cap leaves room for such an encoder, and for the smallest chunks."""
+    return _budget(memory_mib, appetite) >= _SMALLEST_CHUNK * appetite.bytes_per_byte * appetite.n_ahead
+
+
+def _budget(memory_mib: int, appetite: Appetite) -> int:
+    return memory_mib * 2**20 - peak_memory() - appetite.kept_bytes
 
 
 def portions_within(memory_mib: int, splits: list[Documents], appetite: Appetite, part_bytes: int) -> Portions:
@@ -32,7 +43,7 @@ def portions_within(memory_mib: int, splits: list[Documents], appetite: Appetite
 
     Raises `DataError` for a document that could not be encoded under it: a document is never divided.
     """
-    budget = memory_mib * 2**20 - peak_memory()
+    budget = _budget(memory_mib, appetite)
     for documents in splits:
         if not len(documents):
             continue

@@ -15,10 +15,10 @@ import numpy as np
 
 from kajiya.config.schema import DataConfig
 from kajiya.data.documents import SPLITS, Documents, cumulated, open_documents, write_names
-from kajiya.data.encode import bulk_words, open_bulk_encoder
+from kajiya.data.encode import OpenedEncoder, PlainBulkEncoder, bulk_words, open_bulk_encoder, open_encoder
 from kajiya.data.encoding import RenderMany, RowsEncoder, TextEncoder
 from kajiya.data.mapped import map_file
-from kajiya.data.memory import FAST, PLAIN, portions_within
+from kajiya.data.memory import FAST, PLAIN, has_room, portions_within
 from kajiya.data.names import Names, open_names
 from kajiya.data.parts import Encode, Part, link_parts, write_parts
 from kajiya.data.progress import OnEvent, Progress, silent
@@ -80,6 +80,9 @@ def build_shards(
         require_space(folder, max(0, n_bytes * dtype.itemsize - made), "tokenizing")
         if rendering is None:
             opened = open_bulk_encoder(tokenizer.path, _sample(splits))
+            if opened.is_fast and not has_room(config.memory_mib, FAST):
+                words = f"tokenizers, since data.memory_mib={config.memory_mib} leaves no room for what fastokens keeps"
+                opened = OpenedEncoder(PlainBulkEncoder(open_encoder(tokenizer.path)), words)
             appetite, words = (FAST if opened.is_fast else PLAIN), opened.words
         else:
             render, appetite, words = rendering.open(), PLAIN, f"{bulk_words()}, rendered row by row"
