@@ -81,3 +81,7 @@ def _name_the_model(document: dict[str, Any]) -> None:
         properties = body.get("properties", {})
         if "messages" in properties or "prompt" in properties or "input" in properties:
             properties["model"] = {"const": NAME}
+        if "messages" in properties:
+            # Of roles in any order templates take next to none.
+            turn = {"const": [{"role": "user", "content": "Why?"}]}
+            properties["messages"] = {"anyOf": [turn, properties["messages"]]}
