@@ -98,7 +98,7 @@ def prepare(source: str, files: str, cap_mib: int, store: Path) -> dict[str, Any
 def main() -> None:
     """Print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cap-mib", type=int, default=192, help="data.memory_mib; the corpus is four times as large")
+    parser.add_argument("--cap-mib", type=int, default=256, help="data.memory_mib; the corpus is four times as large")
     parser.add_argument("--kinds", nargs="+", default=["text", "jsonl"], choices=["text", "jsonl"])
     given = parser.parse_args()
     for kind in given.kinds:

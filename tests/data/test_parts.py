@@ -242,7 +242,9 @@ def test_a_line_of_a_hundred_megabytes_is_tokenized_whole(small, tmp_path: Path)
             writer.add(split, raw)
             writer.finish()
     corpus = Artifact(folder, "corpus", "k", "d", {})
-    shards, _ = build_shards(small.config, corpus, small.tokenizer, Store(tmp_path / "store"))
+    # Beside what tests before it have taken.
+    config = replace(small.config, memory_mib=8192)
+    shards, _ = build_shards(config, corpus, small.tokenizer, Store(tmp_path / "store"))
     once = len(line) // 4_400_000
     assert shards.facts["train"]["bytes"] == len(line) == 4_400_000 * once > 100_000_000
     assert shards.facts["train"]["tokens"] > 4_400_000
