@@ -111,8 +111,8 @@ def test_real_failures_do_not_end_the_search(tmp_path: Path) -> None:
         "def loss(model, batch, how='well', chunk_tokens=512):\n"
         "    if how == 'crash': raise RuntimeError('on purpose')\n"
         "    if how == 'kill': os.kill(os.getpid(), 9)\n"
-        "    if how == 'greedy':\n"  # what only a limit of the address space refuses
-        "        mmap.mmap(-1, 2**37, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)\n"
+        "    if how == 'greedy':\n"  # what only a limit of the address space refuses (0x4000: Linux's MAP_NORESERVE)
+        "        mmap.mmap(-1, 2**37, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)\n"
         "    if how == 'hang':\n"
         "        child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'])\n"
         "        open('child', 'w').write(str(child.pid))\n"
