@@ -440,6 +440,17 @@ def test_accumulation_is_proven_for_a_loss_that_measures_its_group(
     assert (found.figures["difference"] > 1e-3) == (wrong is not None)
 
 
+def test_noise_on_the_embeddings_is_no_alarm(corpus: Corpus) -> None:
+    """NEFTune draws anew for each micro-batch, as dropout does."""
+    parts = make_parts()
+    loss = LossConfig("next_token", {"chunk_tokens": 7, "neftune_alpha": 5.0})
+    parts.config = replace(parts.config, train=replace(parts.config.train, loss=loss))
+    parts.setup_changes |= {"loss": load_loss(loss)}
+    verdict, _ = verdict_of(parts, corpus)
+    found = finding(verdict, "accumulation")
+    assert found.state == "passed", found.text
+
+
 def test_joined_micro_batches_are_what_a_larger_one_would_be() -> None:
     """Of unlike widths, with examples numbered on and the last tokens found again."""
     sequences = random_sequences(10, 4)

@@ -13,6 +13,7 @@ from kajiya.preflight.prove_policy import check_policy_learning
 from kajiya.preflight.prove_start import loss_on
 from kajiya.preflight.subject import Finding, Subject, failed, passed
 from kajiya.training.fit import Setup, train_step
+from kajiya.training.losses.noise import without_noise
 from kajiya.training.state import TrainState
 
 _ACCUMULATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "bf16-mixed": 5e-2, "fp16-mixed": 2e-2, "fp8": 0.1}
@@ -27,12 +28,13 @@ def check_accumulation(subject: Subject) -> Finding:
     setup = subject.setup
     changed = without_dropout(setup.model)
     try:
-        first, second = _uneven(first_batch(setup), setup)
-        apart = _gradients(setup, [first, second])
-        if can_join(first):
-            together = _gradients(setup, [joined(first, second)])
-        else:
-            together = _gradients_of_sums(setup, [first, second])
+        with without_noise():
+            first, second = _uneven(first_batch(setup), setup)
+            apart = _gradients(setup, [first, second])
+            if can_join(first):
+                together = _gradients(setup, [joined(first, second)])
+            else:
+                together = _gradients_of_sums(setup, [first, second])
     finally:
         restore_dropout(changed)
     norm = math.sqrt(sum(float(each.square().sum()) for each in together.values()))

@@ -2,11 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from kajiya.errors import ConfigError
+
+_is_off = ContextVar("_is_off", default=False)
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Within the block no noise is added, in training mode too: for what compares one step with another."""
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
 
 
 @contextmanager
@@ -15,7 +28,7 @@ def noisy_embeddings(model: Any, segments_BT: torch.Tensor, alpha: float | None)
 
     L is the length of the token's segment, D the width (Jain et al., NEFTune, arXiv:2310.05914, algorithm 1). `None`: no noise.
     """
-    if alpha is None or not model.training:
+    if alpha is None or not model.training or _is_off.get():
         yield
         return
     embedding = _embedding(model)
