@@ -195,6 +195,18 @@ def test_an_encoder_that_keeps_what_it_has_seen_needs_room_for_it() -> None:
     assert has_room(used + 20, PLAIN)
 
 
+def test_a_process_that_was_larger_before_prepares_within_the_cap_of_what_it_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DocumentWriter(tmp_path, "train") as writer:
+        writer.add("a.txt", b"a" * 100_000)
+        documents = writer.finish()
+    monkeypatch.setattr("kajiya.data.memory.peak_memory", lambda: 5000 * 2**20)
+    assert portions_within(4096, [documents], PLAIN, 10**6).chunk_bytes == 4 * 2**20
+    with pytest.raises(DataError, match=r"data\.memory_mib=16"):
+        portions_within(16, [documents], PLAIN, 10**6)
+
+
 MEASURED = """
 import sys
 from pathlib import Path
