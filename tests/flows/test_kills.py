@@ -140,7 +140,7 @@ def test_killed_at_random_steps(precision: str, optim: str, more: str, prepared:
 def test_a_length_by_time_and_the_fastest_precision_are_settled_once(prepared: Path, tmp_path: Path) -> None:
     """The demo's own way: the first attempt measures, the later ones keep what it found."""
     common = ("model.n_params=400k", "train.compile=off", "train.eval_every=null", "train.save_every=null", _UNPROVEN)
-    timed = (*common, "train.minutes=0.2", "train.steps=null", "train.precision=auto")
+    timed = (*common, "train.minutes=0.5", "train.steps=null", "train.precision=auto")
     stores = tmp_path / "killed", tmp_path / "whole"
     for store in stores:
         shutil.copytree(prepared, store)
