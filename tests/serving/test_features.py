@@ -180,16 +180,22 @@ def test_loading_is_off_unless_allowed(server_url: str) -> None:
 # ---------------------------------------------------------------- bounds and the log
 
 
-def test_bounds_of_size_and_time(model_folder: Path, tokenizer: Any) -> None:
-    cfg = ServeConfig(max_body_bytes=2000, request_timeout_s=0.5)
+def open_slow_engine(model_folder: Path) -> Any:
+    """An engine whose every step takes a twentieth of a second more."""
     engine = open_engine(model_folder)
     real = engine.runner.run
 
-    def slow_run(plan: Any) -> Any:
+    def slow(plan: Any) -> Any:
         time.sleep(0.05)
         return real(plan)
 
-    engine.runner.run = slow_run  # type: ignore[method-assign]
+    engine.runner.run = slow  # type: ignore[method-assign]
+    return engine
+
+
+def test_bounds_of_size_and_time(model_folder: Path, tokenizer: Any) -> None:
+    cfg = ServeConfig(max_body_bytes=2000, request_timeout_s=0.5)
+    engine = open_slow_engine(model_folder)
     with running(create_app(engine, tokenizer, NAME, cfg)) as url:
         large = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "x" * 3000})
         assert large.status_code == 413
@@ -295,14 +301,7 @@ def test_metrics_speak_of_the_cache(server_url: str) -> None:
 
 
 def test_a_stream_past_its_time_ends_with_an_error(model_folder: Path, tokenizer: Any) -> None:
-    engine = open_engine(model_folder)
-    real = engine.runner.run
-
-    def slow(plan: Any) -> Any:
-        time.sleep(0.05)
-        return real(plan)
-
-    engine.runner.run = slow  # type: ignore[method-assign]
+    engine = open_slow_engine(model_folder)
     with running(create_app(engine, tokenizer, NAME, ServeConfig(request_timeout_s=0.5))) as url:
         body = {"model": NAME, "prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
         lines = [line for line in httpx.post(f"{url}/v1/completions", json=body, timeout=60).text.splitlines() if line]

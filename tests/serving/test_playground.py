@@ -97,6 +97,13 @@ class _Page:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         ActionChains(self.driver).move_to_element(element).perform()
 
+    def make_greedy(self) -> None:
+        """Move the temperature to 0."""
+        self.driver.execute_script(
+            "const t = arguments[0]; t.value = 0; t.dispatchEvent(new Event('input', {bubbles: true}))",
+            self.one("#temperature"),
+        )
+
     def choose(self, mode: str) -> None:
         self.one(f"[name=mode][value={mode}]").find_element("xpath", "..").click()
 
@@ -135,10 +142,7 @@ def test_prompt_mode_streams_an_answer_with_its_figures_and_probabilities(
 ) -> None:
     page = _Page(browser, server_url)
     page.type("#text", "def wrap(text, width):")
-    page.driver.execute_script(
-        "const t = arguments[0]; t.value = 0; t.dispatchEvent(new Event('input', {bubbles: true}))",
-        page.one("#temperature"),
-    )
+    page.make_greedy()
     assert "greedy" in page.text("label[for=temperature]")
     page.type("#max_tokens", "24")
     page.run()
@@ -288,10 +292,7 @@ def test_an_adapter_is_picked(browser: Any, model_folder: Path, tokenizer: Any, 
 
         page = _Page(browser, url)
         page.complaints()  # what the tests before have left
-        page.driver.execute_script(
-            "const t = arguments[0]; t.value = 0; t.dispatchEvent(new Event('input', {bubbles: true}))",
-            page.one("#temperature"),
-        )
+        page.make_greedy()
         page.type("#max_tokens", "12")
         page.type("#text", "import os")
         shown = {}
@@ -343,10 +344,7 @@ def test_two_models_side_by_side(browser: Any, model_folder: Path, tokenizer: An
 
         page = _Page(browser, url)
         page.complaints()  # what the tests before have left
-        page.driver.execute_script(
-            "const t = arguments[0]; t.value = 0; t.dispatchEvent(new Event('input', {bubbles: true}))",
-            page.one("#temperature"),
-        )
+        page.make_greedy()
         page.one("#compare").send_keys(Keys.ENTER)
         assert [one.text for one in page.all(".side-head b")] == [NAME, "other"]
         page.type("#max_tokens", "12")
