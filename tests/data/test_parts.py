@@ -41,8 +41,14 @@ def count(path, content):
         os.kill(os.getpid(), signal.SIGKILL)
 
 parts.write_json = count
-corpus, tokenizer = (open_artifact(Path(each)) for each in sys.argv[1:3])
-build_shards(DataConfig(row_tokens=64, shard_bytes=30_011), corpus, tokenizer, Store(Path(sys.argv[3])))
+corpus, tokenizer, store = open_artifact(Path(sys.argv[1])), open_artifact(Path(sys.argv[2])), Store(Path(sys.argv[3]))
+"""
+"""Behind so many parts the build that follows is killed."""
+KILLED_TEXT = f"{KILLED}build_shards(DataConfig(row_tokens=64, shard_bytes=30_011), corpus, tokenizer, store)"
+KILLED_ROWS = f"""{KILLED}
+from tests.data.test_parts import WEIGHED
+config = DataConfig(row_tokens=64, shard_bytes=1024, on_unreadable=sys.argv[5])
+build_shards(config, corpus, tokenizer, store, rendering=WEIGHED)
 """
 
 
@@ -55,7 +61,9 @@ def test_killed_between_parts_it_goes_on_and_ends_the_same(small, tmp_path: Path
     kept: dict[str, tuple[int, int]] = {}
     for attempt in (3, 4):
         arguments = [str(small.corpus.path), str(small.tokenizer.path), str(store.root), str(attempt)]
-        killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_TEXT, *arguments], capture_output=True, text=True, check=False
+        )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert store.artifacts() == []
         (folder,) = part_folders(store)
@@ -70,31 +78,6 @@ def test_killed_between_parts_it_goes_on_and_ends_the_same(small, tmp_path: Path
     assert {name: (shards.path / name).stat().st_ino for name in kept} == {name: ino for name, (ino, _) in kept.items()}
     assert part_folders(store) == []
     open_artifact(shards.path, verify=True)
-
-
-KILLED_ROWS = """
-import os, signal, sys
-from pathlib import Path
-from kajiya.config.schema import DataConfig
-from kajiya.data import parts
-from kajiya.data.shards import build_shards
-from kajiya.run.store import Store, open_artifact
-from tests.data.test_parts import WEIGHED
-
-made = []
-whole = parts.write_json
-
-def count(path, content):
-    whole(path, content)
-    made.append(path)
-    if len(made) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-parts.write_json = count
-corpus, tokenizer = (open_artifact(Path(each)) for each in sys.argv[1:3])
-config = DataConfig(row_tokens=64, shard_bytes=1024, on_unreadable=sys.argv[4])
-build_shards(config, corpus, tokenizer, Store(Path(sys.argv[3])), rendering=WEIGHED)
-"""
 
 
 def render_weighed(rows: Iterable[tuple[str, str]]) -> Iterator[Example | str]:
@@ -120,7 +103,7 @@ def test_killed_while_rendered_rows_are_written_it_ends_the_same_and_keeps_no_pa
     config = DataConfig(source=source, heldout_every=4, row_tokens=64, shard_bytes=1024, on_unreadable="drop")
     store = Store(tmp_path / "store")
     corpus, _ = build_corpus(config, store)
-    arguments = [str(corpus.path), str(small.tokenizer.path), str(store.root), "drop"]
+    arguments = [str(corpus.path), str(small.tokenizer.path), str(store.root), "3", "drop"]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_ROWS, *arguments], capture_output=True, text=True, check=False
     )
