@@ -1,6 +1,7 @@
 """Fixtures that every room shares: a tiny config over real text, and one finished run of it."""
 
 import dataclasses
+import os
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -12,6 +13,10 @@ import pytest
 
 from kajiya.config.compose import compose
 from kajiya.config.schema import Config
+
+# Where tests share the cores, threads of several processes wait for each other at every product; small ones need but one.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = (
     "tokenizer.vocab_size=512",

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from prompts import prompts, seconds
+from prompts import tell
 from vllm import LLM, SamplingParams
 
 
@@ -23,15 +23,7 @@ def main() -> None:
         found = engine.generate([{"prompt_token_ids": one} for one in ids], params, use_tqdm=False)
         return sum(len(one.outputs[0].token_ids) for one in found)
 
-    found = {}
-    for n in order["streams"]:
-        answer(prompts(order, n, 1))
-        given = prompts(order, n)
-        begun = seconds(order)
-        n_tokens = answer(given)
-        found[n] = n_tokens / (seconds(order) - begun)
-        assert n_tokens == n * order["new_tokens"], n_tokens
-    print(json.dumps(found))
+    tell(order, answer, is_warmed=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kajiya.errors import ConfigError, KajiyaError
-from kajiya.run.process import quiet_torchao
+from kajiya.run.process import import_faster, quiet_torchao
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -697,6 +697,7 @@ def main() -> None:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     is_debug = len(arguments) != len(sys.argv[1:])
     quiet_torchao()
+    import_faster()
     try:
         app(args=arguments)
     except KajiyaError as problem:

@@ -1,14 +1,11 @@
 """Killed at random steps, resumed: with each precision and optimizer the end is that of an uninterrupted run, to the bit."""
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.conftest import small_overrides
@@ -18,6 +15,7 @@ from kajiya.config.validate import CHECKS
 from kajiya.run.events import read_events
 from kajiya.run.files import hash_file
 from kajiya.run.folder import find_run
+from kajiya.run.forks import Fork, forked, release
 from kajiya.run.store import Store
 
 pytestmark = pytest.mark.slow
@@ -48,12 +46,26 @@ _UNPROVEN = f"preflight.skip=[{','.join(CHECKS)}]"
 """What is proven before a training has tests of its own."""
 
 _TRAIN = """
-import sys
+import json, os, sys
 from pathlib import Path
+os.environ["OMP_NUM_THREADS"] = "1"
 from kajiya.config.compose import compose
 from kajiya.flows.train import Scope, train
+from kajiya.flows.tune_trial import import_all
+from kajiya.run.forks import serve
 from kajiya.run.store import Store
-train(compose("stdlib-pretrain", sys.argv[2:]), Store(Path(sys.argv[1])), scope=Scope(is_evaluated=False, is_reported=False))
+
+def work(order, to_parent, from_parent):
+    def hear(kind, **fields):
+        if kind in ("metrics", "derived"):
+            to_parent.write(json.dumps({"kind": kind, "step": fields.get("step"), "values": fields["values"]}) + "\\n")
+            to_parent.flush()
+    scope = Scope(is_evaluated=False, is_reported=False)
+    train(compose("stdlib-pretrain", order["settings"]), Store(Path(order["store"])), on_event=hear, scope=scope)
+    return 0
+
+import_all()
+sys.exit(serve(work))
 """
 
 
@@ -64,30 +76,26 @@ def test_every_optimizer_and_precision_has_a_case() -> None:
     assert {precision for precision, _, _ in CASES} == set(_KINDS) - {"fp8"}, "fp8 needs a GPU"
 
 
-def _start(store: Path, settings: tuple[str, ...]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _TRAIN, str(store), *small_overrides(*settings)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+@contextmanager
+def _started(store: Path, settings: tuple[str, ...]) -> Iterator[Fork]:
+    order = {"store": str(store), "settings": small_overrides(*settings)}
+    with forked(("-c", _TRAIN), order, store / "log") as fork:
+        yield fork
 
 
 def _finish(store: Path, settings: tuple[str, ...]) -> Path:
-    process = _start(store, settings)
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, said
+    with _started(store, settings) as fork:
+        assert all(fork.lines())
+    assert fork.exit_code == 0, (store / "log").read_text()
     return find_run(Store(store), "latest").folder
 
 
 def _kill_behind(step: int, store: Path, settings: tuple[str, ...]) -> None:
-    process = _start(store, settings)
-    while not any(e["kind"] == "metrics" and e["step"] >= step for e in _events(store)):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-def _events(store: Path) -> list[dict[str, Any]]:
-    return [event for log in store.glob("runs/*/events.jsonl") for event in read_events(log.parent)]
+    with _started(store, settings) as fork:
+        for said in fork.lines():
+            if said["kind"] == "metrics" and said["step"] >= step:
+                fork.kill()
+    assert fork.exit_code == -signal.SIGKILL, (store / "log").read_text()
 
 
 def _metrics(folder: Path) -> dict[tuple[int, str], float]:
@@ -101,19 +109,20 @@ def _metrics(folder: Path) -> dict[tuple[int, str], float]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A store that has the data of every case."""
     store = tmp_path_factory.mktemp("prepared") / "store"
     _finish(store, ("train.steps=1", "train.save_every=1", _UNPROVEN))
     for folder in (store / "runs", store / "artifacts" / "model"):
         shutil.rmtree(folder)
-    return store
+    yield store
+    release()
 
 
 @pytest.mark.parametrize(("precision", "optim", "more"), CASES)
 def test_killed_at_random_steps(precision: str, optim: str, more: str, prepared: Path, tmp_path: Path) -> None:
     settings = (f"optim={optim}", f"train.precision={precision}", "train.accumulate=2", f"train.steps={STEPS}")
-    settings = (*settings, "train.log_every=1", "model.init=bigram", _UNPROVEN, *more.split())
+    settings = (*settings, "train.micro_batch=2", "train.log_every=1", "model.init=bigram", _UNPROVEN, *more.split())
     steps = 48 if "train.steps=48" in settings else STEPS
     stores = tmp_path / "whole", tmp_path / "killed"
     for store in stores:
@@ -145,18 +154,15 @@ def test_a_length_by_time_and_the_fastest_precision_are_settled_once(prepared: P
     for store in stores:
         shutil.copytree(prepared, store)
 
-    process = _start(stores[0], timed)
-    while not (found := [event for event in _events(stores[0]) if event["kind"] == "derived"]):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    settled = found[0]["values"]
-    steps = settled["train.steps"]
-    assert steps > 20, "this machine is too slow for a run of so little time"
-    while not any(e["kind"] == "metrics" and e["step"] >= steps // 2 for e in _events(stores[0])):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with _started(stores[0], timed) as fork:
+        for said in fork.lines():
+            if said["kind"] == "derived":
+                settled = said["values"]
+                steps = settled["train.steps"]
+                assert steps > 20, "this machine is too slow for a run of so little time"
+            elif said["step"] >= steps // 2:
+                fork.kill()
+    assert fork.exit_code == -signal.SIGKILL, (stores[0] / "log").read_text()
 
     rest = _finish(stores[0], timed)
     events = list(read_events(rest))

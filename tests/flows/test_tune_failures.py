@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -20,8 +21,12 @@ from kajiya.run.events import read_events
 from kajiya.run.files import read_json
 from kajiya.run.usage import oom_kills
 
-_CHILD = """
+_PROGRAM = """
 import os, subprocess, sys, time
+from kajiya.run.forks import serve
+def work(order, to_parent, from_parent):
+"""
+_CHILD = """
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
 with open("child", "w") as file:
     file.write(str(child.pid))
@@ -31,7 +36,9 @@ with open("child", "w") as file:
 def _end_of(code: str, monkeypatch: pytest.MonkeyPatch, folder: Path, minutes: float | None = None) -> TrialEnd:
     """How a process that runs `code` in the place of a trial is said to have ended."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(tune_jobs, "_PROGRAM", ("-c", code))
+    monkeypatch.setattr(
+        tune_jobs, "_PROGRAM", ("-c", _PROGRAM + textwrap.indent(code, "    ") + "\nsys.exit(serve(work))")
+    )
     job = Job(compose("stdlib-pretrain"), folder, TuneConfig(trial_minutes=minutes), folder / "log")
     return execute(job, everything_goes_on)
 
@@ -74,7 +81,7 @@ def test_a_kill_is_for_lack_of_memory_when_the_kernel_says_so(
 ) -> None:
     said = iter(counts)
     monkeypatch.setattr(tune_jobs, "oom_kills", lambda: next(said))
-    end = _end_of("import os; os.kill(os.getpid(), 9)", monkeypatch, tmp_path)
+    end = _end_of("os.kill(os.getpid(), 9)", monkeypatch, tmp_path)
     assert end.status == status
     assert words in str(end.problem)
 

@@ -35,10 +35,17 @@ def has_room(memory_mib: int, appetite: Appetite) -> bool:
 
 
 def _budget(memory_mib: int, appetite: Appetite) -> int:
+    return room_under(memory_mib) - appetite.kept_bytes
+
+
+def room_under(memory_mib: int) -> int:
+    """Bytes that this process may still take under the cap.
+
+    One that was larger before it prepares anything cannot keep the cap, which then bounds what is added.
+    """
     cap = memory_mib * 2**20
     room = cap - peak_memory()
-    # A process that was larger before it prepares anything cannot keep the cap, which then bounds what is added.
-    return (room if room > 0 else cap // 2) - appetite.kept_bytes
+    return room if room > 0 else cap // 2
 
 
 def portions_within(memory_mib: int, splits: list[Documents], appetite: Appetite, part_bytes: int) -> Portions:

@@ -60,6 +60,10 @@ class Data:
         parents = {"tokenizer": self.tokenizer, "shards": self.shards, **self.bases}
         return parents if self.packing is None else parents | {"packing": self.packing}
 
+    def artifacts(self) -> dict[str, Artifact]:
+        """All of them, by name."""
+        return {"corpus": self.corpus, **self.parents()}
+
 
 def rendering_of(config: Config, corpus: Artifact, tokenizer: Artifact) -> Rendering | None:
     """How the corpus's rows become examples; `None` for plain text."""

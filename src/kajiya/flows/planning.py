@@ -79,7 +79,7 @@ def _kept_cost(config: Config, setup: Setup, data: Data, store: Store, measure: 
         "cost",
         code=code_revision("kajiya.flows.fitting"),
         config=section,
-        parents={"corpus": data.corpus, **data.parents()},
+        parents=data.artifacts(),
         make=keep,
     )
     return StepCost(**{field.name: made.facts[field.name] for field in fields(StepCost)})

@@ -48,7 +48,7 @@ def prove_run(
     """
     subject = _subject(config, setup, data, plan, rebuild)
     code = code_revision("kajiya.preflight.prove", "kajiya.flows.fitting", "kajiya.flows.prove")
-    section, parents = proof_section(config), {"corpus": data.corpus, **data.parents()}
+    section, parents = proof_section(config), data.artifacts()
     found = store.find("proof", artifact_key("proof", code, section, parents))
     hear("stage", name="prove", state="begun", seconds=0.0, text="")
     verdict = _with_own_schedule(found, subject) if found is not None else prove(subject)

@@ -121,7 +121,7 @@ def train(
         can_report = scope.is_reported and _can_report(hear)
         run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
         run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
-        for name, artifact in {"corpus": data.corpus, **data.parents()}.items():
+        for name, artifact in data.artifacts().items():
             run.record_artifact(name, artifact)
         model = _model(config, store, run, data, key, stages, hear_and_watch)
         if model is not None:

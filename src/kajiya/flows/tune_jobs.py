@@ -1,12 +1,7 @@
 """The study's side of a trial: starts its process, passes its evaluations to the pruner, and files how it ended."""
 
-import contextlib
-import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +17,8 @@ from kajiya.config.sweep import Dimension, Value, as_override
 from kajiya.errors import ConfigError
 from kajiya.flows.tune_search import ASHA, metric_of, open_study, suggest
 from kajiya.run.alive import process_facts
+from kajiya.run.forks import Fork, forked
+from kajiya.run.process import default_threads
 from kajiya.run.provenance import usable_cores
 from kajiya.run.usage import oom_kills
 
@@ -29,8 +26,6 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 _PROGRAM = ("-P", "-m", "kajiya.flows.tune_trial")
-_END_S = 60.0
-"""Longest wait for a trial that was asked to save its state and stop, seconds."""
 
 
 @dataclass(frozen=True)
@@ -215,89 +210,40 @@ def execute(job: Job, judge: Callable[[int, float, bool], bool]) -> TrialEnd:
         "store": str(job.store),
         "objectives": list(job.objectives),
         "command": [],
-        "threads": max(1, usable_cores() // tune.parallel),
+        "threads": max(1, min(default_threads(), usable_cores() // tune.parallel)),
         "memory_bytes": None if tune.trial_memory_gb is None else int(tune.trial_memory_gb * 2**30),
         "facts": dict(job.facts),
         "is_whole": job.is_whole,
     }
-    log.parent.mkdir(parents=True, exist_ok=True)
     began, n_oom = time.time(), oom_kills()
     told: dict[str, Any] = {}
-    with log.open("ab") as output, _process(output) as process, _limit(process, tune.trial_minutes) as expired:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            _say(process, json.dumps(order))
-        for line in process.stdout:
-            said = json.loads(line)
+    with forked(_PROGRAM, order, log) as trial, _limit(trial, tune.trial_minutes) as expired:
+        for said in trial.lines():
             told |= said
             for step, value in said.get("history", []):
                 judge(step, float(value), True)
             if "step" in said:
-                _say(process, "go" if judge(said["step"], float(said["value"]), False) else "prune")
-        process.wait()
+                trial.say("go" if judge(said["step"], float(said["value"]), False) else "prune")
     seconds = time.time() - began
     status, problem = told.get("status"), told.get("problem")
     if status is None and expired.is_set():
         status, problem = "timed out", f"not done after {tune.trial_minutes:g} min"
     elif status is None:
-        status, problem = _unsaid(process.returncode, log, n_oom)
+        status, problem = _unsaid(trial.exit_code or 0, log, n_oom)
     started = told.get("started")
     return TrialEnd(
         str(status), told.get("run"), told.get("values") or {}, problem, seconds, started and started - began
     )
 
 
-def _say(process: "subprocess.Popen[str]", line: str) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-
-
 @contextmanager
-def _process(output: Any) -> Iterator["subprocess.Popen[str]"]:
-    """The trial's process; when the block is left early, it is asked to save its state, waited for, and in the end killed.
-
-    What it started itself (a loader's workers) never outlives it.
-    """
-    process = subprocess.Popen(
-        [sys.executable, *_PROGRAM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=output,
-        text=True,
-        start_new_session=True,  # Ctrl-C is for the study, which passes it on
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_S)
-        _kill_group(process)
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-
-def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """Kill what is left of the process and of those that it started; they share its number as their group's."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or (on macOS) ended and not waited for
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-@contextmanager
-def _limit(process: "subprocess.Popen[str]", minutes: float | None) -> Iterator[threading.Event]:
-    """An event that is set when the process was killed because its time was up."""
+def _limit(trial: Fork, minutes: float | None) -> Iterator[threading.Event]:
+    """An event that is set when the trial was killed because its time was up."""
     expired = threading.Event()
 
     def end() -> None:
         expired.set()
-        _kill_group(process)
+        trial.kill()
 
     timer = threading.Timer(minutes * 60, end) if minutes is not None else None
     if timer is not None:

@@ -1,8 +1,7 @@
-"""One trial in a process of its own: `python -m kajiya.flows.tune_trial`, ordered and answered line by line.
+"""Trials, each in a process of its own: `python -m kajiya.flows.tune_trial`, ordered and answered as `kajiya.run.forks` says.
 
-The first line on stdin is the order, JSON: `config`, `store`, `objectives`, `command`, `threads`, `memory_bytes`,
-`facts`, `is_whole`.
-Lines on stdout, JSON: `{"run": id}`, `{"history": [[step, value], …]}`, `{"step": n, "value": x}`, and at last
+An order holds `config`, `store`, `objectives`, `command`, `threads`, `memory_bytes`, `facts`, `is_whole`.
+What a trial says: `{"run": id}`, `{"history": [[step, value], …]}`, `{"step": n, "value": x}`, and at last
 `{"status": …, "values": {…}, "problem": …}`. Each `step` line waits for an answer: `go`, or `prune`, which stops the run
 with a checkpoint; so does the end of whoever gave the order.
 """
@@ -22,6 +21,8 @@ from typing import Any, TextIO
 from kajiya.config.compose import from_plain
 from kajiya.errors import KajiyaError, RunBusyError, TrainingError
 from kajiya.flows.run_history import read_history
+from kajiya.run.forks import serve
+from kajiya.run.process import collect_as_usual, import_faster
 from kajiya.run.store import Store
 
 _POLL_S = 0.5
@@ -50,11 +51,23 @@ class Channel:
 
 
 def main() -> int:
-    """Entry of the process; exit status 0 whenever the last line was said."""
-    # Whatever a library prints goes to the log: the pipe carries the protocol alone.
-    channel = Channel(os.fdopen(os.dup(1), "w", encoding="utf-8"), sys.stdin)
-    os.dup2(2, 1)
-    order = json.loads(sys.stdin.readline())
+    """Entry of the process that has the imports done before the first order comes."""
+    import_faster()
+    import_all()
+    collect_as_usual()  # what is frozen is shared by the forks, whose collections do not touch it
+    return serve(work)
+
+
+def import_all() -> None:
+    """What a training needs and imports late."""
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    from kajiya.flows.train import train  # noqa: F401
+
+
+def work(order: dict[str, Any], to_parent: TextIO, from_parent: TextIO) -> int:
+    """One trial; its exit status is 0 whenever its last line was said."""
+    channel = Channel(to_parent, from_parent)
     threading.Thread(target=_stop_without_parent, args=(os.getppid(),), daemon=True).start()
     if order["memory_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_AS, (order["memory_bytes"], order["memory_bytes"]))

@@ -1,6 +1,7 @@
 """What is set in the process, and only here: threads, the memory allocator, an accelerator's switches, caches, seeds."""
 
 import ctypes
+import gc
 import logging
 import os
 import platform
@@ -8,6 +9,8 @@ import random
 import sys
 from pathlib import Path
 from typing import Any
+
+_USUAL_THRESHOLD = gc.get_threshold()
 
 
 def set_up_process(
@@ -20,17 +23,14 @@ def set_up_process(
     """Prepare this process for training and say what was set, for the manifest.
 
     Seeds Python, NumPy and torch; keeps large blocks in the C allocator; puts the compile cache into the store;
-    turns the hub's and the tokenizers' chatter off. `threads`: of torch; `None` takes every usable core.
+    turns the hub's and the tokenizers' chatter off. `threads`: of torch; `None` takes what `default_threads` says.
     """
     import numpy as np
     import torch
 
-    from kajiya.run.provenance import usable_cores
-
-    # Processes that torchrun starts on one machine share its cores.
-    share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     quiet_torchao()
-    done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": threads or share}
+    collect_as_usual()
+    done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": threads or default_threads()}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(store_root / "compile-cache")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -50,6 +50,20 @@ def set_up_process(
     return done
 
 
+def default_threads() -> int:
+    """Threads of torch when nothing else is asked for: those of OMP_NUM_THREADS, else one for every usable core.
+
+    Processes that torchrun starts on one machine share its cores; the 1 that it sets by itself is nobody's wish.
+    """
+    from kajiya.run.provenance import usable_cores
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wished = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if wished.isdecimal() and int(wished) > 0 and not (processes > 1 and wished == "1"):
+        return int(wished)
+    return max(1, usable_cores() // processes)
+
+
 def keep_large_blocks() -> str:
     """Tell glibc's malloc to keep freed memory and to serve large blocks from the heap; returns what was set.
 
@@ -65,6 +79,17 @@ def keep_large_blocks() -> str:
     settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (m_arena_max, 1))
     taken = sum(libc.mallopt(name, value) for name, value in settings)
     return "glibc: no mmap, no trim, one arena, 256 MiB top pad" if taken == len(settings) else "glibc: refused in part"
+
+
+def import_faster() -> None:
+    """Look for garbage more seldom: modules make hundreds of thousands of objects when they are imported, and drop none of them."""
+    gc.set_threshold(100_000, *gc.get_threshold()[1:])
+
+
+def collect_as_usual() -> None:
+    """Leave what is imported out of later collections, and look for garbage as often as Python does by itself."""
+    gc.freeze()
+    gc.set_threshold(*_USUAL_THRESHOLD)
 
 
 def has_bf16_instructions() -> bool:

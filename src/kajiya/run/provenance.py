@@ -1,6 +1,8 @@
 """What a result came from beside its config: packages, machine, the user's git state."""
 
+import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -87,10 +89,27 @@ def gpu_facts() -> list[dict[str, Any]]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may run on, at most as many as a container's limit of processor time amounts to."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
+    for quota, period in _cpu_limits(Path("/sys/fs/cgroup")):
+        cores = min(cores, max(1, math.ceil(quota / period)))
+    return cores
+
+
+def _cpu_limits(root: Path) -> list[tuple[int, int]]:
+    """Microseconds of processor time in each period that control groups grant, (quota, period); without a limit, none."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):  # version 2; "max" is no number
+        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
+        found.append((int(quota), int(period)))
+    with contextlib.suppress(OSError, ValueError):  # version 1, where -1 is no limit
+        quota, period = (
+            (root / "cpu" / name).read_text(encoding="ascii") for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        )
+        found.append((int(quota), int(period)))
+    return [(quota, period) for quota, period in found if quota > 0 and period > 0]
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,75 @@
+"""How many threads a process takes: what the user said, what the machine grants."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kajiya.run.process import default_threads
+from kajiya.run.provenance import _cpu_limits, usable_cores
+
+
+@pytest.mark.parametrize(
+    ("said", "processes", "threads"),
+    [
+        (None, None, 8),
+        ("3", None, 3),
+        ("1", None, 1),
+        ("2,4", None, 2),  # of nested regions, the outer ones
+        ("all", None, 8),
+        ("0", None, 8),
+        (None, "4", 2),
+        ("1", "4", 2),  # torchrun sets it, not the user
+        ("3", "4", 3),
+        (None, "16", 1),
+    ],
+)
+def test_the_users_own_number_of_threads_comes_first(
+    said: str | None, processes: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kajiya.run.provenance.usable_cores", lambda: 8)
+    for name, value in (("OMP_NUM_THREADS", said), ("LOCAL_WORLD_SIZE", processes)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert default_threads() == threads
+
+
+def test_a_training_process_keeps_to_it() -> None:
+    code = (
+        "from pathlib import Path\n"
+        "from kajiya.run.process import set_up_process\n"
+        "import torch\n"
+        "assert set_up_process(0, Path('.'))['torch_threads'] == torch.get_num_threads() == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize(
+    ("files", "limits"),
+    [
+        ({}, []),
+        ({"cpu.max": "max 100000"}, []),
+        ({"cpu.max": "250000 100000"}, [(250_000, 100_000)]),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
+        ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, [(150_000, 100_000)]),
+    ],
+)
+def test_a_containers_limit_is_read(files: dict[str, str], limits: list[tuple[int, int]], tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert _cpu_limits(tmp_path) == limits
+
+
+def test_usable_cores_are_at_most_those_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr("kajiya.run.provenance._cpu_limits", lambda _: [(250_000, 100_000)])
+    assert usable_cores() == 3
+    monkeypatch.setattr("kajiya.run.provenance._cpu_limits", lambda _: [(1_000, 100_000)])
+    assert usable_cores() == 1
+    monkeypatch.setattr("kajiya.run.provenance._cpu_limits", lambda _: [])
+    assert usable_cores() == 64
