@@ -27,19 +27,26 @@ def code_revision(*modules: str) -> str:
         name = waiting.pop()
         if name in seen or (name.startswith(_OUTSIDE) and not name.startswith(_COMPUTING)):
             continue
-        path = module_path(name)
-        if path is None:
-            continue
-        source = path.read_bytes()
-        seen[name] = source
-        seen |= {str(each.relative_to(_PACKAGE)): each.read_bytes() for each in _native_sources(path.parent)}
-        waiting.extend(imported_modules(source))
+        sources, imports = _module(name)
+        seen |= sources
+        waiting += imports
     if not seen:
         raise AssertionError(f"no source found for {modules}")
     hasher = hashlib.sha256()
     for name in sorted(seen):
         hasher.update(name.encode() + b"\0" + seen[name] + b"\0")
     return hasher.hexdigest()[:16]
+
+
+@cache
+def _module(name: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Sources of a module of this package, with the C++ beside it, by name; and what it imports. Nothing of a name that is none."""
+    path = module_path(name)
+    if path is None:
+        return {}, ()
+    source = path.read_bytes()
+    native = {str(each.relative_to(_PACKAGE)): each.read_bytes() for each in _native_sources(path.parent)}
+    return {name: source} | native, tuple(imported_modules(source))
 
 
 def _native_sources(folder: Path) -> list[Path]:
