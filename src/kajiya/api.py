@@ -38,11 +38,22 @@ def load(target: str | Path, store: str | Path | None = None) -> tuple[Any, Any]
     return open_model(folder, model_dtype(folder)), load_tokenizer(folder)
 
 
-def evaluate(target: str | Path, config: "Config", store: str | Path | None = None) -> dict[str, Any]:
-    """Figures of a run, an artifact, a folder or a hub name on the held-out text of `config`, with the baselines'; of a run's
-    model that writes no text (a classifier, say) those on its run's own held-out rows."""
+def evaluate(
+    target: str | Path,
+    config: "Config",
+    store: str | Path | None = None,
+    *,
+    model_name: str | None = None,
+    api_key: str | None = None,
+) -> dict[str, Any]:
+    """Figures of a run, an artifact, a folder, a hub name or an endpoint on the held-out text of `config`, with the baselines';
+    of a run's model that writes no text (a classifier, say) those on its run's own held-out rows.
+
+    `model_name` (`None`: the first that is served) and `api_key` are an endpoint's."""
     from kajiya.flows.evaluate import evaluate as evaluate_flow
     from kajiya.run.store import default_store
 
-    evaluation, baselines = evaluate_flow(str(target), config, default_store(store))
+    evaluation, baselines = evaluate_flow(
+        str(target), config, default_store(store), model_name=model_name, api_key=api_key
+    )
     return {**evaluation.facts, **(baselines.facts if baselines else {})}

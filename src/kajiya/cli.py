@@ -206,7 +206,10 @@ def preview(
 @app.command("eval")
 def evaluate(
     target: Annotated[
-        str, typer.Argument(help="A run (id, beginning of it, latest), an artifact, a folder, or a hub name.")
+        str,
+        typer.Argument(
+            help="A run (id, beginning of it, latest), an artifact, a folder, a hub name, or an API's address (http://host/v1)."
+        ),
     ],
     overrides: Overrides = None,
     data: Annotated[str, typer.Option(help="Recipe whose held-out text is scored.")] = DEFAULT_RECIPE,
@@ -228,7 +231,6 @@ def evaluate(
 
     The model of a run that writes no text (a classifier, say) is judged on its run's held-out rows."""
     from kajiya.config.compose import compose
-    from kajiya.flows.targets import is_endpoint
     from kajiya.flows.task_evaluation import Asked
 
     shown = Shown(show_errors or metric is not None, metric, as_json)
@@ -236,10 +238,6 @@ def evaluate(
         asked = Asked(target, [name.strip() for name in tasks.split(",")], limit, model_name, api_key)
         _evaluate_tasks(asked, compose(data, overrides or [], config_dir), store, shown)
         return
-    if is_endpoint(target):
-        raise ConfigError(
-            "--tasks", "is missing: whole texts are scored on a model of this machine alone", "Name tasks."
-        )
     from kajiya.flows.evaluate import evaluate as evaluate_flow
     from kajiya.listings import evaluation_table
     from kajiya.run.store import default_store
@@ -248,7 +246,14 @@ def evaluate(
     console = _console(to_stderr=as_json)
     with Screen(console) as screen:
         config = compose(data, overrides or [], config_dir)
-        evaluation, baselines = evaluate_flow(target, config, default_store(store), on_event=screen.on_event)
+        evaluation, baselines = evaluate_flow(
+            target,
+            config,
+            default_store(store),
+            model_name=model_name,
+            api_key=api_key,
+            on_event=screen.on_event,
+        )
     if as_json:
         _print_json({**evaluation.facts, **(baselines.facts if baselines else {})})
     elif baselines is None:

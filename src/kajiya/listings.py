@@ -30,7 +30,9 @@ def evaluation_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any]
     )
     for name, row in baselines["baselines"].items():
         table.add_row(name, f"{row['bits_per_byte']:.3f}", "", "")
-    table.caption = f"{evaluation['n_bytes']:,} bytes in {evaluation['n_documents']} held-out documents"
+    n_more = evaluation["n_unscored_bytes"]
+    more = f", {n_more:,} more without a log-probability" if n_more else ""
+    table.caption = f"{evaluation['n_bytes']:,} bytes in {evaluation['n_documents']} held-out documents{more}"
     return table
 
 

@@ -28,7 +28,7 @@ from kajiya.data.loader import Feed, Loader, heldout_rows, open_loader
 from kajiya.data.shards import build_shards, open_split
 from kajiya.data.tokenizer import build_tokenizer, load_tokenizer
 from kajiya.errors import ConfigError, StoreError, TrainingError
-from kajiya.evals.evaluate import bits_per_byte
+from kajiya.evals.results import bits_per_byte
 from kajiya.evals.scoring import heldout_loss, score_documents
 from kajiya.models.build import Vocabulary, build_model, vocabulary_of
 from kajiya.models.hidden import all_logits

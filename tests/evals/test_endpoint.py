@@ -16,6 +16,7 @@ from kajiya.errors import ConfigError, KajiyaError
 from kajiya.evals import endpoint as endpoints
 from kajiya.evals.answers import Answer, Sampling
 from kajiya.evals.endpoint import Endpoint
+from kajiya.evals.evaluate_endpoint import score_text
 from kajiya.evals.judge import judge_pairs
 from kajiya.evals.results import figure_of, measure
 from kajiya.evals.tasks import JudgeConfig, load_task
@@ -137,16 +138,48 @@ def test_many_texts_are_embedded_in_portions(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offsets", "first"),
+    ("choice", "tokens", "first"),
     [
-        ([0, 3, 4, 8], 2),  # the choice begins with a token
-        ([0, 3, 5, 8], 1),  # a token holds the end of the prompt and the beginning of the choice
-        ([5, 8, 9, 13], 2),  # the server has counted a token in front that the text does not have
+        ("name():", ["def", " ", "name", "():"], 2),  # the choice begins with a token
+        ("name():", ["def", " n", "ame", "():"], 1),  # a token holds the prompt's end and the choice's beginning
+        ("name():", ["<s>", "def", " ", "name", "():"], 3),  # a token in front that the text does not have
+        ("é():", ["def", " ", "bytes:\\xc3", "bytes:\\xa9", "():"], 2),  # its first letter is spread over tokens
     ],
 )
-def test_the_tokens_of_a_choice_are_found_by_their_offsets(offsets: list[int], first: int) -> None:
-    tokens = ["def", " ", "name", "():"] if first == 2 else ["def", " n", "ame", "():"]
-    assert endpoints._first_scored(tokens, offsets, "def ", "name():") == first
+def test_the_tokens_of_a_choice_are_told_from_the_prompts(
+    url: str, monkeypatch: pytest.MonkeyPatch, choice: str, tokens: list[str], first: int
+) -> None:
+    logprobs = [None, *(-(2.0**n) for n in range(1, len(tokens)))]
+    found = {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": logprobs}}]}
+    endpoint = Endpoint(url)
+    monkeypatch.setattr(endpoint, "post", lambda path, body: found)
+    assert endpoint.choose(["def "], [[choice]]) == [(-sum(2.0**n for n in range(first, len(tokens))),)]
+
+
+def test_a_choice_without_a_prompt_needs_a_token_in_front(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint(url)
+    replies = [(["a", "b"], [None, -1.0]), (["<s>", "a", "b"], [None, -2.0, -1.0]), (["x", "b"], [None, -1.0])]
+    found = iter({"choices": [{"logprobs": {"tokens": each, "token_logprobs": own}}]} for each, own in replies)
+    monkeypatch.setattr(endpoint, "post", lambda path, body: next(found))
+    with pytest.raises(KajiyaError, match="a prompt must not be empty"):
+        endpoint.choose([""], [["ab"]])
+    assert endpoint.choose([""], [["ab"]]) == [(-3.0,)]
+    with pytest.raises(KajiyaError, match="The endpoint's tokens are not those of the text"):
+        endpoint.choose([""], [["ab"]])
+
+
+def test_held_out_text_needs_an_endpoint_that_echoes(url: str) -> None:
+    with pytest.raises(
+        KajiyaError, match=r"does not echo the log-probabilities.*\nServe the model with `kajiya serve`"
+    ):
+        score_text(Endpoint(url).echo, "a text", 8, 4)
+    _Stub.busy = [(400, None)]
+    with pytest.raises(KajiyaError, match=r"answered 400.*\nIt was sent 2 bytes of text.*lower eval\.context_tokens"):
+        score_text(Endpoint(url).echo, "é", 8, 4)
+    _Stub.busy = [(422, None)] * 8
+    with pytest.raises(KajiyaError, match=r"answered 422.*\nIt was sent 4 bytes of text"):
+        score_text(Endpoint(url).echo, "a" * 100, 8, 4)
+    assert _Stub.busy == []
 
 
 def test_the_metric_judge_asks_with_the_key_of_the_environment(
@@ -172,5 +205,5 @@ def test_the_metric_judge_asks_with_the_key_of_the_environment(
     other = load_task(tmp_path / "task.yaml", "x")
     assert other.template_digest == task.template_digest
     _Stub.key = "another"
-    with pytest.raises(KajiyaError, match="answered 401"):
+    with pytest.raises(KajiyaError, match=r"answered 401"):
         measure(task, answers)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
 from kajiya.evals import head, scoring
-from kajiya.evals.evaluate import bits_per_byte
+from kajiya.evals.results import bits_per_byte
 from kajiya.evals.scoring import cut_windows, heldout_loss, score_documents
 from kajiya.models.build import Vocabulary, build_model
 

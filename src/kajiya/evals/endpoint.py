@@ -13,12 +13,20 @@ import numpy as np
 
 from kajiya.errors import KajiyaError
 from kajiya.evals.answers import Sampling, cut_at
+from kajiya.evals.echo import Echo, read_echo
 
-_AT_ONCE = 8
+AT_ONCE = 8
+"""Requests under way together."""
 _EMBEDDED_AT_ONCE = 64
 _TIMEOUT_S = 300.0
 _TRIES = 6
 _LONGEST_WAIT_S = 60.0
+_REFUSALS = (400, 413, 422)
+"""What an endpoint answers to a request that it will not take, however often it is sent."""
+
+
+class RefusedError(KajiyaError):
+    """A request that an endpoint does not take as it is: a text longer than its context, an option that it does not know."""
 
 
 class Endpoint:
@@ -44,7 +52,7 @@ class Endpoint:
     def post(self, path: str, body: dict[str, Any] | None) -> Any:
         """The answer's JSON; `body` `None` is a GET. Where it says that it is busy (429, 503), it is asked again, as it wishes.
 
-        Raises `KajiyaError` with the address and what it said.
+        Raises `KajiyaError` with the address and what it said, `RefusedError` where it was the request that it did not take.
         """
         headers = {"Content-Type": "application/json"}
         if self._api_key is not None:
@@ -60,7 +68,8 @@ class Endpoint:
                 if error.code in (429, 503) and attempt < _TRIES - 1:
                     time.sleep(_wait_s(error.headers["Retry-After"], attempt))
                     continue
-                raise KajiyaError(f"{self.url}{path} answered {error.code}: {said}") from error
+                kind = RefusedError if error.code in _REFUSALS else KajiyaError
+                raise kind(f"{self.url}{path} answered {error.code}: {said}") from error
             except (urllib.error.URLError, OSError, ValueError) as error:
                 raise KajiyaError(f"{self.url}{path} does not answer: {error}") from error
         raise AssertionError("the last try returns or raises")
@@ -82,7 +91,7 @@ class Endpoint:
                 texts = [choice["text"] for choice in self.post("/completions", body | {"prompt": prompt})["choices"]]
             return tuple(cut_at(text or "", sampling.stop) for text in texts)
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(ask, prompts))
 
     def choose(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
@@ -91,25 +100,31 @@ class Endpoint:
         Raises `KajiyaError` where the endpoint echoes no log-probabilities.
         """
         pairs = [(prompt, choice) for prompt, row in zip(prompts, choices, strict=True) for choice in row]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             scores = iter(list(pool.map(lambda pair: self._score(*pair), pairs)))
         return [tuple(next(scores) for _ in row) for row in choices]
 
     def _score(self, prompt: str, choice: str) -> float:
-        body = {"model": self.model, "prompt": prompt + choice, "max_tokens": 0, "echo": True, "logprobs": 1}
+        begin = len(prompt.encode())
+        logprobs = [piece.logprob for piece in self.echo(prompt + choice).pieces if piece.end > begin]
+        known = [each for each in logprobs if each is not None]
+        if len(known) < len(logprobs):
+            raise KajiyaError(
+                f"{self.url} gives no log-probability of a text's first token: a prompt must not be empty."
+            )
+        return float(sum(known))
+
+    def echo(self, text: str) -> Echo:
+        """A text under the model. Raises `KajiyaError` where the endpoint echoes no log-probabilities of it."""
+        body = {"model": self.model, "prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}
         found = self.post("/completions", body)["choices"][0].get("logprobs")
         if not found or not found.get("token_logprobs"):
             raise KajiyaError(
                 f"{self.url} does not echo the log-probabilities of a given text (echo and logprobs of /completions), which "
-                "a task of kind choose needs."
+                "held-out text and tasks of kind choose need.\nServe the model with `kajiya serve` or vLLM, or name tasks of "
+                "kind generate with --tasks."
             )
-        first = _first_scored(found["tokens"], found["text_offset"], prompt, choice)
-        logprobs = found["token_logprobs"][first:]
-        if None in logprobs:
-            raise KajiyaError(
-                f"{self.url} gives no log-probability of a text's first token: a prompt must not be empty."
-            )
-        return float(sum(logprobs))
+        return read_echo(text, found["tokens"], found["token_logprobs"])
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """By the endpoint's embeddings, a portion of the texts at a time."""
@@ -121,18 +136,6 @@ class Endpoint:
         vectors = np.array(found, dtype=np.float32)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return np.asarray(vectors / np.maximum(lengths, 1e-12))
-
-
-def _first_scored(tokens: Sequence[str], offsets: Sequence[int], prompt: str, choice: str) -> int:
-    """Number of the first token that holds a letter of the choice.
-
-    Offsets are counted from the end: some servers count a token in front that the text does not have.
-    """
-    whole = len(prompt) + len(choice)
-    is_text = (prompt + choice).endswith(tokens[-1])  # and not the bytes of a part of a letter, spelt out
-    begin = (offsets[-1] + len(tokens[-1]) if is_text else whole) - len(choice)
-    ends = [*offsets[1:], begin + len(choice)]
-    return next((number for number, end in enumerate(ends) if end > begin), len(ends))
 
 
 def _wait_s(wish: str | None, attempt: int) -> float:

@@ -1,6 +1,5 @@
 """The evaluation stage: bits per byte and perplexity on the held-out documents, baselines, samples."""
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,18 +16,15 @@ from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.data.tokenizer import load_tokenizer, start_id
 from kajiya.evals.baselines import BASELINES
 from kajiya.evals.fingerprint import Fingerprint, heldout_digest
-from kajiya.evals.metrics import Measured
-from kajiya.evals.results import write_rows
+from kajiya.evals.results import write_text_rows
 from kajiya.evals.samples import sample_completions, unseen_functions
 from kajiya.evals.scoring import score_documents
-from kajiya.evals.statistics import ratio_interval, ratio_scores
 from kajiya.models.adapter_files import is_adapter, is_mergeable
 from kajiya.models.open import model_dtype
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, produce
 
-_LN2 = float(np.log(2))
 _ENCODED_TOGETHER = 64
 """Documents that are tokenized at once."""
 
@@ -99,11 +95,6 @@ def measure_baselines(names: tuple[str, ...], corpus: Artifact, store: Store) ->
     return produce(store, "baselines", code=code, config=list(names), parents={"corpus": corpus}, make=make)
 
 
-def bits_per_byte(nats: np.ndarray, n_bytes: np.ndarray) -> float:
-    """Σ nats / ln 2 / Σ bytes."""
-    return float(nats.sum() / _LN2 / n_bytes.sum())
-
-
 def _evaluate(
     folder: Path, config: EvalConfig, model_folder: Path, documents: Documents, context: int, seed: int, module: Any
 ) -> dict[str, Any]:
@@ -170,23 +161,8 @@ def _score(
         batch=config.batch,
         device=device,
     )
-    n_targets = np.array(counts, dtype=np.float64)
-    with (folder / "documents.jsonl").open("w", encoding="utf-8") as handle:
-        for name, nat, size, count in zip(documents.names, nats, n_bytes, n_targets, strict=True):
-            row = {"document": name, "nats": float(nat), "n_bytes": int(size), "n_targets": int(count)}
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-    bits = Measured(ratio_scores(nats / _LN2, n_bytes, is_lower_better=True))
-    write_rows(folder, {"row": list(documents.names)}, {"bits_per_byte": bits}, None)
-    several = len(counts) > 1  # a single document cannot be resampled
-    return {
-        "bits_per_byte": bits_per_byte(nats, n_bytes),
-        "bits_per_byte_interval": list(ratio_interval(nats / _LN2, n_bytes)) if several else None,
-        "perplexity": float(np.exp(nats.sum() / n_targets.sum())),
-        "perplexity_interval": [float(np.exp(bound)) for bound in ratio_interval(nats, n_targets)] if several else None,
-        "nats": float(nats.sum()),
-        "n_bytes": int(n_bytes.sum()),
-        "n_tokens": int(n_targets.sum()),
-        "n_documents": len(counts),
+    return write_text_rows(folder, documents.names, nats, n_bytes, np.array(counts, dtype=np.float64)) | {
+        "n_unscored_bytes": 0,
         "context_tokens": context,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }

@@ -13,10 +13,19 @@ from kajiya.errors import KajiyaError, MissingExtraError, StoreError
 from kajiya.evals.answers import Answer
 from kajiya.evals.fingerprint import Fingerprint, read_fingerprint
 from kajiya.evals.metrics import Measured
-from kajiya.evals.statistics import Comparison, Scores, compare, comparison_words, interval, ratio_scores
+from kajiya.evals.statistics import (
+    Comparison,
+    Scores,
+    compare,
+    comparison_words,
+    interval,
+    ratio_interval,
+    ratio_scores,
+)
 from kajiya.evals.tasks import Task, read_task
 
 ROWS = "rows.parquet"
+_LN2 = float(np.log(2))
 Figures = dict[str, dict[str, Any]]
 
 
@@ -79,6 +88,34 @@ def write_rows(
         table[f"{name}: statistics"] = each.scores.rows.tolist()
         table[f"{name}: note"] = list(each.notes) or [""] * n
     parquet.write_table(pyarrow.table(table), folder / ROWS)
+
+
+def write_text_rows(
+    folder: Path, names: Sequence[str], nats: np.ndarray, n_bytes: np.ndarray, n_targets: np.ndarray
+) -> dict[str, Any]:
+    """`documents.jsonl` and `rows.parquet` of scored documents, and their figures; the arrays are float64 [documents]."""
+    with (folder / "documents.jsonl").open("w", encoding="utf-8") as handle:
+        for name, nat, size, count in zip(names, nats, n_bytes, n_targets, strict=True):
+            row = {"document": name, "nats": float(nat), "n_bytes": int(size), "n_targets": int(count)}
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    bits = Measured(ratio_scores(nats / _LN2, n_bytes, is_lower_better=True))
+    write_rows(folder, {"row": list(names)}, {"bits_per_byte": bits}, None)
+    several = len(n_bytes) > 1  # a single document cannot be resampled
+    return {
+        "bits_per_byte": bits_per_byte(nats, n_bytes),
+        "bits_per_byte_interval": list(ratio_interval(nats / _LN2, n_bytes)) if several else None,
+        "perplexity": float(np.exp(nats.sum() / n_targets.sum())),
+        "perplexity_interval": [float(np.exp(bound)) for bound in ratio_interval(nats, n_targets)] if several else None,
+        "nats": float(nats.sum()),
+        "n_bytes": int(n_bytes.sum()),
+        "n_tokens": int(n_targets.sum()),
+        "n_documents": len(n_bytes),
+    }
+
+
+def bits_per_byte(nats: np.ndarray, n_bytes: np.ndarray) -> float:
+    """Σ nats / ln 2 / Σ bytes."""
+    return float(nats.sum() / _LN2 / n_bytes.sum())
 
 
 # ---------------------------------------------------------------- read back

@@ -1,17 +1,21 @@
 """Evaluate any model: one that writes text on the held-out text of a recipe, any other on the held-out rows of its run."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kajiya.config.compose import from_plain
 from kajiya.config.schema import Config
 from kajiya.data.corpus import build_corpus
 from kajiya.data.progress import OnEvent, silent
+from kajiya.evals.endpoint import Endpoint
 from kajiya.evals.evaluate import evaluate_model, measure_baselines
+from kajiya.evals.evaluate_endpoint import evaluate_endpoint
 from kajiya.flows.feeding import Data
 from kajiya.flows.kind_evaluation import evaluate_kind
 from kajiya.flows.own_module import rebuild_own_module
 from kajiya.flows.stages import Stages
-from kajiya.flows.targets import find_model, require_text, writes_text
+from kajiya.flows.targets import Target, find_model, is_endpoint, require_text, writes_text
 from kajiya.run.folder import Run
 from kajiya.run.process import keep_large_blocks, quiet_torchao
 from kajiya.run.store import Artifact, Store, open_artifact
@@ -21,38 +25,53 @@ _BASES = ("base", "adapter", "teacher")
 
 
 def evaluate(
-    target: str, config: Config, store: Store, *, on_event: OnEvent = silent
+    target: str,
+    config: Config,
+    store: Store,
+    *,
+    model_name: str | None = None,
+    api_key: str | None = None,
+    on_event: OnEvent = silent,
 ) -> tuple[Artifact, Artifact | None]:
-    """The evaluation of `target` (a run, an artifact, a folder, a hub name) and the baselines on the same bytes.
+    """The evaluation of `target` (a run, an artifact, a folder, a hub name, an endpoint) and the baselines on the same bytes.
 
     `config` says which text, from which part is held out, and how it is scored. The model of a run that writes no text (a
-    classifier, say) is evaluated on that run's own held-out rows, and has no baselines.
+    classifier, say) is evaluated on that run's own held-out rows, and has no baselines. `model_name` (`None`: the first that is
+    served) and `api_key` are an endpoint's.
     """
     keep_large_blocks()
     quiet_torchao()
-    found = find_model(target, store)
     stages = Stages(on_event)
-    if found.run is not None and not writes_text(found):
-        return _by_kind(found.model, found.run, store, stages), None
-    require_text(found, "target")
+    score: Callable[[Artifact], tuple[Artifact, bool]]
+    if is_endpoint(target):
+        score = partial(_of_endpoint, Endpoint(target, model_name, api_key), config, store)
+    else:
+        found = find_model(target, store)
+        if found.run is not None and not writes_text(found):
+            return _by_kind(found.model, found.run, store, stages), None
+        require_text(found, "target")
+        score = partial(_of_model, found, config, store)
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, on_event), lambda _: "")
     baselines = stages.produce(
         "baselines", lambda: measure_baselines(config.eval.baselines, corpus, store), lambda _: ""
     )
-    evaluation = stages.produce(
-        "evaluation",
-        lambda: evaluate_model(
-            config.eval,
-            found.model,
-            corpus,
-            store,
-            context_tokens=config.data.row_tokens,
-            seed=config.seed,
-            module=_own_module(found.run),
-        ),
-        lambda _: "",
+    return stages.produce("evaluation", lambda: score(corpus), lambda _: ""), baselines
+
+
+def _of_endpoint(endpoint: Endpoint, config: Config, store: Store, corpus: Artifact) -> tuple[Artifact, bool]:
+    return evaluate_endpoint(config.eval, endpoint, corpus, store, context_tokens=config.data.row_tokens)
+
+
+def _of_model(found: Target, config: Config, store: Store, corpus: Artifact) -> tuple[Artifact, bool]:
+    return evaluate_model(
+        config.eval,
+        found.model,
+        corpus,
+        store,
+        context_tokens=config.data.row_tokens,
+        seed=config.seed,
+        module=_own_module(found.run),
     )
-    return evaluation, baselines
 
 
 def _by_kind(model: Artifact, run: Run, store: Store, stages: Stages) -> Artifact:

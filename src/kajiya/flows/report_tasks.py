@@ -52,9 +52,7 @@ def find_scored(target: str, model: Artifact | None, store: Store, label: str) -
         if is_its:
             newest[(result.task, *result.fingerprint.manner)] = result
     if not newest:
-        raise StoreError(
-            f"{target}: {store.root} holds no evaluation of it.\nEvaluate it first: kajiya eval {target} --tasks NAME"
-        )
+        raise StoreError(f"{target}: {store.root} holds no evaluation of it.\nEvaluate it first: kajiya eval {target}")
     return Scored(label, f"{label} · {target}", list(newest.values()))
 
 
