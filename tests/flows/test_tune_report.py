@@ -1,18 +1,20 @@
 """The report of a search: what mattered, what the fresh seeds favour, several objectives, and how it looks."""
 
 import importlib.util
+import math
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tests.conftest import Finished, small_overrides
 from tests.flows.test_tune import LAYERS, LR, RECIPE, Trials
 
-from kajiya.flows import tune_confirm, tune_jobs
+from kajiya.flows import tune_confirm, tune_figures, tune_jobs
 from kajiya.flows.tune import tune
 from kajiya.flows.tune_jobs import Job, TrialEnd
 from kajiya.run.store import Store
@@ -152,3 +154,27 @@ def test_every_figure_of_a_real_search_is_drawn_in_a_browser(tmp_path: Path, mon
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     finally:
         driver.quit()
+
+
+def test_a_surface_is_drawn_where_trials_are_enough_and_near() -> None:
+    def space(n: int, of_lr: int, name: str | None = None) -> tune_figures.SpaceData:
+        points = [tune_figures.Point(i, float(i), {"lr": 10.0 ** -(i % of_lr), "depth": name or i}) for i in range(n)]
+        return tune_figures.SpaceData("nll", points, ("lr", "depth"), frozenset({"lr"}), True)
+
+    assert tune_figures.has_surface(space(10, 5))
+    assert not tune_figures.has_surface(space(9, 5)), "too few trials"
+    assert not tune_figures.has_surface(space(10, 4)), "too few rates"
+    assert not tune_figures.has_surface(space(10, 5, "muon")), "names have nothing between them"
+    x = np.array([0.0, 0.0, 1.0])
+    grid, mean = tune_figures._surface(x, x, np.array([1.0, 3.0, 5.0]))
+    assert mean[0, 0] == pytest.approx(2.0)
+    assert mean[-1, -1] == pytest.approx(5.0)
+    assert np.isnan(mean[0, -1]), "far from every trial"
+    assert len(grid) == len(mean)
+
+
+def test_marks_of_an_axis_are_round() -> None:
+    marks = tune_figures._round_marks
+    assert marks(math.log(2e-4), math.log(5e-2), True) == pytest.approx([3e-4, 1e-3, 3e-3, 1e-2, 3e-2][:5])
+    assert marks(math.log(1e-6), math.log(1e-1), True) == pytest.approx([1e-6, 1e-4, 1e-2])
+    assert marks(0.0, 0.3, False) == pytest.approx([0.0, 0.08, 0.16, 0.24])

@@ -1,5 +1,6 @@
 """Figures of a study: its course, what mattered, parallel coordinates, pairs of settings, the rungs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 _MOST_NAMES = 12
 """Distinct values of a setting that an axis names one by one."""
+_FEWEST_FOR_SURFACE = 10
+_FEWEST_PLACES = 5
+"""Trials, and different values of a setting among them, from which on a surface between them is drawn."""
+_GRID = 80
+_WIDTH = 0.12
+"""Standard deviation of the weights around a place, of the axis's length."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +129,18 @@ def draw_contour(figure: "Figure", data: SpaceData, palette: Palette, is_narrow:
     ranks = _ranks(data)
     shades = 1 - ranks / max(1, len(ranks) - 1)
     # A figure whose colours are roles cannot hold a colour map: depth is opacity of one colour.
-    if len(set(x)) > 2 and len(set(y)) > 2:
-        for level in np.quantile(values, (0.25, 0.5, 0.75)):
-            for segment in _isolines(x, y, values, float(level)):
-                axes.plot(segment[:, 0], segment[:, 1], color=palette["neutral"], linewidth=1.1, zorder=1)
+    if has_surface(data):
+        grid, mean = _surface(x, y, values)
+        levels = np.unique(np.nanquantile(mean, (0.1, 0.3, 0.5, 0.7, 0.9)))
+        axes.contour(grid, grid, mean, levels, colors=[palette["neutral"]], linewidths=1.1, zorder=1)
     for row in range(len(values)):
         draw_points(axes, [(x[row], y[row])], [_told(data.points[row], data.metric)],
                     color=palette["series1" if ranks[row] == 0 else "series0"],
                     alpha=0.2 + 0.8 * float(shades[row]) ** 2, markersize=7 + 6 * float(shades[row]))  # fmt: skip
     axes.set_xticks([place for place, _ in x_ticks], [text for _, text in x_ticks])
     axes.set_yticks([place for place, _ in y_ticks], [text for _, text in y_ticks])
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.04, 1.04)
     axes.set_xlabel(keys[0])
     axes.set_ylabel(keys[1])
 
@@ -200,8 +209,7 @@ def _axis(values: Sequence[Any], is_log: bool) -> tuple[np.ndarray, list[tuple[f
         if len(distinct) <= 5:
             marks = distinct
         else:
-            even = np.linspace(low, high, 4)
-            marks = [float(np.exp(mark)) if is_log else float(mark) for mark in even]
+            marks = _round_marks(low, high, is_log)
         ticks = [((np.log(mark) if is_log else mark) - low) / (high - low) for mark in marks]
         return places, [(float(tick), f"{mark:.3g}") for tick, mark in zip(ticks, marks, strict=True)]
     names = list(dict.fromkeys(str(v) for v in values))[:_MOST_NAMES]
@@ -209,25 +217,35 @@ def _axis(values: Sequence[Any], is_log: bool) -> tuple[np.ndarray, list[tuple[f
     return np.array([at.get(str(v), 0.5) for v in values]), [(place, name) for name, place in at.items()]
 
 
-def _isolines(x: np.ndarray, y: np.ndarray, values: np.ndarray, level: float) -> list[np.ndarray]:
-    """Lines of equal value of the piecewise linear surface through the trials, as marching triangles draw them."""
-    from matplotlib.tri import Triangulation
+def _round_marks(low: float, high: float, is_log: bool) -> list[float]:
+    """A few round numbers between the two; those of a logarithmic axis are given and found as powers."""
+    from matplotlib.ticker import MaxNLocator
 
-    try:
-        triangles = Triangulation(x, y).triangles
-    except (RuntimeError, ValueError):  # all trials on one line have no surface
-        return []
-    lines = []
-    for corners in triangles:
-        crossed = []
-        for a, b in ((0, 1), (1, 2), (2, 0)):
-            i, j = corners[a], corners[b]
-            if (values[i] < level) != (values[j] < level):
-                share = (level - values[i]) / (values[j] - values[i])
-                crossed.append((x[i] + share * (x[j] - x[i]), y[i] + share * (y[j] - y[i])))
-        if len(crossed) == 2:
-            lines.append(np.array(crossed))
-    return lines
+    if is_log:
+        tens = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+        for digits in ((1,), (1, 3), (1, 2, 5)):
+            marks = [digit * 10.0**ten for ten in tens for digit in digits]
+            marks = [mark for mark in marks if low <= math.log(mark) <= high]
+            if len(marks) >= 3:
+                return marks[:: math.ceil(len(marks) / 5)]
+        low, high = math.exp(low), math.exp(high)
+    return [float(mark) for mark in MaxNLocator(4).tick_values(low, high) if low <= mark <= high]
+
+
+def has_surface(data: SpaceData) -> bool:
+    """Whether the trials are enough, in both of the first two settings, to say what lies between them."""
+    several = all(len({p.settings.get(key) for p in data.points}) >= _FEWEST_PLACES for key in data.keys[:2])
+    numbers = all(isinstance(p.settings.get(key), (int, float)) for p in data.points for key in data.keys[:2])
+    return len(data.points) >= _FEWEST_FOR_SURFACE and several and numbers
+
+
+def _surface(x: np.ndarray, y: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of the trials around each place of a grid of the unit square, nearer ones weighing more; NaN far from all."""
+    grid = np.linspace(0, 1, _GRID)
+    square = (x[:, None, None] - grid) ** 2 + (y[:, None, None] - grid[:, None]) ** 2
+    weights = np.exp(-square / (2 * _WIDTH**2))
+    mean = np.tensordot(values, weights, 1) / weights.sum(0)
+    return grid, np.where(square.min(0) <= (2 * _WIDTH) ** 2, mean, np.nan)
 
 
 def _whole_numbers(axes: "Axes") -> None:

@@ -25,6 +25,7 @@ from kajiya.flows.tune_figures import (
     draw_history,
     draw_parallel,
     draw_rungs,
+    has_surface,
     short,
 )
 from kajiya.flows.tune_results import THE_RECIPE, best_trials, count_trials, finished, trial_name
@@ -235,8 +236,9 @@ def _mattered(study: "Study", metrics: Sequence[str], manifest: dict[str, Any]) 
     yield plot("parallel", draw_parallel, data, "Parallel coordinates of the trials",
                "One line a finished trial; the better, the stronger. The best stands out.")  # fmt: skip
     if len(keys) > 1:
+        lines = "; lines join equal figures of the trials around" if has_surface(data) else ""
         yield plot("contour", draw_contour, data, f"{keys[0]} against {keys[1]}",
-                   "The two settings that mattered most; larger and stronger is better, lines join equal figures.")  # fmt: skip
+                   f"The two settings that mattered most; larger and stronger is better{lines}.")  # fmt: skip
 
 
 def _importances(

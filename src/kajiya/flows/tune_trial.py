@@ -8,6 +8,7 @@ with a checkpoint; so does the end of whoever gave the order.
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import resource
@@ -54,7 +55,8 @@ def main() -> int:
     """Entry of the process that has the imports done before the first order comes."""
     import_faster()
     import_all()
-    collect_as_usual()  # what is frozen is shared by the forks, whose collections do not touch it
+    collect_as_usual()
+    gc.freeze()  # the forks share what is imported: their collections leave it alone
     return serve(work)
 
 

@@ -87,8 +87,7 @@ def import_faster() -> None:
 
 
 def collect_as_usual() -> None:
-    """Leave what is imported out of later collections, and look for garbage as often as Python does by itself."""
-    gc.freeze()
+    """Look for garbage as often as Python does by itself."""
     gc.set_threshold(*_USUAL_THRESHOLD)
 
 
