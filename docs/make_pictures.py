@@ -16,7 +16,7 @@ from typing import Any
 IMAGES = Path(__file__).resolve().parent / "images"
 PORT = 8765
 PROMPT = 'def read_lines(path, encoding=\'utf-8\'):\n    """Return the lines of a text file."""\n'
-WIDTH, HEIGHT = 1280, 800
+WIDTH, HEIGHT = 1280, 960
 _PATIENCE_S = 60.0
 
 
@@ -68,6 +68,7 @@ def photograph(url: str, to: Path) -> None:
         )
         text.send_keys(Keys.CONTROL, Keys.ENTER)
         wait_for(lambda: go.is_displayed() and len(driver.find_elements("css selector", "#output .token")) > 12)
+        driver.execute_script("window.scrollTo(0, 0)")
         ActionChains(driver).move_to_element(driver.find_elements("css selector", "#output .token")[10]).perform()
         driver.save_screenshot(str(to))
     finally:
