@@ -20,6 +20,7 @@ from kajiya.errors import ConfigError, DataError
 from kajiya.run.store import Store
 
 HI, HO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+SYSTEM = {"role": "system", "content": "s"}
 
 
 def rows_of(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> Origin:
@@ -96,6 +97,26 @@ def read(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> tuple[str, l
             {"prompt": [HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
         ),
         (
+            {"system": "s", "prompt": "p", "chosen": "a", "rejected": "b"},
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "system": "s"},
+        ),
+        (
+            {"system": "s", "prompt": [HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
+            "preference",
+            {"prompt": [SYSTEM, HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
+        ),
+        (
+            {"system": "s", "prompt": [HI], "completion": [HO]},
+            "instruction",
+            {"prompt": [SYSTEM, HI], "completion": [HO]},
+        ),
+        (
+            {"system": "s", "prompt": "p", "completion": "c", "label": False},
+            "feedback",
+            {"prompt": "p", "completion": "c", "label": 0, "system": "s"},
+        ),
+        (
             {"prompt": "p", "completion": "c", "label": True},
             "feedback",
             {"prompt": "p", "completion": "c", "label": 1},
@@ -139,6 +160,9 @@ def test_other_names_by_a_map(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "a", "text": "not this"}
     settings = {"columns": {"prompt": "question", "completion": "answer"}, "format": "instruction"}
     assert read(tmp_path, row, **settings) == ("instruction", [{"prompt": "q", "completion": "a"}])
+    both = {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}
+    wanted = {"completion": "completion", "prompt": "prompt"}
+    assert read(tmp_path, both, columns=wanted) == ("instruction", [{"prompt": "c", "completion": "d"}])
     # A column that stands for another is not also itself.
     assert read(tmp_path, {"text": "q", "output": "a"}, columns={"prompt": "text", "completion": "output"}) == (
         "instruction",
@@ -160,7 +184,13 @@ def test_other_names_by_a_map(tmp_path: Path) -> None:
             r"data.format: columns text, messages fit more than one kind of rows: text \(text\); chat \(messages\)\n.*chat, text",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}, {}, "instruction .* preference"),
-        ({"messages": [], "conversations": []}, {}, r"Say in data.columns which of them to read"),
+        ({"messages": [], "conversations": []}, {}, r"which of them to read, .* data.columns=\{messages: messages\}\."),
+        (
+            {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"},
+            {},
+            r"for example data.columns=\{completion: completion, prompt: prompt\}\.",
+        ),
+        ({"body": "a"}, {"format": "chat"}, r"for example data.columns.messages=body\."),
         (
             {"body": "a", "id": 1},
             {},
@@ -168,6 +198,22 @@ def test_other_names_by_a_map(tmp_path: Path) -> None:
         ),
         ({"text": "a"}, {"format": "chat"}, r"columns text make no chat rows \(chat: messages or conversations\)"),
         ({"text": "a"}, {"columns": {"promt": "text"}}, r"data.columns.promt: is no column .* did you mean 'prompt'"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "score": 1},
+            {"columns": {"label": "score"}},
+            r"data.columns.label: preference rows of chosen, rejected have no such column \(known: prompt, system, tools\)\n"
+            "Leave it out, or set data.format",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "more": "x"},
+            {"columns": {"input": "more"}},
+            r"data.columns.input: instruction rows of completion, prompt have no such column",
+        ),
+        (
+            {"text": "a", "role": "b"},
+            {"columns": {"message.role": "role"}},
+            r"data.columns.message.role: text rows hold no messages\nLeave it out",
+        ),
         ({"body": "a"}, {"columns": {"text": "bodi"}}, r"data.columns.text: there is no column 'bodi'; there is: body"),
     ],
 )
@@ -176,6 +222,69 @@ def test_what_is_ambiguous_or_missing_is_an_error_with_columns_and_choices(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         rows_of(tmp_path, row, **settings)
+
+
+def entries_of(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> list[tuple[str, str]]:
+    """Each entry's type, and its text or what is wrong with it."""
+    entries = rows_of(tmp_path, *rows, **settings).read()
+    return [
+        ("row", entry.text) if isinstance(entry, Document) else (type(entry).__name__, entry.reason)
+        for entry in entries
+    ]
+
+
+def test_the_first_row_alone_does_not_say_what_the_rows_are(tmp_path: Path) -> None:
+    text, labelled = {"text": "a"}, {"text": "b", "label": 1}
+    first, *rest = entries_of(tmp_path, text, labelled, labelled)
+    assert first == ("Unreadable", "has no column 'label' (it has: text)")
+    assert [kind for kind, _ in rest] == ["row", "row"]
+    pair, judged = {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c", "label": False}
+    assert rows_of(tmp_path, pair, *[judged] * 5).form["format"] == "feedback"
+    # Set, the kind is what was set, whatever the first rows hold.
+    meta, chat = {"meta": "x"}, {"messages": [HI, HO]}
+    first, second = entries_of(tmp_path, meta, chat, format="chat")
+    assert first == ("Unreadable", "has no column 'messages' (it has: meta)")
+    assert second[0] == "row"
+    assert entries_of(tmp_path, labelled, text, format="text") == [("row", "b"), ("row", "a")]
+    # A column that only some rows have can be mapped.
+    told = chat | {"instructions": "s"}
+    _, second = entries_of(tmp_path, chat, told, columns={"system": "instructions"})
+    assert json.loads(second[1])["messages"] == [SYSTEM, HI, HO]
+
+
+def test_a_later_row_of_another_kind_is_refused(tmp_path: Path) -> None:
+    rows = [{"text": str(number)} for number in range(120)]
+    assert entries_of(tmp_path, *rows, {"text": "b", "label": 1, "id": 7})[-1] == (
+        "Unreadable",
+        "has label, which text rows do not, but labelled rows; data.format=text reads it without",
+    )
+    assert entries_of(tmp_path, *rows, {"text": "b", "label": 1}, format="text")[-1] == ("row", "b")
+    pairs = [{"question": "p", "completion": "c"}] * 120
+    other = {"question": "p", "completion": "c", "messages": [HI, HO]}
+    assert entries_of(tmp_path, *pairs, other, columns={"prompt": "question"})[-1] == (
+        "Unreadable",
+        "has messages, which instruction rows do not, but chat rows; data.format=instruction reads it without",
+    )
+
+
+def test_columns_that_are_not_read_are_said_once(tmp_path: Path) -> None:
+    rows = [{"text": f"text {number}", "id": number, "\ud800": 1} for number in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig("jsonl", {"files": str(path)})
+    notes: list[str] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "note":
+            notes.append(fields["text"])
+
+    store = Store(tmp_path / "store")
+    for settings in ({}, {"format": "text"}):
+        notes.clear()
+        build_corpus(DataConfig(source=source, heldout_every=4, **settings), store, hear)
+        assert "data.source: columns that are not read: id, \\ud800" in notes
+    assert rows_of(tmp_path, {"prompt": "p", "completion": "c", "tools": None}).unread == ()
+    assert rows_of(tmp_path, {"prompt": "p", "completion": "c", "input": "x"}).unread == ("input",)
 
 
 def test_texts_have_no_columns(tmp_path: Path) -> None:
@@ -246,6 +355,10 @@ def test_class_names() -> None:
         (
             {"messages": [{"role": "system", "content": "a"}, HI, HO], "system": "b"},
             "has a system message under 'system' and",
+        ),
+        (
+            {"prompt": [SYSTEM, HI], "chosen": [HO], "rejected": [HO | {"content": "No"}], "system": "b"},
+            "has a system message under 'system' and at the head of its messages",
         ),
         ({"prompt": "p"}, "has no column 'completion' (it has: prompt)"),
         ({"prompt": "p", "completion": ""}, "is empty under 'completion'"),

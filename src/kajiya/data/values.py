@@ -60,8 +60,13 @@ def list_of(value: Any, where: str) -> list[dict[str, Any]]:
     return found
 
 
+def escaped(text: str) -> str:
+    """The text with lone surrogates written as `\\udXXX`, so that any file and screen can hold it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def excerpt(value: Any, length: int = 300) -> str:
     """A value as JSON in one line, for an error; at most `length` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
+    text = escaped(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 1] + "…"
