@@ -156,6 +156,17 @@ def test_tools_and_calls_take_one_form(tmp_path: Path) -> None:
     assert row["messages"][1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
 
 
+@pytest.mark.parametrize("nothing", [None, "", "null", [], {}])
+def test_nothing_is_no_tool_and_no_call(tmp_path: Path, nothing: Any) -> None:
+    row = {"messages": [HI, HO | {"tool_calls": nothing}], "tools": nothing}
+    assert read(tmp_path, row) == ("chat", [{"messages": [HI, HO]}])
+
+
+def test_a_text_that_only_begins_as_messages_is_a_text(tmp_path: Path) -> None:
+    for prompt in ('[{"role":', '[{"role":' + "[" * 100_000):
+        assert read(tmp_path, {"prompt": prompt, "completion": "c"})[1] == [{"prompt": prompt, "completion": "c"}]
+
+
 def test_other_names_by_a_map(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "a", "text": "not this"}
     settings = {"columns": {"prompt": "question", "completion": "answer"}, "format": "instruction"}
@@ -360,6 +371,24 @@ def test_class_names() -> None:
             {"prompt": [SYSTEM, HI], "chosen": [HO], "rejected": [HO | {"content": "No"}], "system": "b"},
             "has a system message under 'system' and at the head of its messages",
         ),
+        ({"messages": [HI | {"role": ["user"]}, HO]}, "has the role ['user'] in messages[0], which is none of"),
+        ({"messages": [HI | {"role": {"a": "b"}}, HO]}, "has the role {'a': 'b'} in messages[0], which is none of"),
+        ({"messages": [HI, HO | {"tool_calls": 5}]}, "holds a int under 'messages[1].tool_calls', not a list"),
+        ({"messages": [HI, HO | {"tool_calls": True}]}, "holds a bool under 'messages[1].tool_calls', not a list"),
+        ({"messages": [HI, HO | {"tool_calls": "5"}]}, "holds a int under 'messages[1].tool_calls', not a list"),
+        ({"messages": [HI, HO | {"tool_calls": {"name": "f"}}]}, "holds a dict under 'messages[1].tool_calls', not a"),
+        ({"messages": [HI, HO | {"tool_calls": [3]}]}, "holds no tool call under 'messages[1].tool_calls[0]'"),
+        ({"messages": [HI, HO | {"name": {}}]}, "holds a value of type dict under 'messages[1].name', not text"),
+        ({"messages": [HI, HO | {"role": "function_call", "content": None}]}, "holds no tool call under"),
+        ({"messages": [HI, HO | {"reasoning": 5}]}, "a value of type int under 'messages[1].reasoning_content'"),
+        ({"messages": [HI, HO | {"weight": "1"}]}, "has weight='1' in messages[1], which is no number"),
+        ({"messages": [HI, HO | {"weight": 10**400}]}, "in messages[1], which is no number"),
+        ({"messages": [HI, HO], "tools": 5}, "holds a int under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": True}, "holds a bool under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": "5"}, "holds a int under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": {"name": "f"}}, "holds a dict under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": [5]}, "holds a int under 'tools[0]', not the description of a tool"),
+        ({"messages": [HI, HO], "tools": [{"function": 3}]}, "holds a int under 'tools[0].function', not the"),
         ({"prompt": "p"}, "has no column 'completion' (it has: prompt)"),
         ({"prompt": "p", "completion": ""}, "is empty under 'completion'"),
         ({"prompt": "p", "completion": ["x"]}, "not a list of objects"),
@@ -392,6 +421,17 @@ def test_a_faulty_row_is_named_with_what_is_wrong(tmp_path: Path, row: dict[str,
     assert isinstance(second, Unreadable)
     assert second.name == "rows.jsonl:2"
     assert reason in second.reason
+
+
+def test_a_row_of_any_depth_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for depth in (*range(900, 1010), 100_000):
+        deep = '{"parameters":' * depth + "{}" + "}" * depth
+        row = json.dumps({"messages": [HI, HO], "tools": 0}).replace("0}", f"[{deep}]}}")
+        path.write_text(json.dumps({"messages": [HI, HO]}) + f"\n{row}\n")
+        _, second = open_rows(DataConfig(source=SourceConfig("jsonl", {"files": str(path)}))).read()
+        assert isinstance(second, Document) or "nested too deeply" in second.reason or "recursion" in second.reason
+    assert isinstance(second, Unreadable)
 
 
 def test_a_line_that_is_too_long_is_refused_without_being_held(tmp_path: Path) -> None:

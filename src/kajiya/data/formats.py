@@ -258,7 +258,7 @@ def _is_list(value: Any) -> bool:
         return False
     try:
         found = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, list) and all(
         isinstance(item, dict) and bool({"role", "from"} & item.keys()) for item in found

@@ -209,6 +209,8 @@ class _Rows:
             text = canonical(self._kind, FORMATS[self._kind].normalise(view))
         except RowError as error:
             return Unreadable(found.name, str(error), found.n_bytes)
+        except RecursionError:
+            return Unreadable(found.name, "is nested too deeply", found.n_bytes)
         return Document(found.name, text, len(text.encode()), found.group)
 
     def _view(self, row: Row) -> dict[str, Any]:

@@ -51,7 +51,17 @@ def json_of(value: Any, where: str) -> Any:
     return value
 
 
-def list_of(value: Any, where: str) -> list[dict[str, Any]]:
+def list_of(value: Any, where: str) -> list[Any]:
+    """A list, or the JSON text of one; empty where there is nothing."""
+    found = None if value == "" else json_of(value, where)
+    if found is None or found == {}:
+        return []
+    if not isinstance(found, list):
+        raise RowError(f"holds a {type(found).__name__} under {where!r}, not a list")
+    return found
+
+
+def objects_of(value: Any, where: str) -> list[dict[str, Any]]:
     """A list of objects, or the JSON text of one."""
     found = json_of(value, where)
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
