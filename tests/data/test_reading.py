@@ -511,6 +511,34 @@ def test_labels_of_csv_are_numbers_and_those_of_datasets_have_names(tmp_path: Pa
     ]
 
 
+def test_a_label_of_csv_is_a_number_where_it_is_written_as_one(tmp_path: Path) -> None:
+    labels = ["01", "1", "1_0", " 2", "+3", "-4", "0.5", "1e3", "0x1", "1.50"]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{label}\n" for label in labels))
+    origin = open_rows(DataConfig(source=SourceConfig("csv", {"files": f"{tmp_path}/a.csv"})))
+    found = [json.loads(entry.text)["label"] for entry in origin.read() if isinstance(entry, Document)]
+    assert found == ["01", 1, "1_0", " 2", "+3", -4, 0.5, 1000.0, "0x1", 1.5]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,id,text\nx,1,y\nz,2,w\n")
+    origin = open_rows(DataConfig(source=SourceConfig("csv", {"files": f"{tmp_path}/a.csv"})))
+    assert [(entry.name, entry.reason) for entry in origin.read() if isinstance(entry, Unreadable)] == [
+        ("a.csv", "has two columns of the name 'text'; name each of them otherwise")
+    ]
+
+
+def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    inner = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    path.write_text('{"text": "a"}\n{"text": "a", "text": "b"}\n' + inner + "\n")
+    _, *entries = open_rows(DataConfig(source=SourceConfig("jsonl", {"files": str(path)}), format="text")).read()
+    assert [entry.reason for entry in entries] == ["has the key 'text' twice", "has the key 'content' twice"]
+    tools = '[{"name": "f", "name": "g"}]'
+    assert entries_of(tmp_path, {"messages": [HI, HO], "tools": tools}) == [
+        ("Unreadable", "has the key 'name' twice under 'tools'")
+    ]
+
+
 def test_an_arrow_file_that_is_none_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(b"nothing of the kind")
     (tmp_path / "b.arrow").write_bytes(b"")
@@ -555,6 +583,28 @@ def test_an_unknown_key_of_a_message_is_named_with_its_remedy(tmp_path: Path) ->
     assert "data.columns={message.role: role, message.content: content}" in entry.reason
     with pytest.raises(ConfigError, match=r"data.columns.message.rol: is no column .*did you mean 'message.role'"):
         open_rows(replace(config, columns={"message.rol": "role"}))
+
+
+def test_keys_of_messages_that_are_json_text(tmp_path: Path) -> None:
+    """As in CSV, where all is text, and bytes where it is not ASCII."""
+    turns = [{"speaker": "human", "said": "Grüße"}, {"speaker": "gpt", "said": "Ho", "id": 1}]
+    wanted = [{"role": "user", "content": "Grüße"}, HO]
+    keys = {"message.role": "speaker", "message.content": "said"}
+    for names, parts in ((["messages"], [turns]), (["prompt", "completion"], [turns[:1], turns[1:]])):
+        with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as handle:
+            csv.writer(handle).writerows([names, [json.dumps(part, ensure_ascii=False) for part in parts]])
+        config = DataConfig(source=SourceConfig("csv", {"files": f"{tmp_path}/a.csv"}), columns=keys)
+        (entry,) = open_rows(config).read()
+        assert isinstance(entry, Document), entry
+        assert [message for part in json.loads(entry.text).values() for message in part] == wanted
+    umlaut = [json.dumps([turn | {"content": "ü"}], ensure_ascii=False) for turn in (HI, HO)]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([["prompt", "completion"], umlaut])
+    (entry,) = open_rows(replace(config, columns={})).read()
+    assert json.loads(entry.text) == {"prompt": json.loads(umlaut[0]), "completion": json.loads(umlaut[1])}
+    # A text is no conversation for beginning as one.
+    row = {"prompt": '[{"a": 1}]', "completion": "[{"}
+    assert read(tmp_path, row, columns=keys) == ("instruction", [row])
 
 
 def test_keys_of_messages_can_be_written_on_the_command_line() -> None:

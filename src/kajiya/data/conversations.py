@@ -57,10 +57,18 @@ def messages_of(value: Any, where: str, *, system: Any = None) -> list[Message]:
 
 
 def with_keys(value: Any, keys: Mapping[str, str]) -> Any:
-    """Messages with our names of their keys (`keys`: ours → theirs) and without all others; anything else as it is."""
-    if not keys or not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+    """Messages, or their JSON text, with our names of their keys (`keys`: ours → theirs) and no others; else as it is."""
+    if not keys:
         return value
-    return [{ours: item[theirs] for ours, theirs in keys.items() if theirs in item} for item in value]
+    try:
+        found = json_of(value, "messages")
+    except RowError:
+        return value
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
+        return value
+    if found is not value and not any(theirs in item for item in found for theirs in keys.values()):
+        return value
+    return [{ours: item[theirs] for ours, theirs in keys.items() if theirs in item} for item in found]
 
 
 def require_order(messages: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -90,13 +98,16 @@ def tools_of(value: Any, where: str = "tools") -> list[dict[str, Any]] | None:
 
 def _tool(given: Any, where: str) -> dict[str, Any]:
     """The description of a tool, which some data sets hold as a text."""
-    tool = json_of(given, where)
-    if isinstance(tool, dict) and "function" not in tool:
-        tool = {"type": "function", "function": tool}
-    for held, place in ((tool, where), (tool.get("function") if isinstance(tool, dict) else {}, f"{where}.function")):
-        if not isinstance(held, dict):
-            raise RowError(f"holds a {type(held).__name__} under {place!r}, not the description of a tool")
-    return tool
+    tool = _described(json_of(given, where), where)
+    if "function" not in tool:
+        return {"type": "function", "function": tool}
+    return tool | {"function": _described(tool["function"], f"{where}.function")}
+
+
+def _described(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(f"holds a {type(value).__name__} under {where!r}, not the description of a tool")
+    return value
 
 
 def message_text(message: Mapping[str, Any]) -> str:

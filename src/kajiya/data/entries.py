@@ -1,9 +1,10 @@
 """What a source yields: a document, a row of columns, or what could not be read and why; and how bytes become one."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from kajiya.data.values import RowError, parse_json
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ def decode_entry(name: str, raw: bytes, encoding: str) -> Document | Unreadable:
 def json_row(name: str, line: bytes) -> Row | Unreadable:
     """The row of a line that holds a JSON object."""
     try:
-        row = json.loads(line.decode().rstrip("\r\n"))
+        row = parse_json(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return Unreadable(name, f"is not utf-8: byte 0x{line[error.start]:02x} at {error.start}", len(line))
     except (ValueError, RecursionError) as error:
         return Unreadable(name, f"is no JSON: {error}", len(line))
+    except RowError as error:
+        return Unreadable(name, str(error), len(line))
     if not isinstance(row, dict):
         return Unreadable(name, f"is a JSON {type(row).__name__}, not an object with columns", len(line))
     return Row(name, row, len(line))

@@ -254,6 +254,8 @@ def _is_list(value: Any) -> bool:
     """Whether a column holds messages: a list, or the JSON text of one."""
     if isinstance(value, list):
         return True
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
     if not isinstance(value, str) or not value.lstrip().startswith('[{"'):
         return False
     try:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kajiya.data.values import escaped
 from kajiya.errors import DataError
 
 _N_EXAMPLES = 5
@@ -30,7 +31,7 @@ class Tally:
         self.documents += 1
         self.bytes += n_bytes
         if example is not None and len(self.examples) < _N_EXAMPLES:
-            self.examples.append(example)
+            self.examples.append(escaped(example))
 
     def facts(self) -> dict[str, Any]:
         """As it stands in a manifest."""

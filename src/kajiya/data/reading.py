@@ -13,7 +13,7 @@ from kajiya.data.entries import Document, Entry, Found, Row, Unreadable
 from kajiya.data.formats import FORMATS, Format, as_chat, canonical
 from kajiya.data.mixture import Part, mix
 from kajiya.data.origin import Origin, Source, open_source
-from kajiya.data.values import RowError
+from kajiya.data.values import RowError, escaped
 from kajiya.errors import ConfigError
 
 _OURS = sorted(
@@ -131,7 +131,7 @@ def _kind(
         found = mapped if len(mapped) == 1 else found
     if len(found) == 1:
         return found[0]
-    columns = f"columns {', '.join(there)}"
+    columns = f"columns {', '.join(map(escaped, there))}"
     if found:
         choices = "; ".join(f"{kind} ({', '.join(sorted(variant))})" for kind, variant in found)
         kinds_found = {kind for kind, _ in found}
@@ -150,7 +150,7 @@ def _kind(
     raise ConfigError(
         f"{where}.columns",
         f"{columns} make {what} ({choices})",
-        f"Say which column is which, for example {where}.columns.{max(simplest - ours)}={there[0]}.",
+        f"Say which column is which, for example {where}.columns.{max(simplest - ours)}={escaped(there[0])}.",
     )
 
 
@@ -208,7 +208,7 @@ class _Rows:
             view |= {ours: with_keys(view[ours], self._keys) for ours in _HOLDS_MESSAGES & view.keys()}
             text = canonical(self._kind, FORMATS[self._kind].normalise(view))
         except RowError as error:
-            return Unreadable(found.name, str(error), found.n_bytes)
+            return Unreadable(found.name, escaped(str(error)), found.n_bytes)
         except RecursionError:
             return Unreadable(found.name, "is nested too deeply", found.n_bytes)
         return Document(found.name, text, len(text.encode()), found.group)
@@ -248,13 +248,17 @@ class _Rows:
 
 
 def _number(value: Any) -> Any:
-    """What a text of CSV spells, where that is a number."""
-    for kind in (int, float):
+    """What a text of CSV spells, where that is a number; `01` and `1_0` are names."""
+    if not isinstance(value, str) or "_" in value:
+        return value
+    try:
+        number = int(value)
+    except ValueError:
         try:
-            return kind(value)
-        except (TypeError, ValueError):
-            continue
-    return value
+            return float(value)
+        except ValueError:
+            return value
+    return number if str(number) == value else value
 
 
 # ---------------------------------------------------------------- mixtures

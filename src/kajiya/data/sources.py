@@ -105,6 +105,11 @@ def _csv_file(file: str, path: Path, handle: io.TextIOBase) -> Iterator[Found]:
         header = next(reader, None)
         if header is None:
             return
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            reason = f"has two columns of the name {twice[0]!r}; name each of them otherwise"
+            yield Unreadable(file, reason, path.stat().st_size)
+            return
         while True:
             line = reader.line_num + 1
             row = next(reader, None)

@@ -41,11 +41,29 @@ def require_unicode(value: Any, where: str) -> None:
             require_unicode(inner, f"{where}[{index}]")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"has the key {next(key for key in made if keys.count(key) > 1)!r} twice")
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds. Raises `ValueError` or `RecursionError` for no JSON, `RowError` for a key that stands twice."""
+    return _JSON.decode(text if isinstance(text, str) else text.decode())
+
+
 def json_of(value: Any, where: str) -> Any:
     """The value, or what its text holds as JSON where it is a text."""
     if isinstance(value, (str, bytes)):
         try:
-            return json.loads(value)
+            return parse_json(value)
+        except RowError as error:
+            raise RowError(f"{error} under {where!r}") from error
         except (ValueError, RecursionError) as error:
             raise RowError(f"holds a text under {where!r} that is no JSON: {error}") from error
     return value
