@@ -1,6 +1,7 @@
 """Sources: what they yield, byte for byte, and what they say of bad input."""
 
 import errno
+import gzip
 import json
 import os
 import sys
@@ -175,6 +176,35 @@ def test_jsonl_names_the_line_and_the_fault(tmp_path: Path) -> None:
         "a.jsonl:8": "is not utf-8: byte 0xe9 at 13",
         "a.jsonl:9": "holds a lone surrogate (\\udc80) under 'text'",
     }
+
+
+def test_a_file_of_another_form_is_said_with_what_would_read_it(tmp_path: Path) -> None:
+    rows = json.dumps({"text": "a"}) + "\n"
+    array, utf16 = json.dumps([{"text": "a"}, {"text": "b"}]), rows.encode("utf-16")
+    for raw, words in (
+        (gzip.compress(rows.encode()), "is packed by gzip: unpack it first"),
+        (b"\x28\xb5\x2f\xfd\0\0", "is packed by zstd: unpack it first"),
+        (utf16, "is UTF-16: write it as UTF-8, for example by iconv -f UTF-16 -t UTF-8"),
+        (array.encode(), "is one JSON array, not a row a line: write a line for each, for example by jq -c '.[]'"),
+        (b"\xef\xbb\xbf [\n" + rows.encode() + b"]\n", "is one JSON array, not a row a line: write"),
+    ):
+        (tmp_path / "a.jsonl").write_bytes(raw)
+        (tmp_path / "b.jsonl").write_text(rows)
+        for settings in ({}, {"format": "chat"}):
+            source = SourceConfig("jsonl", {"files": f"{tmp_path}/a.jsonl"})
+            (entry,) = open_rows(DataConfig(source=source, **settings)).read()
+            assert entry.name == "a.jsonl"
+            assert entry.reason.startswith(words)
+            assert entry.n_bytes == len(raw)
+        assert documents(read("jsonl", files=f"{tmp_path}/*.jsonl")[1:]) == {"b.jsonl:1": "a"}
+    for raw in (gzip.compress(b"text\na\n"), "text\na\n".encode("utf-16")):
+        (tmp_path / "a.csv").write_bytes(raw)
+        (entry,) = csv_rows(TableSource(f"{tmp_path}/a.csv"))
+        assert (entry.name, entry.n_bytes) == ("a.csv", len(raw))
+        assert entry.reason.startswith(("is packed by gzip", "is UTF-16"))
+    (tmp_path / "a.txt").write_bytes(utf16)
+    (entry,) = text(TextSource(f"{tmp_path}/a.txt"))
+    assert entry.reason == "is not utf-8: byte 0xff on line 1 (it is UTF-16)"
 
 
 def test_csv_rows(tmp_path: Path) -> None:

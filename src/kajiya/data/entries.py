@@ -1,5 +1,6 @@
 """What a source yields: a document, a row of columns, or what could not be read and why; and how bytes become one."""
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,14 +68,30 @@ Found = Document | Row | Unreadable
 """What a source yields."""
 
 
+_MARKS = {
+    b"\x1f\x8b": "packed by gzip",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def other_form(raw: bytes) -> str | None:
+    """What a file is, by its first bytes, where it is no UTF-8."""
+    return next((form for mark, form in _MARKS.items() if raw.startswith(mark)), None)
+
+
 def decode_entry(name: str, raw: bytes, encoding: str) -> Document | Unreadable:
     """The document of these bytes, decoded without any change; or which byte on which line is no text."""
     try:
         decoded = raw.decode(encoding)
         n_bytes = len(decoded.encode())
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        return Unreadable(name, f"is not {encoding}: byte 0x{raw[error.start]:02x} on line {line}", len(raw))
+        line, form = raw.count(b"\n", 0, error.start) + 1, other_form(raw)
+        reason = f"is not {encoding}: byte 0x{raw[error.start]:02x} on line {line}" + (
+            f" (it is {form})" if form else ""
+        )
+        return Unreadable(name, reason, len(raw))
     except UnicodeEncodeError:
         return Unreadable(name, f"holds lone surrogates when read as {encoding}", len(raw))
     return Document(name, decoded, n_bytes)

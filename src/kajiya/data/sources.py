@@ -7,6 +7,7 @@ import csv
 import glob
 import io
 import os
+import re
 import sys
 import sysconfig
 import tokenize
@@ -17,10 +18,13 @@ from pathlib import Path
 
 from kajiya.config.options import LinesSource, StdlibSource, TableSource, TextSource
 from kajiya.data.entries import Document as Document
-from kajiya.data.entries import Found, Row, Unreadable, decode_entry, json_row
+from kajiya.data.entries import Found, Row, Unreadable, decode_entry, json_row, other_form
 from kajiya.errors import ConfigError
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+_HEAD_BYTES = 512
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
+"""How a file begins that holds its rows in one JSON array."""
 _FILES_FIELD = "data.source.options.files"
 
 
@@ -55,6 +59,10 @@ def jsonl(options: LinesSource) -> Iterator[Found]:
     for file, path in matching_files(options.files):
         try:
             with path.open("rb") as handle:
+                if problem := _other_form(handle.read(_HEAD_BYTES)):
+                    yield Unreadable(file, problem, path.stat().st_size)
+                    continue
+                handle.seek(0)
                 for number, line, n_bytes in _lines(handle, options.max_row_bytes):
                     name = f"{file}:{number}"
                     if n_bytes > options.max_row_bytes:
@@ -66,6 +74,18 @@ def jsonl(options: LinesSource) -> Iterator[Found]:
                         yield json_row(name, row)
         except OSError as error:
             yield not_opened(file, path, error)
+
+
+def _other_form(head: bytes, *, is_jsonl: bool = True) -> str | None:
+    """What a file of rows is instead, by how it begins, and what would make rows of it."""
+    form = other_form(head)
+    if form == "UTF-16":
+        return "is UTF-16: write it as UTF-8, for example by iconv -f UTF-16 -t UTF-8"
+    if form is not None:
+        return f"is {form}: unpack it first"
+    if is_jsonl and _ARRAY.match(head.removeprefix(BOM_UTF8)):
+        return "is one JSON array, not a row a line: write a line for each, for example by jq -c '.[]'"
+    return None
 
 
 def _lines(handle: io.BufferedIOBase, limit: int) -> Iterator[tuple[int, bytes, int]]:
@@ -87,6 +107,11 @@ def csv_rows(options: TableSource) -> Iterator[Found]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     for file, path in matching_files(options.files):
         try:
+            with path.open("rb") as raw:
+                problem = _other_form(raw.read(_HEAD_BYTES), is_jsonl=False)
+            if problem:
+                yield Unreadable(file, problem, path.stat().st_size)
+                continue
             with _open_csv(path) as handle:
                 yield from _csv_file(file, path, handle)
         except OSError as error:
