@@ -276,6 +276,61 @@ def test_parquet_faults(tmp_path: Path) -> None:
     }
 
 
+def _spoiled(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at : at + 64] = b"\xff" * 64
+    path.write_bytes(raw)
+
+
+def test_a_broken_part_of_a_parquet_file_loses_its_own_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"row {i:04d}" for i in range(4000)]}), path, row_group_size=1000)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    _spoiled(path, (column.dictionary_page_offset or column.data_page_offset) + 10)
+    entries = read("parquet", files=str(path))
+    assert [entry.name for entry in entries] == [f"a.parquet:{i}" for i in range(4000)]
+    lost = entries[1000:2000]
+    assert len(reasons(entries)) == len(reasons(lost)) == 1000
+    assert lost[0].reason.startswith("cannot be read, and with it the rest of its part of the file, 1,000 rows: ")
+    assert "\n" not in lost[0].reason
+    whole = pq.ParquetFile(path).metadata.row_group(1).total_byte_size
+    assert sum(entry.n_bytes for entry in lost) == whole
+
+
+def test_a_broken_part_of_an_arrow_file_loses_its_own_bytes(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"text": [f"row {i:04d}" for i in range(4000)]})
+    for opened in (pa.ipc.new_file, pa.ipc.new_stream):
+        path = tmp_path / f"{opened.__name__}.arrow"
+        with opened(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+        size = path.stat().st_size
+        raw = path.read_bytes()
+        # The head of the fifth batch, behind the mark with which it begins and its length.
+        _spoiled(path, raw.rindex(b"\xff\xff\xff\xff", 0, raw.index(b"row 2100")) + 8)
+        entries = read("arrow", files=str(path))
+        (broken,) = [entry for entry in entries if isinstance(entry, Unreadable)]
+        assert entries.index(broken) == 2000
+        assert broken.name == f"{path.name}:2000"
+        is_file = opened is pa.ipc.new_file
+        assert len(entries) == (3501 if is_file else 2001)
+        assert broken.n_bytes == pytest.approx(size / 8 if is_file else size / 2, rel=0.1)
+
+
+def test_two_columns_of_one_name_in_a_table(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    assert reasons(read("parquet", files=f"{tmp_path}/a.parquet")) == {
+        "a.parquet": "has two columns of the name 'text'; name each of them otherwise"
+    }
+
+
 # ---------------------------------------------------------------- datasets
 
 

@@ -12,13 +12,14 @@ import sys
 import sysconfig
 import tokenize
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from kajiya.config.options import LinesSource, StdlibSource, TableSource, TextSource
 from kajiya.data.entries import Document as Document
 from kajiya.data.entries import Found, Row, Unreadable, decode_entry, json_row, other_form
+from kajiya.data.values import RowError
 from kajiya.errors import ConfigError
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -130,10 +131,10 @@ def _csv_file(file: str, path: Path, handle: io.TextIOBase) -> Iterator[Found]:
         header = next(reader, None)
         if header is None:
             return
-        twice = [name for name in header if header.count(name) > 1]
-        if twice:
-            reason = f"has two columns of the name {twice[0]!r}; name each of them otherwise"
-            yield Unreadable(file, reason, path.stat().st_size)
+        try:
+            require_distinct(header)
+        except RowError as error:
+            yield Unreadable(file, str(error), path.stat().st_size)
             return
         while True:
             line = reader.line_num + 1
@@ -158,6 +159,13 @@ def _csv_file(file: str, path: Path, handle: io.TextIOBase) -> Iterator[Found]:
             n_bytes = sum(len(each.encode(errors="surrogateescape")) for each in islice(again, line - 1, None))
         reason = f"is broken CSV, and the rest of the file with it, {n_bytes:,} bytes: {error}"
         yield Unreadable(f"{file}:{line}", reason, n_bytes)
+
+
+def require_distinct(columns: Sequence[str]) -> None:
+    """Raise `RowError` where two columns of a table have one name."""
+    for name in set(columns):
+        if columns.count(name) > 1:
+            raise RowError(f"has two columns of the name {name!r}; name each of them otherwise")
 
 
 def stdlib_files(options: StdlibSource) -> list[SourceFile]:
