@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kajiya.data import sources
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import DocumentWriter
 from kajiya.data.ledger import data_ledger, require_kept
-from kajiya.errors import DataError, KajiyaError, StoreError
+from kajiya.errors import ConfigError, DataError, KajiyaError, StoreError
 from kajiya.run.store import Store
 
 GOOD = [json.dumps({"text": f"row {number}"}) for number in range(40)]
@@ -69,6 +70,18 @@ def test_broken_rows_are_counted_when_they_may_be_dropped(tmp_path: Path) -> Non
     assert [name.partition(": ")[0] for name in ledger["dropped"]["unreadable"]["examples"]] == [
         f"rows.jsonl:{line}" for line in (21, 22, 23)
     ]
+
+
+def test_a_name_that_no_file_can_hold_is_counted_like_any(tmp_path: Path) -> None:
+    config = lines(tmp_path / "rows.jsonl", '{"\\ud800": 1}', '{"text": "a", "\\udfff": 1}')
+    corpus, _ = build_corpus(replace(config, on_unreadable="drop"), Store(tmp_path / "store"))
+    dropped = corpus.facts["ledger"]["dropped"]["unreadable"]
+    assert dropped["examples"] == ["rows.jsonl:21: has no column 'text' (it has: \\ud800)"]
+    said = refusal(config, tmp_path / "other")
+    assert said.startswith("rows.jsonl:21: has no column 'text' (it has: \\ud800)\n")
+    (tmp_path / "rows.jsonl").write_text('{"\\ud800": 1}\n')
+    with pytest.raises(ConfigError, match=r"columns \\ud800 make no kind of rows .*\n.*data.columns.text=\\ud800"):
+        build_corpus(config, Store(tmp_path / "other"))
 
 
 def test_a_file_that_vanishes_before_it_is_read(tmp_path: Path) -> None:

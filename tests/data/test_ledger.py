@@ -108,5 +108,19 @@ def test_too_much_lost_stops_the_work_and_says_which_setting_would_change_it() -
         require_kept(data_ledger(corpus(), SHARDS, packing(cut_examples=1, cut_tokens=6)), 0.01)
 
 
+def test_a_ledger_that_does_not_add_up_stops_the_work() -> None:
+    shards = SHARDS | {"train": SHARDS["train"] | {"documents": 89}}
+    with pytest.raises(DataError, match=r"does not add up: 90 rows to train on, but 89 tokenized.*\n.*store verify"):
+        require_kept(data_ledger(corpus(), shards), 1.0)
+
+
+def test_prompts_without_room_for_an_answer_are_lost() -> None:
+    packed = packing(dropped_examples=2, dropped_tokens=40, dropped_bytes=25, answer_tokens=6)
+    with pytest.raises(DataError) as caught:
+        require_kept(data_ledger(corpus(), SHARDS, packed), 0.01)
+    assert "longer than a row may be, or than leaves room for an answer of 6 tokens: 2 rows" in str(caught.value)
+    assert "data.on_long or train.loss.options.max_tokens" in str(caught.value)
+
+
 def test_what_is_left_out_on_purpose_is_not_lost() -> None:
     require_kept(data_ledger(corpus()), 0.0)

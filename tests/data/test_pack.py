@@ -165,6 +165,28 @@ def test_what_is_too_long_is_cut_dropped_or_refused_and_counted(made) -> None:
         assert sorted(packing.examples.tolist()) == np.flatnonzero(totals <= 32).tolist()
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_dropped_or_refused_and_counted(made) -> None:
+    config, shards, store = made([(5, 6)] * 40 + [(28, 3)] * 20)
+    with pytest.raises(
+        DataError, match=r"\d+ prompts of the split 'train' leave no room for the 8 tokens .*rows\.jsonl:"
+    ):
+        build_packing(config, shards, store, answer_tokens=8)
+    whole, _ = build_packing(config, shards, store)
+    for on_long in ("cut", "drop"):
+        packed, reused = build_packing(replace(config, on_long=on_long), shards, store, answer_tokens=8)
+        assert not reused
+        for split in ("train", "heldout"):
+            totals = np.diff(open_split(shards.path, split).offsets)
+            n_full = int((totals == 31).sum())
+            assert n_full
+            assert whole.facts[split]["dropped_examples"] == 0
+            facts = packed.facts[split]
+            assert (facts["dropped_examples"], facts["dropped_tokens"]) == (n_full, 31 * n_full)
+            assert (facts["long"], facts["cut_examples"], facts["answer_tokens"]) == (n_full, 0, 8)
+            kept = np.sort(open_packing(packed.path, split).examples)
+            assert kept.tolist() == np.flatnonzero(totals == 11).tolist()
+
+
 def test_a_sequence_longer_than_max_tokens_is_cut_dropped_or_refused_and_counted(made) -> None:
     config, shards, store = made([(5, 6)] * 40 + [(10, 15)] * 20)
     whole, _ = build_packing(config, shards, store)

@@ -20,6 +20,7 @@ from kajiya.errors import ConfigError, DataError
 from kajiya.run.store import Store
 
 HI, HO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+SYSTEM = {"role": "system", "content": "s"}
 
 
 def rows_of(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> Origin:
@@ -96,6 +97,26 @@ def read(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> tuple[str, l
             {"prompt": [HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
         ),
         (
+            {"system": "s", "prompt": "p", "chosen": "a", "rejected": "b"},
+            "preference",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "system": "s"},
+        ),
+        (
+            {"system": "s", "prompt": [HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
+            "preference",
+            {"prompt": [SYSTEM, HI], "chosen": [HO], "rejected": [HO | {"content": "No"}]},
+        ),
+        (
+            {"system": "s", "prompt": [HI], "completion": [HO]},
+            "instruction",
+            {"prompt": [SYSTEM, HI], "completion": [HO]},
+        ),
+        (
+            {"system": "s", "prompt": "p", "completion": "c", "label": False},
+            "feedback",
+            {"prompt": "p", "completion": "c", "label": 0, "system": "s"},
+        ),
+        (
             {"prompt": "p", "completion": "c", "label": True},
             "feedback",
             {"prompt": "p", "completion": "c", "label": 1},
@@ -135,10 +156,24 @@ def test_tools_and_calls_take_one_form(tmp_path: Path) -> None:
     assert row["messages"][1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
 
 
+@pytest.mark.parametrize("nothing", [None, "", "null", [], {}])
+def test_nothing_is_no_tool_and_no_call(tmp_path: Path, nothing: Any) -> None:
+    row = {"messages": [HI, HO | {"tool_calls": nothing}], "tools": nothing}
+    assert read(tmp_path, row) == ("chat", [{"messages": [HI, HO]}])
+
+
+def test_a_text_that_only_begins_as_messages_is_a_text(tmp_path: Path) -> None:
+    for prompt in ('[{"role":', '[{"role":' + "[" * 100_000):
+        assert read(tmp_path, {"prompt": prompt, "completion": "c"})[1] == [{"prompt": prompt, "completion": "c"}]
+
+
 def test_other_names_by_a_map(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "a", "text": "not this"}
     settings = {"columns": {"prompt": "question", "completion": "answer"}, "format": "instruction"}
     assert read(tmp_path, row, **settings) == ("instruction", [{"prompt": "q", "completion": "a"}])
+    both = {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}
+    wanted = {"completion": "completion", "prompt": "prompt"}
+    assert read(tmp_path, both, columns=wanted) == ("instruction", [{"prompt": "c", "completion": "d"}])
     # A column that stands for another is not also itself.
     assert read(tmp_path, {"text": "q", "output": "a"}, columns={"prompt": "text", "completion": "output"}) == (
         "instruction",
@@ -160,7 +195,13 @@ def test_other_names_by_a_map(tmp_path: Path) -> None:
             r"data.format: columns text, messages fit more than one kind of rows: text \(text\); chat \(messages\)\n.*chat, text",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}, {}, "instruction .* preference"),
-        ({"messages": [], "conversations": []}, {}, r"Say in data.columns which of them to read"),
+        ({"messages": [], "conversations": []}, {}, r"which of them to read, .* data.columns=\{messages: messages\}\."),
+        (
+            {"instruction": "a", "output": "b", "prompt": "c", "completion": "d"},
+            {},
+            r"for example data.columns=\{completion: completion, prompt: prompt\}\.",
+        ),
+        ({"body": "a"}, {"format": "chat"}, r"for example data.columns.messages=body\."),
         (
             {"body": "a", "id": 1},
             {},
@@ -168,6 +209,22 @@ def test_other_names_by_a_map(tmp_path: Path) -> None:
         ),
         ({"text": "a"}, {"format": "chat"}, r"columns text make no chat rows \(chat: messages or conversations\)"),
         ({"text": "a"}, {"columns": {"promt": "text"}}, r"data.columns.promt: is no column .* did you mean 'prompt'"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "score": 1},
+            {"columns": {"label": "score"}},
+            r"data.columns.label: preference rows of chosen, rejected have no such column \(known: prompt, system, tools\)\n"
+            "Leave it out, or set data.format",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "more": "x"},
+            {"columns": {"input": "more"}},
+            r"data.columns.input: instruction rows of completion, prompt have no such column",
+        ),
+        (
+            {"text": "a", "role": "b"},
+            {"columns": {"message.role": "role"}},
+            r"data.columns.message.role: text rows hold no messages\nLeave it out",
+        ),
         ({"body": "a"}, {"columns": {"text": "bodi"}}, r"data.columns.text: there is no column 'bodi'; there is: body"),
     ],
 )
@@ -176,6 +233,69 @@ def test_what_is_ambiguous_or_missing_is_an_error_with_columns_and_choices(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         rows_of(tmp_path, row, **settings)
+
+
+def entries_of(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> list[tuple[str, str]]:
+    """Each entry's type, and its text or what is wrong with it."""
+    entries = rows_of(tmp_path, *rows, **settings).read()
+    return [
+        ("row", entry.text) if isinstance(entry, Document) else (type(entry).__name__, entry.reason)
+        for entry in entries
+    ]
+
+
+def test_the_first_row_alone_does_not_say_what_the_rows_are(tmp_path: Path) -> None:
+    text, labelled = {"text": "a"}, {"text": "b", "label": 1}
+    first, *rest = entries_of(tmp_path, text, labelled, labelled)
+    assert first == ("Unreadable", "has no column 'label' (it has: text)")
+    assert [kind for kind, _ in rest] == ["row", "row"]
+    pair, judged = {"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c", "label": False}
+    assert rows_of(tmp_path, pair, *[judged] * 5).form["format"] == "feedback"
+    # Set, the kind is what was set, whatever the first rows hold.
+    meta, chat = {"meta": "x"}, {"messages": [HI, HO]}
+    first, second = entries_of(tmp_path, meta, chat, format="chat")
+    assert first == ("Unreadable", "has no column 'messages' (it has: meta)")
+    assert second[0] == "row"
+    assert entries_of(tmp_path, labelled, text, format="text") == [("row", "b"), ("row", "a")]
+    # A column that only some rows have can be mapped.
+    told = chat | {"instructions": "s"}
+    _, second = entries_of(tmp_path, chat, told, columns={"system": "instructions"})
+    assert json.loads(second[1])["messages"] == [SYSTEM, HI, HO]
+
+
+def test_a_later_row_of_another_kind_is_refused(tmp_path: Path) -> None:
+    rows = [{"text": str(number)} for number in range(120)]
+    assert entries_of(tmp_path, *rows, {"text": "b", "label": 1, "id": 7})[-1] == (
+        "Unreadable",
+        "has label, which text rows do not, but labelled rows; data.format=text reads it without",
+    )
+    assert entries_of(tmp_path, *rows, {"text": "b", "label": 1}, format="text")[-1] == ("row", "b")
+    pairs = [{"question": "p", "completion": "c"}] * 120
+    other = {"question": "p", "completion": "c", "messages": [HI, HO]}
+    assert entries_of(tmp_path, *pairs, other, columns={"prompt": "question"})[-1] == (
+        "Unreadable",
+        "has messages, which instruction rows do not, but chat rows; data.format=instruction reads it without",
+    )
+
+
+def test_columns_that_are_not_read_are_said_once(tmp_path: Path) -> None:
+    rows = [{"text": f"text {number}", "id": number, "\ud800": 1} for number in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig("jsonl", {"files": str(path)})
+    notes: list[str] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "note":
+            notes.append(fields["text"])
+
+    store = Store(tmp_path / "store")
+    for settings in ({}, {"format": "text"}):
+        notes.clear()
+        build_corpus(DataConfig(source=source, heldout_every=4, **settings), store, hear)
+        assert "data.source: columns that are not read: id, \\ud800" in notes
+    assert rows_of(tmp_path, {"prompt": "p", "completion": "c", "tools": None}).unread == ()
+    assert rows_of(tmp_path, {"prompt": "p", "completion": "c", "input": "x"}).unread == ("input",)
 
 
 def test_texts_have_no_columns(tmp_path: Path) -> None:
@@ -247,6 +367,28 @@ def test_class_names() -> None:
             {"messages": [{"role": "system", "content": "a"}, HI, HO], "system": "b"},
             "has a system message under 'system' and",
         ),
+        (
+            {"prompt": [SYSTEM, HI], "chosen": [HO], "rejected": [HO | {"content": "No"}], "system": "b"},
+            "has a system message under 'system' and at the head of its messages",
+        ),
+        ({"messages": [HI | {"role": ["user"]}, HO]}, "has the role ['user'] in messages[0], which is none of"),
+        ({"messages": [HI | {"role": {"a": "b"}}, HO]}, "has the role {'a': 'b'} in messages[0], which is none of"),
+        ({"messages": [HI, HO | {"tool_calls": 5}]}, "holds a int under 'messages[1].tool_calls', not a list"),
+        ({"messages": [HI, HO | {"tool_calls": True}]}, "holds a bool under 'messages[1].tool_calls', not a list"),
+        ({"messages": [HI, HO | {"tool_calls": "5"}]}, "holds a int under 'messages[1].tool_calls', not a list"),
+        ({"messages": [HI, HO | {"tool_calls": {"name": "f"}}]}, "holds a dict under 'messages[1].tool_calls', not a"),
+        ({"messages": [HI, HO | {"tool_calls": [3]}]}, "holds no tool call under 'messages[1].tool_calls[0]'"),
+        ({"messages": [HI, HO | {"name": {}}]}, "holds a value of type dict under 'messages[1].name', not text"),
+        ({"messages": [HI, HO | {"role": "function_call", "content": None}]}, "holds no tool call under"),
+        ({"messages": [HI, HO | {"reasoning": 5}]}, "a value of type int under 'messages[1].reasoning_content'"),
+        ({"messages": [HI, HO | {"weight": "1"}]}, "has weight='1' in messages[1], which is no number"),
+        ({"messages": [HI, HO | {"weight": 10**400}]}, "in messages[1], which is no number"),
+        ({"messages": [HI, HO], "tools": 5}, "holds a int under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": True}, "holds a bool under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": "5"}, "holds a int under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": {"name": "f"}}, "holds a dict under 'tools', not a list"),
+        ({"messages": [HI, HO], "tools": [5]}, "holds a int under 'tools[0]', not the description of a tool"),
+        ({"messages": [HI, HO], "tools": [{"function": 3}]}, "holds a int under 'tools[0].function', not the"),
         ({"prompt": "p"}, "has no column 'completion' (it has: prompt)"),
         ({"prompt": "p", "completion": ""}, "is empty under 'completion'"),
         ({"prompt": "p", "completion": ["x"]}, "not a list of objects"),
@@ -279,6 +421,17 @@ def test_a_faulty_row_is_named_with_what_is_wrong(tmp_path: Path, row: dict[str,
     assert isinstance(second, Unreadable)
     assert second.name == "rows.jsonl:2"
     assert reason in second.reason
+
+
+def test_a_row_of_any_depth_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for depth in (*range(900, 1010), 100_000):
+        deep = '{"parameters":' * depth + "{}" + "}" * depth
+        row = json.dumps({"messages": [HI, HO], "tools": 0}).replace("0}", f"[{deep}]}}")
+        path.write_text(json.dumps({"messages": [HI, HO]}) + f"\n{row}\n")
+        _, second = open_rows(DataConfig(source=SourceConfig("jsonl", {"files": str(path)}))).read()
+        assert isinstance(second, Document) or "nested too deeply" in second.reason or "recursion" in second.reason
+    assert isinstance(second, Unreadable)
 
 
 def test_a_line_that_is_too_long_is_refused_without_being_held(tmp_path: Path) -> None:
@@ -358,6 +511,34 @@ def test_labels_of_csv_are_numbers_and_those_of_datasets_have_names(tmp_path: Pa
     ]
 
 
+def test_a_label_of_csv_is_a_number_where_it_is_written_as_one(tmp_path: Path) -> None:
+    labels = ["01", "1", "1_0", " 2", "+3", "-4", "0.5", "1e3", "0x1", "1.50"]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{label}\n" for label in labels))
+    origin = open_rows(DataConfig(source=SourceConfig("csv", {"files": f"{tmp_path}/a.csv"})))
+    found = [json.loads(entry.text)["label"] for entry in origin.read() if isinstance(entry, Document)]
+    assert found == ["01", 1, "1_0", " 2", "+3", -4, 0.5, 1000.0, "0x1", 1.5]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,id,text\nx,1,y\nz,2,w\n")
+    origin = open_rows(DataConfig(source=SourceConfig("csv", {"files": f"{tmp_path}/a.csv"})))
+    assert [(entry.name, entry.reason) for entry in origin.read() if isinstance(entry, Unreadable)] == [
+        ("a.csv", "has two columns of the name 'text'; name each of them otherwise")
+    ]
+
+
+def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    inner = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    path.write_text('{"text": "a"}\n{"text": "a", "text": "b"}\n' + inner + "\n")
+    _, *entries = open_rows(DataConfig(source=SourceConfig("jsonl", {"files": str(path)}), format="text")).read()
+    assert [entry.reason for entry in entries] == ["has the key 'text' twice", "has the key 'content' twice"]
+    tools = '[{"name": "f", "name": "g"}]'
+    assert entries_of(tmp_path, {"messages": [HI, HO], "tools": tools}) == [
+        ("Unreadable", "has the key 'name' twice under 'tools'")
+    ]
+
+
 def test_an_arrow_file_that_is_none_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(b"nothing of the kind")
     (tmp_path / "b.arrow").write_bytes(b"")
@@ -402,6 +583,28 @@ def test_an_unknown_key_of_a_message_is_named_with_its_remedy(tmp_path: Path) ->
     assert "data.columns={message.role: role, message.content: content}" in entry.reason
     with pytest.raises(ConfigError, match=r"data.columns.message.rol: is no column .*did you mean 'message.role'"):
         open_rows(replace(config, columns={"message.rol": "role"}))
+
+
+def test_keys_of_messages_that_are_json_text(tmp_path: Path) -> None:
+    """As in CSV, where all is text, and bytes where it is not ASCII."""
+    turns = [{"speaker": "human", "said": "Grüße"}, {"speaker": "gpt", "said": "Ho", "id": 1}]
+    wanted = [{"role": "user", "content": "Grüße"}, HO]
+    keys = {"message.role": "speaker", "message.content": "said"}
+    for names, parts in ((["messages"], [turns]), (["prompt", "completion"], [turns[:1], turns[1:]])):
+        with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as handle:
+            csv.writer(handle).writerows([names, [json.dumps(part, ensure_ascii=False) for part in parts]])
+        config = DataConfig(source=SourceConfig("csv", {"files": f"{tmp_path}/a.csv"}), columns=keys)
+        (entry,) = open_rows(config).read()
+        assert isinstance(entry, Document), entry
+        assert [message for part in json.loads(entry.text).values() for message in part] == wanted
+    umlaut = [json.dumps([turn | {"content": "ü"}], ensure_ascii=False) for turn in (HI, HO)]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([["prompt", "completion"], umlaut])
+    (entry,) = open_rows(replace(config, columns={})).read()
+    assert json.loads(entry.text) == {"prompt": json.loads(umlaut[0]), "completion": json.loads(umlaut[1])}
+    # A text is no conversation for beginning as one.
+    row = {"prompt": '[{"a": 1}]', "completion": "[{"}
+    assert read(tmp_path, row, columns=keys) == ("instruction", [row])
 
 
 def test_keys_of_messages_can_be_written_on_the_command_line() -> None:

@@ -1,6 +1,7 @@
 """Sources: what they yield, byte for byte, and what they say of bad input."""
 
 import errno
+import gzip
 import json
 import os
 import sys
@@ -177,6 +178,35 @@ def test_jsonl_names_the_line_and_the_fault(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_of_another_form_is_said_with_what_would_read_it(tmp_path: Path) -> None:
+    rows = json.dumps({"text": "a"}) + "\n"
+    array, utf16 = json.dumps([{"text": "a"}, {"text": "b"}]), rows.encode("utf-16")
+    for raw, words in (
+        (gzip.compress(rows.encode()), "is packed by gzip: unpack it first"),
+        (b"\x28\xb5\x2f\xfd\0\0", "is packed by zstd: unpack it first"),
+        (utf16, "is UTF-16: write it as UTF-8, for example by iconv -f UTF-16 -t UTF-8"),
+        (array.encode(), "is one JSON array, not a row a line: write a line for each, for example by jq -c '.[]'"),
+        (b"\xef\xbb\xbf [\n" + rows.encode() + b"]\n", "is one JSON array, not a row a line: write"),
+    ):
+        (tmp_path / "a.jsonl").write_bytes(raw)
+        (tmp_path / "b.jsonl").write_text(rows)
+        for settings in ({}, {"format": "chat"}):
+            source = SourceConfig("jsonl", {"files": f"{tmp_path}/a.jsonl"})
+            (entry,) = open_rows(DataConfig(source=source, **settings)).read()
+            assert entry.name == "a.jsonl"
+            assert entry.reason.startswith(words)
+            assert entry.n_bytes == len(raw)
+        assert documents(read("jsonl", files=f"{tmp_path}/*.jsonl")[1:]) == {"b.jsonl:1": "a"}
+    for raw in (gzip.compress(b"text\na\n"), "text\na\n".encode("utf-16")):
+        (tmp_path / "a.csv").write_bytes(raw)
+        (entry,) = csv_rows(TableSource(f"{tmp_path}/a.csv"))
+        assert (entry.name, entry.n_bytes) == ("a.csv", len(raw))
+        assert entry.reason.startswith(("is packed by gzip", "is UTF-16"))
+    (tmp_path / "a.txt").write_bytes(utf16)
+    (entry,) = text(TextSource(f"{tmp_path}/a.txt"))
+    assert entry.reason == "is not utf-8: byte 0xff on line 1 (it is UTF-16)"
+
+
 def test_csv_rows(tmp_path: Path) -> None:
     long = "x" * 200_000
     (tmp_path / "a.csv").write_bytes(
@@ -243,6 +273,61 @@ def test_parquet_faults(tmp_path: Path) -> None:
     assert reasons(read("parquet", "n", files=f"{tmp_path}/a.parquet")) == {
         "a.parquet:0": "holds a value of type int under 'text', not text",
         "a.parquet:1": "holds a value of type int under 'text', not text",
+    }
+
+
+def _spoiled(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at : at + 64] = b"\xff" * 64
+    path.write_bytes(raw)
+
+
+def test_a_broken_part_of_a_parquet_file_loses_its_own_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"row {i:04d}" for i in range(4000)]}), path, row_group_size=1000)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    _spoiled(path, (column.dictionary_page_offset or column.data_page_offset) + 10)
+    entries = read("parquet", files=str(path))
+    assert [entry.name for entry in entries] == [f"a.parquet:{i}" for i in range(4000)]
+    lost = entries[1000:2000]
+    assert len(reasons(entries)) == len(reasons(lost)) == 1000
+    assert lost[0].reason.startswith("cannot be read, and with it the rest of its part of the file, 1,000 rows: ")
+    assert "\n" not in lost[0].reason
+    whole = pq.ParquetFile(path).metadata.row_group(1).total_byte_size
+    assert sum(entry.n_bytes for entry in lost) == whole
+
+
+def test_a_broken_part_of_an_arrow_file_loses_its_own_bytes(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"text": [f"row {i:04d}" for i in range(4000)]})
+    for opened in (pa.ipc.new_file, pa.ipc.new_stream):
+        path = tmp_path / f"{opened.__name__}.arrow"
+        with opened(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+        size = path.stat().st_size
+        raw = path.read_bytes()
+        # The head of the fifth batch, behind the mark with which it begins and its length.
+        _spoiled(path, raw.rindex(b"\xff\xff\xff\xff", 0, raw.index(b"row 2100")) + 8)
+        entries = read("arrow", files=str(path))
+        (broken,) = [entry for entry in entries if isinstance(entry, Unreadable)]
+        assert entries.index(broken) == 2000
+        assert broken.name == f"{path.name}:2000"
+        is_file = opened is pa.ipc.new_file
+        assert len(entries) == (3501 if is_file else 2001)
+        assert broken.n_bytes == pytest.approx(size / 8 if is_file else size / 2, rel=0.1)
+
+
+def test_two_columns_of_one_name_in_a_table(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    assert reasons(read("parquet", files=f"{tmp_path}/a.parquet")) == {
+        "a.parquet": "has two columns of the name 'text'; name each of them otherwise"
     }
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kajiya.config.options import HubSource, TableSource
 from kajiya.data.entries import Found, Row, Unreadable
-from kajiya.data.sources import matching_files, not_opened
+from kajiya.data.sources import matching_files, not_opened, require_distinct
+from kajiya.data.values import RowError
 from kajiya.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -16,52 +19,100 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 1024
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a file that can be read when others cannot: a row group, a record batch."""
+
+    batches: "Callable[[], Iterator[pa.RecordBatch]]"
+    n_bytes: int
+    n_rows: int = 1
+    """1 where it is known only by reading them."""
+
+
 def parquet(options: TableSource) -> Iterator[Found]:
     """One row a row, named `file:row` from 0; memory holds one batch of rows."""
     import pyarrow.parquet as pq
 
-    def batches(path: Path) -> "Iterator[pa.RecordBatch]":
+    def parts(path: Path) -> Iterator[_Part]:
         with pq.ParquetFile(path) as table:
-            yield from table.iter_batches(batch_size=_BATCH_ROWS)
+            require_distinct(table.schema_arrow.names)
+            for number in range(table.num_row_groups):
+                group = table.metadata.row_group(number)
+                batches = partial(table.iter_batches, batch_size=_BATCH_ROWS, row_groups=[number])
+                yield _Part(batches, group.total_byte_size, group.num_rows)
 
-    yield from _files(options, batches, "parquet")
+    yield from _files(options, parts, "parquet")
 
 
 def arrow(options: TableSource) -> Iterator[Found]:
     """One row a row of Arrow IPC files (`.arrow`, `.feather`) in either form, file or stream."""
     import pyarrow as pa
 
-    def batches(path: Path) -> "Iterator[pa.RecordBatch]":
+    def sliced(batch: "pa.RecordBatch") -> "Iterator[pa.RecordBatch]":
+        return (batch.slice(start, _BATCH_ROWS) for start in range(0, len(batch), _BATCH_ROWS))
+
+    def parts(path: Path) -> Iterator[_Part]:
         with pa.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             with (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source) as reader:
-                held = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
-                for batch in held:
-                    for start in range(0, len(batch), _BATCH_ROWS):
-                        yield batch.slice(start, _BATCH_ROWS)
+                require_distinct(reader.schema.names)
+                if is_file:
+                    n_bytes = source.size() // max(1, reader.num_record_batches)
+                    for number in range(reader.num_record_batches):
+                        yield _Part(lambda number=number: sliced(reader.get_batch(number)), n_bytes)  # type: ignore[misc]
+                    return
+                # Where a batch of a stream ends is only known when it was read.
+                at = 0
+                for batch in reader:
+                    yield _Part(partial(sliced, batch), source.tell() - at)
+                    at = source.tell()
 
-    yield from _files(options, batches, "arrow")
+    yield from _files(options, parts, "arrow")
 
 
-def _files(options: TableSource, batches: "Callable[[Path], Iterator[pa.RecordBatch]]", kind: str) -> Iterator[Found]:
+def _files(options: TableSource, parts: Callable[[Path], Iterator[_Part]], kind: str) -> Iterator[Found]:
     import pyarrow as pa
 
     for file, path in matching_files(options.files):
-        number = 0
+        number = n_bytes = 0
         try:
-            with closing(batches(path)) as parts:  # type: ignore[type-var]
-                for batch in parts:
-                    for columns in _rows_of(batch):
-                        name = f"{file}:{number}"
-                        yield Row(name, columns)
-                        number += 1
-        except pa.ArrowInvalid as error:
-            yield Unreadable(
-                file if number == 0 else f"{file}:{number}", f"is no {kind} file ({error})", path.stat().st_size
-            )
-        except OSError as error:
-            yield not_opened(file, path, error)
+            with closing(parts(path)) as opened:  # type: ignore[type-var]
+                for part in opened:
+                    first = number
+                    try:
+                        for columns in (row for batch in part.batches() for row in _rows_of(batch)):
+                            yield Row(f"{file}:{number}", columns)
+                            number += 1
+                    except (pa.ArrowException, OSError) as error:
+                        for lost in _lost(part, number - first, _words(error)):
+                            yield replace(lost, name=f"{file}:{number}")
+                            number += 1
+                    n_bytes += part.n_bytes
+        except RowError as error:
+            yield Unreadable(file, str(error), path.stat().st_size)
+        except (pa.ArrowException, OSError) as error:
+            if number:
+                reason = f"cannot be read, and the rest of the file with it: {_words(error)}"
+                yield Unreadable(f"{file}:{number}", reason, max(0, path.stat().st_size - n_bytes))
+            elif isinstance(error, OSError):
+                yield not_opened(file, path, error)
+            else:
+                yield Unreadable(file, f"is no {kind} file ({_words(error)})", path.stat().st_size)
+
+
+def _lost(part: _Part, n_read: int, reason: str) -> Iterator[Unreadable]:
+    """The rows of a part behind those that were read, and its bytes that are theirs."""
+    n_lost = max(1, part.n_rows - n_read)
+    n_bytes = part.n_bytes * n_lost // max(1, part.n_rows)
+    count = f", {n_lost:,} rows" if part.n_rows > 1 else ""
+    for number in range(n_lost):
+        share = n_bytes // n_lost + (n_bytes % n_lost if number == 0 else 0)
+        yield Unreadable("", f"cannot be read, and with it the rest of its part of the file{count}: {reason}", share)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _rows_of(batch: "pa.RecordBatch") -> Iterator[dict[str, Any]]:

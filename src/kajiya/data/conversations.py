@@ -5,10 +5,11 @@ is then a text or null) and `reasoning_content`, a tool's `name` and `tool_call_
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kajiya.data.values import RowError, json_of, list_of, require_unicode, text_of
+from kajiya.data.values import RowError, json_of, list_of, objects_of, require_unicode, text_of
 
 Message = dict[str, Any]
 
@@ -45,7 +46,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 def messages_of(value: Any, where: str, *, system: Any = None) -> list[Message]:
     """A conversation in the canonical form; `system` is the text of a column of its own. Raises `RowError`."""
-    found = [_message(item, f"{where}[{index}]") for index, item in enumerate(list_of(value, where))]
+    found = [_message(item, f"{where}[{index}]") for index, item in enumerate(objects_of(value, where))]
     if not found:
         raise RowError(f"holds no message under {where!r}")
     if system is not None and (words := text_of(system, "system", is_empty_allowed=True)).strip():
@@ -56,10 +57,18 @@ def messages_of(value: Any, where: str, *, system: Any = None) -> list[Message]:
 
 
 def with_keys(value: Any, keys: Mapping[str, str]) -> Any:
-    """Messages with our names of their keys (`keys`: ours → theirs) and without all others; anything else as it is."""
-    if not keys or not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+    """Messages, or their JSON text, with our names of their keys (`keys`: ours → theirs) and no others; else as it is."""
+    if not keys:
         return value
-    return [{ours: item[theirs] for ours, theirs in keys.items() if theirs in item} for item in value]
+    try:
+        found = json_of(value, "messages")
+    except RowError:
+        return value
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
+        return value
+    if found is not value and not any(theirs in item for item in found for theirs in keys.values()):
+        return value
+    return [{ours: item[theirs] for ours, theirs in keys.items() if theirs in item} for item in found]
 
 
 def require_order(messages: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -82,16 +91,23 @@ def require_order(messages: Sequence[Mapping[str, Any]], where: str) -> None:
 
 def tools_of(value: Any, where: str = "tools") -> list[dict[str, Any]] | None:
     """Descriptions of tools (JSON schemas of functions), or their JSON text; `None` where there are none."""
-    if value is None or value == "":
-        return None
-    tools = [
-        json_of(tool, f"{where}[{index}]") for index, tool in enumerate(json_of(value, where) or [])
-    ]  # some data sets hold each as a text
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, dict):
-            raise RowError(f"holds a {type(tool).__name__} under '{where}[{index}]', not the description of a tool")
+    tools = [_tool(tool, f"{where}[{index}]") for index, tool in enumerate(list_of(value, where))]
     require_unicode(tools, where)
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
+    return tools or None
+
+
+def _tool(given: Any, where: str) -> dict[str, Any]:
+    """The description of a tool, which some data sets hold as a text."""
+    tool = _described(json_of(given, where), where)
+    if "function" not in tool:
+        return {"type": "function", "function": tool}
+    return tool | {"function": _described(tool["function"], f"{where}.function")}
+
+
+def _described(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(f"holds a {type(value).__name__} under {where!r}, not the description of a tool")
+    return value
 
 
 def message_text(message: Mapping[str, Any]) -> str:
@@ -109,15 +125,15 @@ def _message(item: Mapping[str, Any], where: str) -> Message:
                 "to read: data.columns={message.role: role, message.content: content}"
             )
     given = item.get("role", item.get("from"))
-    if given not in _ROLES:
-        raise RowError(f"has the role {given!r} in {where}, which is none of {', '.join(_ROLES)}")
+    if not isinstance(given, str) or given not in _ROLES:
+        raise RowError(f"has the role {given!r:.100} in {where}, which is none of {', '.join(_ROLES)}")
     message: Message = {"role": _ROLES[given]}
     content = item.get("content", item.get("value"))
     if given == "function_call":
         message["content"], calls = None, json_of(content, f"{where}.value")
         calls = calls if isinstance(calls, list) else [calls]
     else:
-        calls = json_of(item.get("tool_calls"), f"{where}.tool_calls")
+        calls = list_of(item.get("tool_calls"), f"{where}.tool_calls")
         message["content"] = _content(content, where, message["role"], has_calls=bool(calls))
     if calls:
         if message["role"] != "assistant":
@@ -167,6 +183,6 @@ def _weight(item: Mapping[str, Any], where: str) -> float | None:
     value = weight if train is None else train
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise RowError(f"has weight={value!r} in {where}, which is no number from 0 up")
     return float(value)

@@ -18,6 +18,7 @@ from kajiya.data.ledger import LOST, NOT_DRAWN, CorpusLedger, Tally
 from kajiya.data.origin import Origin
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.data.reading import open_rows
+from kajiya.data.values import escaped
 from kajiya.errors import DataError
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
@@ -48,6 +49,9 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
         on_event(
             "note", text=f"found in the rows: {', '.join(f'{key}={_said(value)}' for key, value in found.items())}"
         )
+    for field, origin in origins.items():
+        if origin.unread:
+            on_event("note", text=f"data.{field}: columns that are not read: {', '.join(map(escaped, origin.unread))}")
 
     def make(folder: Path) -> dict[str, Any]:
         facts = _write(config, origins, folder, on_event)

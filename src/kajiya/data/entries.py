@@ -1,9 +1,11 @@
 """What a source yields: a document, a row of columns, or what could not be read and why; and how bytes become one."""
 
-import json
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from kajiya.data.values import RowError, parse_json
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,30 @@ Found = Document | Row | Unreadable
 """What a source yields."""
 
 
+_MARKS = {
+    b"\x1f\x8b": "packed by gzip",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def other_form(raw: bytes) -> str | None:
+    """What a file is, by its first bytes, where it is no UTF-8."""
+    return next((form for mark, form in _MARKS.items() if raw.startswith(mark)), None)
+
+
 def decode_entry(name: str, raw: bytes, encoding: str) -> Document | Unreadable:
     """The document of these bytes, decoded without any change; or which byte on which line is no text."""
     try:
         decoded = raw.decode(encoding)
         n_bytes = len(decoded.encode())
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        return Unreadable(name, f"is not {encoding}: byte 0x{raw[error.start]:02x} on line {line}", len(raw))
+        line, form = raw.count(b"\n", 0, error.start) + 1, other_form(raw)
+        reason = f"is not {encoding}: byte 0x{raw[error.start]:02x} on line {line}" + (
+            f" (it is {form})" if form else ""
+        )
+        return Unreadable(name, reason, len(raw))
     except UnicodeEncodeError:
         return Unreadable(name, f"holds lone surrogates when read as {encoding}", len(raw))
     return Document(name, decoded, n_bytes)
@@ -82,11 +100,13 @@ def decode_entry(name: str, raw: bytes, encoding: str) -> Document | Unreadable:
 def json_row(name: str, line: bytes) -> Row | Unreadable:
     """The row of a line that holds a JSON object."""
     try:
-        row = json.loads(line.decode().rstrip("\r\n"))
+        row = parse_json(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return Unreadable(name, f"is not utf-8: byte 0x{line[error.start]:02x} at {error.start}", len(line))
     except (ValueError, RecursionError) as error:
         return Unreadable(name, f"is no JSON: {error}", len(line))
+    except RowError as error:
+        return Unreadable(name, str(error), len(line))
     if not isinstance(row, dict):
         return Unreadable(name, f"is a JSON {type(row).__name__}, not an object with columns", len(line))
     return Row(name, row, len(line))

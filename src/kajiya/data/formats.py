@@ -4,8 +4,8 @@ Canonical forms (JSON; a text stays a plain text):
 
     instruction   {"prompt": text | [message …], "completion": text | [message …], "system"?: text, "tools"?: [tool …]}
     chat          {"messages": [message …], "tools"?: [tool …]}
-    preference    {"prompt": text | [message …], "chosen": …, "rejected": … (as the prompt), "tools"?}
-    feedback      {"prompt": text | [message …], "completion": …, "label": 0 or 1, "tools"?}
+    preference    {"prompt": text | [message …], "chosen": …, "rejected": … (as the prompt), "system"?, "tools"?}
+    feedback      {"prompt": text | [message …], "completion": …, "label": 0 or 1, "system"?, "tools"?}
     labelled      {"text": text, "label": class name (text or integer) or value (float)}
     seq2seq       {"input": text, "target": text}
 """
@@ -26,10 +26,8 @@ Columns = Mapping[str, Any]
 class Format:
     """One kind of rows."""
 
-    variants: tuple[frozenset[str], ...]
-    """Sets of columns that make a row of this kind."""
-    optional: frozenset[str]
-    """Columns that are read where they are."""
+    variants: Mapping[frozenset[str], frozenset[str]]
+    """Sets of columns that make a row of this kind; and for each, the columns that are read beside them where they are."""
     normalise: Callable[[Columns], Any]
     """The canonical form of a row. Raises `RowError`."""
 
@@ -47,12 +45,19 @@ def _instruction(row: Columns) -> dict[str, Any]:
         if more is not None and (more := text_of(more, "input", is_empty_allowed=True)).strip():
             prompt = f"{prompt}\n\n{more}"
         made = {"prompt": prompt, "completion": text_of(row["output"], "output")}
+    return _with_system(made, row) | _tools(row)
+
+
+def _with_system(made: dict[str, Any], row: Columns) -> dict[str, Any]:
+    """With the text under `system`, which stands at the head of a prompt that is messages."""
     system = row.get("system")
-    if system is not None and (system := text_of(system, "system", is_empty_allowed=True)).strip():
-        if not isinstance(made["prompt"], str):
-            raise RowError("has a text under 'system' beside messages under 'prompt'; put it at their head")
-        made["system"] = system
-    return made | _tools(row)
+    if system is None or not (system := text_of(system, "system", is_empty_allowed=True)).strip():
+        return made
+    if isinstance(made["prompt"], str):
+        return made | {"system": system}
+    if made["prompt"][0]["role"] == "system":
+        raise RowError("has a system message under 'system' and at the head of its messages")
+    return made | {"prompt": [{"role": "system", "content": system}, *made["prompt"]]}
 
 
 def _prompt_and_completion(row: Columns) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def _preference(row: Columns) -> dict[str, Any]:
         made = _text_pair(prompt, text_of(chosen, "chosen"), text_of(rejected, "rejected"))
     if made["chosen"] == made["rejected"]:
         raise RowError("has the same answer under 'chosen' and 'rejected'")
-    return made | _tools(row)
+    return _with_system(made, row) | _tools(row)
 
 
 def _conversation_pair(prompt: Any, chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
@@ -137,7 +142,8 @@ def _word_start(text: str, at: int) -> int:
 
 
 def _feedback(row: Columns) -> dict[str, Any]:
-    return _prompt_and_completion(row) | {"label": _truth(row["label"])} | _tools(row)
+    made = _prompt_and_completion(row) | {"label": _truth(row["label"])}
+    return _with_system(made, row) | _tools(row)
 
 
 def _labelled(row: Columns) -> dict[str, Any]:
@@ -159,18 +165,20 @@ def _seq2seq(row: Columns) -> dict[str, Any]:
     return {"input": text_of(row["input"], "input"), "target": text_of(row["target"], "target")}
 
 
+_NONE: frozenset[str] = frozenset()
+_ASIDE = frozenset({"system", "tools"})
+
 FORMATS: Mapping[str, Format] = {
-    "text": Format((frozenset({"text"}),), frozenset(), _text),
+    "text": Format({frozenset({"text"}): _NONE}, _text),
     "instruction": Format(
-        (frozenset({"prompt", "completion"}), frozenset({"instruction", "output"})),
-        frozenset({"input", "system", "tools"}),
+        {frozenset({"prompt", "completion"}): _ASIDE, frozenset({"instruction", "output"}): _ASIDE | {"input"}},
         _instruction,
     ),
-    "chat": Format((frozenset({"messages"}), frozenset({"conversations"})), frozenset({"system", "tools"}), _chat),
-    "preference": Format((frozenset({"chosen", "rejected"}),), frozenset({"prompt", "tools"}), _preference),
-    "feedback": Format((frozenset({"prompt", "completion", "label"}),), frozenset({"tools"}), _feedback),
-    "labelled": Format((frozenset({"text", "label"}),), frozenset(), _labelled),
-    "seq2seq": Format((frozenset({"input", "target"}),), frozenset(), _seq2seq),
+    "chat": Format({frozenset({"messages"}): _ASIDE, frozenset({"conversations"}): _ASIDE}, _chat),
+    "preference": Format({frozenset({"chosen", "rejected"}): _ASIDE | {"prompt"}}, _preference),
+    "feedback": Format({frozenset({"prompt", "completion", "label"}): _ASIDE}, _feedback),
+    "labelled": Format({frozenset({"text", "label"}): _NONE}, _labelled),
+    "seq2seq": Format({frozenset({"input", "target"}): _NONE}, _seq2seq),
 }
 """Every kind of rows by its name in `data.format`."""
 
@@ -246,11 +254,13 @@ def _is_list(value: Any) -> bool:
     """Whether a column holds messages: a list, or the JSON text of one."""
     if isinstance(value, list):
         return True
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
     if not isinstance(value, str) or not value.lstrip().startswith('[{"'):
         return False
     try:
         found = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, list) and all(
         isinstance(item, dict) and bool({"role", "from"} & item.keys()) for item in found

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kajiya.data.values import escaped
 from kajiya.errors import DataError
 
 _N_EXAMPLES = 5
@@ -30,7 +31,7 @@ class Tally:
         self.documents += 1
         self.bytes += n_bytes
         if example is not None and len(self.examples) < _N_EXAMPLES:
-            self.examples.append(example)
+            self.examples.append(escaped(example))
 
     def facts(self) -> dict[str, Any]:
         """As it stands in a manifest."""
@@ -87,7 +88,7 @@ class Line:
 
 @dataclass(frozen=True)
 class DataLedger:
-    """Everything that entered, line by line. `problems` says in words what does not add up; it is empty."""
+    """Everything that entered, line by line. `problems` says in words what does not add up; with any, the work stops."""
 
     rows: int
     """Rows that entered."""
@@ -155,9 +156,8 @@ def _split_lines(
     if unrendered:
         rows, n_bytes = rows - unrendered["documents"], n_bytes - unrendered["bytes"]
     tokens = None if shards is None else shards[split]["tokens"]
-    long = dict.fromkeys(_LONG_FACTS, 0) | {
-        name: value for name, value in (packing or {}).get(split, {}).items() if name in _LONG_FACTS
-    }
+    packed = (packing or {}).get(split, {})
+    long = dict.fromkeys(_LONG_FACTS, 0) | {name: value for name, value in packed.items() if name in _LONG_FACTS}
     n_cut = long["cut_tokens"] + long["dropped_tokens"]
     whole = _WORDS[split] + (f", {long['cut_examples']:,} of them cut at their end" if long["cut_examples"] else "")
     yield Line(
@@ -170,9 +170,12 @@ def _split_lines(
     if long["cut_tokens"]:
         yield Line(f"{_WORDS[split]}: cut off", LOST, tokens=long["cut_tokens"], setting=_LONG)
     if long["dropped_examples"]:
-        what = f"{_WORDS[split]}: dropped, longer than a row may be"
+        what, setting = f"{_WORDS[split]}: dropped, longer than a row may be", _LONG
+        if "answer_tokens" in packed:
+            what += f", or than leaves room for an answer of {packed['answer_tokens']} tokens"
+            setting += " or train.loss.options.max_tokens"
         counts = (long["dropped_examples"], long["dropped_bytes"], long["dropped_tokens"])
-        yield Line(what, LOST, *counts, setting=_LONG)
+        yield Line(what, LOST, *counts, setting=setting)
     if unrendered:
         counts = (unrendered["documents"], unrendered["bytes"], None)
         yield Line(_NOT_RENDERED, LOST, *counts, tuple(unrendered["examples"]), "data.on_unreadable or data.render")
@@ -245,7 +248,15 @@ def ledger_words(ledger: DataLedger) -> str:
 
 
 def require_kept(ledger: DataLedger, max_lost_fraction: float) -> None:
-    """Raise `DataError` when a larger share of the rows, bytes or tokens is lost, with the settings that would change it."""
+    """Raise `DataError` when a larger share of the rows, bytes or tokens is lost, with the settings that would change it.
+
+    One that does not add up is refused as well.
+    """
+    if ledger.problems:
+        raise DataError(
+            f"The ledger of the data does not add up: {'; '.join(ledger.problems)}.\n"
+            "A part of the store was changed or damaged: kajiya store verify finds it."
+        )
     shares = {unit: lost / max(1, whole) for unit, (lost, whole) in ledger.lost.items()}
     worst = max(shares, key=lambda unit: shares[unit])
     if shares[worst] <= max_lost_fraction:

@@ -72,6 +72,7 @@ def mix(parts: Sequence[Part], seed: int, kind: str) -> Origin:
         settings=described(settings=True) | {"format": kind},
         facts=described(settings=False),
         form={"format": kind, "columns": {}},
+        unread=tuple(f"{part.label}/{column}" for part in parts for column in part.origin.unread),
     )
 
 

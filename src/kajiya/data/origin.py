@@ -59,6 +59,8 @@ class Origin:
     """As a `Source`'s."""
     form: dict[str, Any]
     """`format`: the kind of the rows; `columns`: our name of each column that makes it → the source's; none of texts."""
+    unread: tuple[str, ...] = ()
+    """Columns that the first rows have and that are not read."""
 
 
 def open_source(config: SourceConfig, field: str = "data.source") -> Source | MixtureSource:

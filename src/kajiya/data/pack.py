@@ -133,30 +133,34 @@ def choose_packing(wanted: str, takes: str, is_text: bool, can_isolate: bool) ->
 # ---------------------------------------------------------------- the artifact
 
 
-def build_packing(config: DataConfig, shards: Artifact, store: Store) -> tuple[Artifact, bool]:
+def build_packing(
+    config: DataConfig, shards: Artifact, store: Store, answer_tokens: int | None = None
+) -> tuple[Artifact, bool]:
     """Pack the examples of both splits into rows of `data.row_tokens`; returns the artifact, and whether it was there.
 
     Facts, for each split: `rows`, `examples`, `tokens`, `fill` (share of the rows' tokens that are used), and, but for text
     (whose longer documents are packed in pieces), what became of examples longer than a row, or with a sequence longer than
     `data.max_tokens`, as `data.on_long` says: `long`, `cut_examples`, `cut_tokens`, `dropped_examples`, `dropped_tokens`,
-    `dropped_bytes`. Raises `DataError` for a long example under `on_long=error`, and where no example is left.
+    `dropped_bytes`. With `answer_tokens` an example whose prompt leaves no room in a row for an answer of that length is too long
+    as well, and cannot be cut. Raises `DataError` for a long example under `on_long=error`, and where no example is left.
     """
 
     def make(folder: Path) -> dict[str, Any]:
-        return {name: _pack_split(config, open_split(shards.path, name), folder) for name in SPLITS}
+        return {name: _pack_split(config, open_split(shards.path, name), folder, answer_tokens) for name in SPLITS}
 
     return produce(
         store,
         STAGE,
         code=code_revision("kajiya.data.pack"),
-        config={"row_tokens": config.row_tokens, "max_tokens": config.max_tokens, "on_long": config.on_long},
+        config={"row_tokens": config.row_tokens, "max_tokens": config.max_tokens, "on_long": config.on_long}
+        | ({} if answer_tokens is None else {"answer_tokens": answer_tokens}),
         parents={"shards": shards},
         make=make,
     )
 
 
-def _pack_split(config: DataConfig, split: Split, folder: Path) -> dict[str, Any]:
-    pieces = _pieces_of_text(split, config.row_tokens) if split.is_text else _examples(split, config)
+def _pack_split(config: DataConfig, split: Split, folder: Path, answer_tokens: int | None) -> dict[str, Any]:
+    pieces = _pieces_of_text(split, config.row_tokens) if split.is_text else _examples(split, config, answer_tokens)
     if not len(pieces.documents):
         raise DataError(
             f"data.row_tokens={config.row_tokens}: of {split.n_documents} examples of the split {split.name!r} none fits "
@@ -198,7 +202,28 @@ def _pieces_of_text(split: Split, room: int) -> _Pieces:
     return _Pieces(documents, starts[:, None], kept[:, None], {})
 
 
-def _examples(split: Split, config: DataConfig) -> _Pieces:
+def n_prompt_tokens(split: Split, document: int) -> int:
+    """Tokens of a document before the first that is trained."""
+    start, stop = split.offsets[document : document + 2].tolist()
+    return 1 + int(np.argmax(split.read_weights(start, stop)[1:] > 0))
+
+
+def _without_room(split: Split, config: DataConfig, answer_tokens: int | None) -> np.ndarray:
+    """Whether the prompt of each example leaves no room for an answer; bool [n]."""
+    if answer_tokens is None:
+        return np.zeros(split.n_documents, dtype=bool)
+    room = config.row_tokens - answer_tokens
+    found = np.array([n_prompt_tokens(split, document) > room for document in range(split.n_documents)])
+    if found.any() and config.on_long == "error":
+        raise DataError(
+            f"data.row_tokens={config.row_tokens}: {found.sum()} prompts of the split {split.name!r} leave no room "
+            f"for the {answer_tokens} tokens of an answer (train.loss.options.max_tokens), the first of them "
+            f"{split.names[int(found.argmax())]}.\nRaise data.row_tokens, or set data.on_long=drop, which leaves them out."
+        )
+    return found
+
+
+def _examples(split: Split, config: DataConfig, answer_tokens: int | None) -> _Pieces:
     """Every example, those longer than they may be cut, dropped or refused as `data.on_long` says."""
     room = config.row_tokens
     limit = room if config.max_tokens is None else min(config.max_tokens, room)
@@ -217,21 +242,24 @@ def _examples(split: Split, config: DataConfig) -> _Pieces:
             f"{split.names[worst]}: {what} ({len(long)} of {len(totals)} examples are too long).\n"
             f"Raise data.{'row_tokens' if is_row else 'max_tokens'}, or set data.on_long to cut or drop."
         )
-    kept = lengths.copy()
-    for index in long.tolist():
+    is_full = _without_room(split, config, answer_tokens)
+    kept = lengths * ~is_full[:, None]
+    for index in np.setdiff1d(long, np.flatnonzero(is_full)).tolist():
         kept[index] = cut_to(np.minimum(lengths[index], limit), room) if config.on_long == "cut" else 0
         if not _has_target(split, index, kept[index]):
             kept[index] = 0
     left = kept.sum(axis=1)
     is_dropped = left == 0
     losses = {
-        "long": len(long),
+        "long": len(np.union1d(long, np.flatnonzero(is_full))),
         "cut_examples": int(((left < totals) & ~is_dropped).sum()),
         "cut_tokens": int((totals - left)[~is_dropped].sum()),
         "dropped_examples": int(is_dropped.sum()),
         "dropped_tokens": int(totals[is_dropped].sum()),
         "dropped_bytes": int(split.document_bytes[is_dropped].sum()),
     }
+    if answer_tokens is not None:
+        losses["answer_tokens"] = answer_tokens
     stay = np.flatnonzero(~is_dropped)
     starts = split.offsets[:-1].reshape(-1, split.segments)
     return _Pieces(stay, starts[stay], kept[stay], losses)

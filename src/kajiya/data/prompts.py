@@ -10,7 +10,7 @@ import numpy as np
 
 from kajiya.data.conversations import message_text
 from kajiya.data.documents import Documents, open_documents
-from kajiya.data.pack import open_packing
+from kajiya.data.pack import n_prompt_tokens, open_packing
 from kajiya.data.shards import Split, open_split
 
 
@@ -26,17 +26,15 @@ class Prompt:
 
 
 class Prompts:
-    """The prompts of one split, in its order; those too long to leave room for an answer are left out and counted."""
+    """The prompts of one split, in its order."""
 
-    def __init__(self, corpus: Path, shards: Path, packed: Path, split: str, most_tokens: int) -> None:
+    def __init__(self, corpus: Path, shards: Path, packed: Path, split: str) -> None:
         self._documents: Documents = open_documents(corpus, split)
         self._split: Split = open_split(shards, split)
         self._rows = _rows_of(self._documents.names, self._split.names)
-        # What is longer than a row as a whole was left out, or an error, when the rows were packed.
-        fitting = np.unique(open_packing(packed, split).examples).tolist()
-        self._lengths = {index: self._n_tokens(index) for index in fitting}
-        self._kept = [index for index in fitting if self._lengths[index] <= most_tokens]
-        self.n_left_out = len(fitting) - len(self._kept)
+        # What is too long, or leaves no room for an answer, was left out, or an error, when the rows were packed.
+        self._kept = np.unique(open_packing(packed, split).examples).tolist()
+        self._lengths = {index: n_prompt_tokens(self._split, index) for index in self._kept}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -56,12 +54,6 @@ class Prompts:
         ids = self._split.document(index)[: self._lengths[index]]
         row = json.loads(self._documents.text(self._rows[index]))
         return Prompt(tuple(ids.tolist()), _text(row["prompt"]), _text(row["completion"]))
-
-    def _n_tokens(self, index: int) -> int:
-        """Tokens before the first that is trained."""
-        start, stop = self._split.offsets[index : index + 2].tolist()
-        weights = self._split.read_weights(start, stop)
-        return 1 + int(np.argmax(weights[1:] > 0))
 
 
 def _text(value: Any) -> str:

@@ -7,20 +7,25 @@ import csv
 import glob
 import io
 import os
+import re
 import sys
 import sysconfig
 import tokenize
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from kajiya.config.options import LinesSource, StdlibSource, TableSource, TextSource
 from kajiya.data.entries import Document as Document
-from kajiya.data.entries import Found, Row, Unreadable, decode_entry, json_row
+from kajiya.data.entries import Found, Row, Unreadable, decode_entry, json_row, other_form
+from kajiya.data.values import RowError
 from kajiya.errors import ConfigError
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+_HEAD_BYTES = 512
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
+"""How a file begins that holds its rows in one JSON array."""
 _FILES_FIELD = "data.source.options.files"
 
 
@@ -55,6 +60,10 @@ def jsonl(options: LinesSource) -> Iterator[Found]:
     for file, path in matching_files(options.files):
         try:
             with path.open("rb") as handle:
+                if problem := _other_form(handle.read(_HEAD_BYTES)):
+                    yield Unreadable(file, problem, path.stat().st_size)
+                    continue
+                handle.seek(0)
                 for number, line, n_bytes in _lines(handle, options.max_row_bytes):
                     name = f"{file}:{number}"
                     if n_bytes > options.max_row_bytes:
@@ -66,6 +75,18 @@ def jsonl(options: LinesSource) -> Iterator[Found]:
                         yield json_row(name, row)
         except OSError as error:
             yield not_opened(file, path, error)
+
+
+def _other_form(head: bytes, *, is_jsonl: bool = True) -> str | None:
+    """What a file of rows is instead, by how it begins, and what would make rows of it."""
+    form = other_form(head)
+    if form == "UTF-16":
+        return "is UTF-16: write it as UTF-8, for example by iconv -f UTF-16 -t UTF-8"
+    if form is not None:
+        return f"is {form}: unpack it first"
+    if is_jsonl and _ARRAY.match(head.removeprefix(BOM_UTF8)):
+        return "is one JSON array, not a row a line: write a line for each, for example by jq -c '.[]'"
+    return None
 
 
 def _lines(handle: io.BufferedIOBase, limit: int) -> Iterator[tuple[int, bytes, int]]:
@@ -87,6 +108,11 @@ def csv_rows(options: TableSource) -> Iterator[Found]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     for file, path in matching_files(options.files):
         try:
+            with path.open("rb") as raw:
+                problem = _other_form(raw.read(_HEAD_BYTES), is_jsonl=False)
+            if problem:
+                yield Unreadable(file, problem, path.stat().st_size)
+                continue
             with _open_csv(path) as handle:
                 yield from _csv_file(file, path, handle)
         except OSError as error:
@@ -104,6 +130,11 @@ def _csv_file(file: str, path: Path, handle: io.TextIOBase) -> Iterator[Found]:
     try:
         header = next(reader, None)
         if header is None:
+            return
+        try:
+            require_distinct(header)
+        except RowError as error:
+            yield Unreadable(file, str(error), path.stat().st_size)
             return
         while True:
             line = reader.line_num + 1
@@ -128,6 +159,13 @@ def _csv_file(file: str, path: Path, handle: io.TextIOBase) -> Iterator[Found]:
             n_bytes = sum(len(each.encode(errors="surrogateescape")) for each in islice(again, line - 1, None))
         reason = f"is broken CSV, and the rest of the file with it, {n_bytes:,} bytes: {error}"
         yield Unreadable(f"{file}:{line}", reason, n_bytes)
+
+
+def require_distinct(columns: Sequence[str]) -> None:
+    """Raise `RowError` where two columns of a table have one name."""
+    for name in set(columns):
+        if columns.count(name) > 1:
+            raise RowError(f"has two columns of the name {name!r}; name each of them otherwise")
 
 
 def stdlib_files(options: StdlibSource) -> list[SourceFile]:

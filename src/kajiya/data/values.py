@@ -41,17 +41,45 @@ def require_unicode(value: Any, where: str) -> None:
             require_unicode(inner, f"{where}[{index}]")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"has the key {next(key for key in made if keys.count(key) > 1)!r} twice")
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds. Raises `ValueError` or `RecursionError` for no JSON, `RowError` for a key that stands twice."""
+    return _JSON.decode(text if isinstance(text, str) else text.decode())
+
+
 def json_of(value: Any, where: str) -> Any:
     """The value, or what its text holds as JSON where it is a text."""
     if isinstance(value, (str, bytes)):
         try:
-            return json.loads(value)
+            return parse_json(value)
+        except RowError as error:
+            raise RowError(f"{error} under {where!r}") from error
         except (ValueError, RecursionError) as error:
             raise RowError(f"holds a text under {where!r} that is no JSON: {error}") from error
     return value
 
 
-def list_of(value: Any, where: str) -> list[dict[str, Any]]:
+def list_of(value: Any, where: str) -> list[Any]:
+    """A list, or the JSON text of one; empty where there is nothing."""
+    found = None if value == "" else json_of(value, where)
+    if found is None or found == {}:
+        return []
+    if not isinstance(found, list):
+        raise RowError(f"holds a {type(found).__name__} under {where!r}, not a list")
+    return found
+
+
+def objects_of(value: Any, where: str) -> list[dict[str, Any]]:
     """A list of objects, or the JSON text of one."""
     found = json_of(value, where)
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
@@ -60,8 +88,13 @@ def list_of(value: Any, where: str) -> list[dict[str, Any]]:
     return found
 
 
+def escaped(text: str) -> str:
+    """The text with lone surrogates written as `\\udXXX`, so that any file and screen can hold it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def excerpt(value: Any, length: int = 300) -> str:
     """A value as JSON in one line, for an error; at most `length` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
+    text = escaped(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 1] + "…"

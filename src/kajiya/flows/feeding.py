@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from kajiya.config.options import GRPOLoss
 from kajiya.config.schema import Config
 from kajiya.config.tables import Row, check_choice, loss_row
 from kajiya.data.batch import pinned
@@ -277,6 +278,15 @@ def packing_of(config: Config, form: str) -> ChosenPacking:
     if form == "text" and ":" in config.model.name and config.data.packing == "auto":
         return ChosenPacking("concatenate", "text is cut where a row is full; a module of one's own reads whole rows")
     return choose_packing(config.data.packing, takes, form == "text", architecture_isolates(config.model))
+
+
+def answer_tokens(config: Config) -> int | None:
+    """Tokens of an answer for which a row keeps room behind its prompt; `None` where answers are not drawn."""
+    if loss_row(config.train.loss.name).takes != "prompts":
+        return None
+    options = check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
+    assert isinstance(options, GRPOLoss)
+    return options.max_tokens
 
 
 def require_isolation(config: Config, form: str, module: torch.nn.Module) -> None:

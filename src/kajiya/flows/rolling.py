@@ -13,7 +13,7 @@ from kajiya.config.schema import Config
 from kajiya.config.tables import check_choice
 from kajiya.data.prompts import Prompts
 from kajiya.data.tokenizer import load_tokenizer
-from kajiya.errors import ConfigError, DataError
+from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Data, Evaluation
 from kajiya.flows.heldout import Sums
 from kajiya.models.adapt import adapter_off, has_adapter
@@ -129,20 +129,14 @@ class HeldoutReward:
 
 
 def open_rollouts(config: Config, data: Data, model: Any, precision: Precision, device: torch.device) -> RolloutFeeding:
-    """Prompts of both splits, and what answers them with the weights of `model`, which is as it was before training.
-
-    Raises `DataError` where no prompt leaves room for an answer, or some do not and `data.on_long=error`.
-    """
+    """Prompts of both splits, and what answers them with the weights of `model`, which is as it was before training."""
     options = check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
     assert isinstance(options, GRPOLoss)
     assert data.packing is not None, "prompts are no plain text"
     vocabulary = load_tokenizer(data.tokenizer.path)
-    room = config.data.row_tokens - options.max_tokens
     prompts = {
-        split: Prompts(data.corpus.path, data.shards.path, data.packing.path, split, room)
-        for split in ("train", "heldout")
+        split: Prompts(data.corpus.path, data.shards.path, data.packing.path, split) for split in ("train", "heldout")
     }
-    _require_room(config, options, prompts)
     most = max(each.longest for each in prompts.values()) + options.max_tokens
 
     def context() -> Any:
@@ -158,16 +152,6 @@ def open_rollouts(config: Config, data: Data, model: Any, precision: Precision, 
         reference=_reference(model, context, device, options) if options.beta else None,
     )
     return RolloutFeeding(prompts, roller, config.seed, rows_at_once(config.train), rows_of_step(config.train))
-
-
-def _require_room(config: Config, options: GRPOLoss, prompts: dict[str, Prompts]) -> None:
-    for split, each in prompts.items():
-        if not len(each) or (each.n_left_out and config.data.on_long == "error"):
-            raise DataError(
-                f"data.row_tokens={config.data.row_tokens}: {each.n_left_out} prompts of the split {split!r} leave no room "
-                f"for the {options.max_tokens} tokens of an answer (train.loss.options.max_tokens).\n"
-                "Raise data.row_tokens, or set data.on_long=drop, which leaves them out."
-            )
 
 
 def _reference(model: Any, context: Any, device: torch.device, options: GRPOLoss) -> LogProbs:

@@ -12,7 +12,7 @@ from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
 from kajiya.flows.bases import find_bases, loss_without_place, without_places
-from kajiya.flows.feeding import Data, packing_of, rendering_of
+from kajiya.flows.feeding import Data, answer_tokens, packing_of, rendering_of
 from kajiya.flows.fitting import fit_run, follow_run, save_fitted
 from kajiya.flows.own_module import own_names
 from kajiya.flows.report import write_report
@@ -207,7 +207,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     if chosen.name != "concatenate":
         packing = stages.produce(
             "packing",
-            lambda: build_packing(config.data, shards, store),
+            lambda: build_packing(config.data, shards, store, answer_tokens(config)),
             lambda made: f"{_packing_words(made)}; {chosen.name}: {chosen.why}",
         )
     ledger = data_ledger(corpus.facts, shards.facts, None if packing is None else packing.facts)
