@@ -105,9 +105,7 @@ def test_a_template_that_renders_earlier_answers_anew_is_refused_and_named() -> 
         render("qwen3", chat(USER, SAYS, *MORE))
     example = render("qwen3", chat(USER, SAYS, *MORE), train_on="last")
     assert trained(example, tokenizer_of("qwen3")) == "<think>\n\n</think>\n\nAbout 2.1 million.<|im_end|>"
-    # Mistral's template drops the system message behind the first turn, and moves the tools to the last one.
-    with pytest.raises(DataError, match="cannot be masked"):
-        render("mistral-v3", chat(SYSTEM, USER, SAYS))
+    # Mistral's template moves the tools to the last turn.
     with pytest.raises(DataError, match="cannot be masked"):
         render("mistral-v3", chat(USER, SAYS, *MORE, tools=TOOLS))
 

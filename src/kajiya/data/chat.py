@@ -17,10 +17,11 @@ from typing import Any
 
 from kajiya.config.schema import RenderConfig
 from kajiya.data.markup import Chunk, Draft, Markup
+from kajiya.data.omissions import Place, parts_of, place_of
 from kajiya.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
-_LOST = "it renders no {}; give a template that does (data.render.template), or rows without them"
+_LOST = "it renders no {}; give a template that does (data.render.template), or rows that have none"
 _ID = "probe0000"
 """Of a call; Mistral's template takes nine letters and digits."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -132,6 +133,8 @@ class ChatTemplate:
         self._variables = {**tokenizer.special_tokens_map, **(variables or {})}
         if is_timeless:
             self._variables |= {"strftime_now": _refuse_time}
+        self._rendered: set[Place] = set()
+        """Parts that were found in the text, and where they stood in their conversation."""
 
     def ids(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation; with `add_generation_prompt` it ends where the assistant's next answer begins.
@@ -173,6 +176,7 @@ class ChatTemplate:
         text = self.text(messages, tools, add_generation_prompt)
         if tools and self.prefix(messages, None, text, add_generation_prompt) == len(text):
             raise TemplateRefusalError(_LOST.format("tools"))
+        self._require_parts(messages, tools, add_generation_prompt)
         answers = [
             self._answer(messages, tools, index, text, add_generation_prompt)
             for index, message in enumerate(messages)
@@ -210,6 +214,25 @@ class ChatTemplate:
             return
         if any(message.get("tool_calls") for message in messages):
             raise TemplateRefusalError(_LOST.format("tool calls"))
+
+    def _require_parts(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> None:
+        """Each part of a message must be in the text: another part, another text. Looked at once for each place."""
+        for index, message in enumerate(messages):
+            for number, (name, other) in enumerate(parts_of(message)):
+                place = (number, name, bool(tools), *place_of(messages, index))
+                if place in self._rendered:
+                    continue
+                # Some (Qwen3) leave reasoning out of earlier answers on purpose: it counts what the last one is like.
+                whole = messages[: index + 1] if name == "reasoning" else messages
+                is_prompt = add_generation_prompt and whole is messages
+                changed = [*whole[:index], other, *whole[index + 1 :]]
+                try:
+                    is_lost = self.text(changed, tools, is_prompt) == self.text(whole, tools, is_prompt)
+                except TemplateRefusalError:
+                    is_lost = False
+                if is_lost:
+                    raise TemplateRefusalError(_LOST.format(f"{name} (message {index + 1})"))
+                self._rendered.add(place)
 
     def prefix(self, messages: Messages, tools: Any, text: str, add_generation_prompt: bool = False) -> int | None:
         """Length of the rendered messages where `text` begins with them; `None` where it does not."""
