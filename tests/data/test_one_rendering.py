@@ -180,12 +180,46 @@ def test_the_packaged_template_says_tools_calls_and_answers() -> None:
     assert trained(example, tokenizer_of("default")) == f"Let me see.\n{call}<|eos|>Paris.<|eos|>"
 
 
+def spelt(call: dict[str, Any]) -> dict[str, Any]:
+    """A message with a call as a request has it: the arguments are a text."""
+    function = call["tool_calls"][0]["function"]
+    function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return call | {"tool_calls": [call["tool_calls"][0] | {"function": function}]}
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calls_are_at_the_server_what_they_were_in_training(name: str, content: str | None) -> None:
+    """What a template does not know of tools is put into words, and nothing else."""
+    own, tools = ChatTemplate(tokenizer_of(name)), TOOLS if FAMILIES[name].has_tools else None
+    call = CALL | {"content": content}
+    served = prompt_ids(own, [USER, spelt(call), RESULT], tools or [])
+    if name in ("chatml", "gemma"):
+        text = tokenizer_of(name).decode(served)
+        assert '\n{"name": "weather", "arguments": {"place": "Nîmes"}}<' in text
+        assert "user\nThe tool answered: sunny, 31 °C<" in text
+        return
+    segment = render(name, chat(USER, call, RESULT, WITH_CALL[-1], tools=tools), train_on="last").segments[0]
+    assert segment.ids[: len(served)].tolist() == served
+
+
+def test_the_server_puts_into_words_what_a_template_does_not_know() -> None:
+    deepseek = tokenizer_of("deepseek-v3")
+    text = deepseek.decode(prompt_ids(ChatTemplate(deepseek), [USER, spelt(CALL), RESULT], TOOLS))
+    assert "You can call these tools:" in text
+    assert "<｜tool▁calls▁begin｜>" in text
+    # The words beside a call, which these would leave out, or the call for them.
+    for name in ("llama-3.1", "mistral-v3", "deepseek-v3"):
+        tokenizer = tokenizer_of(name)
+        text = tokenizer.decode(prompt_ids(ChatTemplate(tokenizer), [USER, spelt(SAID_CALL), RESULT], []))
+        assert 'Let me see.\n{"name": "weather", "arguments": {"place": "Nîmes"}}' in text
+        assert "sunny, 31 °C" in text
+        assert "The tool answered" not in text
+
+
 def test_of_tools_the_packaged_template_says_what_the_server_does() -> None:
-    function = CALL["tool_calls"][0]["function"]  # type: ignore[index]
-    spelt = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-    call = CALL | {"tool_calls": [CALL["tool_calls"][0] | {"function": spelt}]}  # type: ignore[index]
     for system in ([], [SYSTEM]):
-        served = prompt_ids(ChatTemplate(tokenizer_of("default")), [*system, USER, call, RESULT], TOOLS)
+        served = prompt_ids(ChatTemplate(tokenizer_of("default")), [*system, USER, spelt(CALL), RESULT], TOOLS)
         ids = render("default", chat(*system, *WITH_CALL, tools=TOOLS)).segments[0].ids
         assert ids[: len(served)].tolist() == served
 

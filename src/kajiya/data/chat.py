@@ -133,6 +133,7 @@ class ChatTemplate:
         self._variables = {**tokenizer.special_tokens_map, **(variables or {})}
         if is_timeless:
             self._variables |= {"strftime_now": _refuse_time}
+        self._knows_calls: dict[tuple[bool, str | None], bool] = {}
         self._rendered: set[Place] = set()
         """Parts that were found in the text, and where they stood in their conversation."""
 
@@ -154,24 +155,38 @@ class ChatTemplate:
 
     @cached_property
     def knows_tools(self) -> bool:
-        """Whether the template renders descriptions of tools, calls and what they answered: found by rendering some."""
+        """Whether the template says which tools there are: found by rendering one."""
         schema = {"type": "object", "properties": {"place": {"type": "string"}}}
         tool = {"name": "probe", "description": "probed_tool", "parameters": schema}
-        call = {"name": "probe", "arguments": {"place": "probed_call"}}
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "A question."},
-            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "id": _ID, "function": call}]},
-            {"role": "tool", "content": "probed_answer", "tool_call_id": _ID, "name": "probe"},
-        ]
+        return self._says([], [{"type": "function", "function": tool}], ["probed_tool"])
+
+    def knows_calls(self, tools: Any, content: str | None) -> bool:
+        """Whether it renders a call, what the tool answered, and the content beside the call: with tools, with such a content."""
+        kind = bool(tools), content and "probed_words"
+        if kind not in self._knows_calls:
+            call = {"name": "probe", "arguments": _Arguments(place="probed_call")}
+            turns = [
+                {
+                    "role": "assistant",
+                    "content": kind[1],
+                    "tool_calls": [{"type": "function", "id": _ID, "function": call}],
+                },
+                {"role": "tool", "content": "probed_answer", "tool_call_id": _ID, "name": "probe"},
+            ]
+            said = ["probed_call", "probed_answer", *filter(None, [kind[1]])]
+            self._knows_calls[kind] = self._says(turns, tools or None, said)
+        return self._knows_calls[kind]
+
+    def _says(self, turns: Messages, tools: Any, words: Sequence[str]) -> bool:
         try:
-            text = self.text([_for_template(one) for one in messages], [{"type": "function", "function": tool}], True)
+            text = self.text([{"role": "user", "content": "A question."}, *turns], tools, True)
         except TemplateRefusalError:
             return False
-        return all(word in text for word in ("probed_tool", "probed_call", "probed_answer"))
+        return all(word in text for word in words)
 
     def lay_out(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> Layout:
         """The text of a conversation, and where the assistant's answers lie in it. Raises `TemplateRefusalError`."""
-        messages = [_for_template(message) for message in messages]
+        messages = [self._for_template(message, tools) for message in messages]
         self._require_calls(messages, tools)
         text = self.text(messages, tools, add_generation_prompt)
         if tools and self.prefix(messages, None, text, add_generation_prompt) == len(text):
@@ -192,6 +207,18 @@ class ChatTemplate:
                 ]
                 cuts |= {place for answer in answers for place in (answer.start, answer.end) if place is not None}
         return Layout(text, tuple(answers), tuple(sorted(cuts)))
+
+    def _for_template(self, message: Mapping[str, Any], tools: Any) -> dict[str, Any]:
+        """The message without this project's own keys, its reasoning also under the name that some templates read."""
+        kept = {key: value for key, value in message.items() if key != "weight"}
+        if "reasoning_content" in kept:
+            kept["thinking"] = kept["reasoning_content"]
+        if kept.get("tool_calls"):
+            kept["tool_calls"] = [_call_for_template(call) for call in kept["tool_calls"]]
+            # Some (DeepSeek's) take an empty content for an answer without calls.
+            if kept["content"] == "" and not self.knows_calls(tools, ""):
+                kept["content"] = None
+        return kept
 
     def text(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> str:
         """What the template makes of the messages. Raises `TemplateRefusalError`."""
@@ -305,16 +332,6 @@ class _Arguments(dict[str, Any]):
 
     def __str__(self) -> str:
         return json.dumps(self, ensure_ascii=False)
-
-
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without this project's own keys, its reasoning also under the name that some templates read."""
-    kept = {key: value for key, value in message.items() if key != "weight"}
-    if "reasoning_content" in kept:
-        kept["thinking"] = kept["reasoning_content"]
-    if kept.get("tool_calls"):
-        kept["tool_calls"] = [_call_for_template(call) for call in kept["tool_calls"]]
-    return kept
 
 
 def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
