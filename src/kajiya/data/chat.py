@@ -165,7 +165,7 @@ class ChatTemplate:
         kind = bool(tools), content and "probed_words"
         if kind not in self._knows_calls:
             call = {"name": "probe", "arguments": _Arguments(place="probed_call")}
-            turns = [
+            turns: list[Any] = [
                 {
                     "role": "assistant",
                     "content": kind[1],
@@ -272,6 +272,23 @@ class ChatTemplate:
         # Some templates (Phi-3) close every text, and not each answer, with end-of-text.
         rendered = rendered if text.startswith(rendered) else rendered.removesuffix(self._eos)
         return len(rendered) if text.startswith(rendered) else None
+
+    def first_start(self, message: Mapping[str, Any], tools: Any, text: str) -> int | None:
+        """Where the first message begins, behind what the template writes before every conversation: where it is as further on.
+
+        `None`: it is not so further on, behind itself or behind an answer.
+        """
+        end = self.prefix([message], tools, text)
+        for between in ([], [{"role": "assistant", "content": "An answer."}]):
+            try:
+                before = self.text([message, *between], tools)
+                whole = self.text([message, *between, message], tools)
+            except TemplateRefusalError:
+                continue
+            further_on = whole.removeprefix(before)
+            if end is not None and further_on not in ("", whole) and text[:end].endswith(further_on):
+                return end - len(further_on)
+        return None
 
     def _answer(self, messages: Messages, tools: Any, index: int, text: str, is_prompt: bool) -> Answer:
         start = self.prefix(messages[:index], tools, text, add_generation_prompt=True)
