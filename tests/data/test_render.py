@@ -347,6 +347,21 @@ def test_what_cannot_be_trained_on_is_refused_with_the_row_shown(document: str, 
     assert "What is the capital of France?" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ messages | length / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
+        ("{{ 'a' * 10 ** 15 * messages | length }}", "MemoryError"),
+        ("{{ 'a' * 10 ** 30 * messages | length }}", "cannot fit"),
+    ],
+)
+def test_a_template_that_fails_is_named(source: str, words: str) -> None:
+    renderer = Renderer(with_template(source, (), "<|eos|>"), RenderConfig(), "chat")
+    with pytest.raises(DataError, match=rf"^rows.jsonl:7: is refused by the chat template of the tokenizer: {words}"):
+        renderer.render(chat(USER, SAYS), "rows.jsonl:7")
+
+
 def test_a_last_answer_that_nothing_closes_gets_end_of_text_and_an_earlier_one_is_refused() -> None:
     source = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -224,6 +224,17 @@ class ChatTemplate:
         """What the template makes of the messages. Raises `TemplateRefusalError`."""
         from jinja2 import TemplateError
 
+        # What the expressions of a template can raise.
+        failures = (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        )
         try:
             rendered: str = self._template(tools).render(
                 messages=messages,
@@ -232,7 +243,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except failures as error:
             raise TemplateRefusalError(str(error) or type(error).__name__) from error
         return rendered
 
