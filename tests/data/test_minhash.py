@@ -2,6 +2,8 @@
 
 import random
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.data.contamination import HeldoutSequences
+from kajiya.data.corpus import build_corpus
 from kajiya.data.duplicates import LineIndex
 from kajiya.data.minhash import NearDuplicates, rows_of_a_band, signature
 from kajiya.data.shingles import plain_text, shingles
+from kajiya.errors import DataError
+from kajiya.run.store import Store
 
 
 def sequences(text: str, n: int) -> set[tuple[str, ...]]:
@@ -139,6 +145,45 @@ def test_thirteen_words_of_a_held_out_text_are_found_in_a_long_one() -> None:
     match = index.nearest(inside, 0.0)
     assert match is not None
     assert (match.index, match.share) == (1, pytest.approx(1 / 28))
+
+
+@pytest.mark.parametrize(("name", "value"), [("contamination_words", 3), ("near_duplicate", 0.5)])
+def test_an_index_that_does_not_fit_the_memory_is_refused_before_it_is_made(
+    name: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cap leaves 28 bytes for each of so many sequences (or lines) of the held-out documents, and then for one fewer."""
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text("".join(f"a{line} b{number} c{line}\n" for line in range(50)))
+    off = {"contamination_words": None, "near_duplicate": None, "heldout_every": 3}
+    config = DataConfig(source=SourceConfig("text", {"files": f"{tmp_path}/*.txt"}), **(off | {name: value}))
+    facts = build_corpus(config, Store(tmp_path / "store"))[0].facts
+    n_held = facts["ledger"]["heldout"]["documents"] * {"contamination_words": 148, "near_duplicate": 50}[name]
+    monkeypatch.setattr("kajiya.data.cleaning.room_bytes", lambda _: 2**25 + 28 * n_held)
+    build_corpus(config, Store(tmp_path / "fits"))
+    monkeypatch.setattr("kajiya.data.cleaning.room_bytes", lambda _: 2**25 + 28 * n_held - 1)
+    words = rf"^data\.{name}={value}: an index of the held-out rows .*data\.memory_mib=4096 leaves\.\nRaise .*{name}=null\.$"
+    with pytest.raises(DataError, match=words):
+        build_corpus(config, Store(tmp_path / "other"))
+
+
+MEASURED = """
+import random
+from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.data.contamination import HeldoutSequences
+from kajiya.run.usage import peak_memory
+
+rng = random.Random(0)
+words = [f"w{number}" for number in range(20_000)]
+before = peak_memory()
+HeldoutSequences((" ".join(rng.choices(words, k=2_000)) for _ in range(1_500)), 3)
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_index_of_sequences_takes_what_is_said() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert 20 < int(done.stdout) / 3_000_000 < 32
 
 
 def test_of_a_structured_row_its_strings_are_compared() -> None:
