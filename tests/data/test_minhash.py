@@ -1,18 +1,20 @@
 """Near-duplicates: every one that is found is one, and hardly any is missed; contamination likewise."""
 
+import json
 import random
 import re
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.config.schema import DataConfig, HeldoutSourceConfig, SourceConfig
 from kajiya.data.contamination import HeldoutSequences
 from kajiya.data.corpus import build_corpus
 from kajiya.data.duplicates import LineIndex
@@ -117,6 +119,35 @@ def test_a_bucket_full_of_dropped_texts_is_passed_over(tmp_path: Path) -> None:
     assert near(["a b c d e f g"] * 500, tmp_path) == dict.fromkeys(range(1, 500), 0)
 
 
+def test_rows_that_are_compared_with_some_of_the_likely_ones_alone_are_counted_and_said(tmp_path: Path) -> None:
+    """Rows that differ in one word share buckets, and none is equal to another."""
+    shared = " ".join(f"w{number}" for number in range(200))
+    rows = [f"{shared} v{number}" for number in range(130)]
+    for n_rows in (90, 130):
+        path = tmp_path / f"{n_rows}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows[:n_rows]))
+        said: list[str] = []
+
+        def hear(kind: str, said: list[str] = said, **fields: Any) -> None:
+            said += [fields["text"]] if kind == "note" and "minhash" in fields["text"] else []
+
+        config = DataConfig(
+            source=SourceConfig("jsonl", {"files": str(path)}),
+            heldout_source=HeldoutSourceConfig("jsonl", {"files": str(tmp_path / "held.jsonl")}),
+            duplicates="minhash",
+            minhash_similarity=1,
+            near_duplicate=None,
+        )
+        (tmp_path / "held.jsonl").write_text('{"text": "something else"}\n')
+        facts = build_corpus(config, Store(tmp_path / "store"), hear)[0].facts
+        assert facts["ledger"]["train"]["documents"] == n_rows, "none is a double"
+        n_limited = facts.get("compared_in_part", 0)
+        assert (0 < n_limited < 30) if n_rows > 101 else n_limited == 0
+        assert [f"{n_limited} rows have more than 100 likely doubles" in text for text in said] == [True] * (
+            n_rows > 101
+        )
+
+
 def test_contamination_against_the_definition() -> None:
     rng = random.Random(2)
     held = [" ".join(f"h{rng.randrange(50)}" for _ in range(rng.randint(0, 60))) for _ in range(30)]
@@ -168,7 +199,7 @@ def test_an_index_that_does_not_fit_the_memory_is_refused_before_it_is_made(
 
 MEASURED = """
 import random
-from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.config.schema import DataConfig, HeldoutSourceConfig, SourceConfig
 from kajiya.data.contamination import HeldoutSequences
 from kajiya.run.usage import peak_memory
 

@@ -54,8 +54,13 @@ class Rule(Protocol):
         ...
 
 
-def clean(config: DataConfig, train: Documents, heldout: Documents, is_text: bool, ledger: CorpusLedger) -> None:
-    """Take out of the training files what the config's rules say; every row is counted."""
+def clean(
+    config: DataConfig, train: Documents, heldout: Documents, is_text: bool, ledger: CorpusLedger
+) -> dict[str, int]:
+    """Take out of the training files what the config's rules say; every row is counted.
+
+    Returns what was not done to the end: `compared_in_part`, rows that were compared with some of the likely ones alone.
+    """
     stays = np.zeros(len(train), dtype=np.bool_)
     with _rules(config, train, heldout, is_text) as rules:
         for index in range(len(train)):
@@ -68,7 +73,9 @@ def clean(config: DataConfig, train: Documents, heldout: Documents, is_text: boo
                 rule.keep(index, raw)
             stays[index] = True
             ledger.train.add(len(raw))
+        n_limited = sum(rule.n_limited for rule in rules if isinstance(rule, _Similar))
     close_up(train, stays)
+    return {"compared_in_part": n_limited} if n_limited else {}
 
 
 @contextmanager
@@ -213,6 +220,11 @@ class _Similar:
 
     def keep(self, index: int, raw: bytes) -> None:
         self._near.keep(len(self._heldout) + index)
+
+    @property
+    def n_limited(self) -> int:
+        """Rows that were compared with some of the likely ones alone."""
+        return self._near.n_limited
 
     def close(self) -> None:
         """Delete the working files."""
