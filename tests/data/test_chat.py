@@ -71,7 +71,10 @@ def test_a_template_of_the_tokenizers_own_goes_first(tokenizer: Any) -> None:
         render_chat(own, [SYSTEM, ASK], add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "default"])
-def test_whether_a_template_knows_tools_is_found_by_rendering(name: str) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_template_knows_of_tools_is_found_by_rendering(name: str) -> None:
     """DeepSeek's writes calls and results, but says nothing of which tools there are."""
-    assert ChatTemplate(tokenizer_of(name)).knows_tools == (name in ("qwen2.5", "llama-3.1", "mistral-v3"))
+    template = ChatTemplate(tokenizer_of(name))
+    assert template.knows_tools == (name in ("qwen2.5", "llama-3.1", "mistral-v3", "default"))
+    assert template.knows_calls(None, None) == (name not in ("chatml", "gemma"))
+    assert template.knows_calls(None, "Let me see.") == (name in ("qwen2.5", "qwen3", "default"))

@@ -1,19 +1,27 @@
 """Near-duplicates: every one that is found is one, and hardly any is missed; contamination likewise."""
 
+import json
 import random
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kajiya.config.schema import DataConfig, HeldoutSourceConfig, SourceConfig
 from kajiya.data.contamination import HeldoutSequences
+from kajiya.data.corpus import build_corpus
 from kajiya.data.duplicates import LineIndex
 from kajiya.data.minhash import NearDuplicates, rows_of_a_band, signature
 from kajiya.data.shingles import plain_text, shingles
+from kajiya.errors import DataError
+from kajiya.run.store import Store
 
 
 def sequences(text: str, n: int) -> set[tuple[str, ...]]:
@@ -111,6 +119,35 @@ def test_a_bucket_full_of_dropped_texts_is_passed_over(tmp_path: Path) -> None:
     assert near(["a b c d e f g"] * 500, tmp_path) == dict.fromkeys(range(1, 500), 0)
 
 
+def test_rows_that_are_compared_with_some_of_the_likely_ones_alone_are_counted_and_said(tmp_path: Path) -> None:
+    """Rows that differ in one word share buckets, and none is equal to another."""
+    shared = " ".join(f"w{number}" for number in range(200))
+    rows = [f"{shared} v{number}" for number in range(130)]
+    for n_rows in (90, 130):
+        path = tmp_path / f"{n_rows}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows[:n_rows]))
+        said: list[str] = []
+
+        def hear(kind: str, said: list[str] = said, **fields: Any) -> None:
+            said += [fields["text"]] if kind == "note" and "minhash" in fields["text"] else []
+
+        config = DataConfig(
+            source=SourceConfig("jsonl", {"files": str(path)}),
+            heldout_source=HeldoutSourceConfig("jsonl", {"files": str(tmp_path / "held.jsonl")}),
+            duplicates="minhash",
+            minhash_similarity=1,
+            near_duplicate=None,
+        )
+        (tmp_path / "held.jsonl").write_text('{"text": "something else"}\n')
+        facts = build_corpus(config, Store(tmp_path / "store"), hear)[0].facts
+        assert facts["ledger"]["train"]["documents"] == n_rows, "none is a double"
+        n_limited = facts.get("compared_in_part", 0)
+        assert (0 < n_limited < 30) if n_rows > 101 else n_limited == 0
+        assert [f"{n_limited} rows have more than 100 likely doubles" in text for text in said] == [True] * (
+            n_rows > 101
+        )
+
+
 def test_contamination_against_the_definition() -> None:
     rng = random.Random(2)
     held = [" ".join(f"h{rng.randrange(50)}" for _ in range(rng.randint(0, 60))) for _ in range(30)]
@@ -139,6 +176,45 @@ def test_thirteen_words_of_a_held_out_text_are_found_in_a_long_one() -> None:
     match = index.nearest(inside, 0.0)
     assert match is not None
     assert (match.index, match.share) == (1, pytest.approx(1 / 28))
+
+
+@pytest.mark.parametrize(("name", "value"), [("contamination_words", 3), ("near_duplicate", 0.5)])
+def test_an_index_that_does_not_fit_the_memory_is_refused_before_it_is_made(
+    name: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cap leaves 28 bytes for each of so many sequences (or lines) of the held-out documents, and then for one fewer."""
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text("".join(f"a{line} b{number} c{line}\n" for line in range(50)))
+    off = {"contamination_words": None, "near_duplicate": None, "heldout_every": 3}
+    config = DataConfig(source=SourceConfig("text", {"files": f"{tmp_path}/*.txt"}), **(off | {name: value}))
+    facts = build_corpus(config, Store(tmp_path / "store"))[0].facts
+    n_held = facts["ledger"]["heldout"]["documents"] * {"contamination_words": 148, "near_duplicate": 50}[name]
+    monkeypatch.setattr("kajiya.data.cleaning.room_bytes", lambda _: 2**25 + 28 * n_held)
+    build_corpus(config, Store(tmp_path / "fits"))
+    monkeypatch.setattr("kajiya.data.cleaning.room_bytes", lambda _: 2**25 + 28 * n_held - 1)
+    words = rf"^data\.{name}={value}: an index of the held-out rows .*data\.memory_mib=4096 leaves\.\nRaise .*{name}=null\.$"
+    with pytest.raises(DataError, match=words):
+        build_corpus(config, Store(tmp_path / "other"))
+
+
+MEASURED = """
+import random
+from kajiya.config.schema import DataConfig, HeldoutSourceConfig, SourceConfig
+from kajiya.data.contamination import HeldoutSequences
+from kajiya.run.usage import peak_memory
+
+rng = random.Random(0)
+words = [f"w{number}" for number in range(20_000)]
+before = peak_memory()
+HeldoutSequences((" ".join(rng.choices(words, k=2_000)) for _ in range(1_500)), 3)
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_index_of_sequences_takes_what_is_said() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert 20 < int(done.stdout) / 3_000_000 < 32
 
 
 def test_of_a_structured_row_its_strings_are_compared() -> None:

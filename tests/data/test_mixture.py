@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.data.families import tokenizer_of
 from tests.data.test_reading import HI, HO
 
-from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.config.schema import DataConfig, RenderConfig, SourceConfig
 from kajiya.data.corpus import build_corpus
 from kajiya.data.entries import Document, Omitted
 from kajiya.data.reading import open_rows
+from kajiya.data.render import Renderer
 from kajiya.errors import ConfigError
 from kajiya.run.store import Store
 
@@ -70,6 +72,22 @@ def test_instructions_and_conversations_go_together(tmp_path: Path) -> None:
         json.dumps({"messages": [HI, HO]}, separators=(",", ":"))
     }
     assert [part["format"] for part in origin.facts["options"]["parts"]] == ["instruction", "chat"]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "said"), [("assistant", "Right.<|eos|>"), ("all", "### User\nHi\n\n### Assistant\nHo<|eos|>\n\n")]
+)
+def test_an_instruction_among_conversations_is_trained_as_among_its_own(
+    tmp_path: Path, train_on: str, said: str
+) -> None:
+    row = {"prompt": [HI, HO, {"role": "user", "content": "So?"}], "completion": [HO | {"content": "Right."}]}
+    origin = open_rows(mixture(tmp_path, {"rows": [row]}, {"rows": [{"messages": [HI, HO]}]}))
+    text = next(entry.text for entry in origin.read() if isinstance(entry, Document) and "Right" in entry.text)
+    tokenizer, config = tokenizer_of("default"), RenderConfig(train_on=train_on)
+    segment = Renderer(tokenizer, config, "chat").render(text).segments[0]
+    alone = Renderer(tokenizer, config, "instruction").render(json.dumps(row)).segments[0]
+    assert (segment.ids.tolist(), segment.weights.tolist()) == (alone.ids.tolist(), alone.weights.tolist())
+    assert said in tokenizer.decode(segment.ids[segment.weights > 0])
 
 
 @pytest.mark.parametrize(

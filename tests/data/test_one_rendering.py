@@ -1,6 +1,7 @@
 """One rendering: the same ids in training, in evaluation and at the server; tools, their calls and answers within it."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.families import CALL, FAMILIES, MORE, RESULT, SAYS, SYSTEM, TOOLS, USER, WITH_CALL, tokenizer_of
+from tests.data.families import (
+    CALL,
+    FAMILIES,
+    IM,
+    MORE,
+    RESULT,
+    SAYS,
+    SYSTEM,
+    TOOLS,
+    USER,
+    WITH_CALL,
+    tokenizer_of,
+    with_template,
+)
 from tests.data.test_render import chat, independent, plain, render, trained
 
+from kajiya.config.schema import RenderConfig
 from kajiya.data.chat import ChatTemplate
+from kajiya.data.render import Renderer
 from kajiya.errors import DataError
 from kajiya.evals.answers import LocalModel, Sampling
 from kajiya.serving.tools import prompt_ids
@@ -84,6 +100,70 @@ def test_a_template_that_would_leave_tools_out_is_named(name: str, messages: Any
         render(name, chat(*messages, tools=tools))
 
 
+THOUGHT = SAYS | {"reasoning_content": "France, so Paris."}
+SAID_CALL = CALL | {"content": "Let me see."}
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "what"),
+    [
+        *((name, [USER, THOUGHT], "reasoning (message 2)") for name in ("chatml", "llama-3.1", "gemma", "deepseek-v3")),
+        ("chatml", [USER, THOUGHT, *MORE], "reasoning (message 2)"),
+        *((name, [USER, SAID_CALL, RESULT, SAYS], "words beside tool calls (message 2)") for name in ("llama-3.1", "mistral-v3")),
+        ("deepseek-v3", [USER, SAID_CALL, RESULT, SAYS], "tool calls beside words (message 2)"),
+        ("mistral-v3", [SYSTEM, USER, SAYS], "system message (message 1)"),
+    ],
+)  # fmt: skip
+def test_a_part_that_a_template_leaves_out_is_named(name: str, messages: Any, what: str) -> None:
+    for train_on in ("assistant", "last"):
+        with pytest.raises(
+            DataError, match=rf"is refused by the chat template of .*: it renders no {re.escape(what)};"
+        ):
+            render(name, chat(*messages), train_on=train_on)
+
+
+def test_a_template_that_skips_messages_or_arguments_is_named() -> None:
+    turns = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    calls = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+    for source, messages, what in (
+        ("{% if m.role != 'system' %}" + turns + "{% endif %}", [SYSTEM, USER, SAYS], "system message"),
+        ("{% if m.role != 'tool' %}" + turns + "{{ m.tool_calls }}{% endif %}", WITH_CALL, "answers of tools"),
+        (turns + calls, WITH_CALL, "tool calls"),
+        (turns + "{{ (m.tool_calls or [])[:1] }}", [USER, TWO_CALLS, RESULT, SAYS], "tool calls"),
+    ):
+        tokenizer = with_template("{% for m in messages %}" + source + "{% endfor %}", IM, "<|im_end|>")
+        with pytest.raises(DataError, match=rf"the tokenizer: it renders no {what} \(message"):
+            Renderer(tokenizer, RenderConfig(), "chat").render(chat(*messages))
+
+
+TWO_CALLS = CALL | {"tool_calls": CALL["tool_calls"] * 2}  # type: ignore[operator]
+
+
+def test_what_is_left_out_is_looked_for_once_for_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows cost what they did: the renderings beyond those of their prefixes are for the first of its kind alone."""
+    seen: list[int] = []
+    text = ChatTemplate.text
+    monkeypatch.setattr(ChatTemplate, "text", lambda self, *given: seen.append(1) or text(self, *given))  # type: ignore[func-returns-value]
+    renderer, counts = Renderer(tokenizer_of("qwen2.5"), RenderConfig(), "chat"), []
+    for number in range(3):
+        before = len(seen)
+        question = USER | {"content": f"Question {number}?"}
+        renderer.render(chat(SYSTEM, question, SAID_CALL, RESULT, SAYS, *MORE))
+        counts.append(len(seen) - before)
+    # The whole; beginning and end of two answers, the beginning of the last.
+    assert counts == [6 + 2 * 4, 6, 6]
+
+
+def test_reasoning_is_rendered_by_the_packaged_template_and_qwen3_may_leave_it_out_of_earlier_answers() -> None:
+    example = render("default", chat(USER, THOUGHT, MORE[0], MORE[1] | {"reasoning_content": "Two or so."}))
+    assert trained(example, tokenizer_of("default")) == (
+        "<think>\nFrance, so Paris.\n</think>\n\nParis.<|eos|>"
+        "<think>\nTwo or so.\n</think>\n\nAbout 2.1 million.<|eos|>"
+    )
+    example = render("qwen3", chat(USER, THOUGHT, *MORE), train_on="last")
+    assert trained(example, tokenizer_of("qwen3")) == "<think>\n\n</think>\n\nAbout 2.1 million.<|im_end|>"
+
+
 def test_the_packaged_template_says_tools_calls_and_answers() -> None:
     whole = [SYSTEM, USER, CALL | {"content": "Let me see."}, RESULT, SAYS]
     example = render("default", chat(*whole, tools=TOOLS))
@@ -100,12 +180,46 @@ def test_the_packaged_template_says_tools_calls_and_answers() -> None:
     assert trained(example, tokenizer_of("default")) == f"Let me see.\n{call}<|eos|>Paris.<|eos|>"
 
 
+def spelt(call: dict[str, Any]) -> dict[str, Any]:
+    """A message with a call as a request has it: the arguments are a text."""
+    function = call["tool_calls"][0]["function"]
+    function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return call | {"tool_calls": [call["tool_calls"][0] | {"function": function}]}
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calls_are_at_the_server_what_they_were_in_training(name: str, content: str | None) -> None:
+    """What a template does not know of tools is put into words, and nothing else."""
+    own, tools = ChatTemplate(tokenizer_of(name)), TOOLS if FAMILIES[name].has_tools else None
+    call = CALL | {"content": content}
+    served = prompt_ids(own, [USER, spelt(call), RESULT], tools or [])
+    if name in ("chatml", "gemma"):
+        text = tokenizer_of(name).decode(served)
+        assert '\n{"name": "weather", "arguments": {"place": "Nîmes"}}<' in text
+        assert "user\nThe tool answered: sunny, 31 °C<" in text
+        return
+    segment = render(name, chat(USER, call, RESULT, WITH_CALL[-1], tools=tools), train_on="last").segments[0]
+    assert segment.ids[: len(served)].tolist() == served
+
+
+def test_the_server_puts_into_words_what_a_template_does_not_know() -> None:
+    deepseek = tokenizer_of("deepseek-v3")
+    text = deepseek.decode(prompt_ids(ChatTemplate(deepseek), [USER, spelt(CALL), RESULT], TOOLS))
+    assert "You can call these tools:" in text
+    assert "<｜tool▁calls▁begin｜>" in text
+    # The words beside a call, which these would leave out, or the call for them.
+    for name in ("llama-3.1", "mistral-v3", "deepseek-v3"):
+        tokenizer = tokenizer_of(name)
+        text = tokenizer.decode(prompt_ids(ChatTemplate(tokenizer), [USER, spelt(SAID_CALL), RESULT], []))
+        assert 'Let me see.\n{"name": "weather", "arguments": {"place": "Nîmes"}}' in text
+        assert "sunny, 31 °C" in text
+        assert "The tool answered" not in text
+
+
 def test_of_tools_the_packaged_template_says_what_the_server_does() -> None:
-    function = CALL["tool_calls"][0]["function"]  # type: ignore[index]
-    spelt = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-    call = CALL | {"tool_calls": [CALL["tool_calls"][0] | {"function": spelt}]}  # type: ignore[index]
     for system in ([], [SYSTEM]):
-        served = prompt_ids(ChatTemplate(tokenizer_of("default")), [*system, USER, call, RESULT], TOOLS)
+        served = prompt_ids(ChatTemplate(tokenizer_of("default")), [*system, USER, spelt(CALL), RESULT], TOOLS)
         ids = render("default", chat(*system, *WITH_CALL, tools=TOOLS)).segments[0].ids
         assert ids[: len(served)].tolist() == served
 

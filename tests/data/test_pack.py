@@ -5,15 +5,17 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.config.schema import DataConfig, RenderConfig, SourceConfig
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import open_documents
+from kajiya.data.effects import require_effect
 from kajiya.data.examples import Example, Segment
 from kajiya.data.pack import best_fit, build_packing, choose_packing, cut_to, open_packing
 from kajiya.data.shards import Rendering, build_shards, open_split
@@ -293,3 +295,66 @@ def test_rows_that_cannot_be_rendered_stop_the_work_or_are_counted(small, tmp_pa
         assert all("no answer" in example for example in lost["examples"])
         n_dropped += lost["documents"]
     assert n_dropped == 6
+
+
+# ---------------------------------------------------------------- settings without effect
+
+
+@pytest.mark.parametrize(
+    ("settings", "form", "packing", "words"),
+    [
+        (
+            {"render": {"train_on": "all"}},
+            "preference",
+            "best_fit",
+            "render.train_on: all changes nothing for preference rows",
+        ),
+        (
+            {"render": {"train_on": "last"}},
+            "text",
+            "concatenate",
+            "render.train_on: last changes nothing for text rows",
+        ),
+        (
+            {"render": {"prompt_style": "plain"}},
+            "chat",
+            "best_fit",
+            "render.prompt_style: plain changes nothing for chat",
+        ),
+        ({"render": {"append_eos": "never"}}, "seq2seq", "bucketed", "render.append_eos: never changes nothing"),
+        (
+            {"on_long": "drop"},
+            "text",
+            "concatenate",
+            "on_long: drop changes nothing for text rows with the packing concat",
+        ),
+        ({"max_tokens": 64}, "text", "concatenate", "max_tokens: 64 changes nothing"),
+        (
+            {"isolate": False},
+            "chat",
+            "best_fit",
+            "isolate: false changes nothing for chat rows with the packing best_fit",
+        ),
+    ],
+)
+def test_a_setting_that_changes_nothing_for_the_rows_is_refused(
+    settings: dict[str, Any], form: str, packing: str, words: str
+) -> None:
+    given = dict(settings)
+    if "render" in given:
+        given["render"] = RenderConfig(**given["render"])
+    with pytest.raises(
+        ConfigError, match=rf"^data\.{words}[^\n]*\nLeave it at (assistant|chat|auto|error|null|true)\.$"
+    ):
+        require_effect(DataConfig(**given), form, packing)
+
+
+def test_every_setting_has_an_effect_on_some_rows() -> None:
+    whole = DataConfig(isolate=False)
+    require_effect(whole, "text", "concatenate")
+    whole = DataConfig(on_long="cut", max_tokens=64, render=RenderConfig(train_on="all", append_eos="always"))
+    require_effect(whole, "chat", "bucketed")
+    require_effect(
+        replace(whole, render=RenderConfig(prompt_style="plain", train_on="last")), "instruction", "best_fit"
+    )
+    require_effect(DataConfig(render=RenderConfig(template="a.jinja", options={"x": 1})), "text", "concatenate")

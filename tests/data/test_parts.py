@@ -16,8 +16,10 @@ from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.data import parts
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import DocumentWriter, open_documents
+from kajiya.data.encoding import RowsEncoder
 from kajiya.data.examples import Example, Segment
 from kajiya.data.memory import FAST, PLAIN, has_room, portions_within
+from kajiya.data.progress import Progress, silent
 from kajiya.data.shards import Rendering, build_shards, open_split
 from kajiya.errors import DataError, StoreError
 from kajiya.run.store import Artifact, Store, open_artifact
@@ -28,6 +30,7 @@ import os, signal, sys
 from pathlib import Path
 from kajiya.config.schema import DataConfig
 from kajiya.data import parts
+from kajiya.data.progress import Progress, silent
 from kajiya.data.shards import build_shards
 from kajiya.run.store import Store, open_artifact
 
@@ -149,13 +152,30 @@ def test_a_full_disk_is_said_and_loses_no_finished_part(small, tmp_path: Path, m
 def test_the_table_of_weights_does_not_depend_on_how_the_rows_are_cut_for_the_work() -> None:
     weights = np.array([0, 1, 1, 0.5, 0, 2, 0.25], dtype=np.float32)
     whole: dict[float, int] = {}
-    codes = parts._codes(weights, whole, "part").tolist()
+    codes = parts._codes(weights, whole, str).tolist()
     for cut in range(1, len(weights)):
         table: dict[float, int] = {}
-        assert [
-            code for each in np.split(weights, [cut]) for code in parts._codes(each, table, "part").tolist()
-        ] == codes
+        assert [code for each in np.split(weights, [cut]) for code in parts._codes(each, table, str).tolist()] == codes
         assert list(table.items()) == list(whole.items())
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_the_row_with_one_weight_too_many_is_named(tmp_path: Path, segments: int) -> None:
+    with DocumentWriter(tmp_path, "train") as writer:
+        for number in range(400):
+            writer.add(f"rows.jsonl:{number + 1}", b"{}")
+        documents = writer.finish()
+
+    def render(rows: Iterable[tuple[str, str]]) -> Iterator[Example | str]:
+        for name, _ in rows:
+            number = int(name.split(":")[1])
+            weights = np.array([0, 1 + number / 1024, 0], dtype=np.float32)
+            yield f"{name}: no answer" if number == 100 else Example((Segment(np.arange(3), weights),) * segments)
+
+    encode = RowsEncoder(documents, render, np.dtype("<u2"), segments, drops=True)
+    words = r"rows\.jsonl:257: has a message of weight=1\.25098; messages before it have 256 other weights, .*\nRound"
+    with pytest.raises(DataError, match=words):
+        parts.write_parts(tmp_path / "parts", documents, encode, parts.Portions(10**6, 64, 1), Progress(silent, "", ""))
 
 
 def test_a_document_too_large_for_the_cap_is_refused(tmp_path: Path) -> None:
@@ -194,6 +214,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from kajiya.config.schema import DataConfig
+from kajiya.data.progress import Progress, silent
 from kajiya.data.shards import build_shards
 from kajiya.run.store import Artifact, Store, open_artifact
 from kajiya.run.usage import peak_memory

@@ -105,9 +105,7 @@ def test_a_template_that_renders_earlier_answers_anew_is_refused_and_named() -> 
         render("qwen3", chat(USER, SAYS, *MORE))
     example = render("qwen3", chat(USER, SAYS, *MORE), train_on="last")
     assert trained(example, tokenizer_of("qwen3")) == "<think>\n\n</think>\n\nAbout 2.1 million.<|im_end|>"
-    # Mistral's template drops the system message behind the first turn, and moves the tools to the last one.
-    with pytest.raises(DataError, match="cannot be masked"):
-        render("mistral-v3", chat(SYSTEM, USER, SAYS))
+    # Mistral's template moves the tools to the last turn.
     with pytest.raises(DataError, match="cannot be masked"):
         render("mistral-v3", chat(USER, SAYS, *MORE, tools=TOOLS))
 
@@ -175,6 +173,40 @@ def test_all_trains_everything_and_a_messages_own_weight_goes_before() -> None:
         2.0: "About 2.1 million.<|im_end|>",
     }
     assert set(segment.weights.tolist()) == {0.0, 0.5, 2.0}
+
+
+AS_USER = {
+    "chatml": "<|im_start|>user\n{}<|im_end|>\n",
+    "qwen2.5": "<|im_start|>user\n{}<|im_end|>\n",
+    "qwen3": "<|im_start|>user\n{}<|im_end|>\n",
+    "llama-3.1": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+    "gemma": "<start_of_turn>user\n{}<end_of_turn>\n",
+    "mistral-v3": "[INST] {}[/INST]",
+    "deepseek-v3": "<｜User｜>{}",
+    "default": "### User\n{}\n\n",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_weight_on_the_first_message_trains_nothing_that_the_template_says_by_itself(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    for first, train_on, weight in ((USER | {"weight": 0.5}, "last", 0.5), (USER | {"weight": 2}, "all", 2.0)):
+        segment = render(name, chat(first, SAYS), train_on=train_on).segments[0]
+        assert tokenizer.decode(segment.ids[segment.weights == weight]) == AS_USER[name].format(USER["content"])
+    # Below what all else weighs, the template's own beginning may go with it.
+    segment = render(name, chat(USER | {"weight": 0}, SAYS), train_on="all").segments[0]
+    assert USER["content"] not in tokenizer.decode(segment.ids[segment.weights > 0])
+
+
+def test_a_weight_on_a_first_message_that_cannot_be_told_from_the_template_is_refused() -> None:
+    said = r"has weight=0\.5 on message 1, and where that begins cannot be told from what the .* template"
+    for name, first, tools in (("llama-3.1", SYSTEM, None), ("llama-3.1", USER, TOOLS), ("deepseek-v3", SYSTEM, None)):
+        asked = [USER] if first is SYSTEM else []
+        with pytest.raises(DataError, match=said):
+            render(name, chat(first | {"weight": 0.5}, *asked, SAYS, tools=tools))
+    segment = render("qwen2.5", chat(SYSTEM | {"weight": 0.5}, USER, SAYS)).segments[0]
+    said = tokenizer_of("qwen2.5").decode(segment.ids[segment.weights == 0.5])
+    assert said == f"<|im_start|>system\n{SYSTEM['content']}<|im_end|>\n"
 
 
 # ---------------------------------------------------------------- whatever people write
@@ -313,6 +345,21 @@ def test_what_cannot_be_trained_on_is_refused_with_the_row_shown(document: str, 
     assert str(caught.value).startswith("rows.jsonl:7: ")
     assert "The row: " in str(caught.value)
     assert "What is the capital of France?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ messages | length / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
+        ("{{ 'a' * 10 ** 15 * messages | length }}", "MemoryError"),
+        ("{{ 'a' * 10 ** 30 * messages | length }}", "cannot fit"),
+    ],
+)
+def test_a_template_that_fails_is_named(source: str, words: str) -> None:
+    renderer = Renderer(with_template(source, (), "<|eos|>"), RenderConfig(), "chat")
+    with pytest.raises(DataError, match=rf"^rows.jsonl:7: is refused by the chat template of the tokenizer: {words}"):
+        renderer.render(chat(USER, SAYS), "rows.jsonl:7")
 
 
 def test_a_last_answer_that_nothing_closes_gets_end_of_text_and_an_earlier_one_is_refused() -> None:

@@ -70,6 +70,19 @@ def test_too_many_long_rows_stop_the_work_behind_the_packing(
     assert prepare_data(allowed, Store(tmp_path / "store"), Stages(silent)).packing is not None
 
 
+def test_a_setting_that_changes_nothing_stops_the_work_behind_the_corpus(
+    small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"row {number}"}) for number in range(50)]
+    config = replace(small_config(), data=rows(tmp_path / "rows.jsonl", lines, on_long="drop"))
+    heard: list[str] = []
+    with pytest.raises(
+        ConfigError, match=r"data\.on_long: drop changes nothing for text rows with the packing concatenate"
+    ):
+        prepare_data(config, Store(tmp_path / "store"), Stages(lambda kind, **_: heard.append(kind)))
+    assert heard.count("stage") == 2, "begun and ended: the corpus"
+
+
 @pytest.mark.slow
 def test_real_pairs_fill_their_rows(tmp_path: Path) -> None:
     config = compose("stdlib-sft")

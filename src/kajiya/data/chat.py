@@ -17,10 +17,11 @@ from typing import Any
 
 from kajiya.config.schema import RenderConfig
 from kajiya.data.markup import Chunk, Draft, Markup
+from kajiya.data.omissions import Place, parts_of, place_of
 from kajiya.errors import ConfigError, DataError
 
 Messages = Sequence[Mapping[str, Any]]
-_LOST = "it renders no {}; give a template that does (data.render.template), or rows without them"
+_LOST = "it renders no {}; give a template that does (data.render.template), or rows that have none"
 _ID = "probe0000"
 """Of a call; Mistral's template takes nine letters and digits."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -132,6 +133,9 @@ class ChatTemplate:
         self._variables = {**tokenizer.special_tokens_map, **(variables or {})}
         if is_timeless:
             self._variables |= {"strftime_now": _refuse_time}
+        self._knows_calls: dict[tuple[bool, str | None], bool] = {}
+        self._rendered: set[Place] = set()
+        """Parts that were found in the text, and where they stood in their conversation."""
 
     def ids(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation; with `add_generation_prompt` it ends where the assistant's next answer begins.
@@ -151,28 +155,43 @@ class ChatTemplate:
 
     @cached_property
     def knows_tools(self) -> bool:
-        """Whether the template renders descriptions of tools, calls and what they answered: found by rendering some."""
+        """Whether the template says which tools there are: found by rendering one."""
         schema = {"type": "object", "properties": {"place": {"type": "string"}}}
         tool = {"name": "probe", "description": "probed_tool", "parameters": schema}
-        call = {"name": "probe", "arguments": {"place": "probed_call"}}
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "A question."},
-            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "id": _ID, "function": call}]},
-            {"role": "tool", "content": "probed_answer", "tool_call_id": _ID, "name": "probe"},
-        ]
+        return self._says([], [{"type": "function", "function": tool}], ["probed_tool"])
+
+    def knows_calls(self, tools: Any, content: str | None) -> bool:
+        """Whether it renders a call, what the tool answered, and the content beside the call: with tools, with such a content."""
+        kind = bool(tools), content and "probed_words"
+        if kind not in self._knows_calls:
+            call = {"name": "probe", "arguments": _Arguments(place="probed_call")}
+            turns: list[Any] = [
+                {
+                    "role": "assistant",
+                    "content": kind[1],
+                    "tool_calls": [{"type": "function", "id": _ID, "function": call}],
+                },
+                {"role": "tool", "content": "probed_answer", "tool_call_id": _ID, "name": "probe"},
+            ]
+            said = ["probed_call", "probed_answer", *filter(None, [kind[1]])]
+            self._knows_calls[kind] = self._says(turns, tools or None, said)
+        return self._knows_calls[kind]
+
+    def _says(self, turns: Messages, tools: Any, words: Sequence[str]) -> bool:
         try:
-            text = self.text([_for_template(one) for one in messages], [{"type": "function", "function": tool}], True)
+            text = self.text([{"role": "user", "content": "A question."}, *turns], tools, True)
         except TemplateRefusalError:
             return False
-        return all(word in text for word in ("probed_tool", "probed_call", "probed_answer"))
+        return all(word in text for word in words)
 
     def lay_out(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> Layout:
         """The text of a conversation, and where the assistant's answers lie in it. Raises `TemplateRefusalError`."""
-        messages = [_for_template(message) for message in messages]
+        messages = [self._for_template(message, tools) for message in messages]
         self._require_calls(messages, tools)
         text = self.text(messages, tools, add_generation_prompt)
         if tools and self.prefix(messages, None, text, add_generation_prompt) == len(text):
             raise TemplateRefusalError(_LOST.format("tools"))
+        self._require_parts(messages, tools, add_generation_prompt)
         answers = [
             self._answer(messages, tools, index, text, add_generation_prompt)
             for index, message in enumerate(messages)
@@ -189,10 +208,33 @@ class ChatTemplate:
                 cuts |= {place for answer in answers for place in (answer.start, answer.end) if place is not None}
         return Layout(text, tuple(answers), tuple(sorted(cuts)))
 
+    def _for_template(self, message: Mapping[str, Any], tools: Any) -> dict[str, Any]:
+        """The message without this project's own keys, its reasoning also under the name that some templates read."""
+        kept = {key: value for key, value in message.items() if key != "weight"}
+        if "reasoning_content" in kept:
+            kept["thinking"] = kept["reasoning_content"]
+        if kept.get("tool_calls"):
+            kept["tool_calls"] = [_call_for_template(call) for call in kept["tool_calls"]]
+            # Some (DeepSeek's) take an empty content for an answer without calls.
+            if kept["content"] == "" and not self.knows_calls(tools, ""):
+                kept["content"] = None
+        return kept
+
     def text(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> str:
         """What the template makes of the messages. Raises `TemplateRefusalError`."""
         from jinja2 import TemplateError
 
+        # What the expressions of a template can raise.
+        failures = (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        )
         try:
             rendered: str = self._template(tools).render(
                 messages=messages,
@@ -201,7 +243,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except failures as error:
             raise TemplateRefusalError(str(error) or type(error).__name__) from error
         return rendered
 
@@ -210,6 +252,25 @@ class ChatTemplate:
             return
         if any(message.get("tool_calls") for message in messages):
             raise TemplateRefusalError(_LOST.format("tool calls"))
+
+    def _require_parts(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> None:
+        """Each part of a message must be in the text: another part, another text. Looked at once for each place."""
+        for index, message in enumerate(messages):
+            for number, (name, other) in enumerate(parts_of(message)):
+                place = (number, name, bool(tools), *place_of(messages, index))
+                if place in self._rendered:
+                    continue
+                # Some (Qwen3) leave reasoning out of earlier answers on purpose: it counts what the last one is like.
+                whole = messages[: index + 1] if name == "reasoning" else messages
+                is_prompt = add_generation_prompt and whole is messages
+                changed = [*whole[:index], other, *whole[index + 1 :]]
+                try:
+                    is_lost = self.text(changed, tools, is_prompt) == self.text(whole, tools, is_prompt)
+                except TemplateRefusalError:
+                    is_lost = False
+                if is_lost:
+                    raise TemplateRefusalError(_LOST.format(f"{name} (message {index + 1})"))
+                self._rendered.add(place)
 
     def prefix(self, messages: Messages, tools: Any, text: str, add_generation_prompt: bool = False) -> int | None:
         """Length of the rendered messages where `text` begins with them; `None` where it does not."""
@@ -222,6 +283,23 @@ class ChatTemplate:
         # Some templates (Phi-3) close every text, and not each answer, with end-of-text.
         rendered = rendered if text.startswith(rendered) else rendered.removesuffix(self._eos)
         return len(rendered) if text.startswith(rendered) else None
+
+    def first_start(self, message: Mapping[str, Any], tools: Any, text: str) -> int | None:
+        """Where the first message begins, behind what the template writes before every conversation: where it is as further on.
+
+        `None`: it is not so further on, behind itself or behind an answer.
+        """
+        end = self.prefix([message], tools, text)
+        for between in ([], [{"role": "assistant", "content": "An answer."}]):
+            try:
+                before = self.text([message, *between], tools)
+                whole = self.text([message, *between, message], tools)
+            except TemplateRefusalError:
+                continue
+            further_on = whole.removeprefix(before)
+            if end is not None and further_on not in ("", whole) and text[:end].endswith(further_on):
+                return end - len(further_on)
+        return None
 
     def _answer(self, messages: Messages, tools: Any, index: int, text: str, is_prompt: bool) -> Answer:
         start = self.prefix(messages[:index], tools, text, add_generation_prompt=True)
@@ -282,16 +360,6 @@ class _Arguments(dict[str, Any]):
 
     def __str__(self) -> str:
         return json.dumps(self, ensure_ascii=False)
-
-
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without this project's own keys, its reasoning also under the name that some templates read."""
-    kept = {key: value for key, value in message.items() if key != "weight"}
-    if "reasoning_content" in kept:
-        kept["thinking"] = kept["reasoning_content"]
-    if kept.get("tool_calls"):
-        kept["tool_calls"] = [_call_for_template(call) for call in kept["tool_calls"]]
-    return kept
 
 
 def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from kajiya.data.digests import Digests, digest_of
 from kajiya.data.documents import Documents, close_up
 from kajiya.data.duplicates import FEW_LINES, LineIndex
 from kajiya.data.ledger import CONTAMINATED, DUPLICATE, EMPTY, CorpusLedger
+from kajiya.data.memory import room_bytes
 from kajiya.data.minhash import NearDuplicates
+from kajiya.data.postings import NoRoomError
 from kajiya.data.shingles import plain_text
+from kajiya.errors import DataError
 
 NOTHING = "nothing in it"
 DUPLICATE_OF_HELDOUT = "duplicate of a held-out document"
@@ -23,6 +26,9 @@ NEAR_DUPLICATE_OF_HELDOUT = "near-duplicate of a held-out document"
 SHARES_SEQUENCES = "shares word sequences with a held-out document"
 DUPLICATE_IN_TRAIN = "duplicate of another training document"
 NEAR_DUPLICATE_IN_TRAIN = "near-duplicate of another training document"
+
+_ONE_ROW_BYTES = 2**25
+"""Kept free beside the indices: for a row that is compared, and for the words whose hashes are kept."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,13 @@ class Rule(Protocol):
         ...
 
 
-def clean(config: DataConfig, train: Documents, heldout: Documents, is_text: bool, ledger: CorpusLedger) -> None:
-    """Take out of the training files what the config's rules say; every row is counted."""
+def clean(
+    config: DataConfig, train: Documents, heldout: Documents, is_text: bool, ledger: CorpusLedger
+) -> dict[str, int]:
+    """Take out of the training files what the config's rules say; every row is counted.
+
+    Returns what was not done to the end: `compared_in_part`, rows that were compared with some of the likely ones alone.
+    """
     stays = np.zeros(len(train), dtype=np.bool_)
     with _rules(config, train, heldout, is_text) as rules:
         for index in range(len(train)):
@@ -62,16 +73,20 @@ def clean(config: DataConfig, train: Documents, heldout: Documents, is_text: boo
                 rule.keep(index, raw)
             stays[index] = True
             ledger.train.add(len(raw))
+        n_limited = sum(rule.n_limited for rule in rules if isinstance(rule, _Similar))
     close_up(train, stays)
+    return {"compared_in_part": n_limited} if n_limited else {}
 
 
 @contextmanager
 def _rules(config: DataConfig, train: Documents, heldout: Documents, is_text: bool) -> Iterator[Sequence[Rule]]:
     rules: list[Rule] = [_Exact(train, heldout, removes_doubles=config.duplicates != "off")]
     if config.near_duplicate is not None:
-        rules.append(_Lines(config.near_duplicate, train, heldout, is_text))
-    if config.contamination_words is not None:
-        rules.append(_Sequences(config.contamination_words, config.contamination_share, train, heldout, is_text))
+        with _in_memory(config, "near_duplicate") as most_bytes:
+            rules.append(_Lines(config.near_duplicate, train, heldout, is_text, most_bytes))
+    if (n_words := config.contamination_words) is not None:
+        with _in_memory(config, "contamination_words") as most_bytes:
+            rules.append(_Sequences(n_words, config.contamination_share, train, heldout, is_text, most_bytes))
     if config.duplicates != "minhash":
         yield rules
         return
@@ -80,6 +95,20 @@ def _rules(config: DataConfig, train: Documents, heldout: Documents, is_text: bo
         yield [*rules, similar]
     finally:
         similar.close()
+
+
+@contextmanager
+def _in_memory(config: DataConfig, name: str) -> Iterator[int]:
+    """The memory that an index of the held-out side may take, bytes; that it would take more is said with the setting's name."""
+    most_bytes = room_bytes(config.memory_mib) - _ONE_ROW_BYTES
+    try:
+        yield most_bytes
+    except NoRoomError as error:
+        raise DataError(
+            f"data.{name}={getattr(config, name)}: an index of the held-out rows takes more than the "
+            f"{max(0, most_bytes) / 2**20:,.0f} MiB of memory that data.memory_mib={config.memory_mib} leaves.\n"
+            f"Raise data.memory_mib, hold out less, or set data.{name}=null."
+        ) from error
 
 
 class _Exact:
@@ -118,12 +147,12 @@ class _Exact:
 class _Lines:
     """Rows that share their lines with a held-out one."""
 
-    def __init__(self, at_least: float, train: Documents, heldout: Documents, is_text: bool) -> None:
+    def __init__(self, at_least: float, train: Documents, heldout: Documents, is_text: bool, most_bytes: int) -> None:
         self._at_least = at_least
         self._train, self._heldout = train, heldout
         self._is_text = is_text
         # A structured row has few lines: one instruction that many share must not make them alike.
-        self._index = LineIndex(_texts(heldout, is_text), few_lines_of_text=0 if is_text else FEW_LINES)
+        self._index = LineIndex(_texts(heldout, is_text), 0 if is_text else FEW_LINES, most_bytes)
 
     def find(self, index: int, raw: bytes) -> Left | None:
         match = self._index.nearest(plain_text(raw, self._is_text), self._at_least)
@@ -139,11 +168,13 @@ class _Lines:
 class _Sequences:
     """Rows that hold word sequences of a held-out one."""
 
-    def __init__(self, n_words: int, more_than: float, train: Documents, heldout: Documents, is_text: bool) -> None:
+    def __init__(
+        self, n_words: int, more_than: float, train: Documents, heldout: Documents, is_text: bool, most_bytes: int
+    ) -> None:
         self._n_words, self._more_than = n_words, more_than
         self._train, self._heldout = train, heldout
         self._is_text = is_text
-        self._sequences = HeldoutSequences(_texts(heldout, is_text), n_words)
+        self._sequences = HeldoutSequences(_texts(heldout, is_text), n_words, most_bytes)
 
     def find(self, index: int, raw: bytes) -> Left | None:
         match = self._sequences.nearest(plain_text(raw, self._is_text), self._more_than)
@@ -189,6 +220,11 @@ class _Similar:
 
     def keep(self, index: int, raw: bytes) -> None:
         self._near.keep(len(self._heldout) + index)
+
+    @property
+    def n_limited(self) -> int:
+        """Rows that were compared with some of the likely ones alone."""
+        return self._near.n_limited
 
     def close(self) -> None:
         """Delete the working files."""

@@ -15,6 +15,7 @@ from kajiya.data.documents import Documents, DocumentWriter, open_documents
 from kajiya.data.entries import Document, Entry, Omitted, Unreadable
 from kajiya.data.formats import class_names
 from kajiya.data.ledger import LOST, NOT_DRAWN, CorpusLedger, Tally
+from kajiya.data.minhash import MOST_IN_BUCKET
 from kajiya.data.origin import Origin
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.data.reading import open_rows
@@ -134,7 +135,13 @@ def is_heldout(name: str, heldout_every: int) -> bool:
 def _write(config: DataConfig, origins: dict[str, Origin], folder: Path, on_event: OnEvent) -> dict[str, Any]:
     ledger = CorpusLedger()
     train, heldout = _read(config, origins, folder, ledger, Progress(on_event, STAGE, "bytes"))
-    clean(config, train, heldout, origins["source"].form["format"] == "text", ledger)
+    undone = clean(config, train, heldout, origins["source"].form["format"] == "text", ledger)
+    if undone:
+        on_event(
+            "note",
+            text=f"data.duplicates=minhash: {undone['compared_in_part']} rows have more than {MOST_IN_BUCKET} likely doubles in "
+            f"one bucket, and were compared with the latest {MOST_IN_BUCKET} of each; nearly equal ones may be left",
+        )
     kept = open_documents(folder, "train")
     assert (len(kept), kept.n_bytes) == (ledger.train.documents, ledger.train.bytes), "not what the ledger says"
     assert (len(heldout), heldout.n_bytes) == (ledger.heldout.documents, ledger.heldout.bytes), "not what it says"
@@ -142,7 +149,7 @@ def _write(config: DataConfig, origins: dict[str, Origin], folder: Path, on_even
     form = origins["source"].form
     every = config.heldout_every if "heldout_source" not in origins else None
     facts: dict[str, Any] = {field: origin.facts for field, origin in origins.items()}
-    facts |= form | {"heldout_every": every, "ledger": ledger.facts()}
+    facts |= form | {"heldout_every": every, "ledger": ledger.facts()} | undone
     if form["format"] == "labelled":
         labels = (json.loads(text)["label"] for documents in (kept, heldout) for text in documents.texts())
         facts["classes"] = class_names(labels)

@@ -3,7 +3,7 @@
 Canonical forms (JSON; a text stays a plain text):
 
     instruction   {"prompt": text | [message …], "completion": text | [message …], "system"?: text, "tools"?: [tool …]}
-    chat          {"messages": [message …], "tools"?: [tool …]}
+    chat          {"messages": [message …], "tools"?: [tool …], "n_prompt"?: how many messages an instruction's prompt were}
     preference    {"prompt": text | [message …], "chosen": …, "rejected": … (as the prompt), "system"?, "tools"?}
     feedback      {"prompt": text | [message …], "completion": …, "label": 0 or 1, "system"?, "tools"?}
     labelled      {"text": text, "label": class name (text or integer) or value (float)}
@@ -194,14 +194,14 @@ def canonical(kind: str, made: Any) -> str:
 
 
 def as_chat(made: dict[str, Any]) -> dict[str, Any]:
-    """The canonical form of an instruction as that of a conversation, its completion alone trained."""
+    """The canonical form of an instruction as that of a conversation; what is its prompt is said where that is messages."""
     if isinstance(made["prompt"], str):
         system = [{"role": "system", "content": made["system"]}] if "system" in made else []
         turns = [{"role": "user", "content": made["prompt"]}, {"role": "assistant", "content": made["completion"]}]
-        messages = [*system, *turns]
+        chat: dict[str, Any] = {"messages": [*system, *turns]}
     else:
-        messages = [*({"weight": 0.0} | message for message in made["prompt"]), *made["completion"]]
-    return {"messages": messages} | ({"tools": made["tools"]} if "tools" in made else {})
+        chat = {"messages": [*made["prompt"], *made["completion"]], "n_prompt": len(made["prompt"])}
+    return chat | ({"tools": made["tools"]} if "tools" in made else {})
 
 
 def class_names(labels: Iterable[Any]) -> list[str] | None:

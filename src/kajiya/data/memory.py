@@ -34,18 +34,16 @@ def has_room(memory_mib: int, appetite: Appetite) -> bool:
     return _budget(memory_mib, appetite) >= _SMALLEST_CHUNK * appetite.bytes_per_byte * appetite.n_ahead
 
 
-def _budget(memory_mib: int, appetite: Appetite) -> int:
-    return room_under(memory_mib) - appetite.kept_bytes
-
-
-def room_under(memory_mib: int) -> int:
-    """Bytes that this process may still take under the cap.
-
-    One that was larger before it prepares anything cannot keep the cap, which then bounds what is added.
-    """
+def room_bytes(memory_mib: int) -> int:
+    """What the cap leaves beside what the process has taken so far, bytes."""
     cap = memory_mib * 2**20
     room = cap - peak_memory()
+    # A process that was larger before it prepares anything cannot keep the cap, which then bounds what is added.
     return room if room > 0 else cap // 2
+
+
+def _budget(memory_mib: int, appetite: Appetite) -> int:
+    return room_bytes(memory_mib) - appetite.kept_bytes
 
 
 def portions_within(memory_mib: int, splits: list[Documents], appetite: Appetite, part_bytes: int) -> Portions:

@@ -15,7 +15,7 @@ from kajiya.data.shingles import shingles
 _N_HASHES = 128
 _CHUNK = 4096
 _SURE = 0.99
-_MOST_IN_BUCKET = 100
+MOST_IN_BUCKET = 100
 """Documents of one bucket that one is compared with, the latest: boilerplate would otherwise cost the square of its number."""
 
 
@@ -24,12 +24,14 @@ class NearDuplicates:
 
     The similarity is Jaccard's, |A ∩ B| / |A ∪ B| over distinct sequences of `n_words` words, and exact. Pairs are found by
     MinHash and banding (Broder, 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3): of those at the
-    threshold at least 99 % are found, of more similar ones more; none is found that is below it.
+    threshold at least 99 % are found, of more similar ones more; none is found that is below it. Of a bucket that holds more than
+    100 earlier kept documents, the latest 100 alone are looked at: `n_limited` counts the documents for which that was so.
     """
 
     def __init__(self, text: Callable[[int], str], n: int, *, threshold: float, n_words: int, folder: Path) -> None:
         """`text(i)` is the text of document i of `n`; working files lie in `folder` until `close`."""
         self._threshold = threshold
+        self.n_limited = 0
         self._shingles = lru_cache(maxsize=1024)(lambda index: shingles(text(index), n_words))
         self._kept = np.zeros(n, dtype=np.bool_)
         n_rows = rows_of_a_band(threshold)
@@ -65,11 +67,14 @@ class NearDuplicates:
 
     def _candidates(self, index: int) -> set[int]:
         found: set[int] = set()
+        is_limited = False
         for before in self._before:
             last, n_seen = index, 0
-            while n_seen < _MOST_IN_BUCKET and (at := self._kept_before(before, last)) >= 0:
+            while (at := self._kept_before(before, last)) >= 0 and n_seen < MOST_IN_BUCKET:
                 found.add(at)
                 last, n_seen = at, n_seen + 1
+            is_limited |= at >= 0
+        self.n_limited += is_limited
         return found
 
     def _kept_before(self, before: np.ndarray, index: int) -> int:

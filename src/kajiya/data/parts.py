@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +94,7 @@ def write_parts(
         # Nine digits, so that sorting the names sorts the files.
         path = folder / f"{documents.split}-{number:09d}.bin"
         if not path.with_suffix(".json").is_file():
-            _make_part(path, _encoded(documents, (start, stop), encode, portions, progress))
+            _make_part(path, documents, _encoded(documents, (start, stop), encode, portions, progress))
         else:
             progress.add(int(documents.offsets[stop] - documents.offsets[start]))
         parts.append(_open_part(path))
@@ -106,13 +107,13 @@ def _open_part(path: Path) -> Part:
     return Part(path, meta["tokens"], meta["weights"], meta["labels"], dropped)
 
 
-def _make_part(path: Path, chunks: Iterator[Encoded]) -> None:
+def _make_part(path: Path, documents: Documents, chunks: Iterator[tuple[range, Encoded]]) -> None:
     """Write one part beside its place and move it there."""
     beside = path.with_suffix(f".{os.getpid()}")
     weights_beside = beside.with_suffix(f"{beside.suffix}w")
     try:
         with beside.open("wb") as tokens_file, weights_beside.open("wb") as weights_file:
-            meta = _write_chunks(chunks, path, tokens_file, weights_file)
+            meta = _write_chunks(documents, chunks, path, tokens_file, weights_file)
             for handle in (tokens_file, weights_file):
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -133,20 +134,25 @@ def _make_part(path: Path, chunks: Iterator[Encoded]) -> None:
 
 
 def _write_chunks(
-    chunks: Iterator[Encoded], path: Path, tokens_file: BinaryIO, weights_file: BinaryIO
+    documents: Documents,
+    chunks: Iterator[tuple[range, Encoded]],
+    path: Path,
+    tokens_file: BinaryIO,
+    weights_file: BinaryIO,
 ) -> dict[str, Any]:
     """Write tokens, weights, lengths and labels; returns what the part's `.json` holds."""
     table: dict[float, int] = {}
     dropped: dict[int, str] = {}
     lengths, labels, n_tokens = [np.zeros(0, dtype=np.int64)], [], 0
-    for encoded in chunks:
+    for span, encoded in chunks:
         # Not `tofile`, whose error on a full disk does not say so.
         tokens_file.write(encoded.tokens.data)
         n_tokens += len(encoded.tokens)
         dropped |= encoded.dropped
         lengths.append(encoded.lengths)
         if encoded.weights is not None:
-            weights_file.write(_codes(encoded.weights, table, path.name).data)
+            row = partial(_row_at, documents, span, encoded)
+            weights_file.write(_codes(encoded.weights, table, row).data)
         if encoded.labels is not None:
             labels.append(encoded.labels)
     _save_synced(path.with_suffix(".lengths.npy"), np.concatenate(lengths))
@@ -164,8 +170,8 @@ def _save_synced(path: Path, array: np.ndarray) -> None:
 
 def _encoded(
     documents: Documents, span: tuple[int, int], encode: Encode, portions: Portions, progress: Progress
-) -> Iterator[Encoded]:
-    """The chunks of a part in order, a few of them in work at a time."""
+) -> Iterator[tuple[range, Encoded]]:
+    """The chunks of a part in order, and whose they are, a few of them in work at a time."""
     chunks = documents.spans(portions.chunk_bytes, *span)
     with ThreadPoolExecutor(portions.n_ahead) as pool:
         first = [chunk for _, chunk in zip(range(portions.n_ahead), chunks, strict=False)]
@@ -176,23 +182,31 @@ def _encoded(
             following = next(chunks, None)
             if following is not None:
                 waiting.append((following, pool.submit(encode, *following)))
-            yield encoded
+            yield range(start, stop), encoded
             progress.add(int(documents.offsets[stop] - documents.offsets[start]))
 
 
-def _codes(weights: np.ndarray, table: dict[float, int], name: str) -> np.ndarray:
-    """Each weight's number in the table, uint8; weights not seen before are added to it."""
+def _codes(weights: np.ndarray, table: dict[float, int], row: Callable[[int], str]) -> np.ndarray:
+    """Each weight's number in the table, uint8; weights not seen before are added to it. `row` names the row of a token."""
     found, firsts, places = np.unique(weights, return_index=True, return_inverse=True)
     # In the order in which they come, so that the table does not depend on how the rows are cut for the work.
-    for weight in found[np.argsort(firsts)].tolist():
+    for at in np.sort(firsts).tolist():
+        weight = float(weights[at])
         table.setdefault(weight, len(table))
-    if len(table) > MAX_WEIGHTS:
-        raise DataError(
-            f"{name}: its messages have more than {MAX_WEIGHTS} different weights, and each is kept as one byte.\n"
-            "Round them, for example to hundredths."
-        )
+        if len(table) > MAX_WEIGHTS:
+            raise DataError(
+                f"{row(at)}: has a message of weight={weight:g}; messages before it have {MAX_WEIGHTS} other weights, and no "
+                "shard holds more.\nRound the weights of all rows, for example to hundredths."
+            )
     codes = np.array([table[weight] for weight in found.tolist()], dtype=np.uint8)
     return codes[places]
+
+
+def _row_at(documents: Documents, span: range, encoded: Encoded, at: int) -> str:
+    """Name of the document whose token stands at this place of what was encoded of the span."""
+    kept = [index for index in span if index not in encoded.dropped]
+    sequence = int(np.searchsorted(np.cumsum(encoded.lengths), at, side="right"))
+    return documents.names[kept[sequence * len(kept) // len(encoded.lengths)]]
 
 
 def link_parts(parts: list[Part], folder: Path) -> list[dict[str, Any]]:

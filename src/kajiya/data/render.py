@@ -150,7 +150,8 @@ class Renderer:
     # ------------------------------------------------------------ answers
 
     def _draft_chat(self, row: Mapping[str, Any]) -> tuple[list[Draft], None]:
-        return [self._conversation(row["messages"], row.get("tools"), self._config.train_on)], None
+        n, messages = row.get("n_prompt", 0), row["messages"]
+        return [self._completed(messages[:n], messages[n:], row.get("tools"), self._config.train_on)], None
 
     def _draft_completion(self, row: Mapping[str, Any]) -> tuple[list[Draft], int | None]:
         label = row.get("label")
@@ -164,8 +165,7 @@ class Renderer:
         """A prompt and its answer, both texts or both messages; the answer is trained."""
         prompt = row["prompt"]
         if not isinstance(prompt, str):
-            before = prompt if train_on == "all" else [{"weight": 0.0} | message for message in prompt]
-            return self._conversation([*before, *answer], row.get("tools"), train_on)
+            return self._completed(prompt, answer, row.get("tools"), train_on)
         if self._config.prompt_style == "chat":
             system = [{"role": "system", "content": row["system"]}] if "system" in row else []
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -182,6 +182,11 @@ class Renderer:
         before_weight = 1.0 if train_on == "all" else 0.0
         chunks = [Chunk(prompt, before_weight, is_literal=True), Chunk(answer, 1.0, is_literal=True)]
         return Draft(chunks, lead=self._lead, close=(self._eos,), close_weight=1.0)
+
+    def _completed(self, prompt: Messages, answer: Messages, tools: Any, train_on: str) -> Draft:
+        """A conversation of which only what answers the prompt is trained, unless all is."""
+        before = prompt if train_on == "all" else [{"weight": 0.0, **message} for message in prompt]
+        return self._conversation([*before, *answer], tools, train_on)
 
     def _conversation(self, messages: Messages, tools: Any, train_on: str) -> Draft:
         (messages, tools), names = self._markup.shield((messages, tools))
@@ -231,6 +236,13 @@ class Renderer:
             else:
                 start = self._template.prefix(messages[:index], tools, layout.text)
                 end = self._template.prefix(messages[: index + 1], tools, layout.text)
+            if index == 0 and weight > rest:
+                start = self._template.first_start(messages[0], tools, layout.text)
+                if start is None and end is not None:
+                    raise RowError(
+                        f"has weight={weight:g} on message 1, and where that begins cannot be told from what "
+                        f"{self._template.name} writes before every conversation; leave the weight out"
+                    )
             if start is None or end is None:
                 raise RowError(
                     f"cannot be masked: {self._template.name} does not render the messages up to number {index + 1} as the "

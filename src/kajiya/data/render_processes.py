@@ -19,7 +19,7 @@ import numpy as np
 
 from kajiya.data.documents import Documents, open_documents
 from kajiya.data.encoding import RenderMany, RowsEncoder
-from kajiya.data.memory import PLAIN, room_under
+from kajiya.data.memory import PLAIN, room_bytes
 from kajiya.data.parts import Encoded
 from kajiya.errors import DataError
 from kajiya.run.provenance import usable_cores
@@ -59,7 +59,7 @@ def processes_for(documents: Documents, memory_mib: int) -> int:
         return 1
     largest = int(np.diff(documents.offsets).max())
     each = _PROCESS_BYTES + max(CHUNK_BYTES, largest) * PLAIN.bytes_per_byte
-    return max(1, min(usable_cores(), room_under(memory_mib) // each))
+    return max(1, min(usable_cores(), room_bytes(memory_mib) // each))
 
 
 class _Process:

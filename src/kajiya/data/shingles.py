@@ -30,7 +30,7 @@ def shingles(text: str, n_words: int) -> np.ndarray:
     return np.unique(hashes)
 
 
-@lru_cache(maxsize=2**18)
+@lru_cache(maxsize=2**16)
 def _number(word: str) -> int:
     return int.from_bytes(short_digest(word), "little")
 

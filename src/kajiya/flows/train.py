@@ -184,6 +184,7 @@ def _can_report(hear: OnEvent) -> bool:
 def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     """Corpus, tokenizer and shards of the config, made or found."""
     from kajiya.data.corpus import build_corpus
+    from kajiya.data.effects import require_effect
     from kajiya.data.ledger import data_ledger, ledger_words, require_kept
     from kajiya.data.pack import build_packing
     from kajiya.data.shards import build_shards
@@ -192,17 +193,18 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     tell = stages.on_event
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
+    require_format(config.train.loss.name, corpus.facts["format"], "data.format")
+    chosen = packing_of(config, corpus.facts["format"])
+    require_effect(config.data, corpus.facts["format"], chosen.name)
     tokenizer = stages.produce(
         "tokenizer",
         lambda: build_tokenizer(config.tokenizer, corpus, store, tell, config.data.render, config.data.memory_mib),
         _tokenizer_words,
     )
-    require_format(config.train.loss.name, corpus.facts["format"], "data.format")
     rendering = rendering_of(config, corpus, tokenizer)
     shards = stages.produce(
         "shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell, rendering), _shards_words
     )
-    chosen = packing_of(config, corpus.facts["format"])
     packing = None
     if chosen.name != "concatenate":
         packing = stages.produce(

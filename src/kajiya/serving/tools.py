@@ -45,32 +45,38 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 def prompt_ids(
     chat: ChatTemplate, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> list[int]:
-    """Token ids of a request's conversation, rendered as in training; a template that knows no tools is told of them in words."""
+    """Token ids of a request's conversation, rendered as in training; what the template does not know of tools is in words."""
     read, told = read_messages(messages), list(tools)
     check_tools(told)
-    if not chat.knows_tools:
-        read, told = told_in_text(read, told), []
+    if told and not chat.knows_tools:
+        read, told = _told_in_text(read, told), []
     try:
-        return chat.ids(read, tools=told or None, add_generation_prompt=True)
+        return chat.ids(_known_or_in_text(chat, read, told), tools=told or None, add_generation_prompt=True)
     except DataError as error:
         raise RequestError(str(error), param="messages") from error
 
 
-def told_in_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages for a template that knows no tools: these are told by the system, calls and what they brought are texts."""
+def _told_in_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, the tools told by the system."""
+    told = _INTRODUCTION.format(tools="\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
+    if messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
+    return [{"role": "system", "content": told}, *messages]
+
+
+def _known_or_in_text(chat: ChatTemplate, messages: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]:
+    """The messages; those with a call that the template would leave out, or the words beside it, are texts, and so are answers."""
     plain: list[dict[str, Any]] = []
     for behind, message in zip([None, *messages], messages, strict=False):
-        said = _in_text(message)
-        if behind is not None and behind["role"] == message["role"] == "tool":
-            plain[-1]["content"] += f"\n{said['content']}"
+        is_about_calls = message["role"] == "tool" or bool(message.get("tool_calls"))
+        content = None if message["role"] == "tool" else message["content"] or None
+        if not is_about_calls or chat.knows_calls(tools, content):
+            plain.append(message)
+        elif behind is not None and behind["role"] == message["role"] == "tool":
+            plain[-1]["content"] += f"\n{_in_text(message)['content']}"
         else:
-            plain.append(said)
-    if not tools:
-        return plain
-    told = _INTRODUCTION.format(tools="\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
-    if plain[0]["role"] == "system":
-        return [{"role": "system", "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
-    return [{"role": "system", "content": told}, *plain]
+            plain.append(_in_text(message))
+    return plain
 
 
 def _in_text(message: Mapping[str, Any]) -> dict[str, Any]:
