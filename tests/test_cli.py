@@ -159,7 +159,7 @@ def test_a_mistake_is_two_lines_and_exit_2(words: tuple[str, ...], expected: str
 
 def test_debug_shows_the_traceback() -> None:
     ended = kajiya_process("train", "stdlib-pretrain", "optim.lx=3", "--debug")
-    assert ended.returncode != 0
+    assert ended.returncode == 2
     assert "Traceback" in ended.stderr
 
 
@@ -201,9 +201,27 @@ def test_a_mistake_of_our_own_is_exit_1_in_two_lines(
         "Run it again with --debug to see where.",
     ]
     assert said.out == ""
-    monkeypatch.setattr(sys, "argv", ["kajiya", "doctor", "--debug"])
-    with pytest.raises(ZeroDivisionError):
-        main()
+    assert ended_by(monkeypatch, "doctor", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_exit_2(
+    finished: Finished, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    recipe = ["stdlib-pretrain", *small_overrides()]
+    for words in (
+        ["train", *recipe, "--store", str(file / "store")],
+        ["plan", *recipe, "--store", str(file)],
+        ["report", finished.trained.run.id, "--out", str(file), "--store", store],
+        ["preview", *recipe, "--html", str(tmp_path), "--store", store],
+    ):
+        assert ended_by(monkeypatch, *words) == 2, words
+        said = capsys.readouterr().err.partition("error: ")[2].splitlines()
+        assert said[0].startswith(str(tmp_path))
+        assert said[1] == "Mend the place, or name another one with --store, or with --out, --output or --html."
+        assert len(said) == 2
 
 
 def test_an_unknown_verb_is_exit_2() -> None:

@@ -1,16 +1,18 @@
 """The command line: one thin verb per stage; everything heavy is imported inside the verb that needs it."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from kajiya.errors import ConfigError, KajiyaError
 from kajiya.run.process import import_faster, quiet_torchao
@@ -26,8 +28,31 @@ if TYPE_CHECKING:
     from kajiya.flows.task_evaluation import Asked
     from kajiya.flows.train import Trained
 
+_UNUSABLE_PLACE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
+)
+"""What the system says of a file or folder that the user, not we, can mend."""
+
+
+class _Verbs(typer.core.TyperGroup):
+    """Every verb: SIGTERM, like Ctrl-C, ends it in order, with exit status 0 and the words how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from kajiya.flows.stopping import sigterm_as_interrupt
+
+        try:
+            with sigterm_as_interrupt():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            from kajiya.screen import say_interrupted
+
+            say_interrupted(_console(to_stderr=True), _typed())
+            raise typer.Exit(0) from None
+
+
 app = typer.Typer(
     name="kajiya",
+    cls=_Verbs,
     help="A model's whole life with one typed config and one command line.",
     no_args_is_help=True,
     add_completion=False,
@@ -125,7 +150,7 @@ def tune(
         words = f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used"
         console.print(words, highlight=False, soft_wrap=True)
     command = ["kajiya", *sys.argv[1:]]
-    with _going_on(console), Screen(console) as screen:
+    with Screen(console) as screen:
         asked = [*swept, *(overrides or [])]
         tuned = tune_flow(
             recipe, asked, default_store(store), config_dir=config_dir, command=command, on_event=screen.on_event
@@ -515,7 +540,7 @@ def replay(
     from kajiya.screen import Screen
 
     console = _console(to_stderr=as_json)
-    with _going_on(console), Screen(console) as screen:
+    with Screen(console) as screen:
         found = replay_flow(find_run(default_store(store), run), screen.on_event)
     if as_json:
         _print_json(found)
@@ -700,45 +725,41 @@ def main() -> None:
     import_faster()
     try:
         app(args=arguments)
-    except KajiyaError as problem:
-        if is_debug:
-            raise
-        sys.stderr.write(f"error: {problem}\n")
-        sys.exit(2)
     except Exception as problem:
+        said = _mistake(problem)
         if is_debug:
-            raise
-        sys.stderr.write(
-            f"internal error: {type(problem).__name__}: {problem}\nRun it again with --debug to see where.\n"
+            traceback.print_exc()
+        elif said is not None:
+            sys.stderr.write(f"error: {said}\n")
+        else:
+            sys.stderr.write(
+                f"internal error: {type(problem).__name__}: {problem}\nRun it again with --debug to see where.\n"
+            )
+        sys.exit(1 if said is None else 2)
+
+
+def _mistake(problem: Exception) -> str | None:
+    """What a person is told of an error that they can mend; `None` of one of our own."""
+    if isinstance(problem, KajiyaError):
+        return str(problem)
+    if isinstance(problem, OSError) and problem.errno in _UNUSABLE_PLACE and problem.filename is not None:
+        return (
+            f"{problem.filename}: {problem.strerror}\n"
+            "Mend the place, or name another one with --store, or with --out, --output or --html."
         )
-        sys.exit(1)
+    return None
 
 
 def _train(config: "Config", store: str | None, console: "Console") -> "Trained":
-    with _going_on(console):
-        from kajiya.flows.train import train as train_flow
-        from kajiya.run.store import default_store
-        from kajiya.screen import Screen, say_outcome
+    from kajiya.flows.train import train as train_flow
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen, say_outcome
 
-        with Screen(console) as screen:
-            command = ["kajiya", *sys.argv[1:]]
-            trained = train_flow(config, default_store(store), command=command, on_event=screen.on_event)
+    with Screen(console) as screen:
+        command = ["kajiya", *sys.argv[1:]]
+        trained = train_flow(config, default_store(store), command=command, on_event=screen.on_event)
     say_outcome(console, trained, _typed())
     return trained
-
-
-@contextlib.contextmanager
-def _going_on(console: "Console") -> Iterator[None]:
-    """Within the block SIGTERM, like Ctrl-C, ends the work in order: exit status 0, and the words how to go on."""
-    from kajiya.flows.stopping import sigterm_as_interrupt
-    from kajiya.screen import say_interrupted
-
-    try:
-        with sigterm_as_interrupt():
-            yield
-    except KeyboardInterrupt:
-        say_interrupted(console, _typed())
-        raise typer.Exit(0) from None
 
 
 def _typed() -> list[str]:
@@ -795,7 +816,7 @@ def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store:
     from kajiya.screen import Screen
 
     console = _console(to_stderr=as_json)
-    with _going_on(console), Screen(console) as screen:
+    with Screen(console) as screen:
         found = multirun(recipe, overrides, default_store(store), config_dir=config_dir, on_event=screen.on_event)
     if as_json:
         _print_json(found)

@@ -199,7 +199,7 @@ def say_outcome(console: Console, trained: "Trained", command: list[str]) -> Non
 
 def say_interrupted(console: Console, command: list[str]) -> None:
     """The last words of work that a signal ended where there is no step to finish."""
-    console.print("Interrupted. Nothing is lost: the same command goes on where it was:", highlight=False)
+    console.print("Interrupted. What was finished is kept; the same command goes on where it was:", highlight=False)
     _say_command(console, command)
 
 

@@ -174,7 +174,9 @@ def resolve_commit(path: str, revision: str | None, kind: str) -> str:
 
     try:
         found = HfApi().repo_info(path, revision=revision, repo_type=kind).sha
-    except Exception as error:  # of the network come those of the hub's client, which is another from version to version
+    except (
+        Exception
+    ) as error:  # of the network come those of the hub's client, which is another from version to version
         is_answer = isinstance(error, (HfHubHTTPError, HFValidationError))
         cached = None if is_answer else _cached_commit(path, revision, kind)
         if cached is not None:
