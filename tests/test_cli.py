@@ -15,6 +15,7 @@ from tests.conftest import Finished, small_overrides
 from typer.testing import CliRunner
 
 from kajiya.cli import _typed, app, main
+from kajiya.preflight.doctor import Finding
 
 CONTROL = re.compile(r"\x1b|\r")
 
@@ -129,6 +130,23 @@ def test_store_verbs(finished: Finished, store: str) -> None:
     assert "no longer pinned" in kajiya("store", "pin", name, "--remove", "--store", store)
     assert "would go" in kajiya("store", "gc", "--store", store)
     assert finished.trained.model.path.is_dir()
+
+
+def test_in_a_pipe_every_row_is_one_line(finished: Finished, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished.trained.run
+    shown = kajiya("show", run.id, "--store", store).splitlines()
+    command = " ".join(run.manifest()["command"])
+    assert len(command) > 160
+    assert any(line.endswith(f" {command}") for line in shown)
+    assert [line for line in shown if line != line.rstrip()] == []
+    remedy = f"{'/a/long/folder' * 20}/python -m pip install 'kajiya[track]'"
+    findings = [Finding("extra track", "missing", "without [mlflow]", remedy), Finding("gpu", "ok", "none")]
+    monkeypatch.setattr("kajiya.preflight.doctor.diagnose", lambda _root: findings)
+    assert kajiya("doctor").splitlines() == [
+        "– extra track  without [mlflow]",
+        f"               {remedy}",
+        "✓ gpu          none",
+    ]
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(store: str) -> None:

@@ -73,6 +73,8 @@ StoreOption = Annotated[
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Folder with recipes and groups of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 DEFAULT_RECIPE = "stdlib-pretrain"
+_PIPE_COLUMNS = 100_000
+"""Width of a line that nothing folds."""
 
 
 @app.command()
@@ -266,7 +268,7 @@ def evaluate(
             "--tasks", "is missing: whole texts are scored on a model of this machine alone", "Name tasks."
         )
     from kajiya.flows.evaluate import evaluate as evaluate_flow
-    from kajiya.listings import evaluation_table
+    from kajiya.listings import evaluation_table, print_table
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
@@ -281,7 +283,7 @@ def evaluate(
 
         _show_results([TaskResult(evaluation.path, evaluation.facts)], shown)
     else:
-        console.print(evaluation_table(evaluation.facts, baselines.facts))
+        print_table(console, evaluation_table(evaluation.facts, baselines.facts))
 
 
 @app.command()
@@ -328,7 +330,7 @@ def shift(
 ) -> None:
     """How far two data sets, or two models' outputs, lie apart: Wasserstein, KS, PSI, maps of embeddings."""
     from kajiya.flows.shift import ShiftAsked, compare_samples
-    from kajiya.listings import shift_table
+    from kajiya.listings import print_table, shift_table
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
@@ -339,7 +341,7 @@ def shift(
     if as_json:
         _print_json(facts)
         return
-    console.print(shift_table(facts))
+    print_table(console, shift_table(facts))
     console.print(f"Report: {facts['report']}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -475,7 +477,7 @@ def merge(
 @app.command()
 def runs(store: StoreOption = None, as_json: Json = False) -> None:
     """All runs, oldest first."""
-    from kajiya.listings import runs_table
+    from kajiya.listings import print_table, runs_table
     from kajiya.run.inspect import run_rows
     from kajiya.run.store import default_store
 
@@ -485,7 +487,7 @@ def runs(store: StoreOption = None, as_json: Json = False) -> None:
     elif not rows:
         _console().print("No runs yet. Begin one with: kajiya demo", highlight=False)
     else:
-        _console().print(runs_table(rows))
+        print_table(_console(), runs_table(rows))
 
 
 @app.command()
@@ -515,7 +517,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """What differs between two runs: config, data, code, environment, metrics."""
-    from kajiya.listings import diff_table
+    from kajiya.listings import diff_table, print_table
     from kajiya.run.folder import find_run
     from kajiya.run.inspect import run_diff
     from kajiya.run.store import default_store
@@ -524,7 +526,7 @@ def diff(
     if as_json:
         _print_json(found)
     else:
-        _console().print(diff_table(found))
+        print_table(_console(), diff_table(found))
 
 
 @app.command()
@@ -598,7 +600,7 @@ def ui(
 @app.command()
 def doctor(store: StoreOption = None, as_json: Json = False) -> None:
     """This machine, what is missing, and the command that mends it."""
-    from kajiya.listings import findings_table
+    from kajiya.listings import show_findings
     from kajiya.preflight.doctor import diagnose
     from kajiya.run.store import default_store
 
@@ -606,7 +608,7 @@ def doctor(store: StoreOption = None, as_json: Json = False) -> None:
     if as_json:
         _print_json(findings)
     else:
-        _console().print(findings_table(findings))
+        show_findings(_console(), findings)
 
 
 @config_app.command("show")
@@ -652,7 +654,7 @@ def config_list(config_dir: ConfigDir = None, as_json: Json = False) -> None:
 @store_app.command("list")
 def store_list(store: StoreOption = None, as_json: Json = False) -> None:
     """Every artifact: stage, key, size, age, who uses it."""
-    from kajiya.listings import store_table
+    from kajiya.listings import print_table, store_table
     from kajiya.run.holdings import store_rows
     from kajiya.run.store import default_store
 
@@ -660,7 +662,7 @@ def store_list(store: StoreOption = None, as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
     else:
-        _console().print(store_table(rows))
+        print_table(_console(), store_table(rows))
 
 
 @store_app.command("verify")
@@ -794,17 +796,17 @@ def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, shown: 
 
 
 def _show_results(results: "Sequence[TaskResult]", shown: Shown) -> None:
-    from kajiya.listings import confusion_table, show_misses, task_table
+    from kajiya.listings import confusion_table, print_table, show_misses, task_table
 
     console = _console(to_stderr=shown.as_json)
     if shown.as_json:
         _print_json([dict(result.facts) for result in results])
     else:
-        console.print(task_table([result.facts for result in results]))
+        print_table(console, task_table([result.facts for result in results]))
         for result in results:
             for figure in result.figures.values():
                 if "confusion" in figure["details"]:
-                    console.print(confusion_table(figure["details"]))
+                    print_table(console, confusion_table(figure["details"]))
     if shown.errors:
         for result in results:
             show_misses(console, result.task, result.misses(shown.metric))
@@ -881,7 +883,7 @@ def _console(to_stderr: bool = False) -> "Console":
     if not _is_first_rank():
         return Console(quiet=True)  # of the processes that torchrun starts, one speaks
     # A pipe has no width of its own: lines stay whole, for whoever reads them next.
-    return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=160)
+    return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=_PIPE_COLUMNS)
 
 
 def _find_lr(config: "Config", store: str | None, as_json: bool) -> None:
