@@ -116,8 +116,9 @@ def _commands() -> Iterator[str]:
     from kajiya.cli import app
 
     yield "## Commands\n"
-    yield "Any of them takes `--help`, and `--debug` for tracebacks. They end with 0, with 1 where something was found wrong,"
-    yield "and with 2 after a mistake in what was typed.\n"
+    yield "Any of them takes `--help`, and `--debug` for tracebacks. They end with 0, with 1 where something was found wrong or"
+    yield "broke, and with 2 after a mistake in what was typed, or where the store or another place cannot be written to. Ctrl-C"
+    yield "and SIGTERM end any of them in order, with 0; the last words on stderr are the command that goes on.\n"
     yield from _command("kajiya", typer.main.get_command(app))
 
 

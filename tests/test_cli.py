@@ -15,6 +15,7 @@ from tests.conftest import Finished, small_overrides
 from typer.testing import CliRunner
 
 from kajiya.cli import _typed, app, main
+from kajiya.preflight.doctor import Finding
 
 CONTROL = re.compile(r"\x1b|\r")
 
@@ -131,6 +132,23 @@ def test_store_verbs(finished: Finished, store: str) -> None:
     assert finished.trained.model.path.is_dir()
 
 
+def test_in_a_pipe_every_row_is_one_line(finished: Finished, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished.trained.run
+    shown = kajiya("show", run.id, "--store", store).splitlines()
+    command = " ".join(run.manifest()["command"])
+    assert len(command) > 160
+    assert any(line.endswith(f" {command}") for line in shown)
+    assert [line for line in shown if line != line.rstrip()] == []
+    remedy = f"{'/a/long/folder' * 20}/python -m pip install 'kajiya[track]'"
+    findings = [Finding("extra track", "missing", "without [mlflow]", remedy), Finding("gpu", "ok", "none")]
+    monkeypatch.setattr("kajiya.preflight.doctor.diagnose", lambda _root: findings)
+    assert kajiya("doctor").splitlines() == [
+        "– extra track  without [mlflow]",
+        f"               {remedy}",
+        "✓ gpu          none",
+    ]
+
+
 def test_doctor_names_what_is_missing_and_the_remedy(store: str) -> None:
     findings = _json(kajiya("doctor", "--store", store, "--json"))
     names = {finding["name"] for finding in findings}
@@ -159,7 +177,7 @@ def test_a_mistake_is_two_lines_and_exit_2(words: tuple[str, ...], expected: str
 
 def test_debug_shows_the_traceback() -> None:
     ended = kajiya_process("train", "stdlib-pretrain", "optim.lx=3", "--debug")
-    assert ended.returncode != 0
+    assert ended.returncode == 2
     assert "Traceback" in ended.stderr
 
 
@@ -201,9 +219,27 @@ def test_a_mistake_of_our_own_is_exit_1_in_two_lines(
         "Run it again with --debug to see where.",
     ]
     assert said.out == ""
-    monkeypatch.setattr(sys, "argv", ["kajiya", "doctor", "--debug"])
-    with pytest.raises(ZeroDivisionError):
-        main()
+    assert ended_by(monkeypatch, "doctor", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_exit_2(
+    finished: Finished, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    recipe = ["stdlib-pretrain", *small_overrides()]
+    for words in (
+        ["train", *recipe, "--store", str(file / "store")],
+        ["plan", *recipe, "--store", str(file)],
+        ["report", finished.trained.run.id, "--out", str(file), "--store", store],
+        ["preview", *recipe, "--html", str(tmp_path), "--store", store],
+    ):
+        assert ended_by(monkeypatch, *words) == 2, words
+        said = capsys.readouterr().err.partition("error: ")[2].splitlines()
+        assert said[0].startswith(str(tmp_path))
+        assert said[1] == "Mend the place, or name another one with --store, or with --out, --output or --html."
+        assert len(said) == 2
 
 
 def test_an_unknown_verb_is_exit_2() -> None:

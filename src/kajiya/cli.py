@@ -1,16 +1,18 @@
 """The command line: one thin verb per stage; everything heavy is imported inside the verb that needs it."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from kajiya.errors import ConfigError, KajiyaError
 from kajiya.run.process import import_faster, quiet_torchao
@@ -26,8 +28,31 @@ if TYPE_CHECKING:
     from kajiya.flows.task_evaluation import Asked
     from kajiya.flows.train import Trained
 
+_UNUSABLE_PLACE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
+)
+"""What the system says of a file or folder that the user, not we, can mend."""
+
+
+class _Verbs(typer.core.TyperGroup):
+    """Every verb: SIGTERM, like Ctrl-C, ends it in order, with exit status 0 and the words how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from kajiya.flows.stopping import sigterm_as_interrupt
+
+        try:
+            with sigterm_as_interrupt():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            from kajiya.screen import say_interrupted
+
+            say_interrupted(_console(to_stderr=True), _typed())
+            raise typer.Exit(0) from None
+
+
 app = typer.Typer(
     name="kajiya",
+    cls=_Verbs,
     help="A model's whole life with one typed config and one command line.",
     no_args_is_help=True,
     add_completion=False,
@@ -48,6 +73,8 @@ StoreOption = Annotated[
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Folder with recipes and groups of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 DEFAULT_RECIPE = "stdlib-pretrain"
+_PIPE_COLUMNS = 100_000
+"""Width of a line that nothing folds."""
 
 
 @app.command()
@@ -125,7 +152,7 @@ def tune(
         words = f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used"
         console.print(words, highlight=False, soft_wrap=True)
     command = ["kajiya", *sys.argv[1:]]
-    with _going_on(console), Screen(console) as screen:
+    with Screen(console) as screen:
         asked = [*swept, *(overrides or [])]
         tuned = tune_flow(
             recipe, asked, default_store(store), config_dir=config_dir, command=command, on_event=screen.on_event
@@ -239,7 +266,7 @@ def evaluate(
         _evaluate_tasks(asked, compose(data, overrides or [], config_dir), store, shown)
         return
     from kajiya.flows.evaluate import evaluate as evaluate_flow
-    from kajiya.listings import evaluation_table
+    from kajiya.listings import evaluation_table, print_table
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
@@ -261,7 +288,7 @@ def evaluate(
 
         _show_results([TaskResult(evaluation.path, evaluation.facts)], shown)
     else:
-        console.print(evaluation_table(evaluation.facts, baselines.facts))
+        print_table(console, evaluation_table(evaluation.facts, baselines.facts))
 
 
 @app.command()
@@ -308,7 +335,7 @@ def shift(
 ) -> None:
     """How far two data sets, or two models' outputs, lie apart: Wasserstein, KS, PSI, maps of embeddings."""
     from kajiya.flows.shift import ShiftAsked, compare_samples
-    from kajiya.listings import shift_table
+    from kajiya.listings import print_table, shift_table
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
@@ -319,7 +346,7 @@ def shift(
     if as_json:
         _print_json(facts)
         return
-    console.print(shift_table(facts))
+    print_table(console, shift_table(facts))
     console.print(f"Report: {facts['report']}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -455,7 +482,7 @@ def merge(
 @app.command()
 def runs(store: StoreOption = None, as_json: Json = False) -> None:
     """All runs, oldest first."""
-    from kajiya.listings import runs_table
+    from kajiya.listings import print_table, runs_table
     from kajiya.run.inspect import run_rows
     from kajiya.run.store import default_store
 
@@ -465,7 +492,7 @@ def runs(store: StoreOption = None, as_json: Json = False) -> None:
     elif not rows:
         _console().print("No runs yet. Begin one with: kajiya demo", highlight=False)
     else:
-        _console().print(runs_table(rows))
+        print_table(_console(), runs_table(rows))
 
 
 @app.command()
@@ -495,7 +522,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """What differs between two runs: config, data, code, environment, metrics."""
-    from kajiya.listings import diff_table
+    from kajiya.listings import diff_table, print_table
     from kajiya.run.folder import find_run
     from kajiya.run.inspect import run_diff
     from kajiya.run.store import default_store
@@ -504,7 +531,7 @@ def diff(
     if as_json:
         _print_json(found)
     else:
-        _console().print(diff_table(found))
+        print_table(_console(), diff_table(found))
 
 
 @app.command()
@@ -520,7 +547,7 @@ def replay(
     from kajiya.screen import Screen
 
     console = _console(to_stderr=as_json)
-    with _going_on(console), Screen(console) as screen:
+    with Screen(console) as screen:
         found = replay_flow(find_run(default_store(store), run), screen.on_event)
     if as_json:
         _print_json(found)
@@ -578,7 +605,7 @@ def ui(
 @app.command()
 def doctor(store: StoreOption = None, as_json: Json = False) -> None:
     """This machine, what is missing, and the command that mends it."""
-    from kajiya.listings import findings_table
+    from kajiya.listings import show_findings
     from kajiya.preflight.doctor import diagnose
     from kajiya.run.store import default_store
 
@@ -586,7 +613,7 @@ def doctor(store: StoreOption = None, as_json: Json = False) -> None:
     if as_json:
         _print_json(findings)
     else:
-        _console().print(findings_table(findings))
+        show_findings(_console(), findings)
 
 
 @config_app.command("show")
@@ -632,7 +659,7 @@ def config_list(config_dir: ConfigDir = None, as_json: Json = False) -> None:
 @store_app.command("list")
 def store_list(store: StoreOption = None, as_json: Json = False) -> None:
     """Every artifact: stage, key, size, age, who uses it."""
-    from kajiya.listings import store_table
+    from kajiya.listings import print_table, store_table
     from kajiya.run.holdings import store_rows
     from kajiya.run.store import default_store
 
@@ -640,7 +667,7 @@ def store_list(store: StoreOption = None, as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
     else:
-        _console().print(store_table(rows))
+        print_table(_console(), store_table(rows))
 
 
 @store_app.command("verify")
@@ -705,45 +732,41 @@ def main() -> None:
     import_faster()
     try:
         app(args=arguments)
-    except KajiyaError as problem:
-        if is_debug:
-            raise
-        sys.stderr.write(f"error: {problem}\n")
-        sys.exit(2)
     except Exception as problem:
+        said = _mistake(problem)
         if is_debug:
-            raise
-        sys.stderr.write(
-            f"internal error: {type(problem).__name__}: {problem}\nRun it again with --debug to see where.\n"
+            traceback.print_exc()
+        elif said is not None:
+            sys.stderr.write(f"error: {said}\n")
+        else:
+            sys.stderr.write(
+                f"internal error: {type(problem).__name__}: {problem}\nRun it again with --debug to see where.\n"
+            )
+        sys.exit(1 if said is None else 2)
+
+
+def _mistake(problem: Exception) -> str | None:
+    """What a person is told of an error that they can mend; `None` of one of our own."""
+    if isinstance(problem, KajiyaError):
+        return str(problem)
+    if isinstance(problem, OSError) and problem.errno in _UNUSABLE_PLACE and problem.filename is not None:
+        return (
+            f"{problem.filename}: {problem.strerror}\n"
+            "Mend the place, or name another one with --store, or with --out, --output or --html."
         )
-        sys.exit(1)
+    return None
 
 
 def _train(config: "Config", store: str | None, console: "Console") -> "Trained":
-    with _going_on(console):
-        from kajiya.flows.train import train as train_flow
-        from kajiya.run.store import default_store
-        from kajiya.screen import Screen, say_outcome
+    from kajiya.flows.train import train as train_flow
+    from kajiya.run.store import default_store
+    from kajiya.screen import Screen, say_outcome
 
-        with Screen(console) as screen:
-            command = ["kajiya", *sys.argv[1:]]
-            trained = train_flow(config, default_store(store), command=command, on_event=screen.on_event)
+    with Screen(console) as screen:
+        command = ["kajiya", *sys.argv[1:]]
+        trained = train_flow(config, default_store(store), command=command, on_event=screen.on_event)
     say_outcome(console, trained, _typed())
     return trained
-
-
-@contextlib.contextmanager
-def _going_on(console: "Console") -> Iterator[None]:
-    """Within the block SIGTERM, like Ctrl-C, ends the work in order: exit status 0, and the words how to go on."""
-    from kajiya.flows.stopping import sigterm_as_interrupt
-    from kajiya.screen import say_interrupted
-
-    try:
-        with sigterm_as_interrupt():
-            yield
-    except KeyboardInterrupt:
-        say_interrupted(console, _typed())
-        raise typer.Exit(0) from None
 
 
 def _typed() -> list[str]:
@@ -778,17 +801,17 @@ def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, shown: 
 
 
 def _show_results(results: "Sequence[TaskResult]", shown: Shown) -> None:
-    from kajiya.listings import confusion_table, show_misses, task_table
+    from kajiya.listings import confusion_table, print_table, show_misses, task_table
 
     console = _console(to_stderr=shown.as_json)
     if shown.as_json:
         _print_json([dict(result.facts) for result in results])
     else:
-        console.print(task_table([result.facts for result in results]))
+        print_table(console, task_table([result.facts for result in results]))
         for result in results:
             for figure in result.figures.values():
                 if "confusion" in figure["details"]:
-                    console.print(confusion_table(figure["details"]))
+                    print_table(console, confusion_table(figure["details"]))
     if shown.errors:
         for result in results:
             show_misses(console, result.task, result.misses(shown.metric))
@@ -800,7 +823,7 @@ def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store:
     from kajiya.screen import Screen
 
     console = _console(to_stderr=as_json)
-    with _going_on(console), Screen(console) as screen:
+    with Screen(console) as screen:
         found = multirun(recipe, overrides, default_store(store), config_dir=config_dir, on_event=screen.on_event)
     if as_json:
         _print_json(found)
@@ -865,7 +888,7 @@ def _console(to_stderr: bool = False) -> "Console":
     if not _is_first_rank():
         return Console(quiet=True)  # of the processes that torchrun starts, one speaks
     # A pipe has no width of its own: lines stay whole, for whoever reads them next.
-    return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=160)
+    return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=_PIPE_COLUMNS)
 
 
 def _find_lr(config: "Config", store: str | None, as_json: bool) -> None:

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 _MARKS = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "missing": "[dim]–[/dim]"}
 
 
+def print_table(console: Console, table: Table) -> None:
+    """A table; in a pipe each row is one line, without blanks behind its last cell."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as drawn:
+        console.print(table)
+    for line in drawn.get().splitlines():
+        console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
 def evaluation_table(evaluation: Mapping[str, Any], baselines: Mapping[str, Any]) -> Table:
     """The model beside its baselines, in bits per byte of the same held-out bytes."""
     table = _table("", "bits per byte", "95 % interval", "perplexity")
@@ -86,7 +97,7 @@ def show_misses(console: Console, task: str, rows: Sequence[Mapping[str, Any]], 
         ):
             if text:
                 console.print(f"[dim]{words}:[/dim] {escape(text)}", highlight=False, soft_wrap=True)
-        console.rule(style="dim")
+        console.print("─" * 40, style="dim")
 
 
 def _asked(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -126,7 +137,7 @@ def show_run(console: Console, facts: "RunFacts") -> None:
         )
     for text in facts.history.warnings:
         table.add_row("[yellow]warning[/yellow]", escape(text))
-    console.print(table)
+    print_table(console, table)
 
 
 def diff_table(found: "RunDiff") -> Table:
@@ -140,12 +151,14 @@ def diff_table(found: "RunDiff") -> Table:
     return table
 
 
-def findings_table(findings: Sequence["Finding"]) -> Table:
-    """What the doctor found, with the command that mends what is missing."""
-    table = _table("", "", "", "remedy")
+def show_findings(console: Console, findings: Sequence["Finding"]) -> None:
+    """What the doctor found, and below what is missing the command that mends it, whole, on a line of its own."""
+    width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        table.add_row(_MARKS[finding.state], finding.name, escape(str(finding.value)), escape(finding.remedy or ""))
-    return table
+        words = f"{_MARKS[finding.state]} {finding.name:{width}}  {escape(finding.value)}"
+        console.print(words, highlight=False, soft_wrap=True)
+        if finding.remedy:
+            console.print(" " * (width + 4) + finding.remedy, highlight=False, soft_wrap=True, markup=False)
 
 
 def store_table(rows: Sequence["ArtifactRow"]) -> Table:

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kajiya.config.quantities import format_seconds
+from kajiya.listings import print_table
 
 if TYPE_CHECKING:
     from kajiya.flows.train import Trained
@@ -141,7 +142,7 @@ class Screen:
         table = Table(show_header=False, box=None, padding=(0, 2))
         for name, words in plan_lines(facts):
             table.add_row(f"[dim]{name}[/dim]", _escape(words))
-        self._console.print(table)
+        print_table(self._console, table)
 
     def _proof(self, facts: dict[str, Any]) -> None:
         marks = {"passed": "[green]✓[/green]", "failed": "[red]✗[/red]", "skipped": "[dim]–[/dim]"}
@@ -150,7 +151,7 @@ class Screen:
             by_hand = row["text"] == "by preflight.skip"
             words = f"[red]skipped {row['text']}[/red]" if by_hand else _escape(row["text"])
             table.add_row(marks[row["state"]], f"[dim]{row['name']}[/dim]", words)
-        self._console.print(table)
+        print_table(self._console, table)
 
     def _started(self, attempt: int, resumed_from: int | None) -> None:
         if resumed_from is not None:
@@ -199,7 +200,7 @@ def say_outcome(console: Console, trained: "Trained", command: list[str]) -> Non
 
 def say_interrupted(console: Console, command: list[str]) -> None:
     """The last words of work that a signal ended where there is no step to finish."""
-    console.print("Interrupted. Nothing is lost: the same command goes on where it was:", highlight=False)
+    console.print("Interrupted. What was finished is kept; the same command goes on where it was:", highlight=False)
     _say_command(console, command)
 
 

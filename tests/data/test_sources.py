@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -348,6 +349,34 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
         list(hub(HubSource(str(tmp_path / "many"), split="test")))
     with pytest.raises(ConfigError, match=r"there is no column 'body'; there is: text, n"):
         read("hub", "body", path=str(tmp_path / "one"))
+
+
+def test_a_folder_of_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (folder / "test.jsonl").write_text('{"text": "c"}\n')
+    for streaming in (False, True):
+        entries = read("hub", path=str(folder), streaming=streaming)
+        assert documents(entries) == {"train:0": "a", "train:1": "b"}
+    assert documents(read("hub", path=str(folder), split="test")) == {"test:0": "c"}
+    with pytest.raises(DataError, match=r'could not be loaded: Unknown split "nosuch"'):
+        list(hub(HubSource(str(folder), split="nosuch")))
+    with pytest.raises(ConfigError, match=r"data.source.options.revision: is abc, and .* is a folder of this machine"):
+        list(hub(HubSource(str(folder), revision="abc")))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("revision", "abc"), ("subset", "q"), ("streaming", True), ("split", "nosuch")]
+)
+def test_a_saved_dataset_has_no_such_thing(field: str, value: object, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path)
+    given: dict[str, Any] = {field: value}
+    with pytest.raises(ConfigError, match=rf"data.source.options.{field}: .*{value}"):
+        list(hub(HubSource(str(tmp_path), **given)))
 
 
 def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The guide runs as it stands, and prints what it says."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -68,13 +69,32 @@ def test_the_figures_repeated_in_the_text_are_those_of_the_outputs() -> None:
     assert all(figure in summary and figure in outputs for figure in figures)
 
 
-def test_the_command_at_the_end_trains_the_recipe_of_the_page(tmp_path: Path) -> None:
-    (command,) = [block.body for block in pages.blocks(PAGE) if block.language == "console"]
-    assert command.split() == ["$", "kajiya", "train", "guide.yaml"]
+def _write_recipe(folder: Path, root: Path) -> Path:
+    """The page's recipe with its text in `root`."""
     (block,) = [block for block in pages.blocks(PAGE) if '"guide.yaml").write_text' in block.body]
-    recipe = (
-        block.body.partition('f"""')[2].partition('"""')[0].replace("{Path(asyncio.__file__).parent}", str(tmp_path))
-    )
-    (tmp_path / "guide.yaml").write_text(recipe, encoding="utf-8")
-    config = compose(str(tmp_path / "guide.yaml"))
+    recipe = block.body.partition('f"""')[2].partition('"""')[0].replace("{Path(asyncio.__file__).parent}", str(root))
+    (folder / "guide.yaml").write_text(recipe, encoding="utf-8")
+    return folder / "guide.yaml"
+
+
+def _command() -> list[str]:
+    (command,) = [block.body for block in pages.blocks(PAGE) if block.language == "console"]
+    return command.split()
+
+
+def test_the_command_at_the_end_trains_the_recipe_of_the_page(tmp_path: Path) -> None:
+    assert _command() == ["$", "kajiya", "train", "guide.yaml"]
+    config = compose(str(_write_recipe(tmp_path, tmp_path)))
     assert (config.name, config.train.steps, config.train.minutes) == ("guide", 700, None)
+
+
+@pytest.mark.slow
+def test_the_command_at_the_end_comes_to_the_pages_figure(tmp_path: Path) -> None:
+    recipe = _write_recipe(tmp_path, Path(asyncio.__file__).parent)
+    words = [sys.executable, "-m", *_command()[1:-1], recipe.name, "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "KAJIYA_STORE"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["history"]["metrics"]["test/bits_per_byte"] == pytest.approx(1.63, rel=TOLERANCE)
+    assert (Path(facts["folder"]) / "report" / "report.html").is_file()

@@ -155,7 +155,7 @@ def test_the_tracked_recipe_composes(tmp_path: Path) -> None:
     assert compose(str(tmp_path / block.title)).track.trackers == ("mlflow", "tensorboard")
 
 
-def test_the_package_reads_one_variable_of_the_environment_torchruns_and_what_a_task_names() -> None:
+def test_the_variables_of_the_environment_that_the_package_reads_are_said() -> None:
     """Others are passed to trackers or set for the process; `doctor` looks for the compiler where torch looks for it."""
     ranks = {"'RANK'", "'LOCAL_RANK'", "'WORLD_SIZE'", "'LOCAL_WORLD_SIZE'"}
     reading: dict[str, list[str]] = {}
@@ -167,7 +167,18 @@ def test_the_package_reads_one_variable_of_the_environment_torchruns_and_what_a_
             if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
                 assert ast.unparse(node.value) != "os.environ", f"{path}: {ast.unparse(node)}"
     # The judge's is named by the task.
-    assert reading == {"store.py": ["STORE_VARIABLE"], "doctor.py": ["'CXX'"], "judge.py": ["judge.key_variable"]}
+    assert reading == {
+        "store.py": ["STORE_VARIABLE"],
+        "doctor.py": ["'CXX'"],
+        "judge.py": ["judge.key_variable"],
+        "process.py": ["'OMP_NUM_THREADS'"],
+    }
+    for page in ("README.md", "docs/artifacts.md"):
+        said = (ROOT / page).read_text(encoding="utf-8")
+        assert [
+            name for name in ("KAJIYA_STORE", "OMP_NUM_THREADS", "CXX", "torchrun") if f"`{name}`" not in said
+        ] == []
+        assert "judge's key" in said
 
 
 def test_every_address_and_parameter_of_the_server_is_on_the_page(finished: Any) -> None:

@@ -1,10 +1,14 @@
 """Weights that a config names beside the model's own: found by any name, known by their digest and not by their place."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import Finished
+from tests.conftest import Finished, small_overrides
 
 from kajiya.config.compose import compose
 from kajiya.data.progress import silent
@@ -62,3 +66,37 @@ def test_a_teacher_is_still_one(finished: Finished) -> None:
     assert based.parents["teacher"].digest == finished.trained.model.digest
     assert based.config.train.loss.options["teacher"] == str(finished.trained.model.path)
     assert loss_without_place(based.config.train.loss).options["teacher"] == "(parent)"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        small_overrides("model.path=some/model", "tokenizer.path=some/model", "model.n_params=null"),
+        small_overrides("tokenizer.path=nowhere/else"),
+        ["data.source.name=hub", "data.source.options.path=some/dataset"],
+    ],
+    ids=["model", "tokenizer", "dataset"],
+)
+def test_a_hub_that_does_not_answer_is_two_lines(settings: list[str], tmp_path: Path) -> None:
+    """Nothing listens on the port: the error is the client's own, whatever library it is made with."""
+    words = [sys.executable, "-m", "kajiya", "plan", "stdlib-pretrain", *settings, "--store", str(tmp_path)]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        r"error: \w+/\w+: is no folder here, and the hub has no such (model|dataset) or cannot be reached: .*refused\n"
+        r"Give an existing folder, or check the name, the revision and the network\.\n",
+        done.stderr,
+    )
+
+
+def test_without_a_network_the_commit_is_that_of_the_hubs_cache(tmp_path: Path) -> None:
+    kept = tmp_path / "hub" / "models--some--model"
+    (kept / "snapshots" / "c0ffee").mkdir(parents=True)
+    (kept / "snapshots" / "c0ffee" / "config.json").write_text("{}")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("c0ffee")
+    code = "from kajiya.data.origin import resolve_commit; print(resolve_commit('some/model', None, 'model'))"
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "c0ffee\n"

@@ -104,7 +104,33 @@ def test_a_process_at_its_first_stage(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert "Reading" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert _says_how_to_go_on(said, tmp_path)
+    assert _says_how_to_go_on(errors, tmp_path)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("verb", "moment"),
+    [
+        ("plan stdlib-pretrain", "kajiya.config.compose.compose"),
+        ("prove stdlib-pretrain", "kajiya.config.compose.compose"),
+        ("preview stdlib-pretrain", "kajiya.config.compose.compose"),
+        ("train stdlib-pretrain --find-lr", "kajiya.config.compose.compose"),
+        ("eval latest --json", "kajiya.config.compose.compose"),
+        ("show", "kajiya.run.folder.find_run"),
+        ("store verify", "kajiya.run.holdings.verify_store"),
+    ],
+)
+def test_in_any_verb(
+    verb: str, moment: str, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*verb.split(), "--store", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["kajiya", *words])
+    _hit(monkeypatch, moment, number)
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 0, ended.exception
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("Interrupted. What was finished is kept; the same command goes on where it was:\n")
+    assert ended.stderr.endswith(f"{' '.join(words)}\n")

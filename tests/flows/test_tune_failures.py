@@ -161,7 +161,7 @@ def test_ctrl_c_saves_what_runs_and_the_same_command_goes_on(tmp_path: Path, par
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to everything in the foreground
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "Interrupted. Nothing is lost: the same command goes on where it was" in said
+    assert "Interrupted. What was finished is kept; the same command goes on where it was" in said
     assert "Traceback" not in said
     begun = {path.parent.name: read_json(path) for path in tmp_path.glob("runs/*/manifest.json")}
     assert begun

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.errors import ConfigError
 from kajiya.models.attention import attention_name, packed_sdpa, segment_mask
 from kajiya.models.hidden import forward_inputs
 from kajiya.models.isolation import architecture_isolates, can_isolate, isolation_inputs, sequence_bounds
@@ -208,3 +209,6 @@ def test_which_architectures_can_is_known_before_there_is_a_model(tmp_path: Path
     assert not architecture_isolates(ModelConfig(name="mine:model"))
     AutoConfig.for_model("mamba", hidden_size=16).save_pretrained(tmp_path)
     assert not architecture_isolates(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
+    with pytest.raises(ConfigError, match=r"model.path: '.*' cannot be loaded: .*of-tomorrow"):
+        architecture_isolates(ModelConfig(path=str(tmp_path)))

@@ -29,7 +29,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert found["kajiya"].state == "ok"
     assert torch.__version__ in found["torch"].value
     assert str(tmp_path) in found["disk"].value
-    assert {"processor", "cores", "memory", "precision", "compiler"} <= set(found)
+    assert {"processor", "cores", "memory", "precision", "compiler", "operators"} <= set(found)
     assert any(name.startswith("gpu") for name in found)
     assert {"extra track", "extra report", "extra metrics", "extra tune", "extra wandb"} <= set(found)
     assert {finding.state for finding in found.values()} <= {"ok", "warn", "missing"}
@@ -208,6 +208,23 @@ def test_the_compiler_is_the_one_that_inductor_would_take(monkeypatch: pytest.Mo
     assert finding.state == "warn"
     assert finding.value == "no no-such-compiler: training runs without torch.compile"
     assert finding.remedy
+
+
+def test_the_operators_compiler_is_the_one_that_builds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kajiya.run.native.build import NativeBuildError, build_library
+
+    monkeypatch.setattr("kajiya.run.native.build._cache_folder", lambda: tmp_path / "built")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    assert doctor._compiler().state == "ok", "torch's is another question"
+    assert doctor._operators().state == "warn"
+    assert "torch's own operators" in doctor._operators().value
+    assert doctor._operators().remedy
+    with pytest.raises(NativeBuildError, match="no C\\+\\+ compiler"):
+        build_library("operators", "kajiya.models.native", ("operators.cpp",), "operators.cpp")
+    (tmp_path / "c++").write_text("#!/bin/sh\n")
+    (tmp_path / "c++").chmod(0o755)
+    assert doctor._operators() == Finding("operators", "ok", f"built by {tmp_path}/c++")
 
 
 def test_gpus_are_listed_with_memory_and_generation() -> None:

@@ -162,7 +162,10 @@ def _pruned(value: Any) -> Any:
 
 
 def hub(options: HubSource) -> Iterator[Found]:
-    """One row a row of a Hugging Face data set, or of a folder saved by `datasets.save_to_disk`; classes by their names."""
+    """One row a row of a Hugging Face data set: of the hub, of a folder of data files, or saved by `datasets.save_to_disk`.
+
+    Classes are given by their names.
+    """
     rows = _load_rows(options)
     names = _class_names(rows)
     for number, row in enumerate(_each(rows, options)):
@@ -211,27 +214,54 @@ def _load_rows(options: HubSource) -> Any:
 
     if not options.path:
         raise ConfigError("data.source.options.path", "is not set", "Give a hub name or a folder.")
+    if is_local(options):
+        _refuse_hub_settings(options)
+    folder = Path(options.path).expanduser()
     try:
-        if not is_local(options):
+        if _is_saved(folder):
+            saved = datasets.load_from_disk(str(folder))
+        else:
             return datasets.load_dataset(
-                options.path,
+                str(folder) if is_local(options) else options.path,
                 name=options.subset,
                 split=options.split,
                 revision=options.revision,
                 streaming=options.streaming,
             )
-        saved = datasets.load_from_disk(str(Path(options.path).expanduser()))
     except Exception as error:  # as above: besides its own, whatever reads the files and the network
         raise DataError(
             f"{options.path}: the data set could not be loaded: {_reason(error)}\n"
-            "data.source.options.path is a hub name (which needs the network), or a folder saved by "
+            "data.source.options.path is a hub name (which needs the network), or a folder of data files or one saved by "
             "`datasets.save_to_disk`; subset, split and revision must exist in it."
         ) from error
     if isinstance(saved, datasets.DatasetDict):
-        if options.split not in saved:
-            raise ConfigError(
-                "data.source.options.split",
-                f"{options.split!r} is not one of {', '.join(sorted(map(str, saved)))} in {options.path}",
-            )
+        _require_split(options, sorted(map(str, saved)))
         return saved[options.split]
+    _require_split(options, [str(saved.split or "train")])
     return saved
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _refuse_hub_settings(options: HubSource) -> None:
+    """Raise `ConfigError` for a setting that means nothing of a folder."""
+    settings = {"revision": options.revision}
+    if _is_saved(Path(options.path).expanduser()):
+        settings |= {"subset": options.subset, "streaming": options.streaming or None}
+    for name, value in settings.items():
+        if value is not None:
+            raise ConfigError(
+                f"data.source.options.{name}",
+                f"is {value}, and {options.path} is a folder of this machine, which has none",
+                "Leave it out.",
+            )
+
+
+def _require_split(options: HubSource, splits: list[str]) -> None:
+    if options.split not in splits:
+        raise ConfigError(
+            "data.source.options.split", f"{options.split!r} is not one of {', '.join(splits)} in {options.path}"
+        )

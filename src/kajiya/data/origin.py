@@ -167,13 +167,22 @@ def from_function(function: Callable[..., Any], options: Mapping[str, Any]) -> I
 
 
 def resolve_commit(path: str, revision: str | None, kind: str) -> str:
-    """The commit that a hub name and revision stand for now; `kind` is `dataset` or `model`."""
+    """The commit that a hub name and revision stand for now; `kind` is `dataset` or `model`.
+
+    Without a network it is the one that the hub's cache on this machine has. Raises `DataError` where there is none.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         found = HfApi().repo_info(path, revision=revision, repo_type=kind).sha
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except (
+        Exception
+    ) as error:  # of the network come those of the hub's client, which is another from version to version
+        is_answer = isinstance(error, (HfHubHTTPError, HFValidationError))
+        cached = None if is_answer else _cached_commit(path, revision, kind)
+        if cached is not None:
+            return cached
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{path}: is no folder here, and the hub has no such {kind} or cannot be reached: {reason}\n"
@@ -182,3 +191,13 @@ def resolve_commit(path: str, revision: str | None, kind: str) -> str:
     if found is None:
         raise DataError(f"{path}: the hub names no commit for revision {revision or 'main'!r}")
     return found
+
+
+def _cached_commit(path: str, revision: str | None, kind: str) -> str | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, repo_type=kind, local_files_only=True)).name
+    except LocalEntryNotFoundError:
+        return None

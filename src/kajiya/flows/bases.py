@@ -6,6 +6,7 @@ from typing import Any
 
 from kajiya.config.rewards import check_rewards
 from kajiya.config.schema import Config, LossConfig, ModelConfig
+from kajiya.data.origin import resolve_commit
 from kajiya.data.progress import OnEvent
 from kajiya.errors import StoreError
 from kajiya.flows.targets import find_model
@@ -28,7 +29,8 @@ class Based:
 def find_bases(config: Config, store: Store, tell: OnEvent) -> Based:
     """Turn `model.path`, `tokenizer.path`, the path of an adapter that is gone on with, a teacher and reward models into folders.
 
-    A hub name stays one. Raises `StoreError` when a name is neither in the store nor a folder nor a hub name.
+    A hub name stays one; that of the model is pinned to its commit. Raises `StoreError` when a name is neither in the store nor
+    a folder nor a hub name, `DataError` when the hub does not know the model's or cannot be reached.
     """
     if config.model.stand_in:
         tell(
@@ -45,6 +47,8 @@ def find_bases(config: Config, store: Store, tell: OnEvent) -> Based:
         if base is not None:
             parents["base"] = base
             model = replace(model, path=str(base.path))
+        else:
+            model = replace(model, revision=resolve_commit(model.path, model.revision, "model"))
     if tokenizer.path is not None and tokenizer is config.tokenizer:
         found = _find(tokenizer.path, store)
         tokenizer = tokenizer if found is None else replace(tokenizer, path=str(found.path))

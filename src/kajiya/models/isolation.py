@@ -18,6 +18,7 @@ from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
 from kajiya.models.adapter_files import is_adapter
 from kajiya.models.attention import PACKED_SDPA, first_keys, segment_mask
+from kajiya.models.load import read_architecture
 from kajiya.models.native.library import native_problem
 
 
@@ -92,7 +93,7 @@ def architecture_isolates(config: ModelConfig) -> bool:
 
     An adapter's base is not looked into: `kajiya prove` changes a segment and sees whether another moves.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if ":" in config.name:
@@ -100,11 +101,7 @@ def architecture_isolates(config: ModelConfig) -> bool:
     if config.path is not None and is_adapter(Path(config.path)):
         return True
     if config.path is not None:
-        architecture = type(
-            AutoConfig.from_pretrained(
-                config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-        )
+        architecture = type(read_architecture(config.path, config.revision, config.trust_remote_code))
     elif config.name in CONFIG_MAPPING:
         architecture = CONFIG_MAPPING[config.name]
     else:

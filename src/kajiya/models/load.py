@@ -25,19 +25,15 @@ def load_model(
     A head over a whole text that the weights lack begins at random, from torch's generator. Raises `ConfigError` when there is
     no such model, `StoreError` when its weights are not safetensors or do not fit.
     """
-    from transformers import AutoConfig
-
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
         raise StoreError(f"{folder}: has {found}; only safetensors are loaded, since a pickle can run code")
     quiet_transformers()
+    architecture = read_architecture(path, revision, trust_remote_code)
+    if not trust_remote_code:
+        require_architecture(task, architecture, "model.path")
     try:
-        architecture = AutoConfig.from_pretrained(
-            path, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-        if not trust_remote_code:
-            require_architecture(task, architecture, "model.path")
         loaded: Any = auto_class(task).from_pretrained(
             path,
             **_head_fields(task, architecture),
@@ -49,10 +45,7 @@ def load_model(
             output_loading_info=True,
         )
     except OSError as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            "model.path", f"{str(path)!r} cannot be loaded: {first}", "Give a folder or a hub name."
-        ) from error
+        raise _not_loaded(path, error) from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[kind])
@@ -68,6 +61,21 @@ def load_model(
             )
     set_origin(model, Origin(str(folder.resolve()) if folder.is_dir() else str(path), revision))
     return model.eval()
+
+
+def read_architecture(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of the model at a folder or a hub name. Raises `ConfigError` where Transformers cannot read one."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+
+
+def _not_loaded(path: str | Path, error: Exception) -> ConfigError:
+    first = str(error).splitlines()[0]
+    return ConfigError("model.path", f"{str(path)!r} cannot be loaded: {first}", "Give a folder or a hub name.")
 
 
 def _head_fields(task: Task, architecture: Any) -> dict[str, Any]:

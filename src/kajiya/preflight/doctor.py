@@ -18,6 +18,7 @@ from kajiya.preflight.installation import (
     pip_command,
     requirements_of,
 )
+from kajiya.run.native.build import find_compiler
 from kajiya.run.provenance import machine_facts, package_version, usable_cores
 
 _LITTLE_MEMORY = 4 * 2**30
@@ -45,7 +46,7 @@ def diagnose(store_root: Path) -> list[Finding]:
     findings = [_interpreter(), _installation()]
     torch, problem = _load_torch()
     findings.append(_torch_build(torch, problem))
-    findings += [_processor(torch), _cores(torch), _memory(), _disk(store_root), _compiler()]
+    findings += [_processor(torch), _cores(torch), _memory(), _disk(store_root), _compiler(), _operators()]
     if torch is not None:
         findings += [_precision(torch), *_gpus(torch)]
     findings += _torchvision(torch)
@@ -235,13 +236,24 @@ def _disk(store_root: Path) -> Finding:
 
 def _compiler() -> Finding:
     """The C++ compiler that `torch.compile` needs on a CPU, looked for as Inductor does, whose import takes seconds."""
-    is_mac = sys.platform == "darwin"
-    name = os.environ.get("CXX", "clang++" if is_mac else "g++")
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     path = shutil.which(name)
     if path is not None:
         return Finding("compiler", "ok", path)
-    remedy = "xcode-select --install" if is_mac else "apt install g++   (or your system's C++ compiler)"
-    return Finding("compiler", "warn", f"no {name}: training runs without torch.compile", remedy)
+    return Finding("compiler", "warn", f"no {name}: training runs without torch.compile", _compiler_remedy())
+
+
+def _operators() -> Finding:
+    """The C++ compiler that the operators of training and serving are built with, looked for as their builder does."""
+    path = find_compiler()
+    if path is not None:
+        return Finding("operators", "ok", f"built by {path}")
+    value = "no c++ or g++: on a processor training and serving run on torch's own operators, which are slower"
+    return Finding("operators", "warn", value, _compiler_remedy())
+
+
+def _compiler_remedy() -> str:
+    return "xcode-select --install" if sys.platform == "darwin" else "apt install g++   (or your system's C++ compiler)"
 
 
 def _gpus(torch: Any) -> list[Finding]:

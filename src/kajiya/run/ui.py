@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,7 +25,7 @@ _STOP_S = 5.0
 
 
 def open_ui(store: Store, host: str, port: int, on_ready: Callable[[str], None]) -> None:
-    """Serve MLflow's UI until Ctrl-C or SIGTERM; `on_ready(url)` is called once it answers.
+    """Serve MLflow's UI until `KeyboardInterrupt`; `on_ready(url)` is called once it answers.
 
     `port` 0 takes a free one. Raises `MissingExtraError` without MLflow, `ConfigError` for an address that cannot be
     listened on, `StoreError` when MLflow ends by itself; its output is in `mlflow-ui.log` in the store.
@@ -37,7 +36,7 @@ def open_ui(store: Store, host: str, port: int, on_ready: Callable[[str], None])
     store.root.mkdir(parents=True, exist_ok=True)
     log = store.root / "mlflow-ui.log"
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    with _sigterm_as_exit(), _server(store, host, port, log) as server:
+    with _server(store, host, port, log) as server:
         try:
             _wait_until_it_answers(server, url, log)
             on_ready(url)
@@ -106,20 +105,3 @@ def _free_port(host: str, port: int) -> int:
             f"{host}:{port} cannot be listened on ({error.strerror})",
             "Choose another; --port 0 takes a free one.",
         ) from error
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM ends the block like any exception, so that the server does not outlive it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

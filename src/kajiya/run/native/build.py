@@ -35,7 +35,7 @@ def build_library(name: str, package: str, sources: tuple[str, ...], main: str) 
 
     `main` is the one source that is compiled; it includes the others and the shared vector types. Raises `NativeBuildError`.
     """
-    compiler = next((found for each in _COMPILERS if (found := shutil.which(each))), None)
+    compiler = find_compiler()
     places = [(__package__, shared) for shared in _SHARED] + [(package, source) for source in sources]
     texts = {file: resources.files(place).joinpath(file).read_text(encoding="utf-8") for place, file in places}
     # Code for one processor crashes on another: in a home folder that machines share, each has its own.
@@ -51,6 +51,11 @@ def build_library(name: str, package: str, sources: tuple[str, ...], main: str) 
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise NativeBuildError(f"{target} does not load: {error}") from error
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that the libraries are built with; `None` where there is none."""
+    return next((found for each in _COMPILERS if (found := shutil.which(each))), None)
 
 
 def _compile(compiler: str, texts: dict[str, str], main: str, target: Path) -> None:
