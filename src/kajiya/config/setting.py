@@ -1,6 +1,6 @@
 """A documented, range-checked field of a config section."""
 
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any
 
 from kajiya.errors import ConfigError
@@ -26,6 +26,11 @@ def setting(
     """A dataclass field with the bounds or the choices that `check_bounds` holds it to."""
     bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
     return field(default=default, default_factory=factory, metadata={"bounds": bounds, "choices": choices})
+
+
+def bounds_words(item: Field[Any]) -> str:
+    """The bounds of a field: `"at least 1, at most 8"`; empty where it has none."""
+    return ", ".join(f"{_BOUNDS[name][0]} {bound}" for name, bound in item.metadata.get("bounds", {}).items())
 
 
 def check_bounds(section: Any, path: str = "") -> None:

@@ -170,6 +170,14 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {matches[0]!r}?" if matches else ""
 
 
+def not_one_of(value: object, known: typing.Iterable[str]) -> str:
+    """`'muno' is not one of adamw, muon; did you mean 'muon'?`"""
+    names = sorted(known)
+    hint = nearest(value, names) if isinstance(value, str) else ""
+    said = "null" if value is None else repr(value)
+    return f"{said} is not one of {', '.join(names)}" + (f"; {hint}" if hint else "")
+
+
 def resolve(table: str, name: str, given: Mapping[str, Any], field: str) -> tuple[Callable[..., Any], Any]:
     """The function that `name` stands for in `table`, and its options.
 
@@ -188,10 +196,9 @@ def check_choice(table: str, name: str, given: Mapping[str, Any], field: str) ->
         return _check_signature(import_target(name, field), given, f"{field}.options")
     rows = TABLES[table]
     if name not in rows:
-        hint = nearest(name, rows)
         raise ConfigError(
             f"{field}.name",
-            f"{name!r} is not one of {', '.join(sorted(rows))}" + (f"; {hint}" if hint else ""),
+            not_one_of(name, rows),
             "A function of your own is named `package.module:function`.",
         )
     return check_options(rows[name].options, given, f"{field}.options")
