@@ -9,6 +9,8 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from kajiya.config import options as o
@@ -176,6 +178,20 @@ def not_one_of(value: object, known: typing.Iterable[str]) -> str:
     hint = nearest(value, names) if isinstance(value, str) else ""
     said = "null" if value is None else repr(value)
     return f"{said} is not one of {', '.join(names)}" + (f"; {hint}" if hint else "")
+
+
+def packaged_tasks() -> dict[str, Path]:
+    """YAML files of the packaged tasks by name."""
+    folder = Path(str(resources.files("kajiya").joinpath("conf", "tasks")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def check_task(name: str, field: str) -> None:
+    """Raise `ConfigError` naming `field` unless `name` is a packaged task, lm-eval's, or the path of a YAML file."""
+    known = packaged_tasks()
+    if name not in known and not name.startswith("lm-eval:") and not name.endswith((".yaml", ".yml")):
+        remedy = "A task of your own is the path of its YAML; one of lm-eval is lm-eval:NAME."
+        raise ConfigError(field, not_one_of(name, known), remedy)
 
 
 def resolve(table: str, name: str, given: Mapping[str, Any], field: str) -> tuple[Callable[..., Any], Any]:
