@@ -43,6 +43,9 @@ _LENGTHS = ("steps", "epochs", "minutes")
 def validate(config: Config) -> None:
     """Raise `ConfigError` for the first thing that cannot be right."""
     check_bounds(config)
+    if not re.fullmatch(r"[\w-][\w.-]*", config.name):
+        remedy = "It is the name of a folder: letters, digits, _, - and ., the first no dot."
+        raise ConfigError("name", f"{config.name!r} cannot name a run", remedy)
     for field, device in (("train.device", config.train.device), ("serve.device", config.serve.device)):
         if not re.fullmatch(_DEVICE, device):
             raise ConfigError(field, f"{device!r} is not one of auto, cpu, cuda, cuda:0, mps")
