@@ -9,6 +9,7 @@ from typing import Any
 
 from kajiya.config.compose import list_groups, list_recipes
 from kajiya.config.describe import json_schema, tables_schema
+from kajiya.config.tables import packaged_tasks
 
 PAGE = Path(__file__).with_name("reference.md")
 _WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "array": "list"}
@@ -59,7 +60,7 @@ def _recipes() -> Iterator[str]:
     yield "| Group | Names |\n|---|---|"
     for group, names in list_groups().items():
         yield f"| `{group}` | {', '.join(f'`{name}`' for name in names)} |"
-    yield ""
+    yield f"\nTasks for `--tasks` and `train.tasks`: {', '.join(f'`{name}`' for name in packaged_tasks())}.\n"
 
 
 def _sections() -> Iterator[str]:
@@ -93,7 +94,7 @@ def _values(entry: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in entry["enum"])
     kinds = [entry["type"]] if isinstance(entry["type"], str) else entry["type"]
     words = " or ".join("`null`" if kind == "null" else _WORDS.get(kind, "mapping") for kind in kinds)
-    bounds = [f"{sign} {entry[name]:g}" for name, sign in _BOUNDS.items() if name in entry]
+    bounds = [f"{sign} {entry[name]}" for name, sign in _BOUNDS.items() if name in entry]
     return ", ".join([words, *bounds])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import kajiya
-from kajiya.config.compose import compose, list_recipes, option_paths
+from kajiya.config.compose import compose, list_groups, list_recipes, option_paths
 from kajiya.config.tables import TABLES, check_choice
 from kajiya.errors import ConfigError
 
@@ -65,9 +65,35 @@ def test_the_config_is_frozen() -> None:
         ("schedule=constant", "~schedule.options.decay_fraction takes it away"),
         ("optm.lr=3", "did you mean 'optim.lr'?"),
         ("lr=3", "did you mean 'optim.lr'?"),
-        ("optim.lr=fast", "optim.lr: Value 'fast'"),
+        ("optim.lr=fast", "optim.lr: 'fast' is not a number, more than 0"),
         ("optim.lr=-1", "must be more than 0"),
         ("optim=muno", "did you mean 'muon'?"),
+        ("optim=null", "optim: null is not one of adafactor, adamw"),
+        ("optim=3", "optim: 3 is not one of adafactor, adamw"),
+        ("optim=[muno]", "did you mean 'muon'?"),
+        ("optim={lrr: 3}", "optim.lrr: unknown key"),
+        ("optm.options.beta1=0.5", "optm.options.beta1: unknown key"),
+        ("optim.options=3", "optim.options: 3 is not a mapping, for example {a: b}"),
+        ("~optim.lr", "optim.lr: cannot be taken away"),
+        ("tasks=stdlib-body", "did you mean 'train.tasks'?"),
+        ("data.source=jsonl", "data.source: 'jsonl' is not a section of settings, for example data.source.name"),
+        ("data.row_tokens=null", "data.row_tokens: null is not a whole number, at least 8"),
+        ("track.trackers=mlflow", "track.trackers: 'mlflow' is not a list of texts, for example [a, b]"),
+        ("train.micro_batch=[1]", "train.micro_batch: [1] is not a whole number or a text"),
+        ("train.precision=[fp32]", "train.precision: ['fp32'] is not one of auto, fp32"),
+        ("optim.lr=${nothing}", "optim.lr: Interpolation key 'nothing' not found"),
+        ("seed=1" + 23 * "0", "is out of range: it must be at most 9223372036854775807"),
+        ("train.minutes=inf", "train.minutes: inf is not a finite number"),
+        ("optim.lr=nan", "optim.lr: nan is not a finite number"),
+        ("optim.options.adamw_lr=inf", "optim.options.adamw_lr: inf is not a finite number"),
+        ("train.row_growth=[0.5, inf]", "train.row_growth: inf is not a finite number"),
+        ("train.tasks=[stdlib-bodi]", "train.tasks: 'stdlib-bodi' is not one of stdlib-body"),
+        ("train.device=gpu7", "train.device: 'gpu7' is not one of auto, cpu, cuda, cuda:0, mps"),
+        ("serve.device=cuda:x", "serve.device: 'cuda:x' is not one of auto"),
+        ("name=a/b", "name: 'a/b' cannot name a run"),
+        ("name=..", "name: '..' cannot name a run"),
+        ("name=.hidden", "the first no dot"),
+        ("name=''", "name: '' cannot name a run"),
         ("optim.name=muno", "did you mean 'muon'?"),
         ("optim.options.momentm=1", "did you mean 'momentum'?"),
         ("optim.options.momentum=2", "must be less than 1"),
@@ -121,8 +147,17 @@ def test_a_recipe_of_ones_own_and_a_config_dir(tmp_path: Path) -> None:
     [
         ("train:\n  micro_batsch: 3\n", "did you mean 'train.micro_batch'?"),
         ("train: [\n", "is not readable YAML"),
-        ("- a\n", "a recipe is a mapping"),
-        ("optim:\n  lr: quick\n", "optim.lr"),
+        ("- a\n", "is no mapping of settings"),
+        ("optim:\n  lr: quick\n", r"optim.lr: 'quick' in .*mine\.yaml is not a number"),
+        ("optim: muon\n", r"optim: 'muon' in .*mine\.yaml is not a section[\s\S]*`- optim: muon`"),
+        ("seed: {a: 3}\n", "seed: {'a': 3} in .*is not a whole number, at least 0"),
+        ("defaults: 3\n", r"defaults: 3 in .*mine\.yaml is not a list"),
+        (
+            "defaults: [optim: muno]\n",
+            r"'muno' is not one of adafactor.*did you mean 'muon'? \(defaults in .*mine\.yaml\)",
+        ),
+        ("defaults: [optmi: muon]\n", r"'optmi' is not one of data, optim.*did you mean 'optim'? \(in .*mine\.yaml\)"),
+        ("defaults: [muon]\n", "defaults: 'muon' is not one of data, optim, schedule"),
     ],
 )
 def test_a_broken_recipe_is_named(tmp_path: Path, text: str, expected: str) -> None:
@@ -130,6 +165,43 @@ def test_a_broken_recipe_is_named(tmp_path: Path, text: str, expected: str) -> N
     recipe.write_text(text)
     with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
         compose(str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: adamw\nlrr: 1.0e-3\n", r"optim.lrr: unknown key in .*optim/mine\.yaml; did you mean 'optim.lr'?"),
+        ("# @package _global_\noptim: {lrr: 1}\n", r"optim.lrr: unknown key in .*optim/mine\.yaml; did you"),
+        ("lr: fast\n", r"optim.lr: 'fast' in .*optim/mine\.yaml is not a number, more than 0"),
+        ("- lr\n", r"optim/mine\.yaml: is no mapping"),
+        ("a: [\n", r"optim/mine\.yaml: is not readable YAML"),
+    ],
+)
+def test_a_broken_group_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "mine.yaml").write_text(text)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("defaults: [optim: mine]\n")
+    for given in [("stdlib-pretrain", ["optim=mine"]), (str(recipe), [])]:
+        with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
+            compose(*given, config_dir=tmp_path)
+
+
+def test_a_group_of_ones_own_goes_before_the_packaged_one_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "adamw.yaml").write_text("name: adamw\nlr: 0.5\n")
+    assert compose("stdlib-pretrain", ["optim=adamw"], config_dir=tmp_path).optim.lr == 0.5
+    assert compose("stdlib-grpo", ["schedule=linear"], config_dir=tmp_path).schedule.name == "linear"
+
+
+def test_a_group_is_chosen_for_a_recipe_that_chooses_none_of_it() -> None:
+    assert compose("stdlib-grpo", ["optim=lion"]).optim.name == "lion"
+
+
+def test_a_config_dir_is_a_folder(tmp_path: Path) -> None:
+    for ask in (lambda where: compose("stdlib-pretrain", config_dir=where), list_recipes, list_groups):
+        with pytest.raises(ConfigError, match=r"--config-dir: no folder .*nowhere"):
+            ask(tmp_path / "nowhere")
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:

@@ -9,7 +9,7 @@ def test_counts_are_read(text: str, count: int) -> None:
     assert parse_count(text, "f") == count
 
 
-@pytest.mark.parametrize("text", ["", "M", "-3M", "6 apples", "0"])
+@pytest.mark.parametrize("text", ["", "M", "-3M", "6 apples", "0", "9" * 400])
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.n_params"):
         parse_count(text, "model.n_params")

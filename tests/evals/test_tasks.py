@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from tests.conftest import Finished
 
+from kajiya.config.tables import packaged_tasks
 from kajiya.errors import ConfigError, DataError, StoreError
 from kajiya.evals.answers import LocalModel
 from kajiya.evals.results import TaskResult, compare_results, compared_words
 from kajiya.evals.run_task import task_revision
 from kajiya.evals.stdlib_rows import cut_body, program
-from kajiya.evals.tasks import find_task, list_tasks, load_task, read_rows, read_task
+from kajiya.evals.tasks import find_task, load_task, read_rows, read_task
 from kajiya.flows.task_evaluation import Asked, evaluate_tasks
 from kajiya.run.code import code_revision
 
@@ -41,7 +42,7 @@ def test_packaged_tasks_on_a_run(own_finished: Finished) -> None:
     # The run lists them, and the same question is answered from the store.
     assert "task stdlib-call-cloze" in own_finished.trained.run.manifest()["artifacts"]
     assert _evaluate(own_finished, "stdlib-call-cloze", limit=6)[0].folder == cloze.folder
-    assert set(list_tasks()) == {"stdlib-body", "stdlib-call-cloze", "stdlib-next-line"}
+    assert set(packaged_tasks()) == {"stdlib-body", "stdlib-call-cloze", "stdlib-next-line"}
 
 
 def test_bodies_are_run_by_their_own_examples() -> None:

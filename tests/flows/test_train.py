@@ -17,7 +17,7 @@ from tests.conftest import Finished, small_overrides
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kajiya.config.schema import Config
-from kajiya.errors import KajiyaError, MissingExtraError, StoreError
+from kajiya.errors import ConfigError, KajiyaError, MissingExtraError, StoreError
 from kajiya.flows.train import train
 from kajiya.models.native.library import native_problem
 from kajiya.run.events import read_events
@@ -119,12 +119,22 @@ def test_a_corrupt_artifact_stops_the_work(finished: Finished, tmp_path: Path) -
 
 
 def test_a_failure_is_recorded(small_config: Callable[..., Config], finished: Finished) -> None:
-    config = small_config("model.options.no_such_thing=1")
-    with pytest.raises(KajiyaError, match="no_such_thing"):
+    config = small_config("model.options.hidden_act=nothing")
+    with pytest.raises(KajiyaError, match=r"model\.options\.hidden_act: 'nothing'"):
         train(config, finished.store)
     run = find_run(finished.store, "latest")
     assert run.manifest()["status"] == "failed"
-    assert "no_such_thing" in list(read_events(run.folder))[-1]["error"]
+    assert "hidden_act" in list(read_events(run.folder))[-1]["error"]
+
+
+@pytest.mark.parametrize("setting", ["model.name=lama", "model.options.no_such_thing=1"])
+def test_an_unknown_architecture_is_refused_before_any_work(
+    small_config: Callable[..., Config], tmp_path: Path, setting: str
+) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(ConfigError, match=setting.split("=")[0]):
+        train(small_config(setting), store)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_without_the_packages_of_the_report_it_is_said_before_the_training(

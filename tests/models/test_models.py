@@ -126,6 +126,9 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
     [
         ({"name": "lama"}, "did you mean 'llama'"),
         ({"options": {"attention_bais": True}}, "did you mean 'attention_bias'"),
+        ({"options": {"attention_bias": 3}}, r"model.options.attention_bias: 3 is nothing.*expected bool, got int"),
+        ({"options": {"hidden_act": "nothing"}}, "model.options.hidden_act: 'nothing' is nothing that llama"),
+        ({"options": {"vocab_size": 3}}, "model.options.vocab_size: is the tokenizer's to say"),
         ({"name": "gpt2", "n_kv_heads": 2, "n_heads": 4, "hidden_size": 32}, "has no such size"),
         ({"path": "/nowhere/at/all"}, "cannot be loaded"),
         ({"name": "fractions:Fraction"}, "not a torch.nn.Module"),

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kajiya.config.mistakes import Given, find_mistake
 from kajiya.config.schema import Config
-from kajiya.config.tables import nearest
+from kajiya.config.tables import nearest, not_one_of
 from kajiya.config.validate import validate
 from kajiya.errors import ConfigError
 
@@ -35,24 +37,29 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
 
     path = find_recipe(recipe, config_dir)
     body = _load_yaml(path)
-    keys = _known_keys()
-    for key in _flatten(body):
-        _check_key(key, keys, f"in {path}")
+    groups = _group_files(config_dir)
+    chosen = _chosen_groups(body, groups, path)
+    own = {key: value for key, value in body.items() if key != "defaults"}
+    given = [Given(key, value, str(path)) for key, value in _settings(own)]
+    given += [each for group, names in chosen.items() for each in _group_settings(group, names, groups)]
+    checked = _checked_overrides(overrides, groups, chosen, given)
+    for each in given:
+        _check_key(each)
     body.setdefault("name", path.stem)
-    checked = _checked_overrides(overrides, keys, config_dir)
 
     store = ConfigStore.instance()
     store.store(name="kajiya_schema", node=_writable_schema())
     store.store(name="kajiya_recipe", node=body)
     store.store(name="kajiya_root", node={"defaults": ["kajiya_schema", "kajiya_recipe", "_self_"]})
     GlobalHydra.instance().clear()
-    search = [] if config_dir is None else [f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()}]"]
+    *packaged, first = _roots(config_dir)
+    search = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in packaged]
     try:
-        with initialize_config_dir(str(_CONF), version_base="1.3"):
+        with initialize_config_dir(str(first.resolve()), version_base="1.3"):
             composed = hydra_compose("kajiya_root", overrides=[*checked, *search])
             built = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _translated(error, path) from error
+        raise find_mistake(given, _writable_schema()) or _translated(error, path) from error
     if not isinstance(built, Config):
         raise AssertionError("the schema did not take")
     config: Config = _tuples(built)
@@ -65,10 +72,14 @@ def from_plain(plain: dict[str, Any]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    place = "the recorded config"
+    given = [Given(key, value, place) for key, value in _settings(plain)]
+    for each in given:
+        _check_key(each)
     try:
         built = OmegaConf.to_object(OmegaConf.merge(_writable_schema(), plain))
     except OmegaConfBaseException as error:
-        raise _translated(error, Path("the recorded config")) from error
+        raise find_mistake(given, _writable_schema()) or _translated(error, Path(place)) from error
     config: Config = _tuples(built)
     validate(config)
     return config
@@ -83,30 +94,41 @@ def find_recipe(recipe: str, config_dir: str | Path | None = None) -> Path:
         return path
     known = list_recipes(config_dir)
     if recipe not in known:
-        hint = nearest(recipe, known)
-        raise ConfigError(
-            "recipe",
-            f"{recipe!r} is not one of {', '.join(sorted(known))}" + (f"; {hint}" if hint else ""),
-            "A recipe of your own is given as the path of its YAML file.",
-        )
+        remedy = "A recipe of your own is given as the path of its YAML file."
+        raise ConfigError("recipe", not_one_of(recipe, known), remedy)
     return known[recipe]
 
 
 def list_recipes(config_dir: str | Path | None = None) -> dict[str, Path]:
     """Recipes by name, the user's own in `config_dir` before the packaged ones."""
-    folders = [_CONF / "recipes"] + ([] if config_dir is None else [Path(config_dir) / "recipes"])
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for root in _roots(config_dir) for path in sorted((root / "recipes").glob("*.yaml"))}
 
 
 def list_groups(config_dir: str | Path | None = None) -> dict[str, list[str]]:
     """Names of the YAML files in each config group (`optim: [adamw, muon]`)."""
-    groups: dict[str, list[str]] = {}
-    for root in [_CONF] + ([] if config_dir is None else [Path(config_dir)]):
+    return {group: list(files) for group, files in _group_files(config_dir).items()}
+
+
+def _group_files(config_dir: str | Path | None) -> dict[str, dict[str, Path]]:
+    """The YAML files of each config group by their names, the user's own before the packaged ones."""
+    groups: dict[str, dict[str, Path]] = {}
+    for root in _roots(config_dir):
         for path in sorted(root.rglob("*.yaml")):
             group = path.parent.relative_to(root).as_posix()
-            if group not in (".", "recipes"):
-                groups.setdefault(group, []).append(path.stem)
+            if group not in (".", "recipes", "tasks"):
+                groups.setdefault(group, {})[path.stem] = path
     return groups
+
+
+def _roots(config_dir: str | Path | None) -> list[Path]:
+    """The folders of recipes and groups, the one that is looked into first at the end."""
+    if config_dir is None:
+        return [_CONF]
+    if not Path(config_dir).is_dir():
+        raise ConfigError(
+            "--config-dir", f"no folder {str(config_dir)!r}", "It holds `recipes/` or groups as `optim/`."
+        )
+    return [_CONF, Path(config_dir)]
 
 
 def option_paths(section: Any = Config, prefix: str = "") -> Iterator[str]:
@@ -119,54 +141,110 @@ def option_paths(section: Any = Config, prefix: str = "") -> Iterator[str]:
             yield path
 
 
-def _known_keys() -> set[str]:
-    leaves = set(option_paths())
-    inner = {leaf[:i] for leaf in leaves for i, letter in enumerate(leaf) if letter == "."}
-    return leaves | inner
+@cache
+def _option_keys() -> frozenset[str]:
+    return frozenset(option_paths())
 
 
-def _check_key(key: str, known: set[str], where: str) -> None:
+@cache
+def _known_keys() -> frozenset[str]:
+    leaves = _option_keys()
+    return leaves | {leaf[:i] for leaf in leaves for i, letter in enumerate(leaf) if letter == "."}
+
+
+def _check_key(each: Given) -> None:
+    key, known = each.key, _known_keys()
     if key in known or _is_free(key):
         return
     hint = nearest(key, known) or nearest(key.split(".")[-1], {name.split(".")[-1] for name in known})
     full = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     if full and not hint.startswith(f"did you mean {full[0]!r}"):
         hint = f"did you mean {sorted(full)[0]!r}?"
-    raise ConfigError(key, f"unknown key {where}" + (f"; {hint}" if hint else ""), "`kajiya config schema` lists all.")
+    raise ConfigError(
+        key, f"unknown key {each.where}" + (f"; {hint}" if hint else ""), "`kajiya config schema` lists all."
+    )
 
 
 def _is_free(key: str) -> bool:
     """Whether the key lies in a free-form mapping (`options`, `data.columns`), whose content is checked where it is used."""
-    return ".options." in key or key.startswith(tuple(f"{name}." for name in _MAPPINGS))
+    section, found, _ = key.partition(".options.")
+    if found and f"{section}.options" in _option_keys():
+        return True
+    return key.startswith(tuple(f"{name}." for name in _MAPPINGS))
 
 
-def _checked_overrides(overrides: Sequence[str], keys: set[str], config_dir: str | Path | None) -> list[str]:
+def _chosen_groups(body: dict[str, Any], groups: dict[str, dict[str, Path]], path: Path) -> dict[str, list[Any]]:
+    """Names by group that the recipe's `defaults` choose. Raises `ConfigError` for one that is not there."""
+    defaults = body.get("defaults", [])
+    if not isinstance(defaults, list):
+        raise ConfigError(
+            "defaults", f"{defaults!r} in {path} is not a list", "For example `defaults: [{optim: muon}]`."
+        )
+    chosen: dict[str, list[Any]] = {}
+    for entry in defaults:
+        pairs = entry if isinstance(entry, dict) else dict([str(entry).rpartition("/")[::2]])
+        for group, names in pairs.items():
+            if entry == "_self_" or any(mark in group for mark in "@ "):
+                continue  # The rest of Hydra's grammar is checked by Hydra.
+            if group not in groups:
+                raise ConfigError("defaults", f"{not_one_of(group or entry, groups)} (in {path})")
+            chosen[group] = names if isinstance(names, list) else [] if names is None else [names]
+            _check_names(group, chosen[group], groups[group], f" (defaults in {path})")
+    return chosen
+
+
+def _check_names(group: str, names: list[Any], known: dict[str, Path], where: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(group, f"{not_one_of(name, known)}{where}")
+
+
+def _group_settings(group: str, names: list[Any], groups: dict[str, dict[str, Path]]) -> Iterator[Given]:
+    """What the chosen files of a group set."""
+    for path in (groups[group][name] for name in names):
+        package = re.search(r"^#\s*@package\s+(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        prefix = group.replace("/", ".") if package is None else package[1].replace("_global_", "")
+        body = _load_yaml(path)
+        body.pop("defaults", None)
+        for key, value in _settings(body, prefix):
+            yield Given(key, value, str(path))
+
+
+def _checked_overrides(
+    overrides: Sequence[str],
+    groups: dict[str, dict[str, Path]],
+    chosen: dict[str, list[Any]],
+    given: list[Given],
+) -> list[str]:
+    """The overrides as Hydra takes them; what they set is added to `given`."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    groups = list_groups(config_dir)
     checked = []
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             raise ConfigError(text, "is not an override", "An override is written key=value.") from error
-        key = override.key_or_group
+        key, bare = override.key_or_group, text.lstrip("+")
         if override.is_sweep_override():
             raise ConfigError(key, "a sweep over several values is not a single config")
-        if key in groups and isinstance(override.value(), str):
-            value = override.value()
-            if value not in groups[key]:
-                hint = nearest(str(value), groups[key])
-                raise ConfigError(
-                    key, f"{value!r} is not one of {', '.join(groups[key])}" + (f"; {hint}" if hint else "")
-                )
+        if override.is_delete():
+            if not _is_free(key) and key not in groups:
+                raise ConfigError(key, "cannot be taken away; ~ is for options and groups", "Set it to another value.")
             checked.append(text)
             continue
-        _check_key(key, keys, "in the overrides")
-        bare = text.lstrip("+")
+        value = override.value()
+        if key in groups and override.package is None and not isinstance(value, dict):
+            names = value if isinstance(value, list) else [value]
+            _check_names(key, names, groups[key], "")
+            given += _group_settings(key, names, groups)
+            # A group that the recipe has not chosen comes behind its own settings.
+            checked.append(bare if key in chosen else f"+{bare}")
+            continue
+        given += [Given(*each) for each in _settings(value, key)]
         # The mapping as a whole too: its keys are new to the schema.
-        checked.append(f"++{bare}" if _is_free(f"{key}.") and not text.startswith("~") else bare)
+        checked.append(f"++{bare}" if _is_free(f"{key}.") else bare)
     return checked
 
 
@@ -179,20 +257,17 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(str(path), "a recipe is a mapping of sections, for example `train: {minutes: 3}`")
+        raise ConfigError(str(path), "is no mapping of settings, for example `train: {minutes: 3}`")
     return {str(key): value for key, value in loaded.items()}
 
 
-def _flatten(body: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in body.items():
-        if prefix == "" and key == "defaults":
-            continue
-        path = f"{prefix}{key}"
-        if isinstance(value, dict) and not _is_free(f"{path}."):
-            yield path
-            yield from _flatten(value, f"{path}.")
-        else:
-            yield path
+def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every setting in a section; a free-form mapping is one."""
+    if isinstance(value, dict) and (value or not key) and key not in _option_keys() and not _is_free(key):
+        for name, inner in value.items():
+            yield from _settings(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def _writable_schema() -> "DictConfig":
@@ -232,7 +307,7 @@ def _translated(error: Exception, path: Path) -> ConfigError:
     cause: BaseException | None = error
     while cause is not None:
         causes.append(cause)
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     for cause in causes:
         field = str(getattr(cause, "full_key", None) or "")
         if field:

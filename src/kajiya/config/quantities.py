@@ -1,5 +1,6 @@
 """Counts as people write them: 6M, 1.3B, 512k."""
 
+import math
 import re
 
 from kajiya.errors import ConfigError
@@ -10,10 +11,10 @@ _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 def parse_count(text: str, field: str) -> int:
     """`"6M"` → 6000000. Raises `ConfigError` naming `field` for anything else than a positive number and k, M, B or T."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*", text)
-    count = round(float(found[1]) * _FACTORS[found[2].lower()]) if found else 0
-    if count < 1:
+    count = float(found[1]) * _FACTORS[found[2].lower()] if found else 0.0
+    if not 0.5 < count < math.inf:
         raise ConfigError(field, f"{text!r} is not a count", "Write it as 6000000, 6M or 1.3B.")
-    return count
+    return round(count)
 
 
 def format_count(count: float) -> str:

@@ -476,7 +476,7 @@ class Config:
 
     name: str = "unnamed"
     """Name of the recipe, used for the run and the model."""
-    seed: int = setting(0, ge=0)
+    seed: int = setting(0, ge=0, le=2**63 - 1)
     """Seed of every random generator."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text."""

@@ -1,6 +1,7 @@
 """A documented, range-checked field of a config section."""
 
-from dataclasses import MISSING, field, fields, is_dataclass
+import math
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any
 
 from kajiya.errors import ConfigError
@@ -28,8 +29,13 @@ def setting(
     return field(default=default, default_factory=factory, metadata={"bounds": bounds, "choices": choices})
 
 
+def bounds_words(item: Field[Any]) -> str:
+    """The bounds of a field: `"at least 1, at most 8"`; empty where it has none."""
+    return ", ".join(f"{_BOUNDS[name][0]} {bound}" for name, bound in item.metadata.get("bounds", {}).items())
+
+
 def check_bounds(section: Any, path: str = "") -> None:
-    """Raise `ConfigError` for the first field of `section`, or of a section within it, past its bounds or choices."""
+    """Raise `ConfigError` for the first field of `section`, or of one within it, past its bounds or choices, or not finite."""
     for item in fields(section):
         value = getattr(section, item.name)
         where = f"{path}.{item.name}" if path else item.name
@@ -41,6 +47,9 @@ def check_bounds(section: Any, path: str = "") -> None:
         choices = item.metadata.get("choices")
         if choices and value not in choices:
             raise ConfigError(where, f"{value!r} is not one of {', '.join(choices)}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, float) and not math.isfinite(part):
+                raise ConfigError(where, f"{part!r} is not a finite number")
         for name, bound in item.metadata.get("bounds", {}).items():
             words, holds = _BOUNDS[name]
             if not holds(value, bound):

@@ -9,6 +9,8 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from kajiya.config import options as o
@@ -170,6 +172,28 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {matches[0]!r}?" if matches else ""
 
 
+def not_one_of(value: object, known: typing.Iterable[str]) -> str:
+    """`'muno' is not one of adamw, muon; did you mean 'muon'?`"""
+    names = sorted(known)
+    hint = nearest(value, names) if isinstance(value, str) else ""
+    said = "null" if value is None else repr(value)
+    return f"{said} is not one of {', '.join(names)}" + (f"; {hint}" if hint else "")
+
+
+def packaged_tasks() -> dict[str, Path]:
+    """YAML files of the packaged tasks by name."""
+    folder = Path(str(resources.files("kajiya").joinpath("conf", "tasks")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def check_task(name: str, field: str) -> None:
+    """Raise `ConfigError` naming `field` unless `name` is a packaged task, lm-eval's, or the path of a YAML file."""
+    known = packaged_tasks()
+    if name not in known and not name.startswith("lm-eval:") and not name.endswith((".yaml", ".yml")):
+        remedy = "A task of your own is the path of its YAML; one of lm-eval is lm-eval:NAME."
+        raise ConfigError(field, not_one_of(name, known), remedy)
+
+
 def resolve(table: str, name: str, given: Mapping[str, Any], field: str) -> tuple[Callable[..., Any], Any]:
     """The function that `name` stands for in `table`, and its options.
 
@@ -188,10 +212,9 @@ def check_choice(table: str, name: str, given: Mapping[str, Any], field: str) ->
         return _check_signature(import_target(name, field), given, f"{field}.options")
     rows = TABLES[table]
     if name not in rows:
-        hint = nearest(name, rows)
         raise ConfigError(
             f"{field}.name",
-            f"{name!r} is not one of {', '.join(sorted(rows))}" + (f"; {hint}" if hint else ""),
+            not_one_of(name, rows),
             "A function of your own is named `package.module:function`.",
         )
     return check_options(rows[name].options, given, f"{field}.options")

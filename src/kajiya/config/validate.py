@@ -1,10 +1,12 @@
 """What a config must satisfy beyond its types: bounds, choices, options of each chosen row, combinations."""
 
+import re
+
 from kajiya.config.quantities import parse_count
 from kajiya.config.rewards import check_rewards
 from kajiya.config.schema import Config, ModelConfig
 from kajiya.config.setting import check_bounds
-from kajiya.config.tables import TABLES, check_choice, loss_row, nearest
+from kajiya.config.tables import TABLES, check_choice, check_task, loss_row, nearest
 from kajiya.errors import ConfigError
 
 _BEGUN_KINDS = {"bigram": ("llama", "mistral", "qwen2", "qwen3"), "induction": ("llama", "mistral", "qwen2")}
@@ -34,12 +36,21 @@ _FORMATS = {
     "prompts": ("instruction",),
 }
 """Formats of rows by what a loss takes."""
+_DEVICE = r"auto|cpu|cuda(:\d+)?|mps"
 _LENGTHS = ("steps", "epochs", "minutes")
 
 
 def validate(config: Config) -> None:
     """Raise `ConfigError` for the first thing that cannot be right."""
     check_bounds(config)
+    if not re.fullmatch(r"[\w-][\w.-]*", config.name):
+        remedy = "It is the name of a folder: letters, digits, _, - and ., the first no dot."
+        raise ConfigError("name", f"{config.name!r} cannot name a run", remedy)
+    for field, device in (("train.device", config.train.device), ("serve.device", config.serve.device)):
+        if not re.fullmatch(_DEVICE, device):
+            raise ConfigError(field, f"{device!r} is not one of auto, cpu, cuda, cuda:0, mps")
+    for task in config.train.tasks:
+        check_task(task, "train.tasks")
     check_choice("source", config.data.source.name, config.data.source.options, "data.source")
     _check_rows(config)
     check_choice("adapter", config.adapter.name, config.adapter.options, "adapter")

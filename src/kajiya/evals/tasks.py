@@ -5,18 +5,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.digest import digest
-from kajiya.config.tables import check_choice, import_target, nearest
+from kajiya.config.tables import check_choice, check_task, import_target, nearest, packaged_tasks
 from kajiya.data.documents import Documents
 from kajiya.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
 KINDS = ("generate", "choose", "embed")
-_PACKAGED = Path(str(resources.files("kajiya").joinpath("conf", "tasks")))
 
 
 @dataclass(frozen=True)
@@ -115,20 +113,8 @@ def find_task(name: str, field: str = "--tasks") -> Task:
     """A packaged task by its name, or one's own by the path of its YAML. Raises `ConfigError` that names `field`."""
     if name.endswith((".yaml", ".yml")):
         return load_task(Path(name), field)
-    known = list_tasks()
-    if name not in known:
-        hint = nearest(name, known)
-        raise ConfigError(
-            field,
-            f"{name!r} is not one of {', '.join(known)}" + (f"; {hint}" if hint else ""),
-            "A task of your own is the path of its YAML; one of lm-eval is lm-eval:NAME.",
-        )
-    return load_task(known[name])
-
-
-def list_tasks() -> dict[str, Path]:
-    """Packaged tasks by name."""
-    return {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
+    check_task(name, field)
+    return load_task(packaged_tasks()[name])
 
 
 def load_task(path: Path, field: str = "--tasks") -> Task:

@@ -18,6 +18,7 @@ from kajiya.flows.own_module import own_names
 from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
 from kajiya.flows.stopping import stop_on_signals
+from kajiya.models.build import check_architecture
 from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, find_run, open_run, run_name
 from kajiya.run.inspect import moved_words
@@ -182,7 +183,7 @@ def _can_report(hear: OnEvent) -> bool:
 
 
 def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
-    """Corpus, tokenizer and shards of the config, made or found."""
+    """Corpus, tokenizer and shards of the config, made or found. Raises `ConfigError` first for an unknown architecture."""
     from kajiya.data.corpus import build_corpus
     from kajiya.data.effects import require_effect
     from kajiya.data.ledger import data_ledger, ledger_words, require_kept
@@ -190,6 +191,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     from kajiya.data.shards import build_shards
     from kajiya.data.tokenizer import build_tokenizer
 
+    check_architecture(config.model)
     tell = stages.on_event
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)

@@ -1,6 +1,8 @@
 """A model from its config: built from scratch, loaded from a folder or the hub, or the user's own module."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ _SIZE_FIELDS = {
     "ffn_size": "intermediate_size",
 }
 """This project's names and those of Transformers' configs, which are mapped further by each config's `attribute_map`."""
+_OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _OTHER_NAMES = {
     "num_hidden_layers": ("encoder_layers", "decoder_layers", "num_decoder_layers"),
     "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
@@ -62,7 +65,8 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Ta
                 module.config.pad_token_id = vocabulary.pad_id
             grown = grow_embedding(module, vocabulary, config.path)
             return BuiltModel(module, grown | {"model.n_params": count_params(module)})
-        return _from_scratch(config, vocabulary, task)
+        with _naming_options(config):
+            return _from_scratch(config, vocabulary, task)
 
 
 def _from_weights(config: ModelConfig, task: Task) -> Any:
@@ -100,9 +104,12 @@ def _refuse_hidden_parameters(name: str, module: nn.Module) -> None:
                 )
 
 
-def _from_scratch(config: ModelConfig, vocabulary: Vocabulary, task: Task) -> BuiltModel:
+def check_architecture(config: ModelConfig) -> None:
+    """Raise `ConfigError` for a model from scratch of an unknown architecture, or with options or sizes that it has not."""
     from transformers import CONFIG_MAPPING
 
+    if config.path is not None or ":" in config.name:
+        return
     if config.name not in CONFIG_MAPPING:
         hint = nearest(config.name, CONFIG_MAPPING.keys())
         raise ConfigError(
@@ -111,6 +118,27 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary, task: Task) -> Bu
             "A module of your own is named `package.module:function`.",
         )
     _check_fields(config, CONFIG_MAPPING[config.name]())
+
+
+@contextmanager
+def _naming_options(config: ModelConfig) -> Iterator[None]:
+    """What Transformers raises over the value of an option, as a `ConfigError` that names it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if not config.options:
+            raise
+        said = str(error).splitlines()[-1].strip()
+        named = [(key, value) for key, value in config.options.items() if key in said or repr(value) in said]
+        key, value = named[0] if len(named) == 1 else ("", config.options)
+        field = f"model.options.{key}".removesuffix(".")
+        raise ConfigError(field, f"{value!r} is nothing that {config.name} can be built with: {said}") from error
+
+
+def _from_scratch(config: ModelConfig, vocabulary: Vocabulary, task: Task) -> BuiltModel:
+    check_architecture(config)
     shape = derive_shape(config, vocabulary.size)
     architecture = _architecture(config, shape, vocabulary, task)
     require_architecture(task, architecture, "model.name")
@@ -132,6 +160,8 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary, task: Task) -> Bu
 def _check_fields(config: ModelConfig, architecture: Any) -> None:
     known = _known_fields(architecture)
     for key in config.options:
+        if key in _OF_THE_TOKENIZER:
+            raise ConfigError(f"model.options.{key}", "is the tokenizer's to say")
         if key not in known:
             hint = nearest(key, known)
             raise ConfigError(
