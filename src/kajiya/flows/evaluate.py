@@ -30,6 +30,7 @@ def evaluate(
     """
     keep_large_blocks()
     quiet_torchao()
+    store = store.heard_by(on_event)
     found = find_model(target, store)
     stages = Stages(on_event)
     if found.run is not None and not writes_text(found):

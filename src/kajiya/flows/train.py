@@ -111,6 +111,7 @@ def train(
                 on_event("warning", text=text)
 
     stages.on_event = hear_and_watch
+    store = store.heard_by(hear_and_watch)
     used = run.manifest().get("usage")
     status = "failed"
     error: str | None = None
@@ -190,6 +191,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     from kajiya.data.tokenizer import build_tokenizer
 
     tell = stages.on_event
+    store = store.heard_by(tell)
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
     tokenizer = stages.produce(
