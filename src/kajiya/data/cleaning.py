@@ -69,7 +69,10 @@ def clean(config: DataConfig, train: Documents, heldout: Documents, is_text: boo
 def _rules(config: DataConfig, train: Documents, heldout: Documents, is_text: bool) -> Iterator[Sequence[Rule]]:
     rules: list[Rule] = [_Exact(train, heldout, removes_doubles=config.duplicates != "off")]
     if config.near_duplicate is not None:
-        rules.append(_Lines(config.near_duplicate, train, heldout, is_text))
+        # A structured row, or a passage of a file, has few lines: one that many share must not make them alike.
+        is_long = is_text and not (config.source.name == "text" and config.source.options.get("split_on"))
+        few_lines = 0 if is_long else FEW_LINES
+        rules.append(_Lines(config.near_duplicate, train, heldout, is_text, few_lines))
     if config.contamination_words is not None:
         rules.append(_Sequences(config.contamination_words, config.contamination_share, train, heldout, is_text))
     if config.duplicates != "minhash":
@@ -118,12 +121,13 @@ class _Exact:
 class _Lines:
     """Rows that share their lines with a held-out one."""
 
-    def __init__(self, at_least: float, train: Documents, heldout: Documents, is_text: bool) -> None:
+    def __init__(
+        self, at_least: float, train: Documents, heldout: Documents, is_text: bool, few_lines_of_text: int
+    ) -> None:
         self._at_least = at_least
         self._train, self._heldout = train, heldout
         self._is_text = is_text
-        # A structured row has few lines: one instruction that many share must not make them alike.
-        self._index = LineIndex(_texts(heldout, is_text), few_lines_of_text=0 if is_text else FEW_LINES)
+        self._index = LineIndex(_texts(heldout, is_text), few_lines_of_text)
 
     def find(self, index: int, raw: bytes) -> Left | None:
         match = self._index.nearest(plain_text(raw, self._is_text), self._at_least)

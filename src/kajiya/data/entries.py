@@ -18,6 +18,8 @@ class Document:
     """Length of the text in UTF-8, bytes; for a UTF-8 file, its size."""
     group: str | None = None
     """Documents of one group are on the same side of the split, which is then a hash of the group's name."""
+    separator_bytes: int = 0
+    """Bytes of the file beside it that are of no document."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Unreadable:
     """What is wrong, to be read after the name."""
     n_bytes: int = 0
     """Size of what could not be read, bytes; 0 where it is not known."""
+    separator_bytes: int = 0
+    """As a `Document`'s."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,16 @@ Found = Document | Row | Unreadable
 """What a source yields."""
 
 
-def decode_entry(name: str, raw: bytes, encoding: str) -> Document | Unreadable:
-    """The document of these bytes, decoded without any change; or which byte on which line is no text."""
+def decode_entry(name: str, raw: bytes, encoding: str, first_line: int = 1) -> Document | Unreadable:
+    """The document of these bytes, decoded without any change; or which byte on which line is no text.
+
+    `first_line` is the line of its file that they begin on.
+    """
     try:
         decoded = raw.decode(encoding)
         n_bytes = len(decoded.encode())
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = raw.count(b"\n", 0, error.start) + first_line
         return Unreadable(name, f"is not {encoding}: byte 0x{raw[error.start]:02x} on line {line}", len(raw))
     except UnicodeEncodeError:
         return Unreadable(name, f"holds lone surrogates when read as {encoding}", len(raw))
