@@ -1,5 +1,6 @@
 """Composition: every recipe composes, and every mistake is one line that names field, value and remedy."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -52,6 +53,60 @@ def test_mappings_are_given_whole_or_key_by_key() -> None:
         compose("stdlib-pretrain", ["serve.model={a: b}"])
 
 
+def test_the_words_at_the_head_of_a_recipe_work() -> None:
+    """Settings that a recipe's comment names, such as those for your own data, compose on top of it."""
+    own = {}
+    for name, path in list_recipes().items():
+        head = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))
+        assert head is not None
+        filled = re.sub(r"<[^>]*>", "a-place", head[0].replace("\n#", ""))
+        words = [word.rstrip(".;,:") for word in filled.split()]
+        settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=.", word)]
+        config = compose(name, settings)
+        if settings:
+            own[name] = config.data.source.name, config.data.source.options
+    chats, pairs = ("jsonl", {"files": "chats.jsonl"}), ("jsonl", {"files": "pairs.jsonl"})
+    assert {name: own[name] for name in ("llama-3.1-8b-lora", "qwen3-qlora", "gemma-dpo")} == {
+        "llama-3.1-8b-lora": chats,
+        "qwen3-qlora": chats,
+        "gemma-dpo": pairs,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "expected"),
+    [
+        (["schedule=constant"], "schedule", ("constant", {})),
+        (["schedule.name=constant"], "schedule", ("constant", {})),
+        (["schedule=wsd"], "schedule", ("wsd", {"decay_fraction": 0.8})),
+        (["schedule.name=wsd"], "schedule", ("wsd", {"decay_fraction": 0.8})),
+        (["schedule=inverse_sqrt"], "schedule", ("inverse_sqrt", {"timescale": 0.02})),
+        (["schedule=inverse_sqrt", "schedule.name=cosine"], "schedule", ("cosine", {})),
+        (["schedule.options.timescale=0.1", "schedule.name=inverse_sqrt"], "schedule", ("inverse_sqrt", {"timescale": 0.1})),
+        (["schedule.name='constant'", "~schedule.options.decay_fraction"], "schedule", ("constant", {})),
+        (["schedule=inverse_sqrt", "~schedule.options.timescale"], "schedule", ("inverse_sqrt", {})),
+        (["optim=muon", "schedule=constant"], "optim", ("muon", {"adamw_lr": 0.01, "embedding_lr": 0.01, "head_lr": 0.004})),
+        (["optim=muon", "optim.name=sgd", "optim.options.momentum=0.5"], "optim", ("sgd", {"momentum": 0.5})),
+        (["train.loss.name=distill", "train.loss.options.teacher=t"], "train.loss", ("distill", {"teacher": "t"})),
+    ],
+)  # fmt: skip
+def test_another_choice_begins_without_the_options_of_the_recipes(
+    overrides: list[str], section: str, expected: tuple[str, dict[str, object]]
+) -> None:
+    found = compose("stdlib-pretrain-long", overrides)
+    for part in section.split("."):
+        found = getattr(found, part)
+    assert (found.name, found.options) == expected
+
+
+def test_options_beside_another_name_in_one_recipe_are_told(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults:\n  - data: stdlib\n  - schedule: wsd\nschedule:\n  name: constant\n")
+    with pytest.raises(ConfigError, match=r"~schedule\.options\.decay_fraction takes it away"):
+        compose(str(recipe))
+    assert compose(str(recipe), ["~schedule.options.decay_fraction"]).schedule.options == {}
+
+
 def test_the_config_is_frozen() -> None:
     config = compose("stdlib-pretrain")
     with pytest.raises(AttributeError):
@@ -62,7 +117,6 @@ def test_the_config_is_frozen() -> None:
     ("override", "expected"),
     [
         ("optim.lx=3", "did you mean 'optim.lr'?"),
-        ("schedule=constant", "~schedule.options.decay_fraction takes it away"),
         ("optm.lr=3", "did you mean 'optim.lr'?"),
         ("lr=3", "did you mean 'optim.lr'?"),
         ("optim.lr=fast", "optim.lr: 'fast' is not a number, more than 0"),

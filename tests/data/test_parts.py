@@ -5,7 +5,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +149,44 @@ def test_a_full_disk_is_said_and_loses_no_finished_part(small, tmp_path: Path, m
     shards, _ = build_shards(small.config, small.corpus, small.tokenizer, store)
     assert shards.digest == small.shards.digest
     assert calls.count(calls[0]) == 1
+
+
+def test_two_that_tokenize_the_same_into_one_store_take_turns(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, told, said = threading.Event(), threading.Event(), []
+    original = parts._encoded
+
+    def slow(*arguments):
+        if not begun.is_set():
+            begun.set()
+            told.wait(20)
+        yield from original(*arguments)
+
+    def hear(kind: str, text: str) -> None:
+        said.append(text)
+        told.set()
+
+    monkeypatch.setattr(parts, "_encoded", slow)
+    arguments = small.config, small.corpus, small.tokenizer, Store(tmp_path).heard_by(hear)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(build_shards, *arguments)
+        begun.wait()
+        second = pool.submit(build_shards, *arguments)
+        (made, is_old), (found, is_reused) = first.result(), second.result()
+    assert (is_old, is_reused, len(said)) == (False, True, 1)
+    assert made.digest == found.digest == small.shards.digest
+
+
+def test_the_lengths_of_a_part_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(handle, array) -> None:
+        handle.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        parts._save_synced(tmp_path / "train-000000000.lengths.npy", np.zeros(3))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_of_weights_does_not_depend_on_how_the_rows_are_cut_for_the_work() -> None:

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the page's files, and some text in every form that the page reads."""
     root = tmp_path_factory.mktemp("own")
     shown = [block for block in pages.blocks(PAGE) if block.title]
-    assert len(shown) >= 11
+    assert len(shown) >= 12
     for block in shown:
         path = root / block.title
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "my-texts" / "deeper").mkdir(parents=True)
     for number, (name, text) in enumerate(texts.items()):
         (root / "my-texts" / ("deeper" if number % 2 else "") / f"{name}.txt").write_text(text, encoding="utf-8")
+    (root / "my-corpus.txt").write_text("<|endoftext|>".join(texts.values()), encoding="utf-8")
     _write_rows(root, list(texts.values()))
     return root
 
@@ -79,6 +80,15 @@ def test_each_kind_of_file_gives_the_same_documents(kind: str, folder: Path, tmp
     entered = corpus.facts["ledger"]["entered"]
     files = list((folder / "my-texts").rglob("*.txt"))
     assert entered == {"documents": len(files), "bytes": sum(path.stat().st_size for path in files)}
+
+
+def test_one_large_file_gives_the_same_documents(tmp_path: Path) -> None:
+    quiet = ["data.heldout_every=4", "data.near_duplicate=null"]
+    whole, _ = build_corpus(compose("text.yaml", quiet).data, Store(tmp_path))
+    cut, _ = build_corpus(compose("one-file.yaml", quiet).data, Store(tmp_path))
+    entered = [corpus.facts["ledger"]["entered"] for corpus in (whole, cut)]
+    n = entered[0]["documents"]
+    assert entered[1] == {"documents": n, "bytes": entered[0]["bytes"] + (n - 1) * len("<|endoftext|>")}
 
 
 def test_the_recipe_and_the_group_of_a_config_dir_are_found(folder: Path) -> None:

@@ -1,9 +1,16 @@
 """The store: a key for all that made an artifact, folders that are whole or absent, corruption that is seen."""
 
+import errno
+import fcntl
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +135,124 @@ def test_the_store_is_where_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("KAJIYA_STORE", str(tmp_path / "by-variable"))
     assert default_store().root == tmp_path / "by-variable"
     assert default_store("given").root == tmp_path / "given"
+
+
+# ---------------------------------------------------------------- two processes at once
+
+
+def holder(tmp_path: Path, ending: str) -> subprocess.Popen[bytes]:
+    """A process that has begun to make the artifact of `make`, and goes on when the file `go` is there."""
+    code = f"""
+import time
+from pathlib import Path
+from kajiya.run.store import Store, produce
+place = Path({str(tmp_path)!r})
+def make(folder):
+    (place / "begun").touch()
+    until = time.monotonic() + 60
+    while not (place / "go").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    (folder / "data.bin").write_bytes(b"of the first")
+    {ending}
+produce(Store(place / "store"), "shards", code="c1", config={{}}, parents={{}}, make=make)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def second(tmp_path: Path, on_wait: Callable[[], object]) -> tuple[bytes, bool, list[str]]:
+    """The same artifact wanted meanwhile: its content, whether it was reused, and what was said."""
+    said = []
+
+    def hear(kind: str, text: str) -> None:
+        said.append(f"{kind}: {text}")
+        on_wait()
+
+    store = Store(tmp_path / "store").heard_by(hear)
+    artifact, reused = produce(store, "shards", code="c1", config={}, parents={}, make=write)
+    assert not list(store.root.rglob(".*"))
+    return (artifact.path / "data.bin").read_bytes(), reused, said
+
+
+def test_who_wants_what_another_process_makes_waits_and_reuses_it(tmp_path: Path) -> None:
+    first = holder(tmp_path, "return {}")
+    content, reused, said = second(tmp_path, (tmp_path / "go").touch)
+    assert (content, reused) == (b"of the first", True)
+    assert said == [
+        f"note: shards: waiting for process {first.pid} on {platform.node()}, which makes the same right now"
+    ]
+    assert first.wait() == 0
+
+
+def test_a_killed_maker_lets_the_one_that_waits_make_it(tmp_path: Path) -> None:
+    first = holder(tmp_path, "return {}")
+
+    def kill() -> None:
+        first.kill()
+        first.wait()
+        for left in (tmp_path / "store").rglob(f".*.{first.pid}"):  # what `kajiya store gc` deletes
+            shutil.rmtree(left)
+
+    content, reused, said = second(tmp_path, kill)
+    assert (content, reused, len(said)) == (b"0123456789", False, 1)
+
+
+def test_a_failed_maker_lets_the_one_that_waits_make_it(tmp_path: Path) -> None:
+    first = holder(tmp_path, "raise RuntimeError")
+    content, reused, said = second(tmp_path, (tmp_path / "go").touch)
+    assert (content, reused, len(said)) == (b"0123456789", False, 1)
+    assert first.wait() == 1
+
+
+def test_many_at_once_make_it_once(tmp_path: Path) -> None:
+    store, calls = Store(tmp_path).heard_by(lambda kind, text: None), []
+
+    def count(folder: Path) -> dict[str, Any]:
+        calls.append(folder)
+        return write(folder)
+
+    def one(number: int) -> bool:
+        return produce(store, "shards", code="c", config={}, parents={}, make=count)[1]
+
+    with ThreadPoolExecutor(8) as pool:
+        reused = list(pool.map(one, range(8)))
+    assert (len(calls), sorted(reused)) == (1, [False, *[True] * 7])
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_what_makes_an_artifact_may_make_others(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def outer(folder: Path) -> dict[str, Any]:
+        return {"inner": make(store, "corpus").digest}
+
+    artifact, reused = produce(store, "shards", code="c1", config={}, parents={}, make=outer)
+    assert not reused
+    assert artifact.facts["inner"] == make(store, "corpus").digest
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    artifact = make(Store(tmp_path))
+    assert (artifact.path / "data.bin").read_bytes() == b"0123456789"
+    said = capsys.readouterr().err
+    assert said.startswith("shards: the file system of ")
+    assert "knows no locks (No locks available)" in said
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_another_problem_with_the_lock_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", break_down)
+    with pytest.raises(OSError, match="Input/output error"):
+        make(Store(tmp_path))

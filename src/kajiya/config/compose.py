@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kajiya.config.choices import drop_options
 from kajiya.config.mistakes import Given, find_mistake
 from kajiya.config.schema import Config
 from kajiya.config.tables import nearest, not_one_of
@@ -24,6 +25,7 @@ _CONF = Path(str(resources.files("kajiya").joinpath("conf")))
 def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
     """The validated config of `recipe`, a packaged name or the path of a YAML file, with Hydra overrides on top.
 
+    Options that the recipe sets beside a name (`optim.name`, `optim.options`) go where an override says another name.
     `config_dir` holds further groups and recipes (`<dir>/optim/mine.yaml`, `<dir>/recipes/mine.yaml`).
     Raises `ConfigError` for an unknown key, a wrong type, a value out of range or an impossible combination.
     """
@@ -49,15 +51,19 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
 
     store = ConfigStore.instance()
     store.store(name="kajiya_schema", node=_writable_schema())
-    store.store(name="kajiya_recipe", node=body)
     store.store(name="kajiya_root", node={"defaults": ["kajiya_schema", "kajiya_recipe", "_self_"]})
     GlobalHydra.instance().clear()
     *packaged, first = _roots(config_dir)
     search = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in packaged]
+
+    def composed(content: dict[str, Any], given: Sequence[str]) -> "DictConfig":
+        store.store(name="kajiya_recipe", node=content)
+        return hydra_compose("kajiya_root", overrides=[*given, *search])
+
     try:
         with initialize_config_dir(str(first.resolve()), version_base="1.3"):
-            composed = hydra_compose("kajiya_root", overrides=[*checked, *search])
-            built = OmegaConf.to_object(composed)
+            body, checked = drop_options(body, checked, keys, list_groups(config_dir), composed)
+            built = OmegaConf.to_object(composed(body, checked))
     except (HydraException, OmegaConfBaseException) as error:
         raise find_mistake(given, _writable_schema()) or _translated(error, path) from error
     if not isinstance(built, Config):

@@ -49,12 +49,17 @@ class StdlibBracketsSource:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Plain text files, one row per file."""
+    """Plain text files, one row per file, or per part of a file."""
 
     files: str = setting("")
     """Glob of the files, relative to the working directory, for example `corpus/**/*.txt`."""
     encoding: str = "utf-8"
     """Text encoding of the files."""
+    split_on: str | None = None
+    """What stands between the documents of a file: blank_line (lines with nothing but white space), or the string itself, for
+    example `<|endoftext|>`, which is of no document; `None`: each file is one document."""
+    max_row_bytes: int = setting(67_108_864, ge=1024)
+    """With `split_on`: longest document that is read, bytes; a longer one is refused."""
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,11 @@ def clean(
 def _rules(config: DataConfig, train: Documents, heldout: Documents, is_text: bool) -> Iterator[Sequence[Rule]]:
     rules: list[Rule] = [_Exact(train, heldout, removes_doubles=config.duplicates != "off")]
     if config.near_duplicate is not None:
+        # A structured row, or a passage of a file, has few lines: one that many share must not make them alike.
+        is_long = is_text and not (config.source.name == "text" and config.source.options.get("split_on"))
+        few_lines = 0 if is_long else FEW_LINES
         with _in_memory(config, "near_duplicate") as most_bytes:
-            rules.append(_Lines(config.near_duplicate, train, heldout, is_text, most_bytes))
+            rules.append(_Lines(config.near_duplicate, train, heldout, is_text, few_lines, most_bytes))
     if (n_words := config.contamination_words) is not None:
         with _in_memory(config, "contamination_words") as most_bytes:
             rules.append(_Sequences(n_words, config.contamination_share, train, heldout, is_text, most_bytes))
@@ -147,12 +150,13 @@ class _Exact:
 class _Lines:
     """Rows that share their lines with a held-out one."""
 
-    def __init__(self, at_least: float, train: Documents, heldout: Documents, is_text: bool, most_bytes: int) -> None:
+    def __init__(
+        self, at_least: float, train: Documents, heldout: Documents, is_text: bool, few_lines: int, most_bytes: int
+    ) -> None:
         self._at_least = at_least
         self._train, self._heldout = train, heldout
         self._is_text = is_text
-        # A structured row has few lines: one instruction that many share must not make them alike.
-        self._index = LineIndex(_texts(heldout, is_text), 0 if is_text else FEW_LINES, most_bytes)
+        self._index = LineIndex(_texts(heldout, is_text), few_lines, most_bytes)
 
     def find(self, index: int, raw: bytes) -> Left | None:
         match = self._index.nearest(plain_text(raw, self._is_text), self._at_least)

@@ -14,7 +14,7 @@ from kajiya.data.digests import Digests, digest_of
 from kajiya.data.documents import Documents, DocumentWriter, open_documents
 from kajiya.data.entries import Document, Entry, Omitted, Unreadable
 from kajiya.data.formats import class_names
-from kajiya.data.ledger import LOST, NOT_DRAWN, CorpusLedger, Tally
+from kajiya.data.ledger import EMPTY, LOST, NOT_DRAWN, CorpusLedger, Tally
 from kajiya.data.minhash import MOST_IN_BUCKET
 from kajiya.data.origin import Origin
 from kajiya.data.progress import OnEvent, Progress, silent
@@ -26,6 +26,7 @@ from kajiya.run.store import Artifact, Store, produce
 
 STAGE = "corpus"
 UNREADABLE = "unreadable"
+SEPARATORS = "separators between documents"
 _CLEANING = (
     "near_duplicate",
     "duplicates",
@@ -185,6 +186,11 @@ def _sort(
 ) -> None:
     for entry in entries:
         ledger.entered.add(entry.n_bytes)
+        if not isinstance(entry, Omitted) and entry.separator_bytes:
+            # Bytes and no row.
+            ledger.entered.bytes += entry.separator_bytes
+            ledger.dropped.setdefault(SEPARATORS, Tally(kind=EMPTY)).bytes += entry.separator_bytes
+            progress.add(entry.separator_bytes)
         progress.add(entry.n_bytes)
         if isinstance(entry, Document):
             writer, tally = side(entry)
@@ -219,7 +225,9 @@ def _named_once(entries: Iterator[Entry]) -> Iterator[Entry]:
 
 def _require_documents(config: DataConfig, ledger: CorpusLedger) -> None:
     n_entered = ledger.entered.documents
-    dropped = "; ".join(f"{tally.documents} {reason}" for reason, tally in sorted(ledger.dropped.items()))
+    dropped = "; ".join(
+        f"{tally.documents} {reason}" for reason, tally in sorted(ledger.dropped.items()) if tally.documents
+    )
     if n_entered == 0:
         raise DataError("data.source: it holds no documents.\nCheck data.source.options.")
     examples = [example for tally in ledger.dropped.values() for example in tally.examples[:1]]
@@ -232,10 +240,17 @@ def _require_documents(config: DataConfig, ledger: CorpusLedger) -> None:
     if ledger.heldout.documents == 0:
         raise DataError(
             f"data.heldout_every={config.heldout_every}: of {n_entered} documents none is held out, so nothing could "
-            f"be evaluated.{hint}\nLower data.heldout_every, or split the text into more documents."
+            f"be evaluated.{hint}\nLower data.heldout_every, or {_more_documents(config)}."
         )
     if ledger.train.documents == 0:
         raise DataError(
             f"data.source: of {n_entered} documents {ledger.heldout.documents} are held out and none is left to train "
-            f"on.{hint}\nAdd documents, or raise data.heldout_every or data.near_duplicate."
+            f"on.{hint}\nAdd documents, or raise data.heldout_every or data.near_duplicate, or {_more_documents(config)}."
         )
+
+
+def _more_documents(config: DataConfig) -> str:
+    """How the same text makes more documents."""
+    if config.source.name == "text" and config.source.options.get("split_on") is None:
+        return "cut the files into documents with data.source.options.split_on=blank_line"
+    return "split the text into more documents"

@@ -20,6 +20,8 @@ class Document:
     """Length of the text in UTF-8, bytes; for a UTF-8 file, its size."""
     group: str | None = None
     """Documents of one group are on the same side of the split, which is then a hash of the group's name."""
+    separator_bytes: int = 0
+    """Bytes of the file beside it that are of no document."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Unreadable:
     """What is wrong, to be read after the name."""
     n_bytes: int = 0
     """Size of what could not be read, bytes; 0 where it is not known."""
+    separator_bytes: int = 0
+    """As a `Document`'s."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,16 @@ def other_form(raw: bytes) -> str | None:
     return next((form for mark, form in _MARKS.items() if raw.startswith(mark)), None)
 
 
-def decode_entry(name: str, raw: bytes, encoding: str) -> Document | Unreadable:
-    """The document of these bytes, decoded without any change; or which byte on which line is no text."""
+def decode_entry(name: str, raw: bytes, encoding: str, first_line: int = 1) -> Document | Unreadable:
+    """The document of these bytes, decoded without any change; or which byte on which line is no text.
+
+    `first_line` is the line of its file that they begin on.
+    """
     try:
         decoded = raw.decode(encoding)
         n_bytes = len(decoded.encode())
     except UnicodeDecodeError as error:
-        line, form = raw.count(b"\n", 0, error.start) + 1, other_form(raw)
+        line, form = raw.count(b"\n", 0, error.start) + first_line, other_form(raw)
         reason = f"is not {encoding}: byte 0x{raw[error.start]:02x} on line {line}" + (
             f" (it is {form})" if form else ""
         )

@@ -62,7 +62,8 @@ def portions_within(memory_mib: int, splits: list[Documents], appetite: Appetite
             raise DataError(
                 f"{documents.names[largest]}: {sizes[largest] / 2**20:.1f} MiB of text, which may take "
                 f"{needed / 2**20:,.0f} MiB of memory beside the {peak_memory() / 2**20:,.0f} MiB that the process has; "
-                f"data.memory_mib={memory_mib}.\nRaise data.memory_mib, or divide the document."
+                f"data.memory_mib={memory_mib}.\nRaise data.memory_mib, or divide the document (a "
+                "text file is cut at data.source.options.split_on)."
             )
     chunk_bytes = budget // (appetite.bytes_per_byte * appetite.n_ahead)
     return Portions(part_bytes, max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, chunk_bytes)), appetite.n_ahead)

@@ -54,7 +54,7 @@ def mix(parts: Sequence[Part], seed: int, kind: str) -> Origin:
                 if isinstance(named, Document):
                     named = replace(named, group=None if named.group is None else f"{part.label}/{named.group}")
                     if bound is not None and _rank(named.name, seed) > bound:
-                        yield Omitted(named.name, NOT_DRAWN, named.n_bytes)
+                        yield Omitted(named.name, NOT_DRAWN, named.n_bytes + named.separator_bytes)
                         continue
                 yield named
 

@@ -162,10 +162,16 @@ def _write_chunks(
 
 
 def _save_synced(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as handle:
-        np.save(handle, array)
-        handle.flush()
-        os.fsync(handle.fileno())
+    """Write the array beside its place and move it there."""
+    beside = path.with_suffix(f".{os.getpid()}n")
+    try:
+        with beside.open("wb") as handle:
+            np.save(handle, array)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _encoded(

@@ -19,6 +19,7 @@ from pathlib import Path
 from kajiya.config.options import LinesSource, StdlibSource, TableSource, TextSource
 from kajiya.data.entries import Document as Document
 from kajiya.data.entries import Found, Row, Unreadable, decode_entry, json_row, other_form
+from kajiya.data.text_documents import cutter, documents_of
 from kajiya.data.values import RowError
 from kajiya.errors import ConfigError
 
@@ -44,15 +45,25 @@ def stdlib(options: StdlibSource) -> Iterator[Found]:
 
 
 def text(options: TextSource) -> Iterator[Found]:
-    """Every file that the glob matches, whole."""
+    """Every file that the glob matches, whole, or the documents that it is cut into at `split_on`."""
     try:
         "".encode(options.encoding)
     except LookupError as error:
         raise ConfigError(
             "data.source.options.encoding", f"{options.encoding!r} is no text encoding that Python knows"
         ) from error
+    cut = None if options.split_on is None else cutter(options.split_on)
     for name, path in matching_files(options.files):
-        yield _read_text(name, path, options.encoding)
+        if cut is None:
+            yield _read_text(name, path, options.encoding)
+            continue
+        try:
+            handle = path.open("rb")
+        except OSError as error:
+            yield not_opened(name, path, error)
+            continue
+        with handle:
+            yield from documents_of(name, handle, options.encoding, cut, options.max_row_bytes)
 
 
 def jsonl(options: LinesSource) -> Iterator[Found]:

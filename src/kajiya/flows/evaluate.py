@@ -41,6 +41,7 @@ def evaluate(
     """
     keep_large_blocks()
     quiet_torchao()
+    store = store.heard_by(on_event)
     stages = Stages(on_event)
     score: Callable[[Artifact], tuple[Artifact, bool]]
     if is_endpoint(target):

@@ -18,6 +18,7 @@ from kajiya.run.store import Store
 def plan_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dict[str, Any]:
     """Facts of the plan, with the derived settings; the data are prepared (and kept), nothing is trained."""
     set_up_process(config.seed, store.root, config.train.deterministic, fp32_matmul=config.train.fp32_matmul)
+    store = store.heard_by(on_event)
     config = find_bases(config, store, on_event).config
     data = prepare_data(config, store, Stages(on_event))
     on_event("stage", name="plan", state="begun", seconds=0.0, text="")
@@ -32,6 +33,7 @@ def plan_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dic
 def prove_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dict[str, Any]:
     """The verdict on a recipe; nothing is trained. Raises `ProofError` for checks that fail."""
     set_up_process(config.seed, store.root, config.train.deterministic, fp32_matmul=config.train.fp32_matmul)
+    store = store.heard_by(on_event)
     based = find_bases(config, store, on_event)
     data = replace(prepare_data(based.config, store, Stages(on_event)), bases=based.parents)
     return prove_only(based.config, data, store, on_event)

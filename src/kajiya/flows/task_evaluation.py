@@ -45,7 +45,7 @@ def evaluate_tasks(asked: Asked, config: Config, store: Store, on_event: OnEvent
     The results of a run's model are recorded in the run, for its report.
     """
     quiet_torchao()
-    stages = Stages(on_event)
+    stages, store = Stages(on_event), store.heard_by(on_event)
     found = None if is_endpoint(asked.target) else find_model(asked.target, store)
     respondent: Respondent
     if found is None:

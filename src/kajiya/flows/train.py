@@ -112,6 +112,7 @@ def train(
                 on_event("warning", text=text)
 
     stages.on_event = hear_and_watch
+    store = store.heard_by(hear_and_watch)
     used = run.manifest().get("usage")
     status = "failed"
     error: str | None = None
@@ -193,6 +194,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
 
     check_architecture(config.model)
     tell = stages.on_event
+    store = store.heard_by(tell)
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
     require_format(config.train.loss.name, corpus.facts["format"], "data.format")

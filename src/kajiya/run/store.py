@@ -2,15 +2,17 @@
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.digest import digest, to_plain
 from kajiya.errors import StoreError
 from kajiya.run.files import check_files, full_disk_said, hash_folder, new_folder, read_json, write_json
+from kajiya.run.lock import locked
 
 STORE_VARIABLE = "KAJIYA_STORE"
 _MANIFEST = "manifest.json"
@@ -31,11 +33,21 @@ class Artifact:
         return {"stage": self.stage, "key": self.key, "digest": self.digest}
 
 
+def _on_stderr(kind: str, text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of artifacts and runs. Layout: `artifacts/<stage>/<key>/`, `runs/<run>/`."""
 
     root: Path
+    on_event: Callable[..., object] = field(default=_on_stderr, compare=False, repr=False)
+    """Hears (`note`, `warning`: `text`) that the making of an artifact waits for another process."""
+
+    def heard_by(self, on_event: Callable[..., object]) -> "Store":
+        """The same store, whose words a flow hears among its events."""
+        return replace(self, on_event=on_event)
 
     @property
     def runs(self) -> Path:
@@ -84,35 +96,48 @@ def produce(
 ) -> tuple[Artifact, bool]:
     """The artifact of this stage, and whether it was there already.
 
-    `make(folder)` writes the files and returns the facts for the manifest. The folder appears whole or not at all.
+    `make(folder)` writes the files and returns the facts for the manifest; it may produce other artifacts. The folder appears
+    whole or not at all. One process at a time makes it: another that wants the same waits, and then reuses it.
     Raises `StoreError` when the disk is full.
     """
     key = artifact_key(stage, code, config, parents)
     found = store.find(stage, key)
     if found is not None:
         return found, True
-    started = time.time()
     final = store.folder(stage, key)
+    with locked(final.with_name(f".{final.name}.lock"), stage, store.on_event):
+        found = store.find(stage, key)
+        if found is not None:
+            return found, True
+        about = {
+            "stage": stage,
+            "key": key,
+            "code": code,
+            "config": to_plain(config),
+            "parents": {name: parent.reference() for name, parent in parents.items()},
+        }
+        return _made(final, about, make), False
+
+
+def _made(final: Path, about: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]) -> Artifact:
+    """The artifact that `make` writes, put in its place; `about` is what its manifest says beside."""
+    started = time.time()
     with new_folder(final, keep=final / _MANIFEST) as folder:
-        with full_disk_said(folder, stage):
+        with full_disk_said(folder, about["stage"]):
             facts = make(folder)
         files = hash_folder(folder)
         write_json(
             folder / _MANIFEST,
             {
-                "stage": stage,
-                "key": key,
+                **about,
                 "digest": digest({name: entry["sha256"] for name, entry in files.items()}),
-                "code": code,
-                "config": to_plain(config),
-                "parents": {name: parent.reference() for name, parent in parents.items()},
                 "facts": facts,
                 "files": files,
                 "created": started,
                 "seconds": time.time() - started,
             },
         )
-    return open_artifact(store.folder(stage, key), verify=False), False
+    return open_artifact(final, verify=False)
 
 
 def open_artifact(folder: Path, verify: bool = True) -> Artifact:
