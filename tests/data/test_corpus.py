@@ -138,7 +138,7 @@ def test_each_rule(tmp_path: Path) -> None:
         NEAR_DUPLICATE_OF_HELDOUT: 1,
     }
     first_held = min(held[0], held[1])
-    assert dropped[UNREADABLE]["examples"] == [f"{train[6]}: is not utf-8: byte 0xff on line 1"]
+    assert dropped[UNREADABLE]["examples"] == [f"{train[6]}: is not utf-8: byte 0xff on line 1 (it is UTF-16)"]
     assert dropped[UNREADABLE]["bytes"] == 2
     assert dropped[DUPLICATE_OF_HELDOUT]["examples"] == [f"{train[0]} is {first_held}"]
     assert dropped[NEAR_DUPLICATE_OF_HELDOUT]["examples"] == [f"{train[1]} shares 60% of its lines with {first_held}"]

@@ -56,13 +56,13 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
     *packaged, first = _roots(config_dir)
     search = [f"hydra.searchpath=[{folder.as_uri()}]" for folder in packaged]
 
-    def composed(content: dict[str, Any], given: Sequence[str]) -> "DictConfig":
+    def composed(content: dict[str, Any], words: Sequence[str]) -> "DictConfig":
         store.store(name="kajiya_recipe", node=content)
-        return hydra_compose("kajiya_root", overrides=[*given, *search])
+        return hydra_compose("kajiya_root", overrides=[*words, *search])
 
     try:
         with initialize_config_dir(str(first.resolve()), version_base="1.3"):
-            body, checked = drop_options(body, checked, keys, list_groups(config_dir), composed)
+            body, checked = drop_options(body, checked, _known_keys(), groups, composed)
             built = OmegaConf.to_object(composed(body, checked))
     except (HydraException, OmegaConfBaseException) as error:
         raise find_mistake(given, _writable_schema()) or _translated(error, path) from error
