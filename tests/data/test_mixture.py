@@ -14,6 +14,7 @@ from kajiya.data.entries import Document, Omitted
 from kajiya.data.reading import open_rows
 from kajiya.data.render import Renderer
 from kajiya.errors import ConfigError
+from kajiya.preflight.said import texts_of
 from kajiya.run.store import Store
 
 
@@ -88,6 +89,8 @@ def test_an_instruction_among_conversations_is_trained_as_among_its_own(
     alone = Renderer(tokenizer, config, "instruction").render(json.dumps(row)).segments[0]
     assert (segment.ids.tolist(), segment.weights.tolist()) == (alone.ids.tolist(), alone.weights.tolist())
     assert said in tokenizer.decode(segment.ids[segment.weights > 0])
+    # The proof of the targets reads the rows by itself.
+    assert texts_of(json.loads(text), "chat", config) == texts_of(row, "instruction", config)
 
 
 @pytest.mark.parametrize(

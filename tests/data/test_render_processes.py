@@ -46,6 +46,9 @@ def prepared(small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Data
 def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render_processes, "_WORTH_BYTES", 100_000)  # the held-out side is smaller
     monkeypatch.setattr(render_processes, "usable_cores", lambda: 2)
+    monkeypatch.setattr(
+        render_processes, "peak_memory", lambda: 2**29
+    )  # tests before may have taken more than the cap leaves
     monkeypatch.setattr("kajiya.data.shards.CHUNK_BYTES", 9_000)
 
 

@@ -26,7 +26,8 @@ class Said:
 def texts_of(row: Mapping[str, Any], kind: str, render: RenderConfig) -> list[list[Said]]:
     """The texts of each sequence of a row of `data.format` chat, instruction, preference or feedback, in their order."""
     if kind == "chat":
-        return [_of_messages(row["messages"], render.train_on)]
+        n, messages = row.get("n_prompt", 0), row["messages"]
+        return [_of_pair({"prompt": messages[:n]}, messages[n:], render.train_on)]
     train_on = render.train_on if kind == "instruction" else "assistant"
     answers = [row["chosen"], row["rejected"]] if kind == "preference" else [row["completion"]]
     return [_of_pair(row, answer, train_on) for answer in answers]
