@@ -69,7 +69,7 @@ def test_an_adapter_brings_the_rows_of_added_tokens_along(
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=chance))
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=chance))
     save_trained(config, module, tokenizer, tmp_path / "adapter", lambda: module, added)
     tokens = torch.arange(known + added - 20, known + added)[None]
     with torch.no_grad():
