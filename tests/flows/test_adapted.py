@@ -21,6 +21,7 @@ from kajiya.errors import ConfigError, StoreError
 from kajiya.evals.answers import LocalModel
 from kajiya.flows.targets import find_model, with_folders
 from kajiya.flows.train import Trained, train
+from kajiya.models.adapt import adapter_off
 from kajiya.models.open import open_model
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.store import Store
@@ -95,6 +96,54 @@ def test_tasks_are_asked_of_the_adapted_model(adapted: Any, finished: Finished) 
     assert found == pytest.approx(expected[0], abs=1e-3)
     assert abs(expected[0] - expected[1]) > 2e-3
     assert local.dtype("choose") == "float32"
+
+
+TOKENS = (
+    "adapter.name=lora",
+    "adapter.options.r=4",
+    "tokenizer.add_tokens=['<think>']",
+    "train.steps=4",
+    "eval.samples=0",
+)
+"""An adapter that is taught a token which its base does not know."""
+
+
+def test_an_adapter_that_leaves_the_rows_of_added_tokens_is_refused(
+    finished: Finished, small_config: Callable[..., Config]
+) -> None:
+    some = ("adapter.options.train_embeddings=true",)
+    for options in ((), some):
+        config = small_config(*on_base(finished), *TOKENS, *options, "name=small-token")
+        with pytest.raises(ConfigError, match=r"tokenizer: adds tokens, .*\n.*adapter.options.train_head=true"):
+            train(config, finished.store)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_tokens_are_added_beside_an_adapter_that_trains_their_rows(
+    finished: Finished, small_config: Callable[..., Config]
+) -> None:
+    """The base stays as it is; whoever opens the adapter gives it rows, and the adapter brings their weights along."""
+    whole = ("adapter.options.train_embeddings=true", "adapter.options.train_head=true")
+    trained = train(small_config(*on_base(finished), *TOKENS, *whole, "name=small-token"), finished.store)
+    assert trained.model is not None
+    model, tokenizer = load(trained.model.path, finished.store.root)
+    assert len(tokenizer) == model.config.vocab_size == 513
+    ids = torch.tensor([tokenizer.encode("import <think> os")])
+    assert 512 in ids
+    merged = open_model(trained.model.path, torch.float32, is_merged=True)
+    plain = AutoModelForCausalLM.from_pretrained(finished.trained.model.path)
+    assert plain.config.vocab_size == 512
+    plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    peft = PeftModel.from_pretrained(plain, trained.model.path)
+    with torch.no_grad():
+        logits = [each.eval().float()(input_ids=ids, use_cache=False).logits for each in (model, merged, peft)]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[0], logits[2], atol=1e-4, rtol=0)
+    with adapter_off(model), torch.no_grad():
+        base = open_model(finished.trained.model.path, torch.float32)
+        known = torch.tensor([tokenizer.encode("import os")])
+        off, before = (each.float()(input_ids=known, use_cache=False).logits for each in (model, base))
+    torch.testing.assert_close(off[..., :512], before, atol=1e-4, rtol=0)
 
 
 def test_it_is_served_by_the_name_of_its_run(

@@ -23,7 +23,7 @@ from kajiya.flows.rolling import open_rollouts
 from kajiya.flows.sample_watch import open_samples
 from kajiya.flows.task_watch import open_watch
 from kajiya.flows.teaching import load_run_loss
-from kajiya.models.adapt import has_adapter, rate_ratios, transform
+from kajiya.models.adapt import has_adapter, rate_ratios, trains_tokens, transform
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import BuiltModel, build_model, vocabulary_of
 from kajiya.models.fused import fuse_blocks
@@ -102,11 +102,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     adapted = add_future_heads(built.module, config.model.future_heads)
     adapted |= transform(built.module, config.adapter, config.model.quantize, config.seed)
     if has_adapter(built.module) and config.model.path and data.tokenizer.facts["added_tokens"]:
-        raise ConfigError(
-            "tokenizer",
-            "adds tokens that the adapter's base has no embeddings for",
-            "Train the whole model on them first.",
-        )
+        _require_rows_of_tokens(built.module)
     recompute_activations(built.module, config.train.gradient_checkpointing, device)
     require_other_memory(config.optim, device)
     strategy = open_strategy(device, precision, ranks)
@@ -182,6 +178,17 @@ def _share_out(config: Config, setup: Setup, loader: Any, ranks: Ranks, settled:
     portions = share_out(rows, int(wanted), ranks.n)
     loader.batch = portions.micro_batch
     return portions
+
+
+def _require_rows_of_tokens(module: Any) -> None:
+    """Raise `ConfigError` for an adapter that would not bring along what it needs of tokens that its base does not have."""
+    if not trains_tokens(module):
+        raise ConfigError(
+            "tokenizer",
+            "adds tokens, and the adapter leaves the embedding or the output head, where they have rows, as they are",
+            "Set adapter.options.train_embeddings=true and adapter.options.train_head=true, which lora and dora have, or train "
+            "the whole model on the tokens first.",
+        )
 
 
 def _shrinker(loader: Any, portions: Portions) -> Callable[[int], bool]:
@@ -394,7 +401,8 @@ def save_fitted(config: Config, fitted: Fitted, data: Data, folder: Path) -> dic
 def _save(config: Config, module: Any, data: Data, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(data.tokenizer.path, _longest(module))
     with without_future_heads(module):
-        return save_trained(config.model, module, tokenizer, folder, rebuild=lambda: _build(config, data).module)
+        rebuild, n_added = lambda: _build(config, data).module, int(data.tokenizer.facts["added_tokens"])
+        return save_trained(config.model, module, tokenizer, folder, rebuild, n_added)
 
 
 def _longest(model: Any) -> int | None:

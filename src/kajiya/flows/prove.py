@@ -91,14 +91,14 @@ def _with_own_schedule(found: Artifact, subject: Subject) -> Verdict:
 
 def _subject(config: Config, setup: Setup, data: Data, plan: Mapping[str, Any], rebuild: Rebuild) -> Subject:
     tokenizer = load_tokenizer(data.tokenizer.path)
-    task = task_of(config, data.corpus)
+    task, n_added = task_of(config, data.corpus), int(data.tokenizer.facts["added_tokens"])
 
     def reopen(folder: Any) -> Any:
         return open_model(folder, torch.float32, config.model.attention, task=task)
 
     def save(folder: Path) -> object:
         with without_future_heads(setup.model):
-            return save_trained(config.model, setup.model, tokenizer, folder, rebuild)
+            return save_trained(config.model, setup.model, tokenizer, folder, rebuild, n_added)
 
     return Subject(
         config=config,

@@ -19,7 +19,7 @@ from kajiya.config.tables import is_options, resolve
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import load_adapter
 from kajiya.models.attention import PACKED_SDPA
-from kajiya.models.injection import BEGINNING, inject, layers
+from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
 from kajiya.models.quantized import count_params, quantize
 from kajiya.models.tasks import CLASS_HEADS
 from kajiya.models.virtual_tokens import attach, filled_config, virtual_tokens
@@ -56,6 +56,12 @@ def rate_ratios(module: nn.Module, config: AdapterConfig) -> dict[str, float]:
 def has_adapter(module: nn.Module) -> bool:
     """Whether the model has an adapter beside its own weights (a partly frozen model has none)."""
     return bool(vars(module).get("peft_config"))
+
+
+def trains_tokens(module: Any) -> bool:
+    """Whether the adapter trains embedding and output head whole, and so brings along the rows that they have for new tokens."""
+    parts = (module.get_input_embeddings(), module.get_output_embeddings())
+    return all(part is None or is_wrapper(part) for part in parts)
 
 
 def adapter_names(module: nn.Module) -> list[str]:

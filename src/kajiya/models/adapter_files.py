@@ -36,6 +36,10 @@ class Base:
     """In which form they were trained beside (`model.quantize`)."""
     labels: tuple[str, ...] = ()
     """Names of the classes that the adapter's head tells apart; the base knows none of them."""
+    n_tokens: int | None = None
+    """Tokens of the adapter's tokenizer, where some were added to the base's: the base's embedding grows to as many rows."""
+    n_added: int = 0
+    """How many were added: the last of them."""
 
 
 def is_adapter(folder: Path) -> bool:

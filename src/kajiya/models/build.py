@@ -63,7 +63,7 @@ def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Ta
             module = _from_weights(config, task)
             if task.name != "causal":
                 module.config.pad_token_id = vocabulary.pad_id
-            grown = grow_embedding(module, vocabulary, config.path)
+            grown = grow_embedding(module, vocabulary.size, vocabulary.n_added, config.path)
             return BuiltModel(module, grown | {"model.n_params": count_params(module)})
         with _naming_options(config):
             return _from_scratch(config, vocabulary, task)

@@ -12,6 +12,7 @@ from kajiya.models.load import load_model, stored_dtype
 from kajiya.models.origin import Origin, set_origin
 from kajiya.models.quantized import dequantize, quantize
 from kajiya.models.tasks import CAUSAL, Task
+from kajiya.models.vocabulary import grow_embedding
 
 
 def open_model(
@@ -44,7 +45,7 @@ def open_base(
 ) -> Any:
     """The base of the adapter in `folder`: the weights beside which it was trained, dequantized where they were quantized.
 
-    Where the base is an adapter itself, these are its own base's with it added.
+    Where the base is an adapter itself, these are its own base's with it added. Tokens that were added for the adapter have rows.
     """
     found = base_folder(folder, base)
     task = task or adapter_task(folder, found)
@@ -53,6 +54,8 @@ def open_base(
         # As in training: a head over whole texts is told where they end.
         module.config.pad_token_id = load_tokenizer(folder).pad_token_id
     named = read_base(folder)
+    if named is not None and named.n_tokens is not None:
+        grow_embedding(module, named.n_tokens, named.n_added, str(found))
     if named is not None and named.quantize != "none":
         dequantize(quantize(module, named.quantize), torch.float32)
     return module.to(dtype)

@@ -15,11 +15,17 @@ from kajiya.models.weights_digest import weights_digest
 
 
 def save_trained(
-    model: ModelConfig, module: nn.Module, tokenizer: Any, folder: Path, rebuild: Callable[[], nn.Module]
+    model: ModelConfig,
+    module: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    rebuild: Callable[[], nn.Module],
+    n_added: int = 0,
 ) -> dict[str, Any]:
     """Write what was trained into `folder`; returns facts of it for a manifest.
 
-    An adapter of a base without a folder of its own brings the base along in `base/`, which `rebuild()` makes again.
+    An adapter of a base without a folder of its own brings the base along in `base/`, which `rebuild()` makes again. `n_added`
+    tokens, the last of the tokenizer, are not the base's.
     """
     if not has_adapter(module):
         save_model(module, tokenizer, folder)
@@ -32,7 +38,9 @@ def save_trained(
         path = os.path.relpath(weights.resolve(), folder.resolve())
     else:
         path, weights = model.path, hub_folder(model.path, model.revision)
-    base = Base(path, weights_digest(weights), model.quantize, _labels(module))
+    # A base made here has rows for all tokens.
+    grown = (len(tokenizer), n_added) if n_added and model.path is not None else (None, 0)
+    base = Base(path, weights_digest(weights), model.quantize, _labels(module), *grown)
     save_adapter(module, tokenizer, folder, base)
     return {"base": {"path": base.path, "digest": base.digest, "quantize": base.quantize}}
 

@@ -25,28 +25,30 @@ def vocabulary_of(tokenizer: Any, n_added: int = 0) -> Vocabulary:
     return Vocabulary(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, n_added)
 
 
-def grow_embedding(module: Any, vocabulary: Vocabulary, path: str) -> dict[str, int]:
-    """Give the added tokens rows in the embedding and the head of a loaded model, each the mean of the known tokens' rows.
+def grow_embedding(module: Any, n_tokens: int, n_added: int, path: str) -> dict[str, int]:
+    """Give the last `n_added` of `n_tokens` tokens rows in the embedding and the head of a loaded model.
+
+    Each is the mean of the known tokens' rows.
 
     (Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021: no new token is then likelier than an
     average one.) Returns what was derived. Raises `ConfigError` where the model lacks rows for other tokens than those.
     """
-    rows, n_known = module.get_input_embeddings().num_embeddings, vocabulary.size - vocabulary.n_added
+    rows, n_known = module.get_input_embeddings().num_embeddings, n_tokens - n_added
     if rows < n_known:
         raise ConfigError(
             "model.path",
             f"{path!r} has {rows} embeddings, the tokenizer {n_known} tokens",
             "Set tokenizer.path to the model's own; tokens of your own go in tokenizer.add_tokens.",
         )
-    if not vocabulary.n_added:
+    if not n_added:
         return {}
-    if rows < vocabulary.size:
-        module.resize_token_embeddings(vocabulary.size, mean_resizing=False)
+    if rows < n_tokens:
+        module.resize_token_embeddings(n_tokens, mean_resizing=False)
     # Some models have spare rows, never trained, where the new tokens fall.
     with torch.no_grad():
         for layer in (module.get_input_embeddings(), module.get_output_embeddings()):
             for name in ("weight", "bias"):
                 table = None if layer is None else vars(layer)["_parameters"].get(name)
                 if table is not None:
-                    table[n_known : vocabulary.size] = table[:n_known].float().mean(0).to(table.dtype)
-    return {"model.added_tokens": vocabulary.n_added}
+                    table[n_known:n_tokens] = table[:n_known].float().mean(0).to(table.dtype)
+    return {"model.added_tokens": n_added}
