@@ -90,7 +90,7 @@ def write_rows(folder: Path, n_bytes: int) -> str:
 def prepare(source: str, files: str, cap_mib: int, store: Path) -> dict[str, Any]:
     """Prepare the files under the cap, in a process of its own."""
     arguments = [source, files, str(cap_mib), str(store)]
-    done = subprocess.run([sys.executable, "-c", PREPARED, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PREPARED, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
 
