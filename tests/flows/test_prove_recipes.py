@@ -34,8 +34,8 @@ def _smaller(name: str, run: str) -> list[str]:
     elif recipe.data.source.name == "stdlib_pairs" and recipe.data.source.options["rows"] != "labelled":
         wanted += ["data.source.options.packages=email json xml", "data.source.options.max_bytes=600"]
     if recipe.model.path is None:
-        # An induction circuit asks for heads of some width.
-        n_params = "200k" if recipe.model.init != "induction" else "1M"
+        # An induction circuit and the C++ operators ask for heads of some width.
+        n_params = "200k" if recipe.model.init != "induction" else "2M"
         wanted += ["tokenizer.vocab_size=512", *([] if recipe.model.hidden_size else [f"model.n_params={n_params}"])]
     elif recipe.model.path.startswith("stdlib-"):
         wanted += [f"model.path={run}", f"tokenizer.path={run}"]

@@ -20,6 +20,7 @@ from kajiya.config.schema import Config
 from kajiya.errors import ConfigError, KajiyaError, MissingExtraError, StoreError
 from kajiya.flows.train import train
 from kajiya.models.native.library import native_problem
+from kajiya.preflight.plan import plan_lines
 from kajiya.run.events import read_events
 from kajiya.run.folder import find_run
 from kajiya.run.provenance import collect_provenance
@@ -116,6 +117,12 @@ def test_a_corrupt_artifact_stops_the_work(finished: Finished, tmp_path: Path) -
     model.write_bytes(raw)
     with pytest.raises(StoreError, match=r"model\.safetensors.*corrupt"):
         train(finished.config, Store(copy))
+
+
+def test_the_plan_says_where_the_size_is_not_what_was_asked_for(finished: Finished) -> None:
+    (facts,) = (fields["facts"] for kind, fields in finished.events if kind == "plan")
+    kept = "model.n_layers, model.n_heads, model.n_kv_heads, model.ffn_size set"
+    assert dict(plan_lines(facts))["parameters"].endswith(f"k, all trained; 60k asked for ({kept})")
 
 
 def test_a_failure_is_recorded(small_config: Callable[..., Config], finished: Finished) -> None:

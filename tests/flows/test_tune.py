@@ -17,7 +17,7 @@ from tests.conftest import Finished, small_overrides
 
 from kajiya.config.compose import compose
 from kajiya.config.options import ASHAPruner
-from kajiya.config.schema import LauncherConfig
+from kajiya.config.schema import LauncherConfig, SamplerConfig, TuneConfig
 from kajiya.errors import ConfigError
 from kajiya.flows import tune_jobs
 from kajiya.flows.launch import launch
@@ -315,3 +315,9 @@ def test_multirun_trains_every_combination(tmp_path: Path, launcher: str) -> Non
     ]
     for member in found:
         assert (tmp_path / "runs" / str(member.run) / "report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "gp", "nsga2"])
+def test_a_sampler_takes_every_seed_that_a_run_does(sampler: str, tmp_path: Path) -> None:
+    study = open_study(TuneConfig(sampler=SamplerConfig(sampler)), tmp_path, "own", 2**63 - 1)
+    assert 0 <= study.ask().suggest_float("share", 0, 1) <= 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kajiya.config.compose import compose
 from kajiya.config.quantities import parse_count
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch
@@ -17,7 +18,7 @@ from kajiya.models.hidden import all_logits, has_split_head, last_hidden
 from kajiya.models.load import load_model, stored_dtype
 from kajiya.models.quantized import count_params
 from kajiya.models.save import save_model
-from kajiya.models.size import derive_shape
+from kajiya.models.size import Shape, derive_shape, missed_words
 
 VOCABULARY = Vocabulary(300, 0, 1, 2)
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "mistral", "gemma2")
@@ -44,6 +45,30 @@ def test_the_formula_counts_what_is_built() -> None:
     built = build_model(config, VOCABULARY, 0)
     assert count_params(built.module) == derive_shape(config, 300).n_params(300, tied=False)
     assert built.derived["model.n_params"] == count_params(built.module)
+
+
+def test_the_dial_of_the_long_recipe_sizes_its_model() -> None:
+    config = compose("stdlib-pretrain-long")
+    model = config.model
+    assert derive_shape(model, config.tokenizer.vocab_size) == Shape(256, 4, 4, 4, 768)
+    for count in ("3M", "20M", "100M"):
+        shape = derive_shape(replace(model, n_params=count), config.tokenizer.vocab_size)
+        assert shape.n_params(config.tokenizer.vocab_size, model.tied) == pytest.approx(
+            parse_count(count, ""), rel=0.15
+        )
+
+
+def test_a_missed_dial_is_said() -> None:
+    config = ModelConfig(n_params="20M", n_layers=4, hidden_size=256)
+    assert missed_words(config, 7_604_480) == "20M asked for (model.hidden_size, model.n_layers set)"
+    assert (
+        missed_words(ModelConfig(n_params="10k"), 300_000)
+        == "10k asked for (no shape comes nearer with this vocabulary)"
+    )
+    for near in (17_100_000, 22_900_000):
+        assert missed_words(config, near) == ""
+    for other in ({"path": "somewhere"}, {"name": "my.module:fn"}, {"n_params": None}):
+        assert missed_words(replace(config, **other), 7_604_480) == ""
 
 
 def test_what_is_set_is_kept() -> None:

@@ -31,6 +31,7 @@ from kajiya.models.future import add_future_heads, without_future_heads
 from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.outputs import decoder_start
 from kajiya.models.quantized import count_params
+from kajiya.models.size import missed_words
 from kajiya.models.trained import save_trained
 from kajiya.preflight.plan import Plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
@@ -216,7 +217,8 @@ def _build(config: Config, data: Data) -> BuiltModel:
 def _plan(config: Config, prepared: Prepared, data: Data, began: float, store: Store | None) -> Plan:
     """The plan. Processes that work together measure their steps together, so that nothing kept is taken then."""
     kept = store if prepared.ranks.n == 1 else None
-    return plan_run(config, prepared.setup, prepared.feeding, data, compiled=prepared.compiled, began=began, store=kept)
+    plan = plan_run(config, prepared.setup, prepared.feeding, data, compiled=prepared.compiled, began=began, store=kept)
+    return replace(plan, size_note=missed_words(config.model, prepared.derived["model.n_params"]))
 
 
 def fit_run(

@@ -37,12 +37,12 @@ def open_study(tune: TuneConfig, folder: Path, name: str, seed: int) -> "Study":
     known = 0
     if name in optuna.study.get_all_study_names(storage):
         known = len(optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False))
-    # Each trial has a sampler of its own, so each needs a seed of its own: that of the trials before it.
+    # Each trial has a sampler of its own, so each needs a seed of its own, within NumPy's 32 bits.
     return optuna.create_study(
         study_name=name,
         storage=storage,
         load_if_exists=True,
-        sampler=_sampler(tune, seed + 7919 * known),
+        sampler=_sampler(tune, (seed + 7919 * known) % 2**32),
         pruner=_pruner(tune),
         directions=[direction(objective) for objective in tune.objectives],
     )

@@ -1,10 +1,13 @@
 """One dial to a whole shape: width, depth, heads and feed-forward width from a number of parameters."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kajiya.config.quantities import parse_count
 from kajiya.config.schema import ModelConfig
+
+_NEAR = 0.15
+"""By what share of the dial a model may miss it without a word."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ def derive_shape(config: ModelConfig, vocab_size: int) -> Shape:
     if best is None:
         raise AssertionError("no width was tried")
     return best[1]
+
+
+def missed_words(config: ModelConfig, n_params: int) -> str:
+    """Of a model from scratch that has `n_params`: by what its dial was missed; empty within 15 %."""
+    if config.n_params is None or config.path is not None or ":" in config.name:
+        return ""
+    wanted = parse_count(config.n_params, "model.n_params")
+    if abs(n_params / wanted - 1) <= _NEAR:
+        return ""
+    kept = [f"model.{size.name}" for size in fields(Shape) if getattr(config, size.name) is not None]
+    why = f"{', '.join(kept)} set" if kept else "no shape comes nearer with this vocabulary"
+    return f"{config.n_params} asked for ({why})"
 
 
 def _widths(target: int) -> list[int]:

@@ -40,6 +40,8 @@ class Plan:
     compiled: str
     lr_curve: list[tuple[int, float]]
     n_ranks: int = 1
+    size_note: str = ""
+    """By what `model.n_params` was missed; empty where it was not."""
 
 
 def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -50,7 +52,7 @@ def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{format_bytes(facts['peak_bytes'])} peak, of it {format_bytes(facts['state_bytes'])} weights and optimizer"
     )
     return [
-        ("parameters", _trained_words(n_params, facts["n_trainable"])),
+        ("parameters", "; ".join(filter(None, (_trained_words(n_params, facts["n_trainable"]), facts["size_note"])))),
         ("precision", f"{facts['precision']}: {facts['precision_reason']}"),
         ("compiled", facts["compiled"]),
         ("steps", f"{steps:,} of {facts['tokens_per_step']:,} tokens"),

@@ -62,8 +62,8 @@ def handle_spike(guard: Guard, state: TrainState, loss: float, group: Sequence[A
     state.spikes += 1
     if state.spikes > max_skipped:
         raise TrainingError(
-            f"{said}, the {state.spikes}th spike.{_kept(guard, state, group)}\n"
-            "Lower optim.lr or optim.clip_norm; optim.max_skipped says how many such steps are let out."
+            f"{said}, and optim.max_skipped={max_skipped} such steps were left out before it.{_kept(guard, state, group)}\n"
+            "Lower optim.lr or optim.clip_norm, or raise optim.max_skipped."
         )
     went_back = guard.on_spike == "rollback" and guard.rollback is not None and guard.rollback(state)
     done = "the weights went back to the last checkpoint" if went_back else "the update was left out"
@@ -76,9 +76,9 @@ def handle_nonfinite(guard: Guard, state: TrainState, group: Sequence[Any], what
     state.skipped += 1
     if state.skipped > max_skipped:
         raise TrainingError(
-            f"step {state.step}: the {what} is not finite, for the {state.skipped}th time.{_kept(guard, state, group)}\n"
-            "Lower optim.lr, lengthen schedule.warmup_fraction, or set train.precision=fp32; "
-            "optim.max_skipped says how many such steps are skipped."
+            f"step {state.step}: the {what} is not finite, and optim.max_skipped={max_skipped} such steps were skipped before "
+            f"it.{_kept(guard, state, group)}\n"
+            "Lower optim.lr, lengthen schedule.warmup_fraction, set train.precision=fp32, or raise optim.max_skipped."
         )
     guard.tell(
         f"step {state.step}: the {what} is not finite; skipped ({state.skipped} of {max_skipped} that are let pass)"
