@@ -59,7 +59,9 @@ def test_runs_show_and_report(finished: Finished, store: str, tmp_path: Path) ->
     assert "test/bits_per_byte" in kajiya("show", run, "--store", store)
     facts = _json(kajiya("show", run, "--store", store, "--json"))
     assert facts["history"]["metrics"]["test/bits_per_byte"] > 0
-    kajiya("report", run, "--out", str(tmp_path), "--store", store)
+    said = kajiya("report", run, "--out", str(tmp_path), "--store", store, "--json")
+    assert _json(said) == {"report": str(tmp_path / "report.html")}
+    assert kajiya("report", run, "--out", str(tmp_path), "--store", store) == f"{tmp_path / 'report.html'}\n"
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "report.md").is_file()
 
@@ -128,6 +130,9 @@ def test_store_verbs(finished: Finished, store: str) -> None:
     assert "0 broken" in kajiya("store", "verify", "--store", store)
     assert "pinned" in kajiya("store", "pin", name, "--store", store)
     assert "no longer pinned" in kajiya("store", "pin", name, "--remove", "--store", store)
+    pinned = _json(kajiya("store", "pin", name, "--store", store, "--json"))
+    removed = _json(kajiya("store", "pin", name, "--remove", "--store", store, "--json"))
+    assert (pinned, removed) == ({"artifact": name, "pinned": True}, {"artifact": name, "pinned": False})
     assert "would go" in kajiya("store", "gc", "--store", store)
     assert finished.trained.model.path.is_dir()
 
@@ -269,6 +274,7 @@ def test_demo_without_serving(tmp_path: Path) -> None:
         ending = again[again.index(stage) :].splitlines()[1]
         assert ending.endswith("unchanged, reused"), ending
     assert again.splitlines()[-3:] == text.splitlines()[-3:], "the run, the model, the report"
+    assert _json(kajiya(*words, "--json"))["id"] in text
 
 
 def test_a_busy_port_is_said_before_the_demo_trains(

@@ -83,6 +83,7 @@ def demo(
     minutes: Annotated[float, typer.Option(help="Time for the whole demo but the serving, minutes.", min=1.0)] = 4.0,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the model at the end.")] = True,
     store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """The whole life of a small model, on the Python standard library, in minutes."""
     from kajiya.flows.demo import demo_config
@@ -92,11 +93,13 @@ def demo(
         from kajiya.serving.listen import require_address
 
         require_address(config.serve.host, config.serve.port)  # said now, not after the minutes of training
-    console = _console()
+    console = _console(to_stderr=as_json)
     console.print(
         f"[bold]Kajiya demo[/bold]: a language model of Python code, from scratch, in about {minutes:g} minutes."
     )
     trained = _train(config, store, console)
+    if as_json:
+        _print_run(trained)
     if trained.model is not None and serve:
         _serve(config, trained.model.path, config.name, console)
 
@@ -126,9 +129,7 @@ def train(
         return
     trained = _train(compose(recipe, overrides or [], config_dir), store, _console(to_stderr=as_json))
     if as_json and _is_first_rank():
-        from kajiya.run.inspect import run_facts
-
-        _print_json(run_facts(trained.run))
+        _print_run(trained)
 
 
 @app.command()
@@ -296,6 +297,7 @@ def report(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
     store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page, and Markdown, about one run or several, and other models' results beside them."""
     from kajiya.flows.report import report_targets
@@ -306,10 +308,11 @@ def report(
     studies = [study for name in runs if (study := find_study(default_store(store), name)) is not None]
     if studies and len(runs) > 1:
         raise ConfigError(studies[0].id, "is a study, whose report is its own", "Report it alone.")
-    if studies:
-        _console().print(str(report_study(studies[0], out)), soft_wrap=True, highlight=False)
-        return
-    _console().print(str(report_targets(runs, default_store(store), out)), soft_wrap=True, highlight=False)
+    page = report_study(studies[0], out) if studies else report_targets(runs, default_store(store), out)
+    if as_json:
+        _print_json({"report": page})
+    else:
+        _console().print(str(page), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -563,6 +566,7 @@ def sync(
         list[str] | None, typer.Option(help="A setting of the tracker, as name=value; else those of the run.")
     ] = None,
     store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """Replay a run's event log, or those of a study and its runs, into trackers, exactly; nothing is sent twice."""
     import yaml
@@ -575,13 +579,19 @@ def sync(
     found = find_run_or_study(default_store(store), run)
     members = runs_of(found) if is_study(found) else []
     given = dict(word.partition("=")[::2] for word in option or [])
+    facts = []
     for name in trackers:
         recorded = found.manifest()["config"]["track"]["options"].get(name) or {}
         options = recorded | {k: yaml.safe_load(v) for k, v in given.items()}
         replay_all([each.folder for each in (found, *members)], name, options)
         for each in (found, *members):
             position = load_position(position_file(each.folder, name))
-            _console().print(f"{name}: {position.n_events:,} events of {each.id}, {position.status}", highlight=False)
+            facts.append({"tracker": name, "run": each.id, "events": position.n_events, "status": position.status})
+            if not as_json:
+                words = f"{name}: {position.n_events:,} events of {each.id}, {position.status}"
+                _console().print(words, highlight=False)
+    if as_json:
+        _print_json(facts)
 
 
 @app.command()
@@ -710,13 +720,17 @@ def store_pin(
     artifact: Annotated[str, typer.Argument(help="An artifact, as `kajiya store list` names it.")],
     remove: Annotated[bool, typer.Option("--remove", help="Take the pin away.")] = False,
     store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """Keep an artifact though no run refers to it."""
     from kajiya.run.holdings import pin, unpin
     from kajiya.run.store import default_store
 
     name = (unpin if remove else pin)(default_store(store), artifact)
-    _console().print(f"{name}: {'no longer pinned' if remove else 'pinned'}", highlight=False)
+    if as_json:
+        _print_json({"artifact": name, "pinned": not remove})
+    else:
+        _console().print(f"{name}: {'no longer pinned' if remove else 'pinned'}", highlight=False)
 
 
 def main() -> None:
@@ -899,6 +913,12 @@ def _find_lr(config: "Config", store: str | None, as_json: bool) -> None:
         return
     console.print(f"Suggested: optim.lr={found.test.suggestion:.2g}", highlight=False)
     console.print(f"Plot:      {found.plot}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_run(trained: "Trained") -> None:
+    from kajiya.run.inspect import run_facts
+
+    _print_json(run_facts(trained.run))
 
 
 def _print_json(value: Any) -> None:

@@ -197,7 +197,7 @@ def _is_saved(folder: Path) -> bool:
 
 def _refuse_hub_settings(options: HubSource) -> None:
     """Raise `ConfigError` for a setting that means nothing of a folder."""
-    settings = {"revision": options.revision}
+    settings: dict[str, str | bool | None] = {"revision": options.revision}
     if _is_saved(Path(options.path).expanduser()):
         settings |= {"subset": options.subset, "streaming": options.streaming or None}
     for name, value in settings.items():
