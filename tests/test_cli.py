@@ -14,8 +14,9 @@ import pytest
 from tests.conftest import Finished, small_overrides
 from typer.testing import CliRunner
 
-from kajiya.cli import _typed, app, main
+from kajiya.cli import app, main
 from kajiya.preflight.doctor import Finding
+from kajiya.verbs.speaking import typed_command
 
 CONTROL = re.compile(r"\x1b|\r")
 
@@ -302,7 +303,7 @@ def test_the_command_that_goes_on_can_be_typed(
     """Under `make demo` the program is not on the PATH."""
     monkeypatch.setattr(shutil, "which", lambda name: on_path)
     monkeypatch.setattr(sys, "argv", [started_as, "demo", "--no-serve"])
-    assert _typed() == [*typed, "demo", "--no-serve"]
+    assert typed_command() == [*typed, "demo", "--no-serve"]
 
 
 def test_serve_answers_and_stops(finished: Finished, store: str) -> None:
