@@ -24,6 +24,7 @@ ROOMS = [
     "api",
     "listings",
     "screen",
+    "verbs",
     "cli",
     "__main__",
 ]

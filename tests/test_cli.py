@@ -14,8 +14,9 @@ import pytest
 from tests.conftest import Finished, small_overrides
 from typer.testing import CliRunner
 
-from kajiya.cli import _typed, app, main
+from kajiya.cli import app, main
 from kajiya.preflight.doctor import Finding
+from kajiya.verbs.speaking import typed_command
 
 CONTROL = re.compile(r"\x1b|\r")
 
@@ -59,7 +60,9 @@ def test_runs_show_and_report(finished: Finished, store: str, tmp_path: Path) ->
     assert "test/bits_per_byte" in kajiya("show", run, "--store", store)
     facts = _json(kajiya("show", run, "--store", store, "--json"))
     assert facts["history"]["metrics"]["test/bits_per_byte"] > 0
-    kajiya("report", run, "--out", str(tmp_path), "--store", store)
+    said = kajiya("report", run, "--out", str(tmp_path), "--store", store, "--json")
+    assert _json(said) == {"report": str(tmp_path / "report.html")}
+    assert kajiya("report", run, "--out", str(tmp_path), "--store", store) == f"{tmp_path / 'report.html'}\n"
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "report.md").is_file()
 
@@ -128,6 +131,9 @@ def test_store_verbs(finished: Finished, store: str) -> None:
     assert "0 broken" in kajiya("store", "verify", "--store", store)
     assert "pinned" in kajiya("store", "pin", name, "--store", store)
     assert "no longer pinned" in kajiya("store", "pin", name, "--remove", "--store", store)
+    pinned = _json(kajiya("store", "pin", name, "--store", store, "--json"))
+    removed = _json(kajiya("store", "pin", name, "--remove", "--store", store, "--json"))
+    assert (pinned, removed) == ({"artifact": name, "pinned": True}, {"artifact": name, "pinned": False})
     assert "would go" in kajiya("store", "gc", "--store", store)
     assert finished.trained.model.path.is_dir()
 
@@ -269,6 +275,7 @@ def test_demo_without_serving(tmp_path: Path) -> None:
         ending = again[again.index(stage) :].splitlines()[1]
         assert ending.endswith("unchanged, reused"), ending
     assert again.splitlines()[-3:] == text.splitlines()[-3:], "the run, the model, the report"
+    assert _json(kajiya(*words, "--json"))["id"] in text
 
 
 def test_a_busy_port_is_said_before_the_demo_trains(
@@ -296,7 +303,7 @@ def test_the_command_that_goes_on_can_be_typed(
     """Under `make demo` the program is not on the PATH."""
     monkeypatch.setattr(shutil, "which", lambda name: on_path)
     monkeypatch.setattr(sys, "argv", [started_as, "demo", "--no-serve"])
-    assert _typed() == [*typed, "demo", "--no-serve"]
+    assert typed_command() == [*typed, "demo", "--no-serve"]
 
 
 def test_serve_answers_and_stops(finished: Finished, store: str) -> None:

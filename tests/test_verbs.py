@@ -102,6 +102,12 @@ def test_every_argument_and_option_has_its_words() -> None:
     assert [f"{verb} {each.name}" for verb, command in VERBS.items() for each in command.params if not each.help] == []
 
 
+def test_every_verb_that_prints_facts_prints_them_as_json() -> None:
+    """Left out are those that serve or talk, and the schema, which is JSON anyway."""
+    without = {verb for verb, command in VERBS.items() if "as_json" not in {each.name for each in command.params}}
+    assert without == {"serve", "ui", "chat", "generate", "config schema"}
+
+
 # ---------------------------------------------------------------- what no other file runs
 
 
@@ -163,6 +169,8 @@ def test_sync(own_finished: Finished, store: str) -> None:
     assert f"events of {run.id}, " in text
     assert list((run.folder / "tensorboard").iterdir())
     assert kajiya("sync", run.id, "tensorboard", "--store", store) == text
+    (facts,) = json.loads(kajiya("sync", run.id, "tensorboard", "--store", store, "--json"))
+    assert text == f"{facts['tracker']}: {facts['events']:,} events of {facts['run']}, {facts['status']}\n"
 
 
 def test_generate(own_finished: Finished, store: str, tmp_path: Path) -> None:

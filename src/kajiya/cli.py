@@ -2,9 +2,6 @@
 
 import contextlib
 import errno
-import json
-import os
-import shutil
 import sys
 import traceback
 from dataclasses import dataclass
@@ -16,6 +13,10 @@ import typer.core
 
 from kajiya.errors import ConfigError, KajiyaError
 from kajiya.run.process import import_faster, quiet_torchao
+from kajiya.verbs.options import ConfigDir, Json, Overrides, Recipe, StoreOption
+from kajiya.verbs.runs import diff, replay, runs, show, sync
+from kajiya.verbs.speaking import is_first_rank, open_console, print_json, typed_command
+from kajiya.verbs.store import store_app
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class _Verbs(typer.core.TyperGroup):
         except KeyboardInterrupt:
             from kajiya.screen import say_interrupted
 
-            say_interrupted(_console(to_stderr=True), _typed())
+            say_interrupted(open_console(to_stderr=True), typed_command())
             raise typer.Exit(0) from None
 
 
@@ -61,20 +62,10 @@ app = typer.Typer(
     epilog="Any verb takes --debug for tracebacks. Settings are written key=value: kajiya train stdlib-pretrain optim.lr=1e-3",
 )
 config_app = typer.Typer(help="The composed config, its schema, the recipes.", no_args_is_help=True)
-store_app = typer.Typer(help="The artifact store: list, verify, gc, pin.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(store_app, name="store")
 
-Recipe = Annotated[str, typer.Argument(help="A packaged recipe's name, or the path of a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings, as key=value.", metavar="[KEY=VALUE]...")]
-StoreOption = Annotated[
-    str | None, typer.Option("--store", help="Folder of artifacts and runs; else $KAJIYA_STORE, else ./kajiya-store.")
-]
-ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="Folder with recipes and groups of your own.")]
-Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 DEFAULT_RECIPE = "stdlib-pretrain"
-_PIPE_COLUMNS = 100_000
-"""Width of a line that nothing folds."""
 
 
 @app.command()
@@ -83,6 +74,7 @@ def demo(
     minutes: Annotated[float, typer.Option(help="Time for the whole demo but the serving, minutes.", min=1.0)] = 4.0,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the model at the end.")] = True,
     store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """The whole life of a small model, on the Python standard library, in minutes."""
     from kajiya.flows.demo import demo_config
@@ -92,11 +84,13 @@ def demo(
         from kajiya.serving.listen import require_address
 
         require_address(config.serve.host, config.serve.port)  # said now, not after the minutes of training
-    console = _console()
+    console = open_console(to_stderr=as_json)
     console.print(
         f"[bold]Kajiya demo[/bold]: a language model of Python code, from scratch, in about {minutes:g} minutes."
     )
     trained = _train(config, store, console)
+    if as_json:
+        _print_run(trained)
     if trained.model is not None and serve:
         _serve(config, trained.model.path, config.name, console)
 
@@ -124,11 +118,9 @@ def train(
     if find_lr:
         _find_lr(compose(recipe, overrides or [], config_dir), store, as_json)
         return
-    trained = _train(compose(recipe, overrides or [], config_dir), store, _console(to_stderr=as_json))
-    if as_json and _is_first_rank():
-        from kajiya.run.inspect import run_facts
-
-        _print_json(run_facts(trained.run))
+    trained = _train(compose(recipe, overrides or [], config_dir), store, open_console(to_stderr=as_json))
+    if as_json:
+        _print_run(trained)
 
 
 @app.command()
@@ -146,7 +138,7 @@ def tune(
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
-    console = _console(to_stderr=as_json)
+    console = open_console(to_stderr=as_json)
     swept, passed_over = read_wandb_sweep(wandb_sweep) if wandb_sweep else ([], [])
     for name in passed_over:
         words = f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used"
@@ -158,7 +150,7 @@ def tune(
             recipe, asked, default_store(store), config_dir=config_dir, command=command, on_event=screen.on_event
         )
     if as_json:
-        _print_json({"study": tuned.run.id, "best": tuned.best, "report": tuned.report, "trials": tuned.counts})
+        print_json({"study": tuned.run.id, "best": tuned.best, "report": tuned.report, "trials": tuned.counts})
         return
     for words, path in (("Study:  ", tuned.run.folder), ("Best:   ", tuned.best), ("Report: ", tuned.report)):
         console.print(f"{words}{path}", highlight=False, soft_wrap=True, markup=False)
@@ -216,14 +208,14 @@ def preview(
     from kajiya.screen import Screen
 
     wanted = Wanted(rows=rows, split=split, first=row, seed=seed)
-    with Screen(_console(to_stderr=True)) as screen:
+    with Screen(open_console(to_stderr=True)) as screen:
         config = compose(recipe, overrides or [], config_dir)
         shown = preview_recipe(config, default_store(store), wanted, screen.on_event)
     if html is not None:
         write_preview_page(shown, html)
-    console = _console()
+    console = open_console()
     if as_json:
-        _print_json(shown.facts())
+        print_json(shown.facts())
     elif console.is_terminal:
         print_preview(console, shown, ids)
     else:
@@ -270,7 +262,7 @@ def evaluate(
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
-    console = _console(to_stderr=as_json)
+    console = open_console(to_stderr=as_json)
     with Screen(console) as screen:
         config = compose(data, overrides or [], config_dir)
         evaluation, baselines = evaluate_flow(
@@ -282,7 +274,7 @@ def evaluate(
             on_event=screen.on_event,
         )
     if as_json:
-        _print_json({**evaluation.facts, **(baselines.facts if baselines else {})})
+        print_json({**evaluation.facts, **(baselines.facts if baselines else {})})
     elif baselines is None:
         from kajiya.evals.results import TaskResult
 
@@ -301,6 +293,7 @@ def report(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
     store: StoreOption = None,
+    as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page, and Markdown, about one run or several, and other models' results beside them."""
     from kajiya.flows.report import report_targets
@@ -311,10 +304,11 @@ def report(
     studies = [study for name in runs if (study := find_study(default_store(store), name)) is not None]
     if studies and len(runs) > 1:
         raise ConfigError(studies[0].id, "is a study, whose report is its own", "Report it alone.")
-    if studies:
-        _console().print(str(report_study(studies[0], out)), soft_wrap=True, highlight=False)
-        return
-    _console().print(str(report_targets(runs, default_store(store), out)), soft_wrap=True, highlight=False)
+    page = report_study(studies[0], out) if studies else report_targets(runs, default_store(store), out)
+    if as_json:
+        print_json({"report": page})
+    else:
+        open_console().print(str(page), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -340,11 +334,11 @@ def shift(
     from kajiya.screen import Screen
 
     asked = ShiftAsked(first, second, tuple(key or ()), model, map_, limit)
-    console = _console(to_stderr=as_json)
+    console = open_console(to_stderr=as_json)
     with Screen(console) as screen:
         facts = compare_samples(asked, default_store(store), out, screen.on_event)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     print_table(console, shift_table(facts))
     console.print(f"Report: {facts['report']}", highlight=False, soft_wrap=True, markup=False)
@@ -381,7 +375,7 @@ def serve(
     validate(config)
     found = find_model(target, default_store(store))
     config = replace(config, serve=with_folders(config.serve, default_store(store)))
-    _serve(config, found.model.path, found.name, _console())
+    _serve(config, found.model.path, found.name, open_console())
 
 
 @app.command()
@@ -407,7 +401,7 @@ def generate(
     tasks = read_tasks(requests, found.name, set(engine.adapters), temperature)
     answerer = Answerer(found.name, engine, tokenizer, replace(cfg, default_max_tokens=max_tokens), found.model.digest)
     to = output or requests.with_suffix(".answers.jsonl")
-    console = _console(to_stderr=True)
+    console = open_console(to_stderr=True)
     console.print(f"Engine: {engine.facts.note}", soft_wrap=True, markup=False)
     with console.status("") as status:
         n_new = answer_all(answerer, tasks, to, lambda done, of: status.update(f"{done} of {of}"))
@@ -472,121 +466,15 @@ def merge(
         targets, default_store(store), into=into, base=base, joining=joining, recipe=data, config_dir=config_dir
     )
     if as_json:
-        _print_json({"path": str(model.path), "digest": model.digest, "certificate": certificate.facts})
+        print_json({"path": str(model.path), "digest": model.digest, "certificate": certificate.facts})
         return
     for line in merge_lines(certificate.facts):
-        _console().print(line, highlight=False)
-    _console().print(str(model.path), soft_wrap=True, highlight=False)
+        open_console().print(line, highlight=False)
+    open_console().print(str(model.path), soft_wrap=True, highlight=False)
 
 
-@app.command()
-def runs(store: StoreOption = None, as_json: Json = False) -> None:
-    """All runs, oldest first."""
-    from kajiya.listings import print_table, runs_table
-    from kajiya.run.inspect import run_rows
-    from kajiya.run.store import default_store
-
-    rows = run_rows(default_store(store))
-    if as_json:
-        _print_json(rows)
-    elif not rows:
-        _console().print("No runs yet. Begin one with: kajiya demo", highlight=False)
-    else:
-        print_table(_console(), runs_table(rows))
-
-
-@app.command()
-def show(
-    run: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")] = "latest",
-    store: StoreOption = None,
-    as_json: Json = False,
-) -> None:
-    """All facts of one run."""
-    from kajiya.listings import show_run
-    from kajiya.run.folder import find_run
-    from kajiya.run.inspect import run_facts
-    from kajiya.run.store import default_store
-
-    facts = run_facts(find_run(default_store(store), run))
-    if as_json:
-        _print_json(facts)
-    else:
-        show_run(_console(), facts)
-
-
-@app.command()
-def diff(
-    first: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")],
-    second: Annotated[str, typer.Argument(help="The run that it is compared with.")],
-    store: StoreOption = None,
-    as_json: Json = False,
-) -> None:
-    """What differs between two runs: config, data, code, environment, metrics."""
-    from kajiya.listings import diff_table, print_table
-    from kajiya.run.folder import find_run
-    from kajiya.run.inspect import run_diff
-    from kajiya.run.store import default_store
-
-    found = run_diff(find_run(default_store(store), first), find_run(default_store(store), second))
-    if as_json:
-        _print_json(found)
-    else:
-        print_table(_console(), diff_table(found))
-
-
-@app.command()
-def replay(
-    run: Annotated[str, typer.Argument(help="A run: its id, a beginning of it, its folder, or latest.")],
-    store: StoreOption = None,
-    as_json: Json = False,
-) -> None:
-    """Run again from the manifest; says whether the result is bit-identical, within tolerance or different, and why."""
-    from kajiya.flows.replay import replay as replay_flow
-    from kajiya.run.folder import find_run
-    from kajiya.run.store import default_store
-    from kajiya.screen import Screen
-
-    console = _console(to_stderr=as_json)
-    with Screen(console) as screen:
-        found = replay_flow(find_run(default_store(store), run), screen.on_event)
-    if as_json:
-        _print_json(found)
-        return
-    console.print(f"[bold]{found.verdict}[/bold]: {found.weights}", highlight=False)
-    for name, (first, again) in found.metrics.items():
-        console.print(f"  {name}: {first} then, {again} now", highlight=False)
-    for kind, pairs in found.differs.items():
-        for name, (first, again) in pairs.items():
-            console.print(f"  {kind}: {name}: {first} then, {again} now", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def sync(
-    run: Annotated[str, typer.Argument(help="A run or study: its id, a beginning of it, its folder, or latest.")],
-    trackers: Annotated[list[str], typer.Argument(help="mlflow, tensorboard, wandb, or my_pkg.mod:Class.")],
-    option: Annotated[
-        list[str] | None, typer.Option(help="A setting of the tracker, as name=value; else those of the run.")
-    ] = None,
-    store: StoreOption = None,
-) -> None:
-    """Replay a run's event log, or those of a study and its runs, into trackers, exactly; nothing is sent twice."""
-    import yaml
-
-    from kajiya.run.folder import find_run_or_study, is_study, runs_of
-    from kajiya.run.store import default_store
-    from kajiya.run.trackers.dispatch import replay_all
-    from kajiya.run.trackers.position import load_position, position_file
-
-    found = find_run_or_study(default_store(store), run)
-    members = runs_of(found) if is_study(found) else []
-    given = dict(word.partition("=")[::2] for word in option or [])
-    for name in trackers:
-        recorded = found.manifest()["config"]["track"]["options"].get(name) or {}
-        options = recorded | {k: yaml.safe_load(v) for k, v in given.items()}
-        replay_all([each.folder for each in (found, *members)], name, options)
-        for each in (found, *members):
-            position = load_position(position_file(each.folder, name))
-            _console().print(f"{name}: {position.n_events:,} events of {each.id}, {position.status}", highlight=False)
+for verb in (runs, show, diff, replay, sync):
+    app.command()(verb)
 
 
 @app.command()
@@ -599,7 +487,7 @@ def ui(
     from kajiya.run.store import default_store
     from kajiya.run.ui import open_ui
 
-    open_ui(default_store(store), host, port, lambda url: _console().print(f"MLflow UI: {url}  (Ctrl-C ends it)"))
+    open_ui(default_store(store), host, port, lambda url: open_console().print(f"MLflow UI: {url}  (Ctrl-C ends it)"))
 
 
 @app.command()
@@ -611,9 +499,9 @@ def doctor(store: StoreOption = None, as_json: Json = False) -> None:
 
     findings = diagnose(default_store(store).root)
     if as_json:
-        _print_json(findings)
+        print_json(findings)
     else:
-        show_findings(_console(), findings)
+        show_findings(open_console(), findings)
 
 
 @config_app.command("show")
@@ -626,7 +514,7 @@ def config_show(
 
     plain = to_plain(compose(recipe, overrides or [], config_dir))
     if as_json:
-        _print_json(plain)
+        print_json(plain)
     else:
         import yaml
 
@@ -638,7 +526,7 @@ def config_schema() -> None:
     """JSON schema of the config, and of the options of every name in every table."""
     from kajiya.config.describe import whole_schema
 
-    _print_json(whole_schema())
+    print_json(whole_schema())
 
 
 @config_app.command("list")
@@ -648,80 +536,12 @@ def config_list(config_dir: ConfigDir = None, as_json: Json = False) -> None:
 
     facts = {"recipes": sorted(list_recipes(config_dir)), "groups": list_groups(config_dir)}
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
-    console = _console()
+    console = open_console()
     console.print("recipes: " + ", ".join(facts["recipes"]), highlight=False, soft_wrap=True)
     for group, names in list_groups(config_dir).items():
         console.print(f"{group}: " + ", ".join(names), highlight=False, soft_wrap=True)
-
-
-@store_app.command("list")
-def store_list(store: StoreOption = None, as_json: Json = False) -> None:
-    """Every artifact: stage, key, size, age, who uses it."""
-    from kajiya.listings import print_table, store_table
-    from kajiya.run.holdings import store_rows
-    from kajiya.run.store import default_store
-
-    rows = store_rows(default_store(store))
-    if as_json:
-        _print_json(rows)
-    else:
-        print_table(_console(), store_table(rows))
-
-
-@store_app.command("verify")
-def store_verify(store: StoreOption = None, as_json: Json = False) -> None:
-    """Check every file of every artifact against its hash; exit 1 when one is not what it was."""
-    from kajiya.run.holdings import verify_store
-    from kajiya.run.store import default_store
-
-    verdicts = verify_store(default_store(store))
-    broken = [verdict for verdict in verdicts if verdict.problem]
-    if as_json:
-        _print_json(verdicts)
-    else:
-        for verdict in broken:
-            _console().print(f"broken: {verdict.name}: {verdict.problem}", highlight=False, soft_wrap=True)
-        _console().print(f"{len(verdicts)} artifacts, {len(broken)} broken", highlight=False)
-    if broken:
-        raise typer.Exit(1)
-
-
-@store_app.command("gc")
-def store_gc(
-    delete: Annotated[bool, typer.Option("--delete", help="Really delete; otherwise only say what would go.")] = False,
-    store: StoreOption = None,
-    as_json: Json = False,
-) -> None:
-    """Artifacts that no run and no pin refers to."""
-    from kajiya.config.quantities import format_bytes
-    from kajiya.run.holdings import collect_garbage
-    from kajiya.run.store import default_store
-
-    garbage = collect_garbage(default_store(store), dry_run=not delete)
-    if as_json:
-        _print_json(garbage)
-        return
-    names = [*garbage.artifacts, *garbage.unfinished]
-    for name in names:
-        _console().print(name, highlight=False)
-    said = "deleted" if garbage.is_deleted else "would go; --delete deletes them"
-    _console().print(f"{len(names)} items, {format_bytes(garbage.bytes)}: {said}", highlight=False)
-
-
-@store_app.command("pin")
-def store_pin(
-    artifact: Annotated[str, typer.Argument(help="An artifact, as `kajiya store list` names it.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Take the pin away.")] = False,
-    store: StoreOption = None,
-) -> None:
-    """Keep an artifact though no run refers to it."""
-    from kajiya.run.holdings import pin, unpin
-    from kajiya.run.store import default_store
-
-    name = (unpin if remove else pin)(default_store(store), artifact)
-    _console().print(f"{name}: {'no longer pinned' if remove else 'pinned'}", highlight=False)
 
 
 def main() -> None:
@@ -765,19 +585,8 @@ def _train(config: "Config", store: str | None, console: "Console") -> "Trained"
     with Screen(console) as screen:
         command = ["kajiya", *sys.argv[1:]]
         trained = train_flow(config, default_store(store), command=command, on_event=screen.on_event)
-    say_outcome(console, trained, _typed())
+    say_outcome(console, trained, typed_command())
     return trained
-
-
-def _typed() -> list[str]:
-    """This command as it can be typed once more: by the path of its program where `kajiya` is not found without."""
-    if shutil.which("kajiya"):
-        program = ["kajiya"]
-    elif Path(sys.argv[0]).name == "__main__.py":
-        program = [sys.executable, "-m", "kajiya"]
-    else:
-        program = sys.argv[:1]
-    return [*program, *sys.argv[1:]]
 
 
 @dataclass(frozen=True)
@@ -795,7 +604,7 @@ def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, shown: 
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
-    with Screen(_console(to_stderr=shown.as_json)) as screen:
+    with Screen(open_console(to_stderr=shown.as_json)) as screen:
         results = evaluate_tasks(asked, config, default_store(store), screen.on_event)
     _show_results(results, shown)
 
@@ -803,9 +612,9 @@ def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, shown: 
 def _show_results(results: "Sequence[TaskResult]", shown: Shown) -> None:
     from kajiya.listings import confusion_table, print_table, show_misses, task_table
 
-    console = _console(to_stderr=shown.as_json)
+    console = open_console(to_stderr=shown.as_json)
     if shown.as_json:
-        _print_json([dict(result.facts) for result in results])
+        print_json([dict(result.facts) for result in results])
     else:
         print_table(console, task_table([result.facts for result in results]))
         for result in results:
@@ -822,11 +631,11 @@ def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store:
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
-    console = _console(to_stderr=as_json)
+    console = open_console(to_stderr=as_json)
     with Screen(console) as screen:
         found = multirun(recipe, overrides, default_store(store), config_dir=config_dir, on_event=screen.on_event)
     if as_json:
-        _print_json(found)
+        print_json(found)
     runs = [member.run for member in found if member.run and member.status == "finished"]
     console.print(f"Compare them: kajiya report {' '.join(runs)}", highlight=False, soft_wrap=True)
     if len(runs) < len(found):
@@ -870,25 +679,10 @@ def _show_facts(flow: "Callable[..., dict[str, Any]]", config: "Config", store: 
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
-    with Screen(_console(to_stderr=as_json)) as screen:
+    with Screen(open_console(to_stderr=as_json)) as screen:
         facts = flow(config, default_store(store), screen.on_event)
     if as_json:
-        _print_json(facts)
-
-
-def _is_first_rank() -> bool:
-    """Whether this is the only process, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _console(to_stderr: bool = False) -> "Console":
-    from rich.console import Console
-
-    console = Console(stderr=to_stderr, highlight=False)
-    if not _is_first_rank():
-        return Console(quiet=True)  # of the processes that torchrun starts, one speaks
-    # A pipe has no width of its own: lines stay whole, for whoever reads them next.
-    return console if console.is_terminal else Console(stderr=to_stderr, highlight=False, width=_PIPE_COLUMNS)
+        print_json(facts)
 
 
 def _find_lr(config: "Config", store: str | None, as_json: bool) -> None:
@@ -896,18 +690,18 @@ def _find_lr(config: "Config", store: str | None, as_json: bool) -> None:
     from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
-    console = _console(to_stderr=as_json)
+    console = open_console(to_stderr=as_json)
     with Screen(console) as screen:
         found = find_lr(config, default_store(store), screen.on_event)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     console.print(f"Suggested: optim.lr={found.test.suggestion:.2g}", highlight=False)
     console.print(f"Plot:      {found.plot}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _print_json(value: Any) -> None:
-    from kajiya.config.digest import to_plain
+def _print_run(trained: "Trained") -> None:
+    from kajiya.run.inspect import run_facts
 
-    plain = to_plain(value)
-    sys.stdout.write(json.dumps(plain, indent=1, ensure_ascii=False, default=str) + "\n")
+    if is_first_rank():
+        print_json(run_facts(trained.run))

@@ -42,13 +42,13 @@ def find_bases(config: Config, store: Store, tell: OnEvent) -> Based:
     model, tokenizer, adapter = config.model, config.tokenizer, config.adapter
     if model.path is not None:
         base = _find(model.path, store)
-        if tokenizer.path == model.path and base is not None:
-            tokenizer = replace(tokenizer, path=str(base.path))
-        if base is not None:
+        if base is None:
+            model = replace(model, revision=resolve_commit(model.path, model.revision, "model"))
+        else:
+            if tokenizer.path == model.path:
+                tokenizer = replace(tokenizer, path=str(base.path))
             parents["base"] = base
             model = replace(model, path=str(base.path))
-        else:
-            model = replace(model, revision=resolve_commit(model.path, model.revision, "model"))
     if tokenizer.path is not None and tokenizer is config.tokenizer:
         found = _find(tokenizer.path, store)
         tokenizer = tokenizer if found is None else replace(tokenizer, path=str(found.path))
