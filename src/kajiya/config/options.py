@@ -82,7 +82,7 @@ class LinesSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set of the Hugging Face hub, or a folder saved by `datasets.save_to_disk`."""
+    """A data set of the Hugging Face hub, a folder of data files, or one saved by `datasets.save_to_disk`."""
 
     path: str = setting("")
     """Hub name, or a local folder."""
