@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kajiya.config.digest import digest
 from kajiya.config.schema import Config
 from kajiya.errors import StoreError
 from kajiya.run.alive import is_alive, process_facts
@@ -31,6 +32,7 @@ def test_a_run_is_begun_once_and_gone_on_with(store: Store) -> None:
     assert manifest["attempts"] == 1
     assert manifest["command"] == ["train", "tiny"]
     assert manifest["config"]["train"]["micro_batch"] == 8
+    assert manifest["config_digest"] == digest(config) == digest(manifest["config"])
     assert manifest["provenance"]["packages"]["torch"]
     assert [event["kind"] for event in read_events(first.folder)] == ["config", "opened", "opened"]
 

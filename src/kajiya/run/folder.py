@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kajiya.config.digest import to_plain
+from kajiya.config.digest import digest, to_plain
 from kajiya.config.schema import Config
 from kajiya.errors import RunBusyError, StoreError
 from kajiya.run.alive import is_alive, process_facts
@@ -73,6 +73,7 @@ def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
             "key": key,
             "created": time.time(),
             "config": to_plain(config),
+            "config_digest": digest(config),
             "command": command,
             "status": "running",
             "owner": process_facts(),
