@@ -29,9 +29,14 @@ def plan_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dic
     return facts | {"derived": derived}
 
 
-def prove_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dict[str, Any]:
-    """The verdict on a recipe; nothing is trained. Raises `ProofError` for checks that fail."""
-    set_up_process(config.seed, store.root, config.train.deterministic, fp32_matmul=config.train.fp32_matmul)
+def prove_recipe(
+    config: Config, store: Store, on_event: OnEvent = silent, threads: int | None = None
+) -> dict[str, Any]:
+    """The verdict on a recipe; nothing is trained. Raises `ProofError` for checks that fail.
+
+    `threads` of torch; `None`: one for each usable core.
+    """
+    set_up_process(config.seed, store.root, config.train.deterministic, threads, config.train.fp32_matmul)
     based = find_bases(config, store, on_event)
     data = replace(prepare_data(based.config, store, Stages(on_event)), bases=based.parents)
     return prove_only(based.config, data, store, on_event)
