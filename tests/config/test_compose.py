@@ -185,6 +185,11 @@ def test_combinations_that_cannot_be() -> None:
         compose("stdlib-pretrain", ["model.hidden_size=100", "model.n_heads=8"])
     with pytest.raises(ConfigError, match="divide"):
         compose("stdlib-pretrain", ["model.n_heads=8", "model.n_kv_heads=3"])
+    # Nothing that goes through a frozen block whose output is zero can be learnt.
+    for adapter in (["adapter.name=ia3"], ["adapter.name=lora", "adapter.options.init=pissa"]):
+        with pytest.raises(ConfigError, match=r"model\.zero_outputs: leaves adapter\.name="):
+            compose("stdlib-pretrain", adapter)
+    assert compose("stdlib-pretrain", ["adapter.name=lora"]).model.zero_outputs
 
 
 def test_a_recipe_of_ones_own_and_a_config_dir(tmp_path: Path) -> None:

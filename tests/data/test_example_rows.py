@@ -135,6 +135,8 @@ def test_pairs_of_an_encoder_and_a_decoder() -> None:
         assert batch.targets[row].tolist() == said + [NO_TARGET] * (16 - m)
         assert batch.tokens[row, :m].tolist() == [77, *said[:-1]]
     assert batch.n_targets == 21
+    assert batch.examples is not None
+    assert batch.examples.tolist() == rows.packing.examples.tolist()
 
 
 def test_buckets_keep_padding_small_and_resume_exactly() -> None:

@@ -3,15 +3,18 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kajiya.config.compose import compose
 from kajiya.config.schema import Config
 from kajiya.config.validate import CHECKS
 from kajiya.data import example_rows, render
+from kajiya.data.batch import NO_TARGET, Seq2SeqBatch
 from kajiya.errors import ProofError
 from kajiya.flows.plan import prove_recipe
 from kajiya.run.store import Store
@@ -259,3 +262,112 @@ def test_texts_are_compared_whatever_a_template_does_with_them() -> None:
     # What was cut off is not looked for in what is left of the text before it.
     rest = [asked, Said("told at length", True, True), Said("old", False, False)]
     assert compare(rest, text, trained, is_whole=False) == (1, None)
+
+
+# ---------------------------------------------------------------- pairs of an encoder–decoder
+
+_WORDS = ["stone", "river", "lamp", "window", "garden", "bridge", "paper", "engine", "summer", "shadow"]
+
+
+def _pairs_config(folder: Path, *more: str) -> Config:
+    """Questions and answers, all different, for a small T5."""
+    lines = []
+    for number in range(60):
+        a, b, c = (_WORDS[(number * k + k) % 10] for k in (1, 3, 7))
+        row = {
+            "input": f"What of the {a} in number {number}?",
+            "target": f"The {b} of {number}\n lies  beside its {c}.",
+        }
+        lines.append(json.dumps(row) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    (folder / "recipe.yaml").write_text(_RECIPE.format(files=folder / "pairs.jsonl").replace("small-chat", "small-t5"))
+    given = ["model.name=t5", "train.loss.name=seq2seq", "train.micro_batch=4", _only("targets"), *more]
+    return compose(str(folder / "recipe.yaml"), given)
+
+
+def _rolled(batch: Seq2SeqBatch, *names: str) -> Seq2SeqBatch:
+    return replace(batch, **{name: vars(batch)[name].roll(1, 0) for name in names})
+
+
+def _without_ends(batch: Seq2SeqBatch) -> Seq2SeqBatch:
+    targets = batch.targets.clone()
+    targets[torch.arange(len(targets)), (targets != NO_TARGET).sum(dim=1) - 1] = NO_TARGET
+    return replace(batch, targets=targets)
+
+
+def _without_beginnings(batch: Seq2SeqBatch) -> Seq2SeqBatch:
+    targets = batch.targets.clone()
+    targets[:, :2] = NO_TARGET
+    return replace(batch, targets=targets)
+
+
+def _read_as_said(batch: Seq2SeqBatch) -> Seq2SeqBatch:
+    return replace(batch, tokens=torch.where(batch.targets == NO_TARGET, batch.tokens, batch.targets))
+
+
+def _begun_elsewhere(batch: Seq2SeqBatch) -> Seq2SeqBatch:
+    return replace(batch, tokens=torch.cat([batch.tokens[:, :1] + 7, batch.tokens[:, 1:]], dim=1))
+
+
+PAIR_BUGS: dict[str, tuple[Callable[[Seq2SeqBatch], Seq2SeqBatch], str]] = {
+    "sound": (lambda batch: batch, ""),
+    "targets of other rows": (
+        lambda batch: _rolled(batch, "targets", "tokens"),
+        "is to say .* and the row's target is",
+    ),
+    "inputs of other rows": (lambda batch: _rolled(batch, "inputs", "inputs_mask"), "reads .* and the row's input is"),
+    "beginnings masked": (_without_beginnings, "is to say .* and the row's target is"),
+    "ends masked": (_without_ends, "targets have no end that is learnt"),
+    "the decoder reads what it says": (_read_as_said, "does not read the token before"),
+    "another start token": (_begun_elsewhere, "does not read the token before"),
+}
+
+
+@pytest.mark.parametrize("name", PAIR_BUGS)
+def test_pairs_are_what_their_rows_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug, words = PAIR_BUGS[name]
+    honest = example_rows.PairRows.batch
+    monkeypatch.setattr(example_rows.PairRows, "batch", lambda rows, places: bug(honest(rows, places)))
+    if words:
+        with pytest.raises(ProofError, match=f"targets: .*{words}"):
+            prove_recipe(_pairs_config(tmp_path), Store(tmp_path / "store"))
+        return
+    facts = prove_recipe(_pairs_config(tmp_path), Store(tmp_path / "store"))
+    text = facts["findings"][0]["text"]
+    assert "input and target of each of 48 pairs" in text
+    assert "an end is learnt in each of 48 whole targets" in text
+
+
+def test_a_pair_that_is_rendered_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards themselves say something else, for example an input that is to be said."""
+    honest = render.Renderer._draft_seq2seq
+    monkeypatch.setattr(
+        render.Renderer, "_draft_seq2seq", lambda renderer, row: honest(renderer, row | {"target": row["input"]})
+    )
+    with pytest.raises(ProofError, match=r"targets: .*is to say 'What of"):
+        prove_recipe(_pairs_config(tmp_path), Store(tmp_path / "store"))
+
+
+def test_pairs_that_are_cut_are_the_beginnings_of_their_rows(tmp_path: Path) -> None:
+    more = ("data.row_tokens=16", "data.on_long=cut", "data.max_lost_fraction=1")
+    facts = prove_recipe(_pairs_config(tmp_path, *more), Store(tmp_path / "store"))
+    assert facts["findings"][0]["state"] == "passed"
+    assert "an end is learnt in each of 0 whole targets" in facts["findings"][0]["text"]
+
+
+def test_a_tokenizer_that_loses_something_is_asked_what_it_makes_of_a_text() -> None:
+    from kajiya.preflight.prove_pairs import is_text_of
+
+    class Lower:
+        """It knows small letters alone."""
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [ord(letter) for letter in text.lower()]
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "".join(map(chr, ids))
+
+    assert is_text_of("a river", "A  River", Lower(), is_whole=True)
+    assert not is_text_of("a riv", "A River", Lower(), is_whole=True)
+    assert is_text_of("a riv\ufffd", "A River", Lower(), is_whole=False)
+    assert not is_text_of("a stone", "A River", Lower(), is_whole=False)

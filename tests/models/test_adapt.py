@@ -24,6 +24,7 @@ from kajiya.models.injection import merge
 from kajiya.models.load import load_model
 from kajiya.models.open import open_model
 from kajiya.models.quantized import count_params, dequantize, plain_tensors, quantize, stored_bytes
+from kajiya.models.tasks import CLASS_HEADS, Task
 from kajiya.models.weights_digest import weights_digest
 from kajiya.training import cross_entropy
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
@@ -340,6 +341,65 @@ def test_mistakes_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         transform(load_model(base()), AdapterConfig(name, options), quantized, 0)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_new_head_is_trained_whole_and_comes_back(name: str, architecture: str, tmp_path: Path) -> None:
+    task = Task("classes", ("a", "b", "c"))
+    folder = tmp_path / "base"
+    made: Any = build_model(
+        ModelConfig(name=architecture, n_params="40k", max_positions=64), VOCABULARY, 0, task
+    ).module
+    made.save_pretrained(folder)
+    module = load_model(folder, task=task)
+    transform(module, AdapterConfig(name), "none", seed=5)
+    trained = {each for each, parameter in module.named_parameters() if parameter.requires_grad}
+    head = {each for each in trained if each.startswith(CLASS_HEADS)}
+    assert head
+    assert len(head) < len(trained)
+    with torch.no_grad():
+        for each, parameter in module.named_parameters():
+            if each in trained:
+                parameter.add_(0.1)
+    saved = tmp_path / "adapter"
+    save_adapter(module, NoTokenizer(), saved, Base(str(folder), weights_digest(folder), "none", task.labels))
+    again = load_model(folder, task=task)
+    load_adapter(again, saved)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        expected, got = (each.eval()(input_ids=ids).logits for each in (module, again))
+    assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_a_beginning_out_of_weights_that_are_kept_the_other_way_round(init: str) -> None:
+    """GPT-2's layers hold [in, out]: PEFT's OLoRA takes them for [out, in], its PiSSA does not."""
+    module: Any = build_model(ModelConfig(name="gpt2", n_params="40k", max_positions=64), VOCABULARY, 0).module.eval()
+    batch = make_batch(2)
+    with torch.no_grad():
+        before = all_logits(module, batch)
+    config = AdapterConfig("lora", {"init": init, "r": 4})
+    if init == "olora":
+        with pytest.raises(ConfigError, match="the other way round"):
+            transform(module, config, "none", 0)
+        return
+    transform(module, config, "none", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(all_logits(module, batch), before, atol=1e-4, rtol=1e-4)
+
+
+def test_an_nf4_base_computes_in_what_it_reads_whatever_it_read_first(base: Callable[..., Path]) -> None:
+    """A first pass under autocast does not round those without it."""
+    first, second = (_adapted(base(), Case("lora", {"r": 4}, "nf4")).eval() for _ in range(2))
+    batch = make_batch(2)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = all_logits(first, batch)
+        plain = all_logits(second, batch)
+        assert not torch.equal(rounded.float(), plain)
+        assert torch.equal(all_logits(first, batch), plain)
 
 
 def test_merging_into_quantized_weights_is_refused(base: Callable[..., Path]) -> None:

@@ -16,6 +16,7 @@ from kajiya.models.fused import fuse_blocks
 from kajiya.models.hidden import last_hidden
 from kajiya.models.native import operators
 from kajiya.models.native.library import native_problem
+from kajiya.models.quantized import quantize
 from kajiya.training.losses.next_token import next_token
 
 CPU = torch.device("cpu")
@@ -182,6 +183,14 @@ def test_a_block_that_does_not_fit_is_left_and_said(fields: dict[str, Any], why:
     said = fuse_blocks(model, torch.float32, CPU, is_autocast=False)
     assert said.startswith("no: ")
     assert why in said
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_blocks_of_torchaos_weights_are_left_and_said() -> None:
+    """Those between adapters, too: a product without one is a plain linear layer with weights of another kind."""
+    model = make_model()
+    quantize(model, "torchao-int8")
+    assert "torchao's weights" in fuse_blocks(model, torch.float32, CPU, is_autocast=False)
     assert "forward" not in vars(model.model.layers[0])
 
 

@@ -70,6 +70,28 @@ def test_an_architecture_without_the_head_is_refused() -> None:
         _build("bert", Task("seq2seq"))
 
 
+@pytest.mark.parametrize(
+    ("name", "task", "why"),
+    [
+        ("bert", Task("masked"), "would untie cls.predictions.decoder.bias"),
+        ("bart", Task("seq2seq"), "would untie decoder.embed_tokens.weight"),
+        ("t5", Task("seq2seq"), "shares embedding and output head whatever it is told"),
+    ],
+)
+def test_an_architecture_whose_head_alone_cannot_be_untied_is_refused(name: str, task: Task, why: str) -> None:
+    config = ModelConfig(name=name, n_params="40k", max_positions=64, tied=False)
+    with pytest.raises(ConfigError, match=f"(?s)model.tied: is false, and {name} {why}.*model.tied=true"):
+        build_model(config, VOCABULARY, 0, task)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3_text", "qwen3", "mistral"])
+def test_a_head_is_untied(name: str) -> None:
+    module: Any = build_model(
+        ModelConfig(name=name, n_params="40k", max_positions=64, tied=False), VOCABULARY, 0
+    ).module
+    assert module.get_output_embeddings().weight is not module.get_input_embeddings().weight
+
+
 def test_packed_sequences_are_scored_as_each_alone() -> None:
     batch = make_examples(random_sequences(6), k=2)
     for name in ("llama", "bert"):

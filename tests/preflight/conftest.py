@@ -12,7 +12,16 @@ import torch
 from tests.training.conftest import VOCABULARY, make_batch
 from tests.training.test_fit import make_setup
 
-from kajiya.config.schema import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig
+from kajiya.config.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    PreflightConfig,
+    TrainConfig,
+)
+from kajiya.config.validate import CHECKS
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.data.documents import DocumentWriter
 from kajiya.data.shards import Split
@@ -24,9 +33,12 @@ from kajiya.preflight.prove import Verdict, prove
 from kajiya.preflight.subject import Finding, Subject
 from kajiya.run.store import Artifact
 from kajiya.training.fit import Setup
+from kajiya.training.losses import load_loss, load_measure
 from kajiya.training.losses.sequences import sequence_log_probs
 
 Corpus = Callable[[bool], Artifact]
+CLASSES = ("a", "b", "c", "d")
+"""Of labelled rows."""
 
 
 class Tokenizer:
@@ -132,6 +144,22 @@ def make_parts(adapter: str = "none", quantize: str = "none", **options: Any) ->
     return Parts(module.train(), batches, shards, config, {})
 
 
+def with_loss(parts: Parts, form: str, name: str, *, chunk_tokens: int | None = 7, **options: Any) -> Parts:
+    """The parts with that loss and rows of that kind; heads over whole texts know no chunks."""
+    loss = LossConfig(name, options if chunk_tokens is None else {"chunk_tokens": chunk_tokens, **options})
+    parts.form = form
+    parts.config = replace(parts.config, train=replace(parts.config.train, loss=loss))
+    parts.setup_changes |= {"loss": load_loss(loss), "measure": load_measure(loss)}
+    return parts
+
+
+def only(parts: Parts, *names: str) -> Parts:
+    """The parts, with all checks skipped but these."""
+    skip = tuple(name for name in CHECKS if name not in names)
+    parts.config = replace(parts.config, preflight=PreflightConfig(skip=skip))
+    return parts
+
+
 def verdict_of(parts: Parts, corpus: Corpus) -> tuple[Verdict, Setup]:
     """What all checks say of it, and the setup that they looked at."""
 
@@ -150,7 +178,7 @@ def verdict_of(parts: Parts, corpus: Corpus) -> tuple[Verdict, Setup]:
         config=config,
         setup=setup,
         tokenizer=Tokenizer(),
-        corpus=replace(corpus(parts.is_shared), facts={"format": parts.form}),
+        corpus=replace(corpus(parts.is_shared), facts={"format": parts.form, "classes": list(CLASSES)}),
         shards=replace(parts.shards, is_text=parts.form == "text"),
         plan=parts.plan,
         save=lambda folder: save(setup.model, folder),

@@ -9,33 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.preflight.conftest import Corpus, Parts, finding, log_probs_of, make_parts, verdict_of
+from tests.preflight.conftest import Corpus, Parts, finding, log_probs_of, make_parts, only, verdict_of, with_loss
 from tests.training.conftest import VOCABULARY, make_examples, make_rollouts, random_sequences
 from torch import nn
 
-from kajiya.config.schema import LossConfig, PreflightConfig
-from kajiya.config.validate import CHECKS
+from kajiya.config.schema import LossConfig, ModelConfig
 from kajiya.data.batch import NO_TARGET
-from kajiya.training.losses import load_loss, load_measure
+from kajiya.models.build import build_model
+from kajiya.models.tasks import Task
 from kajiya.training.rollouts import own_log_probs
 
 CPU = torch.device("cpu")
-
-
-def with_loss(parts: Parts, form: str, name: str, **options: Any) -> Parts:
-    """The parts with that loss and rows of that kind."""
-    loss = LossConfig(name, {"chunk_tokens": 7, **options})
-    parts.form = form
-    parts.config = replace(parts.config, train=replace(parts.config.train, loss=loss))
-    parts.setup_changes |= {"loss": load_loss(loss), "measure": load_measure(loss)}
-    return parts
-
-
-def only(parts: Parts, *names: str) -> Parts:
-    """The parts, with all checks skipped but these."""
-    skip = tuple(name for name in CHECKS if name not in names)
-    parts.config = replace(parts.config, preflight=PreflightConfig(skip=skip))
-    return parts
 
 
 # ---------------------------------------------------------------- what theory says of the first loss
@@ -93,6 +77,65 @@ def test_a_loss_that_theory_knows_nothing_of_is_no_pass(name: str, state: str, c
     found = finding(verdict_of(only(parts, "start"), corpus)[0], "start")
     assert found.state == state, found.text
     assert "theory says nothing" in found.text or state == "passed"
+
+
+# ---------------------------------------------------------------- what is no alarm
+
+
+def rewards(architecture: str) -> Parts:
+    """A reward model of that architecture from scratch, and pairs."""
+    parts = with_loss(make_parts(), "preference", "reward", chunk_tokens=None)
+    model = ModelConfig(name=architecture, n_params="40k", max_positions=64)
+    parts.model = build_model(model, VOCABULARY, 0, Task("score")).module.train()
+    parts.batches = [make_examples(random_sequences(n, seed), k=2) for seed, n in enumerate((4, 8, 8))]
+    return parts
+
+
+@pytest.mark.parametrize(("architecture", "name"), [("bert", "classifier.bias"), ("gpt2", "transformer.ln_f.bias")])
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_a_bias_that_no_pair_can_see_is_no_alarm(
+    architecture: str, name: str, is_cut_off: bool, corpus: Corpus
+) -> None:
+    """What is added to both rewards of a pair gets no gradient from their difference; a matrix that gets none is found."""
+    parts = rewards(architecture)
+    if is_cut_off:
+        body = parts.model.base_model
+        layer = body.encoder.layer[0].output.dense if architecture == "bert" else body.h[0].mlp.c_proj
+        layer.register_forward_hook(lambda module, args, output: output.detach())
+    else:
+        # Rounding may leave a trace of a gradient.
+        bias = dict(parts.model.named_parameters())[name]
+        bias.register_hook(lambda grad: torch.where(grad.abs() < 1e-7, 0.0, grad))
+    found = finding(verdict_of(only(parts, "trainable"), corpus)[0], "trainable")
+    assert found.state == ("failed" if is_cut_off else "passed"), found.text
+    assert is_cut_off or f"{name} is the same in both rewards" in found.text
+
+
+def test_a_loss_that_falls_by_less_than_can_be_told_is_no_alarm_and_no_pass(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kajiya.preflight.prove_steps._LEAST_FALL", {"fp32": 2.0})
+    found = finding(verdict_of(only(make_parts(), "learning"), corpus)[0], "learning")
+    assert found.state == "skipped", found.text
+    assert found.text.startswith("80 steps on one batch change its loss")
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_the_rounding_of_pairs_whose_sides_cancel_is_no_alarm(is_wrong: bool, corpus: Corpus) -> None:
+    """Their gradient in bf16 is rounded by more than a percent; means of means are off by more than that all the same."""
+    parts = rewards("bert")
+    parts.precision = "bf16"
+    if is_wrong:
+        honest = parts.setup_changes["loss"]
+
+        def loss(model: Any, batch: Any) -> Any:
+            terms, metrics = honest(model, batch)
+            value, count = terms["loss"]
+            return {"loss": (value / len(batch.examples) * 3, count)}, metrics
+
+        parts.setup_changes["loss"] = loss
+    found = finding(verdict_of(only(parts, "accumulation"), corpus)[0], "accumulation")
+    assert found.state == ("failed" if is_wrong else "passed"), found.text
 
 
 # ---------------------------------------------------------------- adapters

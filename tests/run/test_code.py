@@ -1,6 +1,5 @@
 """The code revision follows what a module imports, and only in this package."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def test_module_paths() -> None:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("")
@@ -38,18 +37,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "data" / "c.py").write_text("c = 1\n")
     (tmp_path / "run" / "files.py").write_text("h = 1\n")
     monkeypatch.setattr(code, "_PACKAGE", tmp_path)
-    yield tmp_path
-    forget()
+    return tmp_path
 
 
 def revision(*modules: str) -> str:
-    forget()
-    return code_revision(*modules)
-
-
-def forget() -> None:
     code_revision.cache_clear()
-    code._module.cache_clear()
+    return code_revision(*modules)
 
 
 def test_the_revision_changes_with_what_is_imported_and_nothing_else(package: Path) -> None:
@@ -66,6 +59,7 @@ def test_the_revision_changes_with_what_is_imported_and_nothing_else(package: Pa
     assert third != second
     (package / "data" / "kernel.cpp").write_text("int k = 2;")
     assert revision("kajiya.data.a") not in (second, third)
+    code_revision.cache_clear()
 
 
 def test_a_name_without_source_is_a_mistake_of_ours(package: Path) -> None:

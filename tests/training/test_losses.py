@@ -12,13 +12,14 @@ from scipy.special import expit, logsumexp, softmax
 from tests.training.conftest import make_batch, make_examples, random_sequences
 
 from kajiya.config.options import DistillLoss, NextTokenLoss
-from kajiya.config.schema import LossConfig
+from kajiya.config.schema import AdapterConfig, LossConfig
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
+from kajiya.models.adapt import transform
 from kajiya.training.losses import load_loss, load_measure
 from kajiya.training.losses.distill import distill
 from kajiya.training.losses.next_token import next_token
 from kajiya.training.losses.preference import log1mexp
-from kajiya.training.losses.sequences import sequence_log_probs
+from kajiya.training.losses.sequences import reference_log_probs, sequence_log_probs
 
 Make = Callable[..., torch.nn.Module]
 
@@ -120,6 +121,32 @@ def test_log1mexp_keeps_its_digits_and_its_gradient() -> None:
     assert values.grad is not None
     assert torch.isfinite(values.grad).all()
     assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_reference_whose_matrices_begin_elsewhere_is_not_taken_for_the_model_under_autocast(
+    init: str, tiny_model: Make
+) -> None:
+    """Autocast keeps its casts of weights, of a pass without gradient too: the reference's and the model's are two."""
+    model: Any = tiny_model()
+    transform(model, AdapterConfig("lora", {"init": init, "r": 4}), "none", seed=0)
+    batch = make_examples(random_sequences(10), k=2)
+    with torch.no_grad():
+        initial = sequence_log_probs(model.eval(), batch, 64)[0]
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(4.0)
+        trained = sequence_log_probs(model, batch, 64)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = sequence_log_probs(model, batch, 64)[0]
+        reference = reference_log_probs(model, batch, 64)
+        again = sequence_log_probs(model, batch, 64)[0]
+    assert (trained - initial).abs().max() > 0.3
+    torch.testing.assert_close(own, again)
+    torch.testing.assert_close(own, trained, atol=0.1, rtol=0.01)
+    torch.testing.assert_close(reference, initial, atol=0.1, rtol=0.01)
+    again.sum().backward()
+    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
 
 
 def test_kto_measures_its_reference_point_over_the_whole_group(tiny_model: Make) -> None:

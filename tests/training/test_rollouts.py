@@ -149,6 +149,25 @@ def test_merged_tensors_compute_what_the_model_with_its_adapter_does(
         )
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_merged_tensors_of_layers_that_keep_weights_the_other_way_round(name: str, tiny_model: Make) -> None:
+    """GPT-2's: [in, out]."""
+    shape: Any = {"name": "gpt2", "n_kv_heads": None, "tied": False}
+    model: Any = tiny_model(**shape)
+    transform(model, AdapterConfig(name), "none", seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.05)
+    plain: Any = tiny_model(seed=9, **shape)
+    plain.load_state_dict(merged_tensors(model, torch.float32))
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        expected, got = (each.eval()(input_ids=ids, use_cache=False).logits for each in (model, plain))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_virtual_tokens_are_refused(tiny_model: Make) -> None:
     model = tiny_model()
     transform(model, AdapterConfig("prompt", {"n_tokens": 2}), "none", seed=0)

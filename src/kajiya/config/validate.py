@@ -38,6 +38,8 @@ _FORMATS = {
 """Formats of rows by what a loss takes."""
 _DEVICE = r"auto|cpu|cuda(:\d+)?|mps"
 _LENGTHS = ("steps", "epochs", "minutes")
+_NEEDS_OUTPUTS = ("dora", "ia3", "prefix", "prompt")
+"""Adapters that are trained through what the frozen blocks add to the residual stream."""
 
 
 def validate(config: Config) -> None:
@@ -230,13 +232,20 @@ def _check_adapter(config: Config) -> None:
             f"{quantize} weights are frozen, and adapter.name={adapter.name} trains them",
             "Set adapter.name=lora, or model.quantize=none.",
         )
+    takes_a_part = adapter.options.get("init") in ("pissa", "olora")
+    if config.model.zero_outputs and config.model.path is None and (adapter.name in _NEEDS_OUTPUTS or takes_a_part):
+        raise ConfigError(
+            "model.zero_outputs",
+            f"leaves adapter.name={adapter.name} nothing to begin with: what frozen blocks add is zero",
+            "Set model.zero_outputs=false model.init=normal, or begin with trained weights (model.path).",
+        )
     if adapter.name == "dora" and quantize == "int8":
         raise ConfigError(
             "model.quantize",
             "int8 weights give their values once, and dora asks for them at every pass",
             "Set model.quantize=nf4, or adapter.name=lora.",
         )
-    if adapter.options.get("init") in ("pissa", "olora") and quantize != "none":
+    if takes_a_part and quantize != "none":
         raise ConfigError(
             "adapter.options.init",
             f"{adapter.options['init']} takes a part out of the weights, which {quantize} weights do not let go",

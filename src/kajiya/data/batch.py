@@ -165,6 +165,8 @@ class Seq2SeqBatch:
     """What the decoder says, int64 [B, T]; `NO_TARGET` behind the end."""
     n_targets: int
     """Positions that have a target."""
+    examples: torch.Tensor | None = None
+    """Number of each pair within its split, int64 [B]; stays on the CPU. `None` of pairs that are from no split."""
 
     @property
     def n_tokens(self) -> int:
@@ -184,6 +186,7 @@ class Seq2SeqBatch:
             tokens=self.tokens.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             n_targets=self.n_targets,
+            examples=self.examples,
         )
 
 

@@ -185,6 +185,7 @@ class PairRows:
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
             n_targets=int((targets != NO_TARGET).sum()),
+            examples=torch.from_numpy(self.packing.examples[indices].astype(np.int64)),
         )
 
 

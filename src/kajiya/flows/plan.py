@@ -30,9 +30,14 @@ def plan_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dic
     return facts | {"derived": derived}
 
 
-def prove_recipe(config: Config, store: Store, on_event: OnEvent = silent) -> dict[str, Any]:
-    """The verdict on a recipe; nothing is trained. Raises `ProofError` for checks that fail."""
-    set_up_process(config.seed, store.root, config.train.deterministic, fp32_matmul=config.train.fp32_matmul)
+def prove_recipe(
+    config: Config, store: Store, on_event: OnEvent = silent, threads: int | None = None
+) -> dict[str, Any]:
+    """The verdict on a recipe; nothing is trained. Raises `ProofError` for checks that fail.
+
+    `threads` of torch; `None`: what `default_threads` says.
+    """
+    set_up_process(config.seed, store.root, config.train.deterministic, threads, config.train.fp32_matmul)
     store = store.heard_by(on_event)
     based = find_bases(config, store, on_event)
     data = replace(prepare_data(based.config, store, Stages(on_event)), bases=based.parents)

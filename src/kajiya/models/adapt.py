@@ -96,6 +96,9 @@ def adapter_off(module: nn.Module) -> Iterator[None]:
             virtual.is_off = True
         for part in off:
             part.enable_adapters(False)
+        if swapped:
+            # Autocast keeps its casts of a trained matrix, and would take them for the values that stand in it now.
+            torch.clear_autocast_cache()
         yield
     finally:
         if virtual is not None:
@@ -104,6 +107,8 @@ def adapter_off(module: nn.Module) -> Iterator[None]:
             part.enable_adapters(True)
         for restore in swapped:
             restore()
+        if swapped:
+            torch.clear_autocast_cache()
         for each, is_trained in trained:
             each.requires_grad_(is_trained)
 
@@ -162,7 +167,7 @@ def ia3(module: nn.Module, options: NoOptions) -> None:
     """Factors on keys, values and the inside of the feed-forward block, which begin at one."""
     from peft import IA3Config
 
-    inject(module, IA3Config(task_type=_task(module)), "default")
+    inject(module, IA3Config(task_type=_task(module), modules_to_save=_new_heads(module) or None), "default")
 
 
 def prefix(module: nn.Module, options: PrefixOptions) -> None:
@@ -198,6 +203,13 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
     from peft import LoraConfig
 
     whole, is_tied = _trained_whole(module, options)
+    targets = target_names(module, options.targets)
+    if options.init == "olora" and any(type(module.get_submodule(name)).__name__ == "Conv1D" for name in targets):
+        raise ConfigError(
+            "adapter.options.init",
+            f"olora takes a part out of weights [out, in], and layers of {type(module).__name__} keep them the other way round",
+            "Set adapter.options.init=pissa, which knows both, or default.",
+        )
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
@@ -205,7 +217,7 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
         use_rslora=options.rslora,
         use_dora=is_dora,
         init_lora_weights=_STARTS[options.init],
-        target_modules=target_names(module, options.targets),
+        target_modules=targets,
         modules_to_save=whole or None,
         ensure_weight_tying=is_tied,
         task_type=_task(module),
@@ -215,8 +227,7 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
 
 def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
     """Names of the modules that are trained whole, and whether they share one weight."""
-    names = {id(part): name for name, part in module.named_modules()}
-    heads = [name for name in names.values() if name in CLASS_HEADS]
+    names, heads = {id(part): name for name, part in module.named_modules()}, _new_heads(module)
     if not (options.train_embeddings or options.train_head):
         return heads, False
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
@@ -227,6 +238,11 @@ def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
             raise ConfigError("adapter.options.train_head", f"{type(module).__name__} has no output head")
         wanted.append(head)
     return [names[id(part)] for part in wanted] + heads, is_tied
+
+
+def _new_heads(module: nn.Module) -> list[str]:
+    """Names of the heads that begin at random, which are trained whole beside every adapter of layers."""
+    return [name for name, _ in module.named_modules() if name in CLASS_HEADS]
 
 
 def target_names(module: nn.Module, targets: str) -> list[str]:

@@ -146,6 +146,8 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary, task: Task) -> Bu
         shape, architecture = _fitted_shape(config, shape, vocabulary, task)
     attention = attention_name(config.attention, architecture, task)
     module = auto_class(task).from_config(architecture, attn_implementation=attention, dtype=torch.float32)
+    if not config.tied:
+        _require_untied(config.name, module)
     if config.zero_outputs:
         _zero_outputs(module)
     if module.can_generate():
@@ -155,6 +157,28 @@ def _from_scratch(config: ModelConfig, vocabulary: Vocabulary, task: Task) -> Bu
     if attention == "eager" and config.attention != "eager":
         derived["model.attention"] = "eager"
     return BuiltModel(module, derived | {"model.n_params": count_params(module)})
+
+
+def _require_untied(name: str, module: Any) -> None:
+    """Raise `ConfigError` for an architecture whose head alone cannot be untied.
+
+    T5 shares head and embedding whatever its config says; BERT and BART would untie biases or embeddings besides, of which one is
+    then read by nothing.
+    """
+    from transformers import PreTrainedModel
+
+    why = None
+    if module.config.tie_word_embeddings:
+        why = "shares embedding and output head whatever it is told"
+    head, names = module.get_output_embeddings(), {id(part): path for path, part in module.named_modules()}
+    own = None if head is None else f"{names[id(head)]}.weight"
+    for path, part in module.named_modules():
+        tied = part._tied_weights_keys if isinstance(part, PreTrainedModel) else None
+        for key, source in (tied or {}).items():
+            if (f"{path}.{key}" if path else key) != own:
+                why = why or f"would untie {key} from {source} too, of which nothing reads one then"
+    if why is not None:
+        raise ConfigError("model.tied", f"is false, and {name} {why}", "Set model.tied=true.")
 
 
 def _check_fields(config: ModelConfig, architecture: Any) -> None:

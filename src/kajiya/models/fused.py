@@ -18,6 +18,7 @@ from torch import nn
 from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.fused_lora import adapted_product, parts_of
 from kajiya.models.native.library import LANES, WIDEST_HEAD, native_problem
+from kajiya.models.quantized import is_quantized
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm")
@@ -73,6 +74,8 @@ def _misfit(layer: Any) -> str | None:
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return f"the gate's function is {type(mlp.act_fn).__name__}"
     linears = [*_projections(attention), attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if any(_are_plain(_inner(each)) and is_quantized(_inner(each).weight) for each in linears):
+        return "torchao's weights are no matrices that could be joined"
     if any(_inner(each).bias is not None for each in linears):
         return "its products have a bias"
     if any(_inner(each).out_features % LANES or _inner(each).in_features % LANES for each in linears):

@@ -61,6 +61,7 @@ def _of_layer(part: Any) -> dict[str, torch.Tensor]:
     weight = weight + part.get_delta_weight(name).float()
     magnitude = getattr(part, "lora_magnitude_vector", None) or {}
     if name in magnitude:
-        # DoRA, equation 5: each output's direction, scaled to its own length.
-        weight = weight * (magnitude[name].weight.float()[:, None] / weight.norm(dim=1, keepdim=True))
+        # DoRA, equation 5: each output's direction, scaled to its own length. GPT-2's layers keep weights [in, out].
+        inputs = 0 if part.fan_in_fan_out else 1
+        weight = weight * (magnitude[name].weight.float().unsqueeze(inputs) / weight.norm(dim=inputs, keepdim=True))
     return tensors | {"weight": weight}

@@ -111,6 +111,8 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
     # On a CPU its layer would pack the weights anew for evaluation, and round there as it does not in training.
     made.support_avx512bf16_for_cpu = False
+    # It would keep to the dtype of the first activations that it reads: autocast's, for passes without autocast too.
+    made.compute_type_is_set = True
     weight = bnb.nn.Params4bit(
         layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
     )

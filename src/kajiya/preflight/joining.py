@@ -145,4 +145,5 @@ def _joined_pairs(first: Seq2SeqBatch, second: Seq2SeqBatch) -> Seq2SeqBatch:
         tokens=both("tokens", 0),
         targets=both("targets", NO_TARGET),
         n_targets=first.n_targets + second.n_targets,
+        examples=_joined_vectors(first.examples, second.examples),
     )

@@ -1,34 +1,31 @@
 """Checks of what the model reads: targets, the texts that they are of and their ends, held-out text that is not trained on."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, RolloutBatch
-from kajiya.data.documents import Documents, open_documents
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, RolloutBatch, Seq2SeqBatch
+from kajiya.data.documents import open_documents
+from kajiya.preflight.ends import ANSWERED, stops_of, unstoppable
 from kajiya.preflight.places import Place, are_last, places
-from kajiya.preflight.said import Said, compare, marked_text, texts_of
+from kajiya.preflight.prove_pairs import check_pairs
+from kajiya.preflight.said import Said, compare, marked_text, row_named, texts_of
 from kajiya.preflight.subject import Finding, Subject, failed, passed
 
 LOOKED_THROUGH = 12
 """Batches that are looked at before the first step."""
 HAS_ROWS = (ExampleBatch, RolloutBatch)
 _MOST_SEQUENCES = 256
-_ANSWERED = ("chat", "instruction", "preference", "feedback")
-"""Kinds of rows that hold answers of an assistant."""
 
 
 def check_targets(subject: Subject) -> Finding:
     """Targets exist, follow their tokens, are of the text that is to be trained; ends are learnt, and the model stops there."""
     setup = subject.setup
     batches = [setup.loader.next() for _ in range(LOOKED_THROUGH)]
+    if isinstance(batches[0], Seq2SeqBatch):
+        return check_pairs(batches, subject)
     rows = [batch.rows if isinstance(batch, HAS_ROWS) else batch for batch in batches]
     n_targets = sum(batch.n_targets for batch in batches)
-    if not isinstance(rows[0], Batch):
-        if n_targets == 0:
-            return failed("the first batches have no target to learn from", "Look at the data with `kajiya preview`.")
-        return passed(f"{n_targets:,} targets in the first {len(batches)} batches", n_targets=n_targets)
     n_tokens = sum(row.tokens.numel() for row in rows)
     facts = {"n_targets": n_targets, "n_tokens": n_tokens}
     said = f"{n_targets / n_tokens:.0%} of {n_tokens:,} tokens are targets"
@@ -47,7 +44,7 @@ def check_targets(subject: Subject) -> Finding:
             f"{wrong:,} of {n_targets:,} targets are not the token that follows",
             "This is a fault of the loader, not of the config.",
         )
-    found = _unstoppable(subject) or _of_texts(batches[0], rows, subject)
+    found = unstoppable(subject) or _of_texts(batches[0], rows, subject)
     if isinstance(found, Finding):
         return found
     return passed(f"{said}, each the token that follows; {found}", **facts)
@@ -110,9 +107,9 @@ def _text(rows: list[Batch], subject: Subject) -> Finding | str:
 def _answers(rows: list[Batch], subject: Subject) -> Finding | str:
     """Each text of the first rows is trained or not as its row says, and each answer's end is learnt; a finding, or words."""
     kind = subject.corpus.facts["format"]
-    if kind not in _ANSWERED:
+    if kind not in ANSWERED:
         return "of rows of this kind nothing more is known"
-    stops = _stops(subject)
+    stops = stops_of(subject)
     n_texts = n_found = n_ends = n_endless = 0
     for row, place, said in _looked_at(rows, subject):
         text, trained = marked_text(row, place, subject.tokenizer)
@@ -148,60 +145,8 @@ def _looked_at(rows: list[Batch], subject: Subject) -> Iterator[tuple[Batch, Pla
                 return
             left -= 1
             number, part = divmod(place.sequence, split.segments)
-            document = _document(documents, split.names[number], number)
+            document = row_named(documents, split.names[number], number)
             yield row, place, texts_of(document, kind, subject.config.data.render)[part]
-
-
-def _document(documents: Documents, name: str, first: int) -> dict[str, Any]:
-    """The row of that name; those that were dropped from the shards move it back, never forward."""
-    number = next(number for number in range(first, len(documents)) if documents.names[number] == name)
-    row: dict[str, Any] = json.loads(documents.text(number))
-    return row
-
-
-# ---------------------------------------------------------------- where the model stops
-
-
-def _unstoppable(subject: Subject) -> Finding | None:
-    """Where the model does not stop at what its text ends with."""
-    tokenizer, stops = subject.tokenizer, _named_stops(subject.setup.model)
-    if stops is not None and tokenizer.eos_token_id not in stops:
-        return failed(
-            f"the model's generation config ends at {sorted(stops) or 'nothing'}, the text ends with {tokenizer.eos_token_id}",
-            "Set eos_token_id of the base's generation_config.json to the tokenizer's.",
-        )
-    return _template_without_end(subject)
-
-
-def _named_stops(model: Any) -> set[int] | None:
-    """Ids at which the model's own settings end an answer; `None` where it has none."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel) or model.generation_config is None:
-        return None
-    named = model.generation_config.eos_token_id
-    return set(named) if isinstance(named, list) else set() if named is None else {int(named)}
-
-
-def _stops(subject: Subject) -> set[int]:
-    return _named_stops(subject.setup.model) or {subject.tokenizer.eos_token_id}
-
-
-def _template_without_end(subject: Subject) -> Finding | None:
-    """For conversations: the template must end an answer with a token that the model stops at."""
-    tokenizer, kind, render = subject.tokenizer, subject.corpus.facts["format"], subject.config.data.render
-    is_plain = kind != "chat" and render.prompt_style == "plain"
-    if kind not in _ANSWERED or is_plain or not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    behind = tokenizer.encode(text[text.rindex("answer") + len("answer") :], add_special_tokens=False)
-    if _stops(subject) & set(behind):
-        return None
-    return failed(
-        "the chat template ends an answer with no token that the model stops at",
-        "Set tokenizer.chat_template or its eos_token.",
-    )
 
 
 # ---------------------------------------------------------------- held-out text

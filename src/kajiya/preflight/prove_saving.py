@@ -12,21 +12,25 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kajiya.config.quantities import format_bytes, format_count
+from kajiya.config.schema import LossConfig
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.adapt import has_adapter
 from kajiya.models.fused import fuse_blocks, is_fused
 from kajiya.models.future import without_future_heads
 from kajiya.models.quantized import count_params
+from kajiya.preflight.expected import loss_options
 from kajiya.preflight.logits import batch_logits
 from kajiya.preflight.portion import Repeated, first_batch
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
 from kajiya.training.fit import Setup, train_step
+from kajiya.training.losses import load_loss
 from kajiya.training.movement import changed, checksums
 from kajiya.training.state import TrainState
 
 _PROBE_STEPS = 3
-_MORE_STEPS = 30
+_MORE_STEPS, _MORE_RATE = 30, 10.0
+"""Steps, and their rate over the run's, where some tensor has not moved by its rounding: whether it can at all is asked."""
 _MOST_BYTES = 4 * 2**30
 """More is not written for a proof (the first checkpoint verifies its own hashes), and no larger model is opened."""
 _TOLERANCE = {"fp32": 2e-4, "bf16": 0.1, "bf16-mixed": 2e-4, "fp16-mixed": 2e-4, "fp8": 0.2}
@@ -48,21 +52,30 @@ def check_trainable(subject: Subject) -> Finding:
     frozen_before = checksums(frozen)
     reached = probe_steps(setup)
     still = _unmoved(setup, before)
+    same = _same_in_pairs(subject, still, before) if still else set()
+    still = [name for name in still if name not in same]
     if still and reached.issuperset(still):
         # Plain gradient descent moves a matrix behind one that begins at zero by less than its rounding at first.
-        probe_steps(setup, _MORE_STEPS)
-        still = _unmoved(setup, before)
+        probe_steps(setup, _MORE_STEPS, _MORE_RATE)
+        still = [name for name in _unmoved(setup, before) if name not in same]
     if still:
-        why = "gets no gradient" if still[0] not in reached else "gets a gradient and does not move"
+        why, remedy = (
+            ("gets a gradient and does not move", "Raise optim.lr, or look at the optimizer.")
+            if still[0] in reached
+            else ("gets no gradient", "Look at what cuts it off from the loss.")
+        )
         return failed(
             f"{len(still)} of {len(before)} trainable tensors stay as they are, for example {still[0]}, which {why}",
-            "Freeze what is not to be trained (adapter.name=freeze), or look at what cuts it off from the loss.",
+            f"{remedy} What is not to be trained is frozen by adapter.name=freeze.",
         )
     moved = changed(frozen_before, checksums(frozen))
     if moved:
         return failed(f"{moved[0]} is frozen and was changed", "This is a fault of the model or of the optimizer.")
     n_trained, n_all = count_params(setup.model, trainable=True), count_params(setup.model)
-    text = f"all {len(before)} trainable tensors ({format_count(n_trained)} of {format_count(n_all)} parameters) moved"
+    n_moved = len(before) - len(same)
+    text = f"all {n_moved} trainable tensors ({format_count(n_trained)} of {format_count(n_all)} parameters) moved"
+    if same:
+        text += f" ({', '.join(sorted(same))} is the same in both rewards of a pair, and goes out in their difference)"
     return passed(
         text + (f", none of {len(frozen)} frozen ones" if frozen else ""), n_trainable=n_trained, n_params=n_all
     )
@@ -72,10 +85,23 @@ def _unmoved(setup: Setup, before: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, master in setup.optimizer.masters.items() if torch.equal(master, before[name])]
 
 
-def probe_steps(setup: Setup, n_steps: int = _PROBE_STEPS) -> set[str]:
-    """A few steps on one portion at a constant rate without decay; returns the parameters that had a gradient."""
+def _same_in_pairs(subject: Subject, still: list[str], before: Mapping[str, torch.Tensor]) -> set[str]:
+    """Those of a reward model's tensors that are added to both rewards of a pair, and so go out in their difference.
+
+    They are vectors (biases of the head and of the last norm) that move as soon as rewards are held near zero besides.
+    """
+    if subject.config.train.loss.name != "reward" or loss_options(subject).centering:
+        return set()
+    centred = load_loss(LossConfig("reward", {"centering": 1.0}), subject.setup.strategy.device)
+    probe_steps(replace(subject.setup, loss=centred))
+    moved = set(still) - set(_unmoved(subject.setup, before))
+    return {name for name in moved if subject.setup.optimizer.masters[name].ndim == 1}
+
+
+def probe_steps(setup: Setup, n_steps: int = _PROBE_STEPS, times: float = 1.0) -> set[str]:
+    """A few steps on one portion at `times` the highest rate, without decay; returns the parameters that had a gradient."""
     decays = [(group, group["weight_decay"]) for each in setup.optimizer.optimizers for group in each.param_groups]
-    rate = max(setup.lr(step) for step in {1, max(1, setup.steps // 2), setup.steps})
+    rate = times * max(setup.lr(step) for step in {1, max(1, setup.steps // 2), setup.steps})
     loader: Any = Repeated([first_batch(setup)])
     setup.model.train()
     reached: set[str] = set()

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from kajiya.config.tables import check_choice
 from kajiya.data.batch import Batch, RolloutBatch
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.adapt import adapter_off, has_adapter
 from kajiya.models.hidden import all_logits, has_split_head
+from kajiya.preflight.expected import NOT_THE_BASE, STD_REMEDY, Expected, Theory, is_random, loss_options
+from kajiya.preflight.first_loss_heads import of_classes, of_rewards, of_values
+from kajiya.preflight.first_loss_teacher import of_a_student
 from kajiya.preflight.logits import batch_logits
 from kajiya.preflight.portion import first_batch
 from kajiya.preflight.prove_policy import check_policy_start
@@ -20,25 +22,13 @@ from kajiya.training.fit import Setup
 from kajiya.training.losses import Terms
 from kajiya.training.losses.sequences import split_head
 
-_NOT_NOTHING = ("prefix", "prompt", "load")
-"""Adapters that change what the base says from the start."""
 _OF_SUMS, _PER_TOKEN = 0.4, 0.02
 """Rounding of a difference of log-probabilities, nats: of whole sequences, and of their tokens' means."""
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """Where theory has the first loss."""
-
-    low: float
-    high: float
-    words: str
-    remedy: str
-
-
 def check_start(subject: Subject) -> Finding:
     """The loss before the first step is what theory expects, and an adapter begins as its base."""
-    setup, name = subject.setup, subject.config.train.loss.name
+    setup = subject.setup
     batch = first_batch(setup)
     identity = _identity(subject, batch)
     if identity is not None and identity.state == "failed":
@@ -53,14 +43,18 @@ def check_start(subject: Subject) -> Finding:
     if isinstance(batch, RolloutBatch):
         return check_policy_start(subject, batch, said)
     loss = terms["loss"] if "loss" in terms else sum(terms.values())
-    expected = None if ":" in subject.config.model.name or name not in _AT_FIRST else _AT_FIRST[name](subject, batch)
-    if expected is None:
-        text = f"the first loss is {loss:.3f}, of which theory says nothing here{said}"
+    theory = _theory(subject, batch)
+    if isinstance(theory, Finding):
+        if theory.state == "failed":
+            return theory
+        text = f"the first loss is {loss:.3f}, of which theory says nothing here: {theory.text}{said}"
         is_proven = identity is not None and identity.state == "passed"
         return passed(text, loss=loss) if is_proven else skipped(text, loss=loss)
-    if not expected.low <= loss <= expected.high:
-        return failed(f"the first loss is {loss:.3f}, and not {expected.words}", expected.remedy, loss=loss)
-    return passed(f"the first loss is {loss:.3f}: {expected.words}{said}", loss=loss)
+    for expected in theory:
+        if not expected.low <= loss <= expected.high:
+            return failed(f"the first loss is {loss:.3f}, and not {expected.words}", expected.remedy, loss=loss)
+    words = "; ".join(expected.words for expected in theory)
+    return passed(f"the first loss is {loss:.3f}: {words}{said}", loss=loss)
 
 
 def loss_on(setup: Setup, batch: Any) -> float:
@@ -91,30 +85,33 @@ def _number(count: Any, batch: Any) -> float:
 # ---------------------------------------------------------------- what theory says
 
 
-def _guessing(subject: Subject, batch: Any) -> _Expected:
+def _theory(subject: Subject, batch: Any) -> Theory:
+    name = subject.config.train.loss.name
+    if ":" in name:
+        return skipped("the loss is the user's own")
+    if ":" in subject.config.model.name:
+        return skipped("the model is the user's own")
+    return AT_FIRST[name](subject, batch)
+
+
+def _guessing(subject: Subject, batch: Any) -> tuple[Expected]:
     """Of tokens: as good as guessing from scratch, better where the weights know something."""
     uniform = math.log(len(subject.tokenizer))
-    if not _is_random(subject):
-        return _Expected(
-            -math.inf,
-            uniform,
-            f"below ln V = {uniform:.2f}, as of weights that know this text",
-            "It is no better than guessing: is the tokenizer that of the weights? Set tokenizer.path to model.path.",
+    if not is_random(subject):
+        remedy = (
+            "It is no better than guessing: is the tokenizer that of the weights? Set tokenizer.path to model.path."
         )
-    return _about(uniform, f"near ln V = {uniform:.2f}, as of random weights")
-
-
-def _about(uniform: float, words: str, more: float = 0.0) -> _Expected:
+        return (Expected(-math.inf, uniform, f"below ln V = {uniform:.2f}, as of weights that know this text", remedy),)
     # Logits of a spread as wide as the initial weights make them add half their variance.
-    remedy = "Look at model.init_std: larger ones make a model sure of nonsense."
-    return _Expected(0.8 * uniform, 1.25 * uniform + 0.5 + more, words, remedy)
+    words = f"near ln V = {uniform:.2f}, as of random weights"
+    return (Expected(0.8 * uniform, 1.25 * uniform + 0.5, words, STD_REMEDY),)
 
 
-def _own_reference(subject: Subject, batch: Any) -> _Expected | None:
+def _own_reference(subject: Subject, batch: Any) -> Theory:
     """DPO and its kin: the margin of log-ratios is zero."""
     if subject.config.adapter.name in ("prefix", "prompt"):
-        return None
-    options = _options(subject)
+        return _other_from_the_start(subject)
+    options = loss_options(subject)
     beta, smoothing = options.beta, options.label_smoothing
     value, slope, is_per_token = {
         "sigmoid": (math.log(2), beta / 2, False),
@@ -126,68 +123,59 @@ def _own_reference(subject: Subject, batch: Any) -> _Expected | None:
     return _itself(value, slope * (_PER_TOKEN if is_per_token else _OF_SUMS))
 
 
-def _feedback(subject: Subject, batch: Any) -> _Expected | None:
+def _feedback(subject: Subject, batch: Any) -> Theory:
     """KTO: ratios and reference point are zero, each example costs half its weight."""
     if subject.config.adapter.name in ("prefix", "prompt"):
-        return None
-    options = _options(subject)
+        return _other_from_the_start(subject)
+    options = loss_options(subject)
     share = float((batch.labels > 0.5).float().mean())
     value = 0.5 * (share * options.desirable_weight + (1 - share) * options.undesirable_weight)
     return _itself(value, options.beta * value * _OF_SUMS)
 
 
-def _itself(value: float, rounding: float) -> _Expected:
+def _other_from_the_start(subject: Subject) -> Finding:
+    return skipped(f"with {subject.config.adapter.name} the model is another than its reference from the start")
+
+
+def _itself(value: float, rounding: float) -> tuple[Expected]:
     tolerance = 1e-3 + rounding
     remedy = "The reference is of another model or of other rows."
-    return _Expected(value - tolerance, value + tolerance, f"{value:.3f} of a model that is its own reference", remedy)
+    return (
+        Expected(value - tolerance, value + tolerance, f"{value:.3f} of a model that is its own reference", remedy),
+    )
 
 
-def _odds(subject: Subject, batch: Any) -> _Expected:
+def _odds(subject: Subject, batch: Any) -> tuple[Expected]:
     """ORPO: the chosen answer's own loss, and the weight of odds that are even."""
-    found, even = _guessing(subject, batch), _options(subject).beta * math.log(2)
+    (found,), beta = _guessing(subject, batch), loss_options(subject).beta
     # Odds that are not even may cost their weight for each nat.
-    return replace(found, high=found.high + even + _options(subject).beta, words=f"{found.words}, and even odds")
+    return (replace(found, high=found.high + beta * math.log(2) + beta, words=f"{found.words}, and even odds"),)
 
 
-def _even_means(subject: Subject, batch: Any) -> _Expected | None:
+def _even_means(subject: Subject, batch: Any) -> Theory:
     """SimPO: random weights find no answer likelier than another, which leaves −log σ(−γ)."""
-    if not _is_random(subject):
-        return None
-    options = _options(subject)
+    if not is_random(subject):
+        return skipped("which answers trained weights find likelier is not known, and there is no reference")
+    options = loss_options(subject)
     value, tolerance = math.log1p(math.exp(options.gamma)), 0.25 * options.beta
-    remedy = "Look at model.init_std: larger ones make a model sure of nonsense."
-    return _Expected(value - tolerance, value + tolerance, f"near {value:.3f} of answers that are all alike", remedy)
+    words = f"near {value:.3f} of answers that are all alike"
+    return (Expected(value - tolerance, value + tolerance, words, STD_REMEDY),)
 
 
-def _classes(subject: Subject, batch: Any) -> _Expected | None:
-    """Classification by a new head beside random weights: as good as guessing."""
-    if not _is_random(subject):
-        return None
-    uniform = math.log(len(subject.corpus.facts["classes"]))
-    return replace(_about(uniform, f"near ln C = {uniform:.2f}, as of random weights", 0.3), low=0.5 * uniform)
-
-
-_AT_FIRST: Mapping[str, Callable[[Subject, Any], _Expected | None]] = {
+AT_FIRST: Mapping[str, Callable[[Subject, Any], Theory]] = {
     "next_token": _guessing,
+    "distill": of_a_student,
     "masked_lm": _guessing,
     "seq2seq": _guessing,
     "dpo": _own_reference,
     "kto": _feedback,
     "orpo": _odds,
     "simpo": _even_means,
-    "classify": _classes,
+    "reward": of_rewards,
+    "classify": of_classes,
+    "regress": of_values,
 }
-"""By loss; of the others (a teacher's divergence, values, rewards of a new head, a user's own) nothing is known before the step."""
-
-
-def _is_random(subject: Subject) -> bool:
-    model = subject.config.model
-    return model.path is None and model.init == "normal"
-
-
-def _options(subject: Subject) -> Any:
-    loss = subject.config.train.loss
-    return check_choice("loss", loss.name, loss.options, "train.loss")
+"""By loss. Of a policy's, whether its answers were drawn from the model that is trained is looked at in its place."""
 
 
 # ---------------------------------------------------------------- adapters and heads
@@ -199,7 +187,7 @@ def _identity(subject: Subject, batch: Any) -> Finding | None:
     setup, config = subject.setup, subject.config
     if not has_adapter(setup.model):
         return None
-    if config.adapter.name in _NOT_NOTHING:
+    if config.adapter.name in NOT_THE_BASE:
         return skipped(f"{config.adapter.name} changes what the base says from the start")
     setup.model.eval()
     placed = batch.to(setup.strategy.device)

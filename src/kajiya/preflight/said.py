@@ -4,6 +4,7 @@ Nothing here asks the code that renders: the tokens are decoded in runs of targe
 a run of its own kind. White space does not count: templates strip it, and some tokenizers move it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,6 +12,7 @@ from typing import Any
 
 from kajiya.config.schema import RenderConfig
 from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.documents import Documents
 from kajiya.preflight.places import Place
 
 
@@ -21,6 +23,13 @@ class Said:
     text: str
     is_trained: bool
     is_answer: bool
+
+
+def row_named(documents: Documents, name: str, first: int) -> dict[str, Any]:
+    """The row of that name; those that were dropped from the shards move it back from its number there, never forward."""
+    number = next(number for number in range(first, len(documents)) if documents.names[number] == name)
+    row: dict[str, Any] = json.loads(documents.text(number))
+    return row
 
 
 def texts_of(row: Mapping[str, Any], kind: str, render: RenderConfig) -> list[list[Said]]:
@@ -70,7 +79,7 @@ def marked_text(rows: Batch, place: Place, tokenizer: Any) -> tuple[str, list[bo
     marks = [*wanted[:1], *wanted] or [False]
     text, trained = "", []
     for is_target, run in groupby(zip(marks, ids, strict=True), key=lambda pair: pair[0]):
-        decoded = _bare(tokenizer.decode([token for _, token in run], skip_special_tokens=False))
+        decoded = bare(tokenizer.decode([token for _, token in run], skip_special_tokens=False))
         text += decoded
         trained += [is_target] * len(decoded)
     return text, trained
@@ -86,7 +95,7 @@ def compare(
     """
     n_found = begin = 0
     for each in said:
-        wanted = _bare(each.text)
+        wanted = bare(each.text)
         at = first = text.find(wanted, begin) if wanted else -1
         while at >= 0 and any(mark != each.is_trained for mark in trained[at : at + len(wanted)]):
             at = text.find(wanted, at + 1)
@@ -99,5 +108,6 @@ def compare(
     return n_found, None
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
+    """The text without its white space."""
     return "".join(text.split())

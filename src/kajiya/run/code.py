@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,26 +27,19 @@ def code_revision(*modules: str) -> str:
         name = waiting.pop()
         if name in seen or (name.startswith(_OUTSIDE) and not name.startswith(_COMPUTING)):
             continue
-        sources, imports = _module(name)
-        seen |= sources
-        waiting += imports
+        path = module_path(name)
+        if path is None:
+            continue
+        source = path.read_bytes()
+        seen[name] = source
+        seen |= {str(each.relative_to(_PACKAGE)): each.read_bytes() for each in _native_sources(path.parent)}
+        waiting.extend(imported_modules(source))
     if not seen:
         raise AssertionError(f"no source found for {modules}")
     hasher = hashlib.sha256()
     for name in sorted(seen):
         hasher.update(name.encode() + b"\0" + seen[name] + b"\0")
     return hasher.hexdigest()[:16]
-
-
-@cache
-def _module(name: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Sources of a module of this package, with the C++ beside it, by name; and what it imports. Nothing of a name that is none."""
-    path = module_path(name)
-    if path is None:
-        return {}, ()
-    source = path.read_bytes()
-    native = {str(each.relative_to(_PACKAGE)): each.read_bytes() for each in _native_sources(path.parent)}
-    return {name: source} | native, tuple(imported_modules(source))
 
 
 def _native_sources(folder: Path) -> list[Path]:
@@ -116,9 +109,14 @@ def module_path(name: str) -> Path | None:
     return base / "__init__.py" if (base / "__init__.py").is_file() else None
 
 
-def imported_modules(source: bytes) -> Iterable[str]:
+@cache
+def imported_modules(source: bytes) -> tuple[str, ...]:
     """Modules of this package that the source imports anywhere, also inside functions."""
-    for node in ast.walk(ast.parse(source)):
+    return tuple(_imports(ast.parse(source)))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("kajiya"))
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kajiya"):

@@ -39,3 +39,10 @@ def load_measure(config: LossConfig) -> Measure | None:
     _, options = resolve("loss", config.name, config.options, "train.loss")
     target = TABLES["loss"][config.name].measure if is_options(options) else None
     return partial(import_target(target, "train.loss"), options=options) if target else None
+
+
+def read_beside(loss: Loss) -> dict[str, Any]:
+    """What the loss reads beside its batches and its options (a teacher), as `load_loss` bound it; else nothing."""
+    if not isinstance(loss, partial):
+        return {}
+    return {name: value for name, value in loss.keywords.items() if name != "options"}
