@@ -23,7 +23,7 @@ _OWN = """
 import torch
 
 
-def loss(model, batch, chunk_tokens: int, factor: float = {factor}):
+def loss(model, batch, chunk_tokens: int = 512, factor: float = {factor}):
     logits = model(batch.tokens, position_ids=batch.positions, use_cache=False).logits.flatten(0, 1).float()
     value = torch.nn.functional.cross_entropy(logits, batch.targets.flatten(), reduction="sum")
     return {{"loss": (factor * value, "targets")}}, {{}}
