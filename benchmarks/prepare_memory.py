@@ -32,7 +32,7 @@ from kajiya.run.store import Store
 from kajiya.run.usage import peak_memory
 
 name, files, cap, store = sys.argv[1], sys.argv[2], int(sys.argv[3]), Store(Path(sys.argv[4]))
-config = DataConfig(source=SourceConfig(name, {"files": files}), memory_mib=cap)
+config = DataConfig(source=SourceConfig(name, {"files": files}), memory_mib=cap, row_tokens=2048)
 peaks = {"imports": peak_memory() / 2**20}
 corpus, _ = build_corpus(config, store)
 peaks["corpus"] = peak_memory() / 2**20
