@@ -34,4 +34,4 @@ def test_the_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     assert done.stderr.startswith(str(tmp_path / "installed"))
     recipes, *groups = done.stdout.splitlines()
     assert len(recipes.split(", ")) == sum(name.startswith("kajiya/conf/recipes/") for name in names)
-    assert [line.partition(":")[0] for line in groups] == ["data", "optim", "schedule", "tasks"]
+    assert [line.partition(":")[0] for line in groups] == ["data", "optim", "schedule"]

@@ -27,6 +27,8 @@ class Appetite:
 
 FAST = Appetite(32, 2, 40 * 2**20)
 PLAIN = Appetite(120, 1)
+ROWS = Appetite(120, 1, FAST.kept_bytes)
+"""Of rows that are rendered: their pieces of text go to the fast encoder, and its memory of them is kept."""
 
 
 def has_room(memory_mib: int, appetite: Appetite) -> bool:

@@ -18,7 +18,7 @@ from kajiya.data.documents import SPLITS, Documents, cumulated, open_documents, 
 from kajiya.data.encode import OpenedEncoder, PlainBulkEncoder, bulk_words, open_bulk_encoder, open_encoder
 from kajiya.data.encoding import RenderMany, RowsEncoder, TextEncoder
 from kajiya.data.mapped import map_file
-from kajiya.data.memory import FAST, PLAIN, has_room, portions_within
+from kajiya.data.memory import FAST, PLAIN, ROWS, has_room, portions_within
 from kajiya.data.names import Names, open_names
 from kajiya.data.parts import Encode, Part, link_parts, write_parts
 from kajiya.data.progress import OnEvent, Progress, silent
@@ -85,7 +85,7 @@ def build_shards(
                 opened = OpenedEncoder(PlainBulkEncoder(open_encoder(tokenizer.path)), words)
             appetite, words = (FAST if opened.is_fast else PLAIN), opened.words
         else:
-            render, appetite, words = rendering.open(), PLAIN, f"{bulk_words()}, rendered row by row"
+            render, appetite, words = rendering.open(), ROWS, f"{bulk_words()}, rendered row by row"
         portions = portions_within(config.memory_mib, splits, appetite, config.shard_bytes)
         progress = Progress(on_event, STAGE, "bytes", n_bytes)
         facts: dict[str, Any] = {"encoder": words}

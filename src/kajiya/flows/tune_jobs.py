@@ -14,10 +14,12 @@ from kajiya.config.compose import compose
 from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config, TuneConfig
 from kajiya.config.sweep import Dimension, Value, as_override
+from kajiya.data.progress import silent
 from kajiya.errors import ConfigError
 from kajiya.flows.tune_search import ASHA, metric_of, open_study, suggest
 from kajiya.run.alive import process_facts
 from kajiya.run.forks import Fork, forked
+from kajiya.run.lock import locked
 from kajiya.run.process import default_threads
 from kajiya.run.provenance import usable_cores
 from kajiya.run.usage import oom_kills
@@ -113,8 +115,10 @@ def run_trial(plan: StudyPlan, study: "Study") -> Outcome:
     """Ask for settings, run them, tell what came of it. Nothing that a trial does ends the study."""
     from optuna.trial import TrialState
 
-    trial = study.ask()
-    trial.set_user_attr("owner", process_facts())
+    # SQLite lets two that ask at once take the same waiting trial.
+    with locked(plan.folder / "ask.lock", "asking for a trial", silent):
+        trial = study.ask()
+        trial.set_user_attr("owner", process_facts())
     try:
         values = suggest(trial, plan.dimensions, plan.base.tune.space)
         config = trial_config(plan, values)
