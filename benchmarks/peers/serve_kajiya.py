@@ -20,7 +20,7 @@ def main() -> None:
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))
 
     def answer(ids: list[list[int]]) -> int:
-        return sum(len(one.tokens) for one in engine.generate(ids, params))
+        return sum(len(one.token_ids) for one in engine.generate(ids, params))
 
     # Graphs are captured at the first steps of their shapes.
     tell(order, answer, is_warmed=engine.runner.device.type == "cuda")
