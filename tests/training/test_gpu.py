@@ -117,9 +117,9 @@ def test_a_gpu_that_is_too_small_halves_the_micro_batch(tiny_model: Callable[...
     loader = RowLoader(rows, 64)
     heard: list[str] = []
 
-    def shrink(times: int) -> bool:
+    def shrink(times: int) -> int:
         loader.batch = 64 >> times
-        return times < 6
+        return 2**times if times < 6 else 0
 
     setup = _setup(
         tiny_model(hidden_size=256, ffn_size=1024, max_positions=512),

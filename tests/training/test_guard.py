@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from tests.training.test_fit import make_setup
 
 from kajiya.data.batch import Batch
 from kajiya.errors import TrainingError
+from kajiya.flows.fitting import shrinker
 from kajiya.models.quantized import plain_tensors, quantize
 from kajiya.training.fit import fit, train_step
 from kajiya.training.guard import Guard, find_spike
 from kajiya.training.loss_scale import LossScale
 from kajiya.training.movement import Movement, changed, checksums
+from kajiya.training.portions import Portions
 from kajiya.training.state import TrainState
 
 Make = Callable[..., torch.nn.Module]
@@ -124,6 +127,19 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_is_no_skipped_step(tiny_model:
     assert setup.strategy.state()["factor"] == 16_384
 
 
+def test_a_loss_that_is_not_finite_is_no_fault_of_the_scale(tiny_model: Make) -> None:
+    heard: list[str] = []
+    setup = make_setup(
+        tiny_model(), [make_batch(2)], precision="fp16-mixed", max_skipped=5, steps=6, guard=Guard(tell=heard.append)
+    )
+    state = TrainState()
+    train_step(replace(setup, loss=_times(float("nan"), setup.loss)), state)
+    assert (state.overflows, state.skipped) == (0, 1)
+    assert setup.strategy.state()["factor"] == 65_536
+    assert "the loss is not finite" in heard[0]
+    assert not setup.optimizer.grads()
+
+
 def test_fp16_learns_what_fp32_learns(tiny_model: Make) -> None:
     norms = []
     for precision in ("fp32", "fp16-mixed"):
@@ -162,11 +178,11 @@ class RowLoader:
     def load_state(self, state: dict[str, int]) -> None:
         self.row = state["row"]
 
-    def shrink(self, times: int) -> bool:
+    def shrink(self, times: int) -> int:
         if 4 % 2**times:
-            return False
+            return 0
         self.batch = 4 >> times
-        return True
+        return 2**times
 
 
 def _with_memory_for(rows: int, inner: Any) -> Any:
@@ -198,8 +214,14 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tiny_model: Mak
     assert (state.tokens, state.targets, state.step) == (plain.tokens, plain.targets, plain.step)
     for a, b in zip(whole.model.parameters(), setup.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    with pytest.raises(TrainingError, match="cannot be halved"):
+    with pytest.raises(TrainingError, match="cannot be made smaller"):
         train_step(replace(setup, loss=_with_memory_for(0, setup.loss)), state)
+
+
+def test_a_micro_batch_of_odd_size_becomes_its_next_smaller_divisor() -> None:
+    loader = SimpleNamespace(batch=15)
+    shrink = shrinker(loader, Portions(micro_batch=15, accumulate=2))
+    assert [(shrink(times), loader.batch) for times in range(4)] == [(1, 15), (3, 5), (15, 1), (0, 1)]
 
 
 # ---------------------------------------------------------------- what moves

@@ -139,7 +139,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
         row_growth=config.train.row_growth,
     )
     portions = _share_out(config, setup, loader, ranks, settled)
-    guard = Guard(shrink=_shrinker(loader, portions) if ranks.n == 1 else None)
+    guard = Guard(shrink=shrinker(loader, portions) if ranks.n == 1 else None)
     setup = replace(setup, accumulate=portions.accumulate, guard=guard)
     derived = (
         built.derived
@@ -192,14 +192,17 @@ def _require_rows_of_tokens(module: Any) -> None:
         )
 
 
-def _shrinker(loader: Any, portions: Portions) -> Callable[[int], bool]:
-    """Makes the loader's batches 2ⁿ times smaller, where they can be halved so often."""
+def shrinker(loader: Any, portions: Portions) -> Callable[[int], int]:
+    """Makes the loader's batches smaller: each step takes the largest divisor of the config's that is at most half of the last."""
+    sizes = [portions.micro_batch]
+    while sizes[-1] > 1:
+        sizes.append(max(n for n in range(1, sizes[-1] // 2 + 1) if portions.micro_batch % n == 0))
 
-    def shrink(times: int) -> bool:
-        can = portions.micro_batch % (1 << times) == 0
-        if can:
-            loader.batch = portions.micro_batch >> times
-        return can
+    def shrink(times: int) -> int:
+        if times >= len(sizes):
+            return 0
+        loader.batch = sizes[times]
+        return portions.micro_batch // sizes[times]
 
     return shrink
 

@@ -98,11 +98,10 @@ def fit(setup: Setup, state: TrainState, hooks: Sequence[Hook], should_stop: Cal
     """Train until `setup.steps`, or until `should_stop()` after a whole step on any rank; `state` goes forward in place."""
     strategy = setup.strategy
     strategy.load_state(state.strategy)
-    if setup.guard.shrink is not None:
-        setup.guard.shrink(state.halvings)
+    watch = Stopwatch(strategy.device)
     while state.step < setup.steps and not strategy.sum(torch.tensor(float(should_stop()))).item():
         began = time.perf_counter()
-        norm = train_step(setup, state)
+        norm = take_step(setup, state, watch)
         state.seconds += time.perf_counter() - began
         state.strategy = strategy.state()
         report: StepReport | None = None
@@ -113,19 +112,31 @@ def fit(setup: Setup, state: TrainState, hooks: Sequence[Hook], should_stop: Cal
                 began = time.perf_counter()
                 hook.call(report)
                 add_times(state.spent, {hook.name: time.perf_counter() - began})
+    add_times(state.spent, watch.finish())
 
 
 def train_step(setup: Setup, state: TrainState) -> float:
-    """One optimizer step over a group of micro-batches; returns the norm of the gradient before clipping."""
+    """One optimizer step by itself, after which the device is waited for; else as `take_step`."""
+    watch = Stopwatch(setup.strategy.device)
+    norm = take_step(setup, state, watch)
+    add_times(state.spent, watch.finish())
+    return norm
+
+
+def take_step(setup: Setup, state: TrainState, watch: Stopwatch) -> float:
+    """One optimizer step over a group of micro-batches; returns the norm of the gradient before clipping.
+
+    On a GPU the time of its update is read with the next step's, so that the device need not be waited for twice.
+    """
     if not setup.model.training:
         raise TrainingError(
             f"step {state.step + 1}: the model is in evaluation mode, so it would train without dropout"
         )
     strategy = setup.strategy
-    watch = Stopwatch(strategy.device)
+    watch.begin()
     position = setup.loader.state()
     while True:
-        group = [setup.loader.next() for _ in range(setup.accumulate << state.halvings)]
+        group = [setup.loader.next() for _ in range(setup.accumulate * pieces_of_micro_batch(setup, state))]
         watch.lap("data")
         try:
             totals, sums = _gradients(setup, state, group, watch)
@@ -176,11 +187,14 @@ def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str],
     strategy, guard = setup.strategy, setup.guard
     norm, objective = values[0], values[1]
     if not (math.isfinite(norm) and math.isfinite(objective)):
-        if strategy.refuse(setup.optimizer):
+        # A loss that is not finite was so before it was scaled: only a gradient can be the scale's fault.
+        if not math.isfinite(objective):
+            setup.optimizer.clear_grads()
+            handle_nonfinite(guard, state, group, "loss", setup.max_skipped)
+        elif strategy.refuse(setup.optimizer):
             state.overflows += 1
         else:
-            what = "gradient" if math.isfinite(objective) else "loss"
-            handle_nonfinite(guard, state, group, what, setup.max_skipped)
+            handle_nonfinite(guard, state, group, "gradient", setup.max_skipped)
         return
     if find_spike(guard, state, objective) and handle_spike(guard, state, objective, group, setup.max_skipped):
         setup.optimizer.clear_grads()
@@ -193,22 +207,30 @@ def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str],
 
 
 def _halve(setup: Setup, state: TrainState, position: dict[str, Any], problem: torch.OutOfMemoryError) -> None:
-    """Memory ran out: forget the group and have it come again in twice as many micro-batches of half the rows."""
+    """Memory ran out: forget the group and have it come again in more micro-batches of fewer rows, half of them where that is whole."""
     guard = setup.guard
     setup.optimizer.clear_grads()
     setup.loader.load_state(position)
     if guard.shrink is None or not guard.shrink(state.halvings + 1):
+        if setup.strategy.device.type == "cuda":
+            torch.cuda.empty_cache()
         raise TrainingError(
-            f"step {state.step + 1}: out of memory, and the micro-batch cannot be halved: {str(problem).splitlines()[0]}\n"
+            f"step {state.step + 1}: out of memory, and the micro-batch cannot be made smaller: {str(problem).splitlines()[0]}\n"
             "Set train.gradient_checkpointing=full, or shorten data.row_tokens."
         ) from problem
     state.halvings += 1
     if setup.strategy.device.type == "cuda":
         torch.cuda.empty_cache()
+    times = pieces_of_micro_batch(setup, state)
     guard.tell(
-        f"step {state.step + 1}: out of memory; micro-batches are {2**state.halvings} times smaller from here on, "
-        f"{setup.accumulate << state.halvings} in a step, so that a step keeps its rows"
+        f"step {state.step + 1}: out of memory; micro-batches are {times} times smaller from here on, "
+        f"{setup.accumulate * times} in a step, so that a step keeps its rows"
     )
+
+
+def pieces_of_micro_batch(setup: Setup, state: TrainState) -> int:
+    """How many micro-batches the loader gives in place of one of the config's, since memory ran out so often."""
+    return 1 if setup.guard.shrink is None else setup.guard.shrink(state.halvings)
 
 
 def _measured(setup: Setup, group: list[Any], totals: Mapping[str, float]) -> list[Any]:

@@ -36,8 +36,8 @@ class Guard:
     """tell, skip (the update is left out) or rollback (the weights go back to the last checkpoint besides)."""
     rollback: Callable[[TrainState], bool] | None = None
     """Takes weights and optimizer back; false when there is no checkpoint yet."""
-    shrink: Callable[[int], bool] | None = None
-    """Makes the loader give micro-batches 2ⁿ times smaller than the config says; false when a row cannot be halved."""
+    shrink: Callable[[int], int] | None = None
+    """Makes the loader give micro-batches smaller than the config's by so many steps; how many times smaller, 0 when it cannot be."""
 
 
 def find_spike(guard: Guard, state: TrainState, loss: float) -> bool:

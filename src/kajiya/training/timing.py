@@ -7,11 +7,15 @@ import torch
 
 
 class Stopwatch:
-    """Laps of one step, by name. On a GPU the laps are measured on the device, which nothing waits for until `read`."""
+    """Laps of steps, by name. On a GPU they are measured on the device, and each is read when the device has passed it."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._laps: list[tuple[str, object, object]] = []
+        self._last = self._now()
+
+    def begin(self) -> None:
+        """A step begins: what was done since the last lap is nobody's."""
         self._last = self._now()
 
     def lap(self, name: str) -> None:
@@ -21,11 +25,18 @@ class Stopwatch:
         self._last = now
 
     def read(self) -> dict[str, float]:
-        """Seconds by name; the device must have been waited for."""
+        """Seconds by name of the laps that have ended and were not read before; the device is not waited for."""
         spent: dict[str, float] = {}
-        for name, begin, end in self._laps:
+        while self._laps and self._has_passed(self._laps[0][2]):
+            name, begin, end = self._laps.pop(0)
             spent[name] = spent.get(name, 0.0) + self._between(begin, end)
         return spent
+
+    def finish(self) -> dict[str, float]:
+        """As `read`, of all laps; the device is waited for."""
+        if self._laps and self._on_gpu:
+            torch.cuda.synchronize()
+        return self.read()
 
     def _now(self) -> object:
         if self._on_gpu:
@@ -33,6 +44,10 @@ class Stopwatch:
             event.record()
             return event
         return time.perf_counter()
+
+    @staticmethod
+    def _has_passed(moment: object) -> bool:
+        return not isinstance(moment, torch.cuda.Event) or bool(moment.query())
 
     @staticmethod
     def _between(begin: object, end: object) -> float:
