@@ -87,3 +87,20 @@ def test_a_line_broken_by_something_else_is_an_error_that_says_where(tmp_path: P
         handle.write(b"not an event\n")
     with pytest.raises(StoreError, match=f"broken line at byte {size}"):
         list(read_events(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.emit("note", text="before")
+    written = log.path.rename(tmp_path / "aside")
+    log.path.symlink_to("/dev/full")
+    log.emit("note", text="one")
+    log.emit("note", text="two")
+    with pytest.raises(StoreError, match="the disk is full.*could not be written"):
+        log.emit("ended", status="finished")
+    log.path.unlink()
+    written.rename(log.path)
+    log.emit("note", text="three")
+    told = [event.get("text", event["kind"]) for event in read_events(tmp_path)]
+    assert told == ["before", "one", "two", "ended", "three"]

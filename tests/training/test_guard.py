@@ -63,6 +63,19 @@ def test_a_spike_is_told_from_the_noise() -> None:
     assert not find_spike(Guard(), state, 100.0)
 
 
+def test_a_level_that_lasts_is_no_spike_for_ever() -> None:
+    heard: list[str] = []
+    guard, state = Guard(spike_sigmas=6.0, tell=heard.append), TrainState()
+    noise = [0.01 * (-1) ** step for step in range(200)]
+    assert not any(find_spike(guard, state, 3.0 + each) for each in noise)
+    found = [find_spike(guard, state, 3.6 + each) for each in noise]
+    assert found == [True] * 4 + [False] * 196
+    assert len(heard) == 1
+    assert "3.6" in heard[0]
+    assert find_spike(guard, state, 9.0)
+    assert state.trend[0] == pytest.approx(3.6, abs=0.02)
+
+
 @pytest.mark.parametrize("what", ["tell", "skip", "rollback"])
 def test_what_a_spike_does(what: str, tiny_model: Make) -> None:
     heard: list[str] = []

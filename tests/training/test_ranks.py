@@ -149,7 +149,7 @@ def _resumed_of_two(rank: int, folder: str, model: torch.nn.Module) -> None:
     fit(half, state, [], lambda: False)
     generators = gather_generators(ranks)
     if ranks.is_first:
-        snapshot = take_snapshot(state, half.model, half.optimizer, half.loader.state(), "key", generators)
+        snapshot = take_snapshot(state, half.model, half.optimizer, half.loader.state(), "key", generators, frozen=None)
         write_snapshot(Path(folder) / "checkpoints", snapshot)
     wait_for_all(ranks)
     (written,) = list_checkpoints(Path(folder) / "checkpoints")

@@ -336,7 +336,7 @@ def _keeper(config: Config, run: Run, prepared: Prepared, settled: dict[str, Any
     setup = with_schedule(prepared.setup, config, settled["train.steps"])
     guard = replace(
         setup.guard,
-        faults=run.folder / "faults",
+        faults=run.folder / "faults" / (f"rank-{prepared.ranks.rank}" if prepared.ranks.n > 1 else ""),
         tell=lambda text: hear("warning", text=text),
         spike_sigmas=train.spike_sigmas,
         on_spike=train.on_spike,

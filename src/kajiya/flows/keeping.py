@@ -1,6 +1,7 @@
 """The checkpoints of one run: saved beside the loop, told when they are whole, gone back to."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from kajiya.data.progress import OnEvent
 from kajiya.errors import StoreError
@@ -8,6 +9,7 @@ from kajiya.run.folder import Run
 from kajiya.training.checkpoint import (
     checkpoint_name,
     disown_checkpoint,
+    frozen_digest,
     list_checkpoints,
     load_checkpoint,
     load_weights,
@@ -34,6 +36,11 @@ class Keeper:
     hear: OnEvent
     writer: CheckpointWriter
     ranks: Ranks
+
+    @cached_property
+    def frozen(self) -> str | None:
+        """Digest of the weights that are not trained; read once, since the run watches that they stay as they are."""
+        return frozen_digest(self.setup.model)
 
     def resume(self) -> TrainState | None:
         """Go on from the newest checkpoint that is whole; a corrupt one is told, and the one before it taken."""
@@ -76,7 +83,7 @@ class Keeper:
         generators = gather_generators(self.ranks)
         if self.ranks.is_first:
             position = setup.loader.state()
-            snapshot = take_snapshot(state, setup.model, setup.optimizer, position, self.key, generators)
+            snapshot = take_snapshot(state, setup.model, setup.optimizer, position, self.key, generators, frozen=self.frozen)
             self.writer.save(snapshot, state.best_step)
 
     def tell(self) -> None:

@@ -5,11 +5,12 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kajiya.errors import StoreError
+from kajiya.run.files import is_full_disk
 
 EVENTS_FILE = "events.jsonl"
 Event = dict[str, Any]
@@ -39,9 +40,14 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class EventLog:
-    """Appends events to `events.jsonl` in a run folder; each line is written at once."""
+    """Appends events to `events.jsonl` in a run folder; each line is written at once.
+
+    On a full disk lines wait in memory for the next one that can be written: the run goes on. Raises `StoreError` where its last
+    line (`ended`) cannot be written either.
+    """
 
     folder: Path
+    _waiting: list[bytes] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -51,11 +57,21 @@ class EventLog:
         """Append one event and return it. Non-finite numbers are written as strings (`"nan"`), since JSON has none."""
         event: Event = {"t": time.time(), "kind": kind, **finite(fields)}
         line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
-        data = line.encode("utf-8", errors="backslashreplace")
+        earlier = [self._waiting.pop(0) for _ in range(len(self._waiting))]
+        data = b"".join([*earlier, line.encode("utf-8", errors="backslashreplace")])
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             while data:  # a nearly full disk takes a part of the line; the next write then says what is wrong
                 data = data[os.write(handle, data) :]
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            self._waiting.append(data)
+            if kind == "ended":
+                raise StoreError(
+                    f"{self.path}: the disk is full; the run's last lines, {len(data):,} bytes, could not be written.\n"
+                    "Free some space: the same command goes on from the last checkpoint."
+                ) from error
         finally:
             os.close(handle)
         return event

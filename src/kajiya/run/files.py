@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,13 +108,33 @@ def new_folder(final: Path, keep: Path | None = None) -> Iterator[Path]:
         raise
 
 
+def is_full_disk(error: OSError) -> bool:
+    """Whether the system has no room for what was to be written: the disk is full, or a quota used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise as the `OSError` that it is what a writer wraps into an exception of its own, as safetensors does (`… (os error 28)`)."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)\s*$", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
 @contextmanager
 def full_disk_said(folder: Path, purpose: str) -> Iterator[None]:
     """Turn the system's refusal to write more (a full disk, a used-up quota) into a `StoreError` that says so."""
     try:
-        yield
+        with system_errors():
+            yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(error):
             raise
         free = shutil.disk_usage(folder).free
         raise StoreError(

@@ -16,7 +16,7 @@ from torch import nn
 
 from kajiya.errors import StoreError
 from kajiya.models.weights_digest import tensors_digest
-from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, write_json
+from kajiya.run.files import check_files, hash_folder, new_folder, read_json, require_space, system_errors, write_json
 from kajiya.training.generators import Generators, read_generators, restore_generators
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.pieces import index_of, read_pieces
@@ -52,14 +52,19 @@ def take_snapshot(
     loader: dict[str, Any],
     run_key: str,
     generators: Sequence[Generators] = (),
+    *,
+    frozen: str | None,
 ) -> Snapshot:
-    """A copy of the state on the CPU, which nothing that follows changes; `generators` of all ranks, or this process's own."""
+    """A copy of the state on the CPU, which nothing that follows changes; `generators` of all ranks, or this process's own.
+
+    `frozen` is the model's `frozen_digest`, which takes as long as reading all weights and stays the same throughout a run.
+    """
     generators = generators or [read_generators()]
     drawn = {f"generator/{rank}/{k}": t for rank, each in enumerate(generators) for k, t in each.tensors.items()}
     tensors = _buffers(model) | optimizer.state_tensors() | drawn
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     plain: dict[str, Any] = {"state": asdict(state), "loader": loader, "run_key": run_key}
-    plain |= {"generators": [each.numbers for each in generators], "frozen": frozen_digest(model)}
+    plain |= {"generators": [each.numbers for each in generators], "frozen": frozen}
     return Snapshot(copied, copy.deepcopy(plain))
 
 
@@ -70,7 +75,7 @@ def write_snapshot(root: Path, snapshot: Snapshot) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     require_space(root, snapshot.bytes + 2**20, f"The checkpoint of step {snapshot.step}")
     final = root / checkpoint_name(snapshot.step)
-    with new_folder(final) as folder:
+    with new_folder(final) as folder, system_errors():
         save_file(snapshot.tensors, folder / _TENSORS)
         write_json(folder / _INDEX, index_of(snapshot.tensors, _TENSORS))
         write_json(folder / "state.json", snapshot.plain)
@@ -83,7 +88,7 @@ def save_checkpoint(
     root: Path, state: TrainState, model: nn.Module, optimizer: MasterOptimizer, loader: dict[str, Any], run_key: str
 ) -> Path:
     """Write `root/step-<step>` at once; returns the folder."""
-    return write_snapshot(root, take_snapshot(state, model, optimizer, loader, run_key))
+    return write_snapshot(root, take_snapshot(state, model, optimizer, loader, run_key, frozen=frozen_digest(model)))
 
 
 def load_checkpoint(

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from kajiya.errors import TrainingError
-from kajiya.run.files import new_folder, write_json
+from kajiya.run.files import new_folder, system_errors, write_json
 from kajiya.training.state import TrainState
 
 _TREND = 0.98
 """Decay of the running mean and variance of the loss: about 50 steps."""
 _LEAST_STEPS = 30
 """Steps before a spike can be told from the noise."""
+_LASTING = 5
+"""Losses in a row so far above the trend that it is the level that has changed (longer rows, other data), and no spike."""
 
 
 def _silent(_text: str) -> None:
@@ -46,7 +48,15 @@ def find_spike(guard: Guard, state: TrainState, loss: float) -> bool:
         return False
     mean, variance, n = state.trend
     if n >= _LEAST_STEPS and loss > mean + guard.spike_sigmas * math.sqrt(variance):
-        return True
+        state.high += 1
+        # Where updates are left out the loss stays high by itself, and `optim.max_skipped` ends it.
+        if guard.on_spike != "tell" or state.high < _LASTING:
+            return True
+        guard.tell(
+            f"step {state.step}: the loss has been above its trend of {mean:.4g} for {state.high} steps; {loss:.4g} is its level now"
+        )
+        mean, variance, n = 0.0, 0.0, 0
+    state.high = 0
     decay = min(_TREND, n / (n + 1))
     change = loss - mean
     state.trend = [mean + (1 - decay) * change, decay * (variance + (1 - decay) * change**2), n + 1]
@@ -63,7 +73,8 @@ def handle_spike(guard: Guard, state: TrainState, loss: float, group: Sequence[A
     if state.spikes > max_skipped:
         raise TrainingError(
             f"{said}, and optim.max_skipped={max_skipped} such steps were left out before it.{_kept(guard, state, group)}\n"
-            "Lower optim.lr or optim.clip_norm, or raise optim.max_skipped."
+            "Lower optim.lr or optim.clip_norm, or raise optim.max_skipped; where it is the data that have changed, set "
+            "train.on_spike=tell."
         )
     went_back = guard.on_spike == "rollback" and guard.rollback is not None and guard.rollback(state)
     done = "the weights went back to the last checkpoint" if went_back else "the update was left out"
@@ -88,7 +99,10 @@ def handle_nonfinite(guard: Guard, state: TrainState, group: Sequence[Any], what
 def _kept(guard: Guard, state: TrainState, group: Sequence[Any]) -> str:
     if guard.faults is None:
         return ""
-    return f" Its batches are in {save_batches(guard.faults, state, group)}."
+    try:
+        return f" Its batches are in {save_batches(guard.faults, state, group)}."
+    except OSError as problem:
+        return f" Its batches could not be written into {guard.faults}: {problem.strerror}."
 
 
 def save_batches(folder: Path, state: TrainState, group: Sequence[Any]) -> Path:
@@ -97,7 +111,7 @@ def save_batches(folder: Path, state: TrainState, group: Sequence[Any]) -> Path:
 
     final = folder / f"step-{state.step:08d}"
     tensors = {f"{n}/{name}": t.cpu().contiguous() for n, batch in enumerate(group) for name, t in _tensors(batch)}
-    with new_folder(final) as beside:
+    with new_folder(final) as beside, system_errors():
         save_file(tensors, beside / "batch.safetensors")
         write_json(beside / "step.json", {"step": state.step, "micro_batches": len(group), "trend": state.trend})
     return final

@@ -29,9 +29,11 @@ class TrainState:
     overflows: int = 0
     """Steps that were too large for fp16 at the loss scale of the time, which was lowered."""
     halvings: int = 0
-    """Times that the micro-batch was halved because memory ran out."""
+    """Times that the micro-batch was made smaller because memory ran out."""
     trend: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Running mean and variance of the loss, and the steps behind them."""
+    high: int = 0
+    """Losses in a row that were too far above the trend to become part of it."""
     spent: dict[str, float] = field(default_factory=dict)
     """Where the time went over all attempts, seconds by name: data, forward, backward, optimizer, and each hook."""
     strategy: dict[str, Any] = field(default_factory=dict)
