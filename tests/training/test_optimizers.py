@@ -9,7 +9,7 @@ from kajiya.config.schema import OptimConfig, ScheduleConfig
 from kajiya.config.tables import TABLES
 from kajiya.errors import ConfigError, StoreError
 from kajiya.training.muon import Muon, orthogonalize
-from kajiya.training.optimizers import load_optimizer, require_other_memory
+from kajiya.training.optimizers import load_optimizer, parameter_roles, require_other_memory
 from kajiya.training.schedules import load_schedule
 
 NAMES = sorted(TABLES["optimizer"])
@@ -188,3 +188,16 @@ def test_a_model_without_trainable_parameters_is_refused(tiny_model: Make) -> No
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="no trainable parameter"):
         load_optimizer(OptimConfig(), model)
+
+
+def test_the_experts_of_a_mixture_are_matrices_and_their_biases_vectors() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    roles = parameter_roles(GptOssForCausalLM(GptOssConfig(vocab_size=64, **sizes, **heads)))
+    experts = {name.rpartition(".")[2]: role for name, role in roles.items() if ".experts." in name}
+    assert experts == {
+        "gate_up_proj": "matrix", "down_proj": "matrix", "gate_up_proj_bias": "vector", "down_proj_bias": "vector",
+    }  # fmt: skip
+    assert parameter_roles(torch.nn.Sequential(torch.nn.Conv1d(2, 3, 4)))["0.weight"] == "vector"

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kajiya.config.schema import AdapterConfig
 from kajiya.errors import ConfigError
 from kajiya.models.adapt import transform
+from kajiya.run.usage import peak_memory
 from kajiya.training.find_lr import range_test
 from kajiya.training.fit import Setup, fit, train_step
 from kajiya.training.flops import flops_per_token, matmul_peak
@@ -136,7 +137,6 @@ def test_a_module_without_checkpointing_is_refused() -> None:
 def test_the_rows_that_fit() -> None:
     sizes = [1, 2, 4, 8, 16, 32]
     assert rows_that_fit(sizes, 100.0, 2000, 4) == 16  # 12 more rows of 100 bytes in 1,600 of the 2,000 free
-    assert rows_that_fit(sizes, 0.0, 2000, 4) == 32
     assert rows_that_fit(sizes, 100.0, 0, 4) == 4
     assert rows_that_fit(sizes, 100.0, None, 4) == 4
 
@@ -177,8 +177,32 @@ def test_a_cpu_is_asked_with_few_rows(tiny_model: Make) -> None:
     setup = make_setup(tiny_model(), [make_batch(2)])
     before = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
     assert largest_micro_batch(setup, asked.append, 8) == 8
-    assert asked == [1, 4], "a row, and a few, tell what one takes"
+    assert asked == [4, 1, 4], "behind a first step, a row and a few tell what one takes"
     assert all(torch.equal(tensor, before[name]) for name, tensor in setup.model.state_dict().items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak of memory")
+def test_what_took_memory_before_hides_nothing_of_what_a_row_takes(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 24 MiB each, behind a peak of 400 MiB, where 480 MiB are free: 384 of them are given out."""
+    torch.ones(100, 2**20)  # taken, written, and given back
+    rows = 0
+
+    def resize(n: int) -> None:
+        nonlocal rows
+        rows = n
+
+    setup = make_setup(tiny_model(), [make_batch(2)])
+
+    def loss(model: Any, batch: Any) -> Any:
+        torch.ones(6 * rows, 2**20)
+        return setup.loss(model, batch)
+
+    monkeypatch.setattr("kajiya.training.memory.free_bytes", lambda: 480 * 2**20)
+    before = peak_memory()
+    assert largest_micro_batch(replace(setup, loss=loss), resize, 64) == 16
+    assert peak_memory() >= before, "the highest of all is still known"
 
 
 def test_operations_by_palms_formula(tiny_model: Make) -> None:

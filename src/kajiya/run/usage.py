@@ -1,5 +1,6 @@
 """What a process has used up: processor time, the most memory; added up over the attempts of a run."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Mapping
@@ -17,8 +18,35 @@ def usage_with(before: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
+_before_restart = 0
+"""Highest resident memory before the kernel's mark was last set back, bytes."""
+
+
 def peak_memory() -> int:
     """Highest resident memory of this process so far, bytes."""
+    return max(_before_restart, recent_peak())
+
+
+def restart_peak() -> bool:
+    """Have `recent_peak` begin anew from what is held now, memory that was freed given back before; false where that cannot be."""
+    global _before_restart
+    mark = Path("/proc/self/clear_refs")
+    if not mark.exists():
+        return False
+    so_far = recent_peak()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        mark.write_text("5")
+    except OSError:
+        return False
+    _before_restart = max(_before_restart, so_far)
+    return True
+
+
+def recent_peak() -> int:
+    """Highest resident memory of this process since `restart_peak`, or ever, bytes."""
     # Linux's `ru_maxrss` outlives an exec: a process begun by a large one would seem as large.
     status = Path("/proc/self/status")
     if status.is_file():

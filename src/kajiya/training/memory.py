@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 
 from kajiya.errors import TrainingError
+from kajiya.run.usage import recent_peak, restart_peak
 from kajiya.training.fit import Loader, Setup, train_step
 from kajiya.training.guard import Guard
-from kajiya.training.probe import peak_bytes, undone
+from kajiya.training.probe import undone
 from kajiya.training.state import TrainState
 
 _SHARE = 0.8
 """Share of the free memory that is given out: other programs, evaluation and the writing of checkpoints need some."""
+_UNSEEN_BYTES = 16 * 2**20
+"""Growth that drowns in what else a step takes and gives back: no measured one counts as less."""
 
 
 def largest_micro_batch(setup: Setup, resize: Callable[[int], None], own_rows: int) -> int:
@@ -61,12 +64,15 @@ def _largest_on_gpu(trial: Setup, resize: Callable[[int], None], sizes: list[int
 def _largest_on_cpu(trial: Setup, resize: Callable[[int], None], sizes: list[int]) -> int:
     few = next((n for n in sizes if n >= 4), sizes[-1])
     peaks = {}
-    for rows in (1, few):
+    # The first step takes what every later one finds.
+    for rows in (few, 1, few):
         resize(rows)
+        if not restart_peak():
+            return few
         train_step(trial, TrainState())
-        peaks[rows] = peak_bytes(trial.strategy.device)
-    a_row = max(0, peaks[few] - peaks[1]) / max(1, few - 1)
-    return rows_that_fit(sizes, a_row, free_bytes(), few)
+        peaks[rows] = recent_peak()
+    grown = max(_UNSEEN_BYTES, peaks[few] - peaks[1])
+    return rows_that_fit(sizes, grown / max(1, few - 1), free_bytes(), few)
 
 
 def rows_that_fit(sizes: list[int], row_bytes: float, free: int | None, measured: int) -> int:

@@ -154,13 +154,18 @@ def _master(parameter: torch.Tensor, *, on_host: bool) -> torch.Tensor:
     return parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
-    """What each parameter is for: a hidden matrix, the embedding (tied to the head or not), an output head, a vector."""
+    """What each parameter is for: a hidden matrix (or a stack of them, one an expert), the embedding (tied to the head or not), an
+    output head, a vector (or a stack of biases, one an expert)."""
     from transformers import PreTrainedModel
 
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     heads = set() if head is None else {id(parameter) for parameter in head.parameters() if parameter.ndim == 2}
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, _CONVOLUTIONS)}
     roles: dict[str, Role] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings:
@@ -169,5 +174,6 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
             roles[name] = "head"
         else:
             # The factors of IA³ are rows or columns, and so vectors.
-            roles[name] = "matrix" if parameter.ndim == 2 and 1 not in parameter.shape else "vector"
+            is_matrix = parameter.ndim in (2, 3) and 1 not in parameter.shape[-2:] and not name.endswith("bias")
+            roles[name] = "matrix" if is_matrix and id(parameter) not in kernels else "vector"
     return roles
