@@ -107,6 +107,16 @@ def test_one_by_eight_equals_eight_by_one(optim: str, tiny_model: Make) -> None:
         torch.testing.assert_close(one, eight, atol=1e-6, rtol=1e-4)
 
 
+def test_many_small_gradients_in_bf16_are_added_up_without_loss(tiny_model: Make) -> None:
+    """A sum that is itself in bf16 has stopped growing at 256 equal parts: the norm would be a few times too small."""
+    rows = [make_batch(1)] * 512
+    norms = []
+    for batches, accumulate in ((rows[:1], 1), (rows, 512)):
+        setup = make_setup(tiny_model(), batches, accumulate=accumulate, precision="bf16")
+        norms.append(train_step(setup, TrainState()))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_a_mean_of_means_would_have_shown() -> None:
     """The batches of the test above do tell the two apart."""
     rows = [make_batch(1, seed=seed, keep=0.1 if seed % 2 else 1.0) for seed in range(8)]

@@ -133,9 +133,7 @@ class _Watched:
 
     def clip(self, optimizer: Any, max_norm: float | None) -> torch.Tensor:
         """As the inner one's."""
-        for name, each in optimizer.parameters.items():
-            if each.grad is not None and bool(each.grad.any()):
-                self._reached.add(name)
+        self._reached |= {name for name, grad in optimizer.named_grads().items() if bool(grad.any())}
         norm: torch.Tensor = self._inner.clip(optimizer, max_norm)
         return norm
 

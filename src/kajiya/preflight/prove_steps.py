@@ -14,6 +14,7 @@ from kajiya.preflight.prove_start import loss_on
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 from kajiya.training.fit import Setup, train_step
 from kajiya.training.losses.noise import without_noise
+from kajiya.training.masters import MasterOptimizer
 from kajiya.training.state import TrainState
 
 _ACCUMULATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "bf16-mixed": 5e-2, "fp16-mixed": 2e-2, "fp8": 0.1}
@@ -126,7 +127,7 @@ class _Caught:
 
     def clip(self, optimizer: Any, max_norm: float | None) -> torch.Tensor:
         """Keep the gradients as they are; nothing is scaled."""
-        self.gradients = _taken(optimizer.parameters)
+        self.gradients = _taken(optimizer)
         return torch.zeros(())
 
     def step(self, optimizer: Any, lr: float) -> None:
@@ -134,8 +135,8 @@ class _Caught:
         optimizer.clear_grads()
 
 
-def _taken(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: each.grad.detach().float().clone() for name, each in parameters.items() if each.grad is not None}
+def _taken(optimizer: MasterOptimizer) -> dict[str, torch.Tensor]:
+    return {name: grad.detach().to(torch.float32, copy=True) for name, grad in optimizer.named_grads().items()}
 
 
 def _gradients(setup: Setup, batches: list[Any]) -> dict[str, torch.Tensor]:
@@ -162,7 +163,7 @@ def _gradients_of_sums(setup: Setup, batches: list[Any]) -> dict[str, torch.Tens
             sums[name] = sums[name] + value if name in sums else value
             counts[name] = counts.get(name, 0.0) + number
     torch.stack([sums[name] / counts[name] for name in sums]).sum().backward()
-    taken = _taken(setup.optimizer.parameters)
+    taken = _taken(setup.optimizer)
     setup.optimizer.clear_grads()
     return taken
 

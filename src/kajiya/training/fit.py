@@ -177,6 +177,8 @@ def _gradients(setup: Setup, state: TrainState, group: list[Any], watch: Stopwat
         objective = torch.stack(parts).sum()
         watch.lap("forward")
         strategy.backward(objective)
+        if len(group) > 1:
+            strategy.add_up(setup.optimizer)
         watch.lap("backward")
         sums.add({"objective": (objective.detach(), 0.0)} | numbered(metrics or terms, batch.counts))
     return totals, sums

@@ -16,7 +16,8 @@ def histograms_watch(every: int | None, hear: Callable[..., object]) -> Watch | 
         return None
 
     def look(setup: Setup, state: TrainState) -> None:
-        named = [(name, p.detach(), p.grad) for name, p in setup.optimizer.parameters.items() if p.grad is not None]
+        parameters = setup.optimizer.parameters
+        named = [(name, parameters[name].detach(), grad) for name, grad in setup.optimizer.named_grads().items()]
         names = [f"{kind}/{name}" for kind in ("gradient", "weight") for name, _, _ in named]
         counted = count_values([*(grad for _, _, grad in named), *(weight for _, weight, _ in named)])
         values = {

@@ -14,7 +14,8 @@ def norms_watch(every: int | None, hear: Callable[..., object]) -> Watch | None:
         return None
 
     def look(setup: Setup, state: TrainState) -> None:
-        named = [(name, p, p.grad) for name, p in setup.optimizer.parameters.items() if p.grad is not None]
+        parameters = setup.optimizer.parameters
+        named = [(name, parameters[name], grad) for name, grad in setup.optimizer.named_grads().items()]
         grads = torch._foreach_norm([grad for _, _, grad in named])
         weights = torch._foreach_norm([parameter.detach() for _, parameter, _ in named])
         read = torch.stack([each.float() for each in (*grads, *weights)]).tolist()

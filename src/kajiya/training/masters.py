@@ -49,10 +49,7 @@ class MasterOptimizer:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update at learning rate `lr` (each group keeps its ratio to the peak), then clear the gradients."""
-        for name in self._copied:
-            grad = self.parameters[name].grad
-            self.masters[name].grad = None if grad is None else grad.to(self.masters[name].device, torch.float32)
-            self.parameters[name].grad = None  # one of the two is enough to hold
+        self.add_up()
         for optimizer, ratios in zip(self.optimizers, self._ratios, strict=True):
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
                 group["lr"] = lr * ratio
@@ -64,6 +61,19 @@ class MasterOptimizer:
             decay = min(self._ema_decay, (1 + self._updates) / (10 + self._updates))
             torch._foreach_lerp_(list(self._ema.values()), [self.masters[name] for name in self._ema], 1 - decay)
         self.clear_grads()
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Move the gradients at hand to the masters, onto what is there: in float32, since a sum in bf16 loses what is small in it."""
+        for name in self._copied:
+            parameter, master = self.parameters[name], self.masters[name]
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.to(master.device, torch.float32)
+            else:
+                master.grad.add_(parameter.grad.to(master.device))
+            parameter.grad = None  # one of the two is enough to hold
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -104,7 +114,16 @@ class MasterOptimizer:
 
     def grads(self) -> list[torch.Tensor]:
         """Gradients at hand, in the order of the parameters."""
-        return [tensor.grad for tensor in self.parameters.values() if tensor.grad is not None]
+        return list(self.named_grads().values())
+
+    def named_grads(self) -> dict[str, torch.Tensor]:
+        """Gradients at hand by the parameter's name: the masters' float32 sums, where micro-batches have been added up."""
+        held = {name: (self.masters[name].grad, tensor.grad) for name, tensor in self.parameters.items()}
+        return {
+            name: own if summed is None else summed
+            for name, (summed, own) in held.items()
+            if own is not None or summed is not None
+        }
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The whole state by parameter name: `master/<name>` and `<slot>/<name>`.

@@ -37,6 +37,10 @@ class Strategy(Protocol):
         """Add the gradient of `value`, this rank's part of the loss, to the parameters'."""
         ...
 
+    def add_up(self, optimizer: MasterOptimizer) -> None:
+        """The gradient of one of several micro-batches of a step is complete."""
+        ...
+
     def clip(self, optimizer: MasterOptimizer, max_norm: float | None) -> torch.Tensor:
         """Global norm of the gradient (float32 scalar), which is scaled down to `max_norm` where it is larger."""
         ...
@@ -87,15 +91,20 @@ class SingleProcess:
         """Add the gradient of `value`, times the loss scale."""
         (value * self.scale.factor if self.scale.is_on else value).backward()
 
+    def add_up(self, optimizer: MasterOptimizer) -> None:
+        """Sums are float32."""
+        optimizer.add_up()
+
     def clip(self, optimizer: MasterOptimizer, max_norm: float | None) -> torch.Tensor:
         """Global norm in float32, without the loss scale; scales in place."""
         grads = optimizer.grads()
         if self.scale.is_on:
             torch._foreach_div_(grads, self.scale.factor)
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
         if max_norm is not None:
-            torch._foreach_mul_(grads, (max_norm / (norm.float() + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
-        return norm.float()
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def step(self, optimizer: MasterOptimizer, lr: float) -> None:
         """One update at rate `lr`."""
@@ -162,6 +171,9 @@ class DataParallel:
     def backward(self, value: torch.Tensor) -> None:
         """Add the gradient; DistributedDataParallel takes the mean over ranks, and the sum is wanted."""
         self._own.backward(value * self.ranks.n)
+
+    def add_up(self, optimizer: MasterOptimizer) -> None:
+        """The replica adds up itself, in the gradients' own dtype, what the ranks exchange at the last micro-batch."""
 
     def clip(self, optimizer: MasterOptimizer, max_norm: float | None) -> torch.Tensor:
         """As one process does: every rank has the whole gradient."""
