@@ -230,7 +230,7 @@ def _logged(step: int) -> Callable[[Path], bool]:
 
 
 def _kept_and_logged(kept: int, logged: int) -> Callable[[Path], bool]:
-    """A checkpoint of that step or a later one is whole, and so is the log's line: writing is beside the steps, and may be behind."""
+    """A checkpoint of that step or a later one is whole, and so is the log's line: writing may be behind the steps."""
 
     def is_time(store: Path) -> bool:
         found = store.glob("runs/*/checkpoints/step-*/manifest.json")

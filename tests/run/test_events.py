@@ -97,7 +97,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     log.path.symlink_to("/dev/full")
     log.emit("note", text="one")
     log.emit("note", text="two")
-    with pytest.raises(StoreError, match="the disk is full.*could not be written"):
+    with pytest.raises(StoreError, match=r"the disk is full.*could not be written"):
         log.emit("ended", status="finished")
     log.path.unlink()
     written.rename(log.path)

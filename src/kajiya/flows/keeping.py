@@ -83,7 +83,9 @@ class Keeper:
         generators = gather_generators(self.ranks)
         if self.ranks.is_first:
             position = setup.loader.state()
-            snapshot = take_snapshot(state, setup.model, setup.optimizer, position, self.key, generators, frozen=self.frozen)
+            snapshot = take_snapshot(
+                state, setup.model, setup.optimizer, position, self.key, generators, frozen=self.frozen
+            )
             self.writer.save(snapshot, state.best_step)
 
     def tell(self) -> None:

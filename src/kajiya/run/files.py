@@ -115,7 +115,7 @@ def is_full_disk(error: OSError) -> bool:
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise as the `OSError` that it is what a writer wraps into an exception of its own, as safetensors does (`… (os error 28)`)."""
+    """Raise as an `OSError` what a writer wraps into an exception of its own, as safetensors does (`… (os error 28)`)."""
     try:
         yield
     except OSError:

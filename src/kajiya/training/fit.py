@@ -209,7 +209,7 @@ def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str],
 
 
 def _halve(setup: Setup, state: TrainState, position: dict[str, Any], problem: torch.OutOfMemoryError) -> None:
-    """Memory ran out: forget the group and have it come again in more micro-batches of fewer rows, half of them where that is whole."""
+    """Memory ran out: forget the group and have it come again in more micro-batches of fewer rows."""
     guard = setup.guard
     setup.optimizer.clear_grads()
     setup.loader.load_state(position)

@@ -39,7 +39,7 @@ class Guard:
     rollback: Callable[[TrainState], bool] | None = None
     """Takes weights and optimizer back; false when there is no checkpoint yet."""
     shrink: Callable[[int], int] | None = None
-    """Makes the loader give micro-batches smaller than the config's by so many steps; how many times smaller, 0 when it cannot be."""
+    """Makes the loader give micro-batches smaller than the config's by so many steps; how many times smaller, 0: it cannot."""
 
 
 def find_spike(guard: Guard, state: TrainState, loss: float) -> bool:
@@ -53,7 +53,8 @@ def find_spike(guard: Guard, state: TrainState, loss: float) -> bool:
         if guard.on_spike != "tell" or state.high < _LASTING:
             return True
         guard.tell(
-            f"step {state.step}: the loss has been above its trend of {mean:.4g} for {state.high} steps; {loss:.4g} is its level now"
+            f"step {state.step}: the loss has been above its trend of {mean:.4g} for {state.high} steps; {loss:.4g} is its "
+            "level now"
         )
         mean, variance, n = 0.0, 0.0, 0
     state.high = 0

@@ -64,7 +64,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def add_up(self) -> None:
-        """Move the gradients at hand to the masters, onto what is there: in float32, since a sum in bf16 loses what is small in it."""
+        """Add the gradients at hand to the masters' own, in float32: a sum in bf16 loses what is small in it."""
         for name in self._copied:
             parameter, master = self.parameters[name], self.masters[name]
             if parameter.grad is None:
@@ -119,11 +119,8 @@ class MasterOptimizer:
     def named_grads(self) -> dict[str, torch.Tensor]:
         """Gradients at hand by the parameter's name: the masters' float32 sums, where micro-batches have been added up."""
         held = {name: (self.masters[name].grad, tensor.grad) for name, tensor in self.parameters.items()}
-        return {
-            name: own if summed is None else summed
-            for name, (summed, own) in held.items()
-            if own is not None or summed is not None
-        }
+        found = {name: own if summed is None else summed for name, (summed, own) in held.items()}
+        return {name: grad for name, grad in found.items() if grad is not None}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The whole state by parameter name: `master/<name>` and `<slot>/<name>`.

@@ -101,7 +101,7 @@ class SingleProcess:
         if self.scale.is_on:
             torch._foreach_div_(grads, self.scale.factor)
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
         if max_norm is not None:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
