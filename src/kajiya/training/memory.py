@@ -27,12 +27,20 @@ def largest_micro_batch(setup: Setup, resize: Callable[[int], None], own_rows: i
     """
     sizes = [n for n in range(1, own_rows + 1) if own_rows % n == 0]
     trial = replace(
-        setup, loader=_Heaviest(setup.loader), accumulate=1, lr=lambda _step: 1e-9, guard=Guard(), watches=()
+        setup,
+        loader=_Heaviest(setup.loader),
+        accumulate=1,
+        lr=lambda _step: 1e-9,
+        guard=Guard(),
+        watches=(),
+        row_growth=(),
     )
     with undone(setup):
         fits = _largest_on_gpu if setup.strategy.device.type == "cuda" else _largest_on_cpu
-        found = fits(trial, resize, sizes)
-    return -int(setup.strategy.from_first(-float(found)))
+        found = sizes.index(fits(trial, resize, sizes))
+    # The smallest that any rank found.
+    votes = setup.strategy.sum(torch.nn.functional.one_hot(torch.tensor(found), len(sizes)).double())
+    return sizes[int(votes.nonzero()[0])]
 
 
 class _Heaviest:
