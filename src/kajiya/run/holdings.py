@@ -80,7 +80,7 @@ def store_rows(store: Store) -> list[ArtifactRow]:
 
 
 def verify_store(store: Store) -> list[Verdict]:
-    """Hash every file of every artifact; a verdict with a `problem` names the first thing that is wrong."""
+    """Read and hash every file of every artifact; a verdict with a `problem` names the first thing that is wrong."""
     return [_verify(path.parent) for path in _manifests(store)]
 
 
@@ -92,7 +92,7 @@ def _verify(folder: Path) -> Verdict:
         n_bytes = sum(entry["bytes"] for entry in files.values())
         if digest({name: entry["sha256"] for name, entry in files.items()}) != manifest["digest"]:
             raise StoreError(f"{folder}: the manifest's list of files is not what its own digest says")
-        check_files(folder, files)
+        check_files(folder, files, reads_all=True)
         present = {path.relative_to(folder).as_posix() for path in list_files(folder)} - {"manifest.json"}
         if present != set(files):
             raise StoreError(f"{folder}: {min(present - set(files))} is not in the manifest")
