@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="every figure")
     arguments = parser.parse_args()
 
-    tokenizer, rows = _tokenizer(), _conversations(arguments.conversations)
+    tokenizer, rows = _tokenizer(), conversations(arguments.conversations)
     ours, theirs = _kajiya(tokenizer, rows), _trl(tokenizer, rows)
     _compare(tokenizer, ours()[1], theirs()[1])
     seconds: dict[str, list[float]] = {"kajiya": [], "trl": []}
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"CPU time {statistics.median(cpu_ratios):8.2f} (from {min(cpu_ratios):.2f} to {max(cpu_ratios):.2f})")
 
 
-def _conversations(count: int) -> list[list[dict[str, str]]]:
+def conversations(count: int) -> list[list[dict[str, str]]]:
     """Conversations of one to four turns, cut from the standard library's text; a function of the count alone."""
     draw = random.Random(0)
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))

@@ -55,7 +55,7 @@ def test_any_place_is_found_alone(n: int, seed: int, first: int) -> None:
 @pytest.mark.parametrize("n", [1, 63, 64, 5000, 9000])
 def test_buckets_are_a_permutation_of_about_equal_neighbours(n: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 512, size=n)
-    order = BucketedOrder(lengths, 5)
+    order = BucketedOrder(n, lengths.__getitem__, 5)
     for turn in (0, 1):
         places = order.places(np.arange(turn * n, turn * n + n))
         assert sorted(places.tolist()) == list(range(turn * n, turn * n + n))
@@ -68,9 +68,22 @@ def test_buckets_are_a_permutation_of_about_equal_neighbours(n: int) -> None:
 
 def test_buckets_are_found_from_anywhere() -> None:
     lengths = np.random.default_rng(1).integers(1, 100, size=9000)
-    whole = BucketedOrder(lengths, 5).places(np.arange(20_000))
+    whole = BucketedOrder(9000, lengths.__getitem__, 5).places(np.arange(20_000))
     for first in (0, 4090, 8990, 9000, 17_000):
         assert (
-            BucketedOrder(lengths, 5).places(np.arange(first, first + 20)).tolist()
+            BucketedOrder(9000, lengths.__getitem__, 5).places(np.arange(first, first + 20)).tolist()
             == whole[first : first + 20].tolist()
         )
+
+
+def test_buckets_look_only_at_the_lengths_of_their_window() -> None:
+    asked: list[int] = []
+
+    def lengths(rows: np.ndarray) -> np.ndarray:
+        asked.append(len(rows))
+        return rows % 100
+
+    order = BucketedOrder(10**9, lengths, 5)
+    assert len(set(order.places(np.arange(10**8, 10**8 + 5000)).tolist())) == 5000
+    assert asked == [4096] * len(asked)
+    assert len(asked) <= 3

@@ -24,6 +24,7 @@ from kajiya.data.memory import FAST, PLAIN, has_room, portions_within
 from kajiya.data.progress import Progress, silent
 from kajiya.data.shards import Rendering, build_shards, open_split
 from kajiya.errors import DataError, StoreError
+from kajiya.run.holdings import collect_garbage
 from kajiya.run.store import Artifact, Store, open_artifact
 from kajiya.run.usage import peak_memory
 
@@ -83,6 +84,23 @@ def test_killed_between_parts_it_goes_on_and_ends_the_same(small, tmp_path: Path
     assert {name: (shards.path / name).stat().st_ino for name in kept} == {name: ino for name, (ino, _) in kept.items()}
     assert part_folders(store) == []
     open_artifact(shards.path, verify=True)
+
+
+def test_what_a_killed_tokenizing_left_is_collected(small, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    arguments = [str(small.corpus.path), str(small.tokenizer.path), str(store.root), "3"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_TEXT, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    stage = store.root / "artifacts" / "shards"
+    left = {path.name.rpartition(".")[2] for path in stage.iterdir()}
+    assert {"lock", "parts"} < left
+    n_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+    garbage = collect_garbage(store, dry_run=False)
+    assert (len(garbage.unfinished), garbage.unfinished_bytes) == (len(left), n_bytes)
+    assert n_bytes > 10_000
+    assert list(stage.iterdir()) == []
+    shards, _ = build_shards(small.config, small.corpus, small.tokenizer, store)
+    assert shards.digest == small.shards.digest
 
 
 def render_weighed(rows: Iterable[tuple[str, str]]) -> Iterator[Example | str]:

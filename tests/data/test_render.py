@@ -1,6 +1,7 @@
 """Rendering: masks against an independent reading of each family's format, and every refusal."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -480,3 +481,27 @@ def test_text_stands_between_begin_and_end() -> None:
     segment = Renderer(tokenizer, RenderConfig(), "text").render("some <|eos|> text").segments[0]
     assert tokenizer.decode(segment.ids) == "<|bos|>some <|eos|> text<|eos|>"
     assert segment.ids.tolist().count(tokenizer.eos_token_id) == 1
+
+
+def test_memory_does_not_grow_with_the_rows(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short texts are remembered; what was encoded beside them is not, though each batch brings a new one."""
+    # The memory of the faster encoder's ids is not Python's, and would not be seen here.
+    monkeypatch.setattr("kajiya.data.encode.find_spec", lambda name: None)
+    renderer = Renderer(load_tokenizer(small.tokenizer.path), RenderConfig(prompt_style="plain"), "instruction")
+
+    def batches(first: int, n: int) -> list[tuple[str, str]]:
+        rows = [{"prompt": f"p{number}", "completion": f"{number} is said. " * 40} for number in range(first, n)]
+        return [(row["prompt"], json.dumps(row)) for row in rows]
+
+    def rendered(first: int, n: int) -> int:
+        return sum(len(example.segments[0].ids) for example in renderer.render_many(batches(first, n)))  # type: ignore[union-attr]
+
+    rendered(0, 512)
+    tracemalloc.start()
+    try:
+        n_tokens = rendered(512, 4096)
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert n_tokens * 4 > 3 * 2**20
+    assert grown < 1.5 * 2**20

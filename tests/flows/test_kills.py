@@ -13,9 +13,9 @@ from tests.conftest import small_overrides
 from kajiya.config.tables import TABLES
 from kajiya.config.validate import CHECKS
 from kajiya.run.events import read_events
-from kajiya.run.files import hash_file
 from kajiya.run.folder import find_run
 from kajiya.run.forks import Fork, forked, release
+from kajiya.run.hashing import hash_file
 from kajiya.run.store import Store
 
 pytestmark = pytest.mark.slow

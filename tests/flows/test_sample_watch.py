@@ -14,7 +14,7 @@ from kajiya.errors import ConfigError
 from kajiya.flows.sample_watch import heldout_prompts, open_samples
 from kajiya.flows.train import Scope, train
 from kajiya.run.events import read_events
-from kajiya.run.files import hash_file
+from kajiya.run.hashing import hash_file
 from kajiya.run.store import Store
 
 

@@ -10,8 +10,8 @@ from kajiya.flows.tune import plan_study, tune
 from kajiya.flows.tune_jobs import everything_goes_on, execute, trial_config
 from kajiya.flows.tune_search import open_study
 from kajiya.run.events import read_events
-from kajiya.run.files import hash_file
 from kajiya.run.folder import Run, find_run
+from kajiya.run.hashing import hash_file
 from kajiya.run.store import Store, open_artifact
 
 pytestmark = pytest.mark.slow

@@ -213,7 +213,7 @@ def test_the_compiler_is_the_one_that_inductor_would_take(monkeypatch: pytest.Mo
 def test_the_operators_compiler_is_the_one_that_builds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kajiya.run.native.build import NativeBuildError, build_library
 
-    monkeypatch.setattr("kajiya.run.native.build._cache_folder", lambda: tmp_path / "built")
+    monkeypatch.setattr("kajiya.run.native.build.cache_folder", lambda: tmp_path / "built")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", sys.executable)
     assert doctor._compiler().state == "ok", "torch's is another question"

@@ -11,8 +11,10 @@ import pytest
 
 from kajiya.config.schema import Config
 from kajiya.errors import StoreError
+from kajiya.run import holdings
 from kajiya.run.folder import Run, open_run
 from kajiya.run.holdings import collect_garbage, find_artifact, name_of, pin, store_rows, unpin, verify_store
+from kajiya.run.lock import locked
 from kajiya.run.store import Artifact, Store, produce
 
 
@@ -148,6 +150,79 @@ def test_what_a_killed_process_left_is_garbage_and_what_a_live_one_writes_is_not
     assert garbage.unfinished == [f"artifacts/corpus/.abc.{dead.pid}"]
     assert garbage.bytes == 5
     assert [path.name for path in stage.iterdir()] == [f".abc.{child.pid}"]
+
+
+MAKER = """
+import sys
+from pathlib import Path
+from kajiya.run.files import write_json
+from kajiya.run.store import Store, produce
+
+def make(folder):
+    (folder / "half").write_text("half")
+    (folder / ".half.json.1").write_text("one")
+    parts = folder.with_name(folder.name.rpartition(".")[0] + ".parts")
+    parts.mkdir(exist_ok=True)
+    (parts / "part").write_text("a part")
+    print("begun", flush=True)
+    input()
+    return {}
+
+produce(Store(Path(sys.argv[1])), "shards", code="c", config={}, parents={}, make=make)
+"""
+
+
+def test_what_a_killed_maker_left_is_garbage_once_it_is_gone(store: Store) -> None:
+    maker = subprocess.Popen(
+        [sys.executable, "-c", MAKER, str(store.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert maker.stdout is not None
+    try:
+        assert maker.stdout.readline() == "begun\n"
+        stage = store.root / "artifacts" / "shards"
+        (key,) = {path.name.split(".")[1] for path in stage.iterdir()}
+        names = [f".{key}.{kind}" for kind in sorted([str(maker.pid), "lock", "parts"])]
+        assert sorted(path.name for path in stage.iterdir()) == names
+        assert collect_garbage(store, dry_run=False).unfinished == []
+        assert sorted(path.name for path in stage.iterdir()) == names
+    finally:
+        maker.kill()
+        maker.communicate()
+    lock_bytes = (stage / f".{key}.lock").stat().st_size
+    would = collect_garbage(store)
+    assert would.unfinished == [f"artifacts/shards/{name}" for name in names]
+    assert would.unfinished_bytes == would.bytes == len("half" + "one" + "a part") + lock_bytes
+    assert sorted(path.name for path in stage.iterdir()) == names
+    assert collect_garbage(store, dry_run=False) == dataclasses.replace(would, is_deleted=True)
+    assert list(stage.iterdir()) == []
+    assert collect_garbage(store).bytes == 0
+
+
+def test_what_somebody_began_to_make_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = store.root / "artifacts" / "shards"
+    (stage / ".abc.parts").mkdir(parents=True)
+    (stage / ".abc.lock").touch()
+    would = collect_garbage(store)
+    assert would.unfinished == ["artifacts/shards/.abc.lock", "artifacts/shards/.abc.parts"]
+    found = holdings._unfinished(store)
+    monkeypatch.setattr(holdings, "_unfinished", lambda store: found)
+    with locked(stage / ".abc.lock", "shards", lambda *_, **__: None):
+        done = collect_garbage(store, dry_run=False)
+        assert (done.unfinished, done.bytes) == ([], 0)
+        assert (stage / ".abc.parts").is_dir()
+        assert (stage / ".abc.lock").is_file()
+
+
+def test_what_was_moved_aside_goes_only_when_its_successor_is_there(store: Store) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    aside = store.runs / "run" / "checkpoints" / f".step-5.{dead.pid}.old"
+    aside.mkdir(parents=True)
+    (aside / "state").write_text("12345")
+    assert collect_garbage(store).unfinished == []
+    (aside.parent / "step-5").mkdir()
+    assert collect_garbage(store, dry_run=False).bytes == 5
+    assert [path.name for path in aside.parent.iterdir()] == ["step-5"]
 
 
 def test_an_unreadable_run_stops_the_collection(store: Store) -> None:

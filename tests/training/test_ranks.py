@@ -24,8 +24,8 @@ from kajiya.config.schema import LossConfig
 from kajiya.errors import ConfigError
 from kajiya.models.attention import register_packed_sdpa
 from kajiya.run.events import read_events
-from kajiya.run.files import hash_file
 from kajiya.run.folder import find_run
+from kajiya.run.hashing import hash_file
 from kajiya.run.store import Store
 from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, ranks_behind, take_snapshot, write_snapshot
 from kajiya.training.fit import Hook, Setup, fit

@@ -77,11 +77,15 @@ class RowsEncoder:
         sequences = [sequence for example in examples for sequence in example.segments]
         labels = [example.label for example in examples if example.label is not None]
         assert len(labels) in (0, len(examples)), "some rows have a label and some have none"
-        nothing = np.zeros(0)
         return Encoded(
-            tokens=np.concatenate([nothing, *(sequence.ids for sequence in sequences)]).astype(self.dtype),
+            tokens=_joined((sequence.ids for sequence in sequences), self.dtype),
             lengths=np.array([len(sequence.ids) for sequence in sequences], dtype=np.int64),
-            weights=np.concatenate([nothing, *(sequence.weights for sequence in sequences)]).astype(np.float32),
+            weights=_joined((sequence.weights for sequence in sequences), np.dtype(np.float32)),
             labels=np.array(labels) if labels else None,
             dropped=dropped,
         )
+
+
+def _joined(arrays: Iterable[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """The arrays one behind the other, in that type without a copy in a larger one."""
+    return np.concatenate([np.zeros(0, dtype=dtype), *arrays], dtype=dtype, casting="unsafe")

@@ -86,10 +86,9 @@ class PaddedRows:
         """Examples in a turn."""
         return len(self.packing.examples)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of the longest sequence of each example; int64 [n]."""
-        return np.asarray(self.packing.lengths.max(axis=1))
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        """Tokens of the longest sequence of each of these examples; int64."""
+        return np.asarray(self.packing.lengths[places].max(axis=1))
 
     @cached_property
     def _n_tokens(self) -> int:
@@ -109,7 +108,7 @@ class PaddedRows:
 
     def heaviest(self, n: int) -> np.ndarray:
         """The longest."""
-        return _first(n, np.argsort(-self.lengths, kind="stable"))
+        return _first(n, np.argsort(-self.packing.lengths.max(axis=1), kind="stable"))
 
     def batch(self, places: np.ndarray) -> Batch | ExampleBatch:
         """The examples at these places."""
@@ -135,10 +134,9 @@ class PairRows:
         """Pairs in a turn."""
         return len(self.packing.examples)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each pair; int64 [n]."""
-        return np.asarray(self.packing.lengths.sum(axis=1))
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        """Tokens of each of these pairs; int64."""
+        return np.asarray(self.packing.lengths[places].sum(axis=1))
 
     @cached_property
     def _n_tokens(self) -> int:
@@ -158,7 +156,8 @@ class PairRows:
 
     def heaviest(self, n: int) -> np.ndarray:
         """Those with the longest input and the longest target, to which all are padded."""
-        return _first(n, self.packing.lengths.argmax(axis=0), np.argsort(-self.lengths, kind="stable"))
+        lengths = self.packing.lengths
+        return _first(n, lengths.argmax(axis=0), np.argsort(-lengths.sum(axis=1), kind="stable"))
 
     def batch(self, places: np.ndarray) -> Seq2SeqBatch:
         """The pairs at these places; the decoder reads its start token and then each target but the last."""

@@ -145,8 +145,9 @@ def open_loader(
     With `isolate`, positions restart in every document and its last token has no target; without it, a row is one segment.
     """
     rows = _training_rows(open_split(shards, split), feed, seed)
-    lengths = rows.lengths if isinstance(rows, (PaddedRows, PairRows)) else None
-    order = ShuffledOrder(rows.n, seed) if lengths is None else BucketedOrder(lengths, seed)
+    order: Order = ShuffledOrder(rows.n, seed)
+    if isinstance(rows, (PaddedRows, PairRows)):
+        order = BucketedOrder(rows.n, rows.lengths, seed)
     return Loader(rows, order, batch=batch, rank=rank, world=world, enrich=enrich)
 
 

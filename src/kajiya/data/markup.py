@@ -111,7 +111,8 @@ class Markup:
         made = [_segment(draft, atoms, self._known, found) for draft, atoms in zip(drafts, planned, strict=True)]
         if len(self._known) > _MAX_KNOWN:
             self._known.clear()
-        self._known.update((piece, ids) for piece, ids in found.items() if len(piece[1]) <= _SHORT)
+        # Copies: a view would keep the ids of everything that was encoded with it.
+        self._known.update((piece, ids.copy()) for piece, ids in found.items() if len(piece[1]) <= _SHORT)
         return made
 
     def _encode_all(self, pieces: Sequence[Piece]) -> dict[Piece, np.ndarray]:

@@ -5,6 +5,7 @@ the last row sent through it again until they fall among the rows (cycle walking
 going to any row, cost the same for ten rows and for ten thousand million.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -60,15 +61,12 @@ class BucketedOrder:
     Neighbours are of about one length, so that batches of them need little padding, and every turn brings other neighbours.
     """
 
-    lengths: np.ndarray
-    """Tokens of each row; any integers [n]."""
+    n: int
+    """Rows in a turn."""
+    lengths: Callable[[np.ndarray], np.ndarray]
+    """Tokens of these rows, any integers; asked for a window at a time, so that those of all are never held."""
     seed: int
     _windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def n(self) -> int:
-        """Rows in a turn."""
-        return len(self.lengths)
 
     def places(self, numbers: np.ndarray) -> np.ndarray:
         """As `Order`'s."""
@@ -85,7 +83,7 @@ class BucketedOrder:
             size = _WINDOW_GROUPS * GROUP_ROWS
             places = np.arange(number * size, min((number + 1) * size, self.n))
             rows = permuted(places, self.n, self.seed, turn)
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            rows = rows[np.argsort(self.lengths(rows), kind="stable")]
             n_groups = -(-len(rows) // GROUP_ROWS)
             groups = permuted(np.arange(n_groups), n_groups, ~self.seed % 2**64, turn * 2**32 + number)
             for old in [each for each in self._windows if each[0] != turn or abs(each[1] - number) > 1]:

@@ -25,7 +25,8 @@ from kajiya.data.entries import Document, Entry, Found, Row, Unreadable
 from kajiya.data.sources import SourceFile, matching_files, stdlib_files
 from kajiya.data.values import RowError, text_of
 from kajiya.errors import DataError
-from kajiya.run.files import hash_file, list_files
+from kajiya.run.files import list_files
+from kajiya.run.hashing import remembered_hash
 
 _PLACES = frozenset({"root", "files", "path"})
 """Options that say where the content is and not what it is; the content's own digest stands for them in a key."""
@@ -127,11 +128,11 @@ def _fingerprint(options: _FileOptions) -> str:
 
 
 def files_digest(files: Iterable[SourceFile]) -> str:
-    """Hash of the files' names and bytes; a file that cannot be read counts as such."""
+    """Hash of the files' names and bytes; a file that cannot be read counts as such (a large one is read once)."""
     hasher = hashlib.sha256()
     for name, path in files:
         try:
-            content = hash_file(path)
+            content = remembered_hash(path)
         except OSError:
             content = "unreadable"
         hasher.update(f"{name}\0{content}\0".encode())

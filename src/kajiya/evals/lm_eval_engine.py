@@ -15,7 +15,7 @@ from kajiya.config.digest import digest
 from kajiya.errors import ConfigError, MissingExtraError
 from kajiya.evals.answers import LocalModel, Sampling, cut_at
 from kajiya.evals.scoring import score_continuations, score_documents
-from kajiya.run.files import hash_file
+from kajiya.run.hashing import hash_file
 
 
 @dataclass(frozen=True)

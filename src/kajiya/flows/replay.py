@@ -11,8 +11,8 @@ from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import StoreError
 from kajiya.flows.train import train
-from kajiya.run.files import hash_file
 from kajiya.run.folder import Run
+from kajiya.run.hashing import hash_file
 from kajiya.run.inspect import run_diff
 from kajiya.run.store import Store, open_artifact
 from kajiya.training.portions import AUTO

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from kajiya.errors import StoreError
 from kajiya.flows.run_history import RunHistory, read_history
-from kajiya.run.files import hash_file
 from kajiya.run.folder import Run
+from kajiya.run.hashing import hash_file
 from kajiya.run.inspect import run_status
 from kajiya.run.store import read_manifest
 

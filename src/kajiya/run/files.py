@@ -1,7 +1,6 @@
-"""Files that are whole or absent: hash, write beside, fsync, rename."""
+"""Files that are whole or absent: checked against their hashes, written beside, synced, renamed."""
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -12,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.errors import StoreError
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of the file's bytes, 64 hex digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+from kajiya.run.hashing import hash_file, remembered_hash
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -35,15 +29,19 @@ def hash_folder(folder: Path, leave_out: tuple[str, ...] = ("manifest.json",)) -
     }
 
 
-def check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raise `StoreError` for the first file that is missing, of another size or of other content than listed."""
+def check_files(folder: Path, files: dict[str, dict[str, Any]], reads_all: bool = False) -> None:
+    """Raise `StoreError` for the first file that is missing, of another size or of other content than listed.
+
+    Large files that did not change since they were last hashed are not read again, unless `reads_all`.
+    """
+    hash_of = hash_file if reads_all else remembered_hash
     for name, listed in files.items():
         path = folder / name
         if not path.is_file():
             raise StoreError(f"{path}: listed in the manifest, but missing")
         if path.stat().st_size != listed["bytes"]:
             raise StoreError(f"{path}: {path.stat().st_size} bytes, but the manifest says {listed['bytes']}")
-        if hash_file(path) != listed["sha256"]:
+        if hash_of(path) != listed["sha256"]:
             raise StoreError(f"{path}: its content is not what the manifest's hash says; the file is corrupt")
 
 

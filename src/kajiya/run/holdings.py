@@ -13,10 +13,14 @@ from kajiya.errors import StoreError
 from kajiya.run.alive import is_running
 from kajiya.run.files import check_files, list_files, read_json, write_json
 from kajiya.run.inspect import run_status
+from kajiya.run.lock import is_free, locked_if_free
 from kajiya.run.store import Artifact, Store, read_manifest, remove_artifact
 
 _PINS = "pins.json"
-_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)")
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?P<aside>\.old)?")
+"""Written beside `<name>`, or moved aside from it, by that process."""
+_MAKERS = re.compile(r"\.(?P<key>[^.]+)\.(lock|parts)")
+"""Beside an artifact: what only its maker has, who holds the lock."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ class Garbage:
 
     artifacts: list[str]
     unfinished: list[str]
-    """Folders and files that killed processes left half-written."""
+    """Folders and files that killed processes left: half-written, the shards of a tokenizing that was broken off, locks."""
     bytes: int
+    unfinished_bytes: int
+    """Of these, those of `unfinished`."""
     is_deleted: bool
 
 
@@ -80,7 +86,7 @@ def store_rows(store: Store) -> list[ArtifactRow]:
 
 
 def verify_store(store: Store) -> list[Verdict]:
-    """Hash every file of every artifact; a verdict with a `problem` names the first thing that is wrong."""
+    """Read and hash every file of every artifact; a verdict with a `problem` names the first thing that is wrong."""
     return [_verify(path.parent) for path in _manifests(store)]
 
 
@@ -92,7 +98,7 @@ def _verify(folder: Path) -> Verdict:
         n_bytes = sum(entry["bytes"] for entry in files.values())
         if digest({name: entry["sha256"] for name, entry in files.items()}) != manifest["digest"]:
             raise StoreError(f"{folder}: the manifest's list of files is not what its own digest says")
-        check_files(folder, files)
+        check_files(folder, files, reads_all=True)
         present = {path.relative_to(folder).as_posix() for path in list_files(folder)} - {"manifest.json"}
         if present != set(files):
             raise StoreError(f"{folder}: {min(present - set(files))} is not in the manifest")
@@ -141,8 +147,8 @@ def unpin(store: Store, name: str) -> str:
 def collect_garbage(store: Store, keep: Iterable[str] = (), dry_run: bool = True) -> Garbage:
     """Delete the artifacts that no run, no pin and nothing in `keep` refers to, directly or as an ancestor.
 
-    With `dry_run`, only say which. Raises `StoreError` while a run is in progress, whose artifacts may not be listed
-    yet, or when a manifest that could refer to something cannot be read.
+    What processes that are gone have left half-made goes too. With `dry_run`, only say which. Raises `StoreError` while a run
+    is in progress, whose artifacts may not be listed yet, or when a manifest that could refer to something cannot be read.
     """
     live = [path.parent.name for path in _run_manifests(store) if run_status(read_json(path)) == "running"]
     if live and not dry_run:
@@ -157,18 +163,15 @@ def collect_garbage(store: Store, keep: Iterable[str] = (), dry_run: bool = True
                 kept.add(name)
                 waiting.append(name)
     unused = {name: artifact for name, artifact in artifacts.items() if name not in kept}
-    unfinished = _unfinished(store)
-    freed = sum(_size(path) for path in [*(artifact.path for artifact in unused.values()), *unfinished])
+    sizes = {path: _size(path) for path in _unfinished(store)}
+    freed = sum(_size(artifact.path) for artifact in unused.values())
     if not dry_run:
         for artifact in unused.values():
             remove_artifact(artifact)
-        for path in unfinished:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    names = [str(path.relative_to(store.root)) for path in unfinished]
-    return Garbage(sorted(unused), names, freed, not dry_run)
+        sizes = {path: size for path, size in sizes.items() if _remove_unfinished(path)}
+    names = [str(path.relative_to(store.root)) for path in sizes]
+    left = sum(sizes.values())
+    return Garbage(sorted(unused), names, freed + left, left, not dry_run)
 
 
 def name_of(folder: Path) -> str:
@@ -196,11 +199,45 @@ def _manifests(store: Store) -> list[Path]:
 
 
 def _unfinished(store: Store) -> list[Path]:
-    """What was written beside its final place by a process that is gone: `.<name>.<pid>`."""
-    places = [*store.root.glob("artifacts/*/.*"), *store.root.glob("artifacts/*/*/.*"), *store.root.glob("runs/*/.*")]
+    """What processes that are gone have left beside its final place."""
+    places = [*store.root.glob("artifacts/*/*/.*"), *store.root.glob("runs/*/.*")]
     places += [*store.root.glob("runs/*/*/.*"), *store.root.glob(".*")]
-    found = ((path, _UNFINISHED.fullmatch(path.name)) for path in places)
-    return sorted(path for path, match in found if match is not None and not is_running(int(match["pid"])))
+    beside = [path for path in store.root.glob("artifacts/*/.*") if is_free(_lock_of(path))]
+    left = [path for path in beside if _MAKERS.fullmatch(path.name)]
+    left += [path for path in [*places, *beside] if _is_left(path)]
+    return sorted(path for path in left if path.parent not in left)
+
+
+def _is_left(path: Path) -> bool:
+    found = _UNFINISHED.fullmatch(path.name)
+    if found is None or is_running(int(found["pid"])):
+        return False
+    # Moved aside for one that never came to its place: perhaps all that there is.
+    return found["aside"] is None or path.with_name(found["name"]).exists()
+
+
+def _lock_of(path: Path) -> Path:
+    """The lock of the artifact that `.<key>.…` belongs to."""
+    return path.with_name(f".{path.name[1:].partition('.')[0]}.lock")
+
+
+def _remove_unfinished(path: Path) -> bool:
+    """Delete what is left, unless a process has begun to make the same meanwhile; returns whether."""
+    if path.parent.parent.name != "artifacts":
+        _remove(path)
+        return True
+    lock = _lock_of(path)
+    with locked_if_free(lock) as is_mine:
+        if is_mine and path != lock:
+            _remove(path)
+        return is_mine
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _size(path: Path) -> int:

@@ -37,6 +37,42 @@ def locked(path: Path, purpose: str, on_event: Callable[..., object]) -> Iterato
         os.close(handle)
 
 
+@contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of the file `path` if no process has it; yields whether. Without locks on the file system it is never free."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        is_mine = _try(handle) and _is_at(path, handle)
+    except OSError as problem:
+        os.close(handle)
+        if problem.errno not in _NO_LOCKS:
+            raise
+        yield False
+        return
+    try:
+        yield is_mine
+    finally:
+        if is_mine:
+            path.unlink(missing_ok=True)
+        os.close(handle)  # which frees it
+
+
+def is_free(path: Path) -> bool:
+    """Whether no process has the lock of the file `path`, which may be missing; nothing is changed."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        return _try(handle)
+    except OSError as problem:
+        if problem.errno not in _NO_LOCKS:
+            raise
+        return False
+    finally:
+        os.close(handle)
+
+
 def _acquire(path: Path, purpose: str, on_event: Callable[..., object]) -> int | None:
     """The open file, locked; `None` where there are no locks."""
     is_said = False

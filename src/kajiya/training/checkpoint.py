@@ -118,7 +118,7 @@ def load_weights(folder: Path, model: nn.Module, optimizer: MasterOptimizer, run
 
 
 def _read(folder: Path, run_key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    check_files(folder, read_json(folder / _MANIFEST)["files"])
+    check_files(folder, read_json(folder / _MANIFEST)["files"], reads_all=True)
     plain = read_json(folder / "state.json")
     if plain["run_key"] != run_key:
         raise StoreError(f"{folder}: this checkpoint is of another config, data or code than the run")

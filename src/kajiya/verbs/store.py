@@ -48,7 +48,7 @@ def store_gc(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Artifacts that no run and no pin refers to."""
+    """Artifacts that no run and no pin refers to, and what killed processes left."""
     from kajiya.config.quantities import format_bytes
     from kajiya.run.holdings import collect_garbage
     from kajiya.run.store import default_store
@@ -61,7 +61,8 @@ def store_gc(
     for name in names:
         open_console().print(name, highlight=False)
     said = "deleted" if garbage.is_deleted else "would go; --delete deletes them"
-    open_console().print(f"{len(names)} items, {format_bytes(garbage.bytes)}: {said}", highlight=False)
+    left = f" ({format_bytes(garbage.unfinished_bytes)} left by killed processes)" if garbage.unfinished else ""
+    open_console().print(f"{len(names)} items, {format_bytes(garbage.bytes)}{left}: {said}", highlight=False)
 
 
 @store_app.command("pin")

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from kajiya.errors import KajiyaError
+from kajiya.run.caches import cache_folder
 
 _SHARED = ("vectors.h",)
 _COMPILERS = ("c++", "g++")
@@ -40,7 +41,7 @@ def build_library(name: str, package: str, sources: tuple[str, ...], main: str) 
     texts = {file: resources.files(place).joinpath(file).read_text(encoding="utf-8") for place, file in places}
     # Code for one processor crashes on another: in a home folder that machines share, each has its own.
     digest = hashlib.sha256("\0".join([*texts.values(), *_FLAGS, compiler or "", _processor()]).encode()).hexdigest()
-    target = _cache_folder() / f"{name}-{digest[:24]}.so"
+    target = cache_folder() / f"{name}-{digest[:24]}.so"
     if not target.exists():
         if compiler is None:
             raise NativeBuildError(
@@ -70,15 +71,6 @@ def _compile(compiler: str, texts: dict[str, str], main: str, target: Path) -> N
             raise NativeBuildError(f"{compiler} failed: {(lines or ['no message'])[0]}")
         # Whole or not at all, whoever else builds at the same time.
         os.replace(built, target)
-
-
-def _cache_folder() -> Path:
-    home = Path.home() / ".cache" / "kajiya"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.gettempdir()) / f"kajiya-{os.getuid()}"
-    return home
 
 
 def _processor() -> str:
