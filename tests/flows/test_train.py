@@ -125,6 +125,25 @@ def test_the_plan_says_where_the_size_is_not_what_was_asked_for(finished: Finish
     assert dict(plan_lines(facts))["parameters"].endswith(f"k, all trained; 60k asked for ({kept})")
 
 
+def test_what_looks_at_a_training_leaves_what_it_saw_and_the_same_weights(
+    small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Profile, norms, histograms and blocks whose activations are made again, each by its setting."""
+    looks = ("train.profile=true", "train.layer_norms_every=4", "train.histograms_every=6")
+    more = ("train.gradient_checkpointing=full", "train.precision=fp32", "eval.samples=0")
+    plain = train(small_config(*more[1:]), Store(tmp_path / "plain")).run.folder
+    seen = train(small_config(*looks, *more), Store(tmp_path / "seen")).run.folder
+    values = _metrics(seen)
+    assert {step for step, name in values if name.startswith("gradient_norm/model.layers.0")} == {4, 8, 12}
+    histograms = [event for event in read_events(seen) if event["kind"] == "histograms"]
+    assert [event["step"] for event in histograms] == [6, 12]
+    assert "gradient/model.embed_tokens.weight" in histograms[0]["values"]
+    assert {path.name for path in (seen / "profile").iterdir()} == {"trace.json", "table.txt", "time.json", "memory.json"}
+    assert "model.layers.0" in (seen / "profile" / "table.txt").read_text(encoding="utf-8")
+    losses = [{step: value for (step, name), value in _metrics(run).items() if name == "train/nll"} for run in (plain, seen)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_failure_is_recorded(small_config: Callable[..., Config], finished: Finished) -> None:
     config = small_config("model.options.hidden_act=nothing")
     with pytest.raises(KajiyaError, match=r"model\.options\.hidden_act: 'nothing'"):
