@@ -10,6 +10,7 @@ Shape letters: B rows, T tokens of a row, M = B · T tokens flattened, D hidden 
 """
 
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,23 +190,44 @@ def _forward(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_embeddings: Any = None,
+    read_places: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The layer's forward pass. `attention_mask` is `None`, or each token's first key, int32 [B, 1, 1, T]."""
+    """The layer's forward pass. `attention_mask` is `None`, or each token's first key, int32 [B, 1, 1, T].
+
+    Every layer is told the places (of M, ascending) whose last states are read; the last one gives these alone, [1, n, D].
+    """
+    places = read_places if _is_last(layer) else None
     is_known = attention_mask is None or attention_mask.dtype == torch.int32
     # Transformers renamed the cache within version 5.
     has_cache = any(
         kwargs.get(name) is not None for name in ("cache", "past_key_values")
     )  # absent in the other's calls
     if not is_known or has_cache or position_embeddings is None or not _fits(layer.input_layernorm, hidden_states):
-        return type(layer).forward(  # type: ignore[no-any-return]
+        result: torch.Tensor = type(layer).forward(
             layer,
             hidden_states,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             **kwargs,
         )
-    return _chain(layer, hidden_states, attention_mask, position_embeddings)
+        return result if places is None else result.flatten(0, 1).index_select(0, places)[None]
+    chain = partial(_chain, layer, first=attention_mask, angles=position_embeddings, places=places)
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled() and not _call_checkpoints():
+        made_again: torch.Tensor = layer._gradient_checkpointing_func(chain, hidden_states)
+        return made_again
+    return chain(hidden_states)
+
+
+def _call_checkpoints() -> bool:
+    """Whether Transformers' layers checkpoint their call, as they did before they checkpointed the `forward` that is replaced here."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def _is_last(layer: Any) -> bool:
+    return bool(layer.self_attn.layer_idx + 1 == layer.self_attn.config.num_hidden_layers)
 
 
 def _normed(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -221,27 +243,53 @@ def _fits(norm: Any, hidden: torch.Tensor) -> bool:
     return hidden.device.type == "cpu" and hidden.dtype == norm.weight.dtype and not torch.is_autocast_enabled("cpu")
 
 
-def _chain(layer: Any, hidden_BTD: torch.Tensor, first: torch.Tensor | None, angles: Any) -> torch.Tensor:
+def _chain(
+    layer: Any,
+    hidden_BTD: torch.Tensor,
+    first: torch.Tensor | None,
+    angles: Any,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The block's result [B, T, D]; with `places`, of these alone, [1, n, D]: the others give their keys and values to it."""
     attention, mlp = layer.self_attn, layer.mlp
     n_rows, n_tokens, width = hidden_BTD.shape
     x_MD = hidden_BTD.reshape(-1, width)
-    heads = _products(x_MD, layer.input_layernorm, _projections(attention))
+    first_BT = _first_keys(first, n_rows, n_tokens)
+    if places is None:
+        heads = _products(x_MD, layer.input_layernorm, _projections(attention))
+    else:
+        keys_values = _products(x_MD, layer.input_layernorm, _projections(attention)[1:])
+        first_BT = _seeing_less(first_BT, places)
+        x_MD = x_MD.index_select(0, places)
+        queries = _products(x_MD, layer.input_layernorm, [attention.q_proj])
+        placed = queries.new_zeros(len(keys_values), queries.shape[1]).index_copy(0, places, queries)
+        heads = torch.cat([placed, keys_values], dim=1)
     heads_BTAH = heads.view(n_rows, n_tokens, -1, attention.head_dim)
     n_kv = (heads_BTAH.shape[2] * attention.head_dim - _inner(attention.o_proj).in_features) // (2 * attention.head_dim)
-    if first is None:
-        first = heads.new_zeros(n_rows, n_tokens, dtype=torch.int32)
     cos, sin = (each.float().expand(n_rows, -1, -1).contiguous() for each in angles)
-    attended, _ = torch.ops.kajiya.rotary_attention(
-        heads_BTAH, first.reshape(n_rows, n_tokens), cos, sin, n_kv, attention.scaling
-    )
-    x_MD = x_MD + _product(attended.view(len(x_MD), -1), attention.o_proj)
+    attended, _ = torch.ops.kajiya.rotary_attention(heads_BTAH, first_BT, cos, sin, n_kv, attention.scaling)
+    attended = attended.view(n_rows * n_tokens, -1)
+    if places is not None:
+        attended = attended.index_select(0, places)
+    x_MD = x_MD + _product(attended, attention.o_proj)
     both_MF = _products(x_MD, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
     if _are_plain(mlp.down_proj):
         written = _SwigluProduct.apply(both_MF, mlp.down_proj.weight)
     else:
         written = _product(torch.ops.kajiya.swiglu(both_MF), mlp.down_proj)
-    result: torch.Tensor = (x_MD + written).view(hidden_BTD.shape)
+    result: torch.Tensor = (x_MD + written).view(hidden_BTD.shape if places is None else (1, len(places), width))
     return result
+
+
+def _first_keys(first: torch.Tensor | None, n_rows: int, n_tokens: int) -> torch.Tensor:
+    """Each token's first key, int32 [B, T], from what stands for the mask."""
+    return torch.zeros(n_rows, n_tokens, dtype=torch.int32) if first is None else first.reshape(n_rows, n_tokens)
+
+
+def _seeing_less(first_BT: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The first keys where only `places` are read: another token sees itself alone, which costs the least."""
+    own = torch.arange(first_BT.shape[1], dtype=torch.int32).repeat(len(first_BT))
+    return own.index_copy(0, places, first_BT.flatten()[places]).view(first_BT.shape)
 
 
 def _agrees(layer: Any, dtype: torch.dtype) -> bool:
