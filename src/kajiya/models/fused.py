@@ -18,6 +18,7 @@ from torch import nn
 
 from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.fused_lora import adapted_product, parts_of
+from kajiya.models.fused_products import NormProduct, SwigluProduct, whole
 from kajiya.models.native.library import LANES, WIDEST_HEAD, native_problem
 from kajiya.models.quantized import is_quantized
 
@@ -55,7 +56,7 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
 
 def is_fused(model: nn.Module) -> bool:
     """Whether the model's blocks have the joined form."""
-    layers = [module for module in model.modules() if type(module).__name__ in _LAYERS]
+    layers = (module for module in model.modules() if type(module).__name__ in _LAYERS)
     return any(isinstance(layer.forward, types.MethodType) and layer.forward.__func__ is _forward for layer in layers)
 
 
@@ -105,69 +106,16 @@ def _join(layer: Any) -> None:
         if not _are_plain(*matrices):
             continue
         weights = [matrix.weight for matrix in matrices]
-        whole = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+        joined = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
             weight.data = part
-
-
-def _whole(weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The matrices as one: a view where they lie one behind the other, else a copy."""
-    first = weights[0]
-    at = first.data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != at or not weight.is_contiguous():
-            return torch.cat(weights)
-        at += weight.numel() * weight.element_size()
-    n_rows = sum(len(weight) for weight in weights)
-    if first.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
-        return torch.cat(weights)
-    return first.as_strided((n_rows, first.shape[1]), first.stride(), first.storage_offset())
-
-
-class _NormProduct(torch.autograd.Function):
-    """norm(x) · Wᵀ of x [M, D] and the matrices, joined; the normed x is made again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, *weights: torch.Tensor) -> torch.Tensor:
-        y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps)
-        ctx.save_for_backward(x, norm_weight, *weights)
-        ctx.eps = eps
-        product: torch.Tensor = y @ _whole(weights).T
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        x, norm_weight, *weights = ctx.saved_tensors
-        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps)
-        whole = _whole(tuple(weights))
-        grads: list[Any] = [None] * len(weights)
-        if any(ctx.needs_input_grad[3:]):
-            grads = list((grad.T @ y).split([len(weight) for weight in weights]))
-        grad_x, grad_norm = torch.ops.kajiya.rms_norm_backward(grad @ whole, x, norm_weight, scales)
-        return grad_x, grad_norm if ctx.needs_input_grad[1] else None, None, *grads
-
-
-class _SwigluProduct(torch.autograd.Function):
-    """(silu(gate) · up) · Wᵀ of both halves [M, 2F]; what is multiplied is made again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, both: Any, weight: Any) -> torch.Tensor:
-        ctx.save_for_backward(both, weight)
-        product: torch.Tensor = torch.ops.kajiya.swiglu(both) @ weight.T
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        both, weight = ctx.saved_tensors
-        grad_both, y = torch.ops.kajiya.swiglu_backward(grad @ weight, both)
-        return grad_both, grad.T @ y if ctx.needs_input_grad[1] else None
 
 
 def _products(x_MD: torch.Tensor, norm: Any, linears: list[Any]) -> torch.Tensor:
     """The products of the normed x with all of the linears, side by side."""
     eps = norm.variance_epsilon
     if _are_plain(*linears):
-        product: torch.Tensor = _NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
+        product: torch.Tensor = NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
         return product
     normed, _ = torch.ops.kajiya.rms_norm(x_MD, norm.weight, eps)
     return _adapted(normed, linears)
@@ -182,7 +130,7 @@ def _adapted(x_MD: torch.Tensor, linears: list[Any]) -> torch.Tensor:
     parts = [each for linear in linears if (each := parts_of(linear)) is not None]
     if len(parts) < len(linears) or parts[0].weight.dtype != x_MD.dtype:
         return torch.cat([linear(x_MD) for linear in linears], dim=-1)
-    return adapted_product(x_MD, _whole(tuple(part.weight for part in parts)), parts)
+    return adapted_product(x_MD, whole(tuple(part.weight for part in parts)), parts)
 
 
 def _forward(
@@ -220,7 +168,7 @@ def _forward(
 
 
 def _call_checkpoints() -> bool:
-    """Whether Transformers' layers checkpoint their call, as they did before they checkpointed the `forward` that is replaced here."""
+    """Whether Transformers' layers checkpoint their call, as they did before they checkpointed `forward`, in whose place ours stands."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" in vars(GradientCheckpointingLayer)
@@ -274,7 +222,7 @@ def _chain(
     x_MD = x_MD + _product(attended, attention.o_proj)
     both_MF = _products(x_MD, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
     if _are_plain(mlp.down_proj):
-        written = _SwigluProduct.apply(both_MF, mlp.down_proj.weight)
+        written = SwigluProduct.apply(both_MF, mlp.down_proj.weight)
     else:
         written = _product(torch.ops.kajiya.swiglu(both_MF), mlp.down_proj)
     result: torch.Tensor = (x_MD + written).view(hidden_BTD.shape if places is None else (1, len(places), width))

@@ -44,11 +44,12 @@ def last_hidden(model: Any, batch: Batch) -> torch.Tensor:
 def hidden_at(model: Any, batch: Batch, places_n: torch.Tensor) -> torch.Tensor:
     """Hidden states [n, D] before the head at some places of the flattened rows, ascending, no place twice.
 
-    They are those of `last_hidden`. Joined blocks leave out of the last one what no other place needs of it.
+    They are those of `last_hidden`. Of joined blocks the last one makes these alone.
     """
     n_places, n_all = len(places_n), batch.tokens.numel()
     if not 0 < n_places <= _MOST_PLACES * n_all or virtual_tokens(model) is not None or not is_fused(model):
-        return last_hidden(model, batch).flatten(0, 1).index_select(0, places_n)
+        hidden_ND = last_hidden(model, batch).flatten(0, 1)
+        return hidden_ND if n_places == n_all else hidden_ND.index_select(0, places_n)
     hidden: torch.Tensor = model.base_model(**forward_inputs(model, batch), read_places=places_n).last_hidden_state
     assert hidden.shape[:2] == (1, n_places), f"{type(model).__name__} does not pass the places on to its last block"
     return hidden[0]
