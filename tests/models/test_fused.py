@@ -300,15 +300,6 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglus_gradient_alone_is_that_beside_its_result(dtype: torch.dtype) -> None:
-    torch.manual_seed(2)
-    both, grad = torch.randn(9, 64).to(dtype), torch.randn(9, 32).to(dtype)
-    beside, again = operators.swiglu_backward(grad, both)
-    assert torch.equal(operators.swiglu_slope(grad, both), beside)
-    assert torch.equal(operators.swiglu(both), again)
-
-
 def operator_samples() -> list[Any]:
     torch.manual_seed(1)
     heads = torch.randn(1, 20, 4, 32, requires_grad=True)

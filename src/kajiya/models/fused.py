@@ -56,8 +56,19 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
 
 def is_fused(model: nn.Module) -> bool:
     """Whether the model's blocks have the joined form."""
+    return _joined_block(model) is not None
+
+
+def can_make_some_states(model: nn.Module) -> bool:
+    """Whether the blocks take `read_places`: they are joined, and no compiler would build them anew for each number of places."""
+    block = _joined_block(model)
+    return block is not None and block._compiled_call_impl is None
+
+
+def _joined_block(model: nn.Module) -> nn.Module | None:
+    """One of the model's joined blocks, which are all of them or none."""
     layers = (module for module in model.modules() if type(module).__name__ in _LAYERS)
-    return any(isinstance(layer.forward, types.MethodType) and layer.forward.__func__ is _forward for layer in layers)
+    return next((layer for layer in layers if layer.forward == types.MethodType(_forward, layer)), None)
 
 
 def _misfit(layer: Any) -> str | None:
@@ -168,7 +179,7 @@ def _forward(
 
 
 def _call_checkpoints() -> bool:
-    """Whether Transformers' layers checkpoint their call, as they did before they checkpointed `forward`, in whose place ours stands."""
+    """Whether Transformers' layers checkpoint their call, as they did before they checkpointed `forward`, which ours replaces."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" in vars(GradientCheckpointingLayer)

@@ -27,19 +27,19 @@ class NormProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, *weights: torch.Tensor) -> torch.Tensor:
-        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, eps)
-        ctx.save_for_backward(x, norm_weight, scales, *weights)
+        y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps)
+        ctx.save_for_backward(x, norm_weight, *weights)
         ctx.eps = eps
         product: torch.Tensor = y @ whole(weights).T
         return product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        x, norm_weight, scales, *weights = ctx.saved_tensors
+        x, norm_weight, *weights = ctx.saved_tensors
+        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps)
         joined = whole(tuple(weights))
         grads: list[Any] = [None] * len(weights)
         if any(ctx.needs_input_grad[3:]):
-            y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps)
             grads = list((grad.T @ y).split([len(weight) for weight in weights]))
         grad_x, grad_norm = torch.ops.kajiya.rms_norm_backward(grad @ joined, x, norm_weight, scales)
         return grad_x, grad_norm if ctx.needs_input_grad[1] else None, None, *grads
@@ -57,7 +57,5 @@ class SwigluProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         both, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return torch.ops.kajiya.swiglu_slope(grad @ weight, both), None
         grad_both, y = torch.ops.kajiya.swiglu_backward(grad @ weight, both)
-        return grad_both, grad.T @ y
+        return grad_both, grad.T @ y if ctx.needs_input_grad[1] else None

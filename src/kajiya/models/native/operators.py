@@ -268,8 +268,15 @@ def _(both: Any) -> torch.Tensor:
 @torch.library.custom_op("kajiya::swiglu_backward", mutates_args=(), device_types="cpu")
 def swiglu_backward(grad_y: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of `both`, and the result of the forward pass once more."""
-    y = both.new_empty(both.shape[0], both.shape[1] // 2)
-    return _swiglu_slope(grad_y, both, y), y
+    grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
+    grad, y = torch.empty_like(both), both.new_empty(both.shape[0], both.shape[1] // 2)
+    load_library().kajiya_swiglu_backward(
+        kind_of(both),
+        *y.shape,
+        *(pointer(each) for each in (both, grad_y, grad, y)),
+        torch.get_num_threads(),
+    )
+    return grad, y
 
 
 @swiglu_backward.register_fake
@@ -277,37 +284,12 @@ def _(grad_y: Any, both: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(both), both.new_empty(both.shape[0], both.shape[1] // 2)
 
 
-@torch.library.custom_op("kajiya::swiglu_slope", mutates_args=(), device_types="cpu")
-def swiglu_slope(grad_y: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
-    """The gradient of `both` alone."""
-    return _swiglu_slope(grad_y, both, None)
-
-
-@swiglu_slope.register_fake
-def _(grad_y: Any, both: Any) -> torch.Tensor:
-    return torch.empty_like(both)
-
-
-def _swiglu_slope(grad_y: torch.Tensor, both: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-    """The gradient of `both`; into `y`, where it is given, the result of the forward pass."""
-    grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
-    grad = torch.empty_like(both)
-    load_library().kajiya_swiglu_backward(
-        kind_of(both),
-        both.shape[0],
-        both.shape[1] // 2,
-        *(pointer(each) for each in (both, grad_y, grad, y)),
-        torch.get_num_threads(),
-    )
-    return grad
-
-
 def _keep_swiglu(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _swiglu_grads(ctx: Any, grad_y: torch.Tensor) -> Any:
-    return swiglu_slope(grad_y, *ctx.saved_tensors)
+    return swiglu_backward(grad_y, *ctx.saved_tensors)[0]
 
 
 swiglu.register_autograd(_swiglu_grads, setup_context=_keep_swiglu)
