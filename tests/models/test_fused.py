@@ -219,6 +219,20 @@ def test_activations_made_again_give_the_same_gradients(selective: bool) -> None
     wanted, grads = step(plain, batch)[1], step(model, batch)[1]
     for name, grad in grads.items():
         assert torch.equal(grad, wanted[name])
+    assert kept_bytes(model, batch) < 0.5 * kept_bytes(plain, batch)
+
+
+def kept_bytes(model: Any, batch: Batch) -> int:
+    """Memory of what the forward pass keeps for the backward pass, the weights included."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        next_token(model, batch, NextTokenLoss())
+    return sum(kept.values())
 
 
 def test_a_call_with_a_cache_goes_through_transformers() -> None:

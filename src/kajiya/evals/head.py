@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kajiya.data.batch import NO_TARGET, Batch
-from kajiya.models.hidden import all_logits, has_split_head, last_hidden
+from kajiya.models.hidden import all_logits, has_split_head, hidden_at
 from kajiya.models.native.library import LANES, fits, native_problem
 
 _TOKENS = 512
@@ -31,18 +31,21 @@ def target_scores(model: Any, batch: Batch, *, is_greedy_asked: bool = True) -> 
     logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     greedy = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
     split = has_split_head(model)
-    states = last_hidden(model, batch) if split else all_logits(model, batch)
-    states = states.reshape(-1, states.shape[-1])
+    if split:
+        states, rows = hidden_at(model, batch, wanted), torch.arange(len(wanted), device=wanted.device)
+    else:
+        states, rows = all_logits(model, batch).flatten(0, 1), wanted
     head: Any = model.get_output_embeddings() if split else nn.Identity()
     is_plain = type(head) is nn.Linear and head.bias is None
     if is_plain and fits(states, head.weight) and native_problem() is None:
         room = states.new_empty(min(_WORDS, len(head.weight)) * _padded(min(_TOKENS, len(wanted))))
-        for part in wanted.split(_TOKENS):
-            logprobs[part], greedy[part] = _by_blocks(states[part], head.weight, targets[part], room)
+        for part, own in zip(wanted.split(_TOKENS), rows.split(_TOKENS), strict=True):
+            logprobs[part], greedy[part] = _by_blocks(states[own], head.weight, targets[part], room)
     else:
         n_words = head.out_features if isinstance(head, nn.Linear) else states.shape[1]
-        for part in wanted.split(max(_FEWEST_TOKENS, _MOST_LOGITS // n_words)):
-            logprobs[part], greedy[part] = _of_logits(head(states[part]).float(), targets[part], is_greedy_asked)
+        n_together = max(_FEWEST_TOKENS, _MOST_LOGITS // n_words)
+        for part, own in zip(wanted.split(n_together), rows.split(n_together), strict=True):
+            logprobs[part], greedy[part] = _of_logits(head(states[own]).float(), targets[part], is_greedy_asked)
     return logprobs.view_as(batch.targets), greedy.view_as(batch.targets)
 
 

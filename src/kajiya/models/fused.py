@@ -10,6 +10,7 @@ Shape letters: B rows, T tokens of a row, M = B · T tokens flattened, D hidden 
 """
 
 import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.fused_lora import adapted_product, parts_of
+from kajiya.models.fused_products import NormProduct, SwigluProduct, whole
 from kajiya.models.native.library import LANES, WIDEST_HEAD, native_problem
 from kajiya.models.quantized import is_quantized
 
@@ -54,8 +56,19 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
 
 def is_fused(model: nn.Module) -> bool:
     """Whether the model's blocks have the joined form."""
-    layers = [module for module in model.modules() if type(module).__name__ in _LAYERS]
-    return any(isinstance(layer.forward, types.MethodType) and layer.forward.__func__ is _forward for layer in layers)
+    return _joined_block(model) is not None
+
+
+def can_make_some_states(model: nn.Module) -> bool:
+    """Whether the blocks take `read_places`: they are joined, and no compiler would build them anew for each number of places."""
+    block = _joined_block(model)
+    return block is not None and block._compiled_call_impl is None
+
+
+def _joined_block(model: nn.Module) -> nn.Module | None:
+    """One of the model's joined blocks, which are all of them or none."""
+    layers = (module for module in model.modules() if type(module).__name__ in _LAYERS)
+    return next((layer for layer in layers if layer.forward == types.MethodType(_forward, layer)), None)
 
 
 def _misfit(layer: Any) -> str | None:
@@ -104,69 +117,16 @@ def _join(layer: Any) -> None:
         if not _are_plain(*matrices):
             continue
         weights = [matrix.weight for matrix in matrices]
-        whole = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+        joined = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
             weight.data = part
-
-
-def _whole(weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The matrices as one: a view where they lie one behind the other, else a copy."""
-    first = weights[0]
-    at = first.data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != at or not weight.is_contiguous():
-            return torch.cat(weights)
-        at += weight.numel() * weight.element_size()
-    n_rows = sum(len(weight) for weight in weights)
-    if first.untyped_storage().data_ptr() != weights[-1].untyped_storage().data_ptr():
-        return torch.cat(weights)
-    return first.as_strided((n_rows, first.shape[1]), first.stride(), first.storage_offset())
-
-
-class _NormProduct(torch.autograd.Function):
-    """norm(x) · Wᵀ of x [M, D] and the matrices, joined; the normed x is made again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, *weights: torch.Tensor) -> torch.Tensor:
-        y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps)
-        ctx.save_for_backward(x, norm_weight, *weights)
-        ctx.eps = eps
-        product: torch.Tensor = y @ _whole(weights).T
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        x, norm_weight, *weights = ctx.saved_tensors
-        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps)
-        whole = _whole(tuple(weights))
-        grads: list[Any] = [None] * len(weights)
-        if any(ctx.needs_input_grad[3:]):
-            grads = list((grad.T @ y).split([len(weight) for weight in weights]))
-        grad_x, grad_norm = torch.ops.kajiya.rms_norm_backward(grad @ whole, x, norm_weight, scales)
-        return grad_x, grad_norm if ctx.needs_input_grad[1] else None, None, *grads
-
-
-class _SwigluProduct(torch.autograd.Function):
-    """(silu(gate) · up) · Wᵀ of both halves [M, 2F]; what is multiplied is made again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, both: Any, weight: Any) -> torch.Tensor:
-        ctx.save_for_backward(both, weight)
-        product: torch.Tensor = torch.ops.kajiya.swiglu(both) @ weight.T
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        both, weight = ctx.saved_tensors
-        grad_both, y = torch.ops.kajiya.swiglu_backward(grad @ weight, both)
-        return grad_both, grad.T @ y if ctx.needs_input_grad[1] else None
 
 
 def _products(x_MD: torch.Tensor, norm: Any, linears: list[Any]) -> torch.Tensor:
     """The products of the normed x with all of the linears, side by side."""
     eps = norm.variance_epsilon
     if _are_plain(*linears):
-        product: torch.Tensor = _NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
+        product: torch.Tensor = NormProduct.apply(x_MD, norm.weight, eps, *(linear.weight for linear in linears))
         return product
     normed, _ = torch.ops.kajiya.rms_norm(x_MD, norm.weight, eps)
     return _adapted(normed, linears)
@@ -181,7 +141,7 @@ def _adapted(x_MD: torch.Tensor, linears: list[Any]) -> torch.Tensor:
     parts = [each for linear in linears if (each := parts_of(linear)) is not None]
     if len(parts) < len(linears) or parts[0].weight.dtype != x_MD.dtype:
         return torch.cat([linear(x_MD) for linear in linears], dim=-1)
-    return adapted_product(x_MD, _whole(tuple(part.weight for part in parts)), parts)
+    return adapted_product(x_MD, whole(tuple(part.weight for part in parts)), parts)
 
 
 def _forward(
@@ -189,23 +149,44 @@ def _forward(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_embeddings: Any = None,
+    read_places: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The layer's forward pass. `attention_mask` is `None`, or each token's first key, int32 [B, 1, 1, T]."""
+    """The layer's forward pass. `attention_mask` is `None`, or each token's first key, int32 [B, 1, 1, T].
+
+    Every layer is told the places (of M, ascending) whose last states are read; the last one gives these alone, [1, n, D].
+    """
+    places = read_places if _is_last(layer) else None
     is_known = attention_mask is None or attention_mask.dtype == torch.int32
     # Transformers renamed the cache within version 5.
     has_cache = any(
         kwargs.get(name) is not None for name in ("cache", "past_key_values")
     )  # absent in the other's calls
     if not is_known or has_cache or position_embeddings is None or not _fits(layer.input_layernorm, hidden_states):
-        return type(layer).forward(  # type: ignore[no-any-return]
+        result: torch.Tensor = type(layer).forward(
             layer,
             hidden_states,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             **kwargs,
         )
-    return _chain(layer, hidden_states, attention_mask, position_embeddings)
+        return result if places is None else result.flatten(0, 1).index_select(0, places)[None]
+    chain = partial(_chain, layer, first=attention_mask, angles=position_embeddings, places=places)
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled() and not _call_checkpoints():
+        made_again: torch.Tensor = layer._gradient_checkpointing_func(chain, hidden_states)
+        return made_again
+    return chain(hidden_states)
+
+
+def _call_checkpoints() -> bool:
+    """Whether Transformers' layers checkpoint their call, as they did before they checkpointed `forward`, which ours replaces."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def _is_last(layer: Any) -> bool:
+    return bool(layer.self_attn.layer_idx + 1 == layer.self_attn.config.num_hidden_layers)
 
 
 def _normed(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -221,27 +202,53 @@ def _fits(norm: Any, hidden: torch.Tensor) -> bool:
     return hidden.device.type == "cpu" and hidden.dtype == norm.weight.dtype and not torch.is_autocast_enabled("cpu")
 
 
-def _chain(layer: Any, hidden_BTD: torch.Tensor, first: torch.Tensor | None, angles: Any) -> torch.Tensor:
+def _chain(
+    layer: Any,
+    hidden_BTD: torch.Tensor,
+    first: torch.Tensor | None,
+    angles: Any,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The block's result [B, T, D]; with `places`, of these alone, [1, n, D]: the others give their keys and values to it."""
     attention, mlp = layer.self_attn, layer.mlp
     n_rows, n_tokens, width = hidden_BTD.shape
     x_MD = hidden_BTD.reshape(-1, width)
-    heads = _products(x_MD, layer.input_layernorm, _projections(attention))
+    first_BT = _first_keys(first, n_rows, n_tokens)
+    if places is None:
+        heads = _products(x_MD, layer.input_layernorm, _projections(attention))
+    else:
+        keys_values = _products(x_MD, layer.input_layernorm, _projections(attention)[1:])
+        first_BT = _seeing_less(first_BT, places)
+        x_MD = x_MD.index_select(0, places)
+        queries = _products(x_MD, layer.input_layernorm, [attention.q_proj])
+        placed = queries.new_zeros(len(keys_values), queries.shape[1]).index_copy(0, places, queries)
+        heads = torch.cat([placed, keys_values], dim=1)
     heads_BTAH = heads.view(n_rows, n_tokens, -1, attention.head_dim)
     n_kv = (heads_BTAH.shape[2] * attention.head_dim - _inner(attention.o_proj).in_features) // (2 * attention.head_dim)
-    if first is None:
-        first = heads.new_zeros(n_rows, n_tokens, dtype=torch.int32)
     cos, sin = (each.float().expand(n_rows, -1, -1).contiguous() for each in angles)
-    attended, _ = torch.ops.kajiya.rotary_attention(
-        heads_BTAH, first.reshape(n_rows, n_tokens), cos, sin, n_kv, attention.scaling
-    )
-    x_MD = x_MD + _product(attended.view(len(x_MD), -1), attention.o_proj)
+    attended, _ = torch.ops.kajiya.rotary_attention(heads_BTAH, first_BT, cos, sin, n_kv, attention.scaling)
+    attended = attended.view(n_rows * n_tokens, -1)
+    if places is not None:
+        attended = attended.index_select(0, places)
+    x_MD = x_MD + _product(attended, attention.o_proj)
     both_MF = _products(x_MD, layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
     if _are_plain(mlp.down_proj):
-        written = _SwigluProduct.apply(both_MF, mlp.down_proj.weight)
+        written = SwigluProduct.apply(both_MF, mlp.down_proj.weight)
     else:
         written = _product(torch.ops.kajiya.swiglu(both_MF), mlp.down_proj)
-    result: torch.Tensor = (x_MD + written).view(hidden_BTD.shape)
+    result: torch.Tensor = (x_MD + written).view(hidden_BTD.shape if places is None else (1, len(places), width))
     return result
+
+
+def _first_keys(first: torch.Tensor | None, n_rows: int, n_tokens: int) -> torch.Tensor:
+    """Each token's first key, int32 [B, T], from what stands for the mask."""
+    return torch.zeros(n_rows, n_tokens, dtype=torch.int32) if first is None else first.reshape(n_rows, n_tokens)
+
+
+def _seeing_less(first_BT: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The first keys where only `places` are read: another token sees itself alone, which costs the least."""
+    own = torch.arange(first_BT.shape[1], dtype=torch.int32).repeat(len(first_BT))
+    return own.index_copy(0, places, first_BT.flatten()[places]).view(first_BT.shape)
 
 
 def _agrees(layer: Any, dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ Shape letters: M tokens, D width of the input, O outputs of all matrices, R rank
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -58,26 +59,33 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Any, whole: Any, places: list[tuple[int, float]], *factors: torch.Tensor) -> torch.Tensor:
         n = len(places)
         down_RD = torch.cat(factors[:n])
+        ups = [up * scaling for (_, scaling), up in zip(places, factors[n:], strict=True)]
         up_OR = whole.new_zeros(len(whole), len(down_RD))
-        column = 0
-        for (row, scaling), up in zip(places, factors[n:], strict=True):
-            torch.mul(up, scaling, out=up_OR[row : row + len(up), column : column + up.shape[1]])
-            column += up.shape[1]
+        for rows, columns, up in zip(*_parts(places, ups), ups, strict=True):
+            up_OR[rows, columns] = up
         low_MR = x @ down_RD.T
-        ctx.save_for_backward(x, whole, down_RD, up_OR, low_MR)
-        ctx.places, ctx.shapes = places, [up.shape for up in factors[n:]]
-        result: torch.Tensor = (x @ whole.T).addmm_(low_MR, up_OR.T)
-        return result
+        ctx.save_for_backward(x, whole, down_RD, low_MR, *ups)
+        ctx.places = places
+        # Not in place: selective checkpointing keeps the first product.
+        return torch.addmm(x @ whole.T, low_MR, up_OR.T)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        x, whole, down_RD, up_OR, low_MR = ctx.saved_tensors
+        x, whole, down_RD, low_MR, *ups = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_low = grad @ up_OR
+        # Part by part, for between the parts of one and the columns of another there is nothing.
+        all_rows, all_columns = _parts(ctx.places, ups)
+        grad_low = torch.cat([grad[:, rows] @ up for rows, up in zip(all_rows, ups, strict=True)], dim=1)
+        grad_ups = [
+            (grad[:, rows].T @ low_MR[:, columns]).mul_(scaling)
+            for rows, columns, (_, scaling) in zip(all_rows, all_columns, ctx.places, strict=True)
+        ]
         grad_x = (grad @ whole).addmm_(grad_low, down_RD) if ctx.needs_input_grad[0] else None
-        grad_down, grad_up = grad_low.T @ x, grad.T @ low_MR
-        ups, column = [], 0
-        for (row, scaling), (height, rank) in zip(ctx.places, ctx.shapes, strict=True):
-            ups.append(grad_up[row : row + height, column : column + rank] * scaling)
-            column += rank
-        return grad_x, None, None, *grad_down.split([rank for _, rank in ctx.shapes]), *ups
+        return grad_x, None, None, *(grad_low.T @ x).split([up.shape[1] for up in ups]), *grad_ups
+
+
+def _parts(places: list[tuple[int, float]], ups: list[torch.Tensor]) -> tuple[list[slice], list[slice]]:
+    """Of each adapter, its outputs among all of O and its ranks among all of R."""
+    rows = [slice(row, row + len(up)) for (row, _), up in zip(places, ups, strict=True)]
+    ends = list(accumulate(up.shape[1] for up in ups))
+    return rows, [slice(end - up.shape[1], end) for end, up in zip(ends, ups, strict=True)]

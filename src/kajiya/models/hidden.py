@@ -8,12 +8,17 @@ from torch import nn
 
 from kajiya.data.batch import Batch
 from kajiya.models.attention import visible
+from kajiya.models.fused import can_make_some_states
 from kajiya.models.isolation import isolation_inputs
 from kajiya.models.virtual_tokens import virtual_tokens
 
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Fields of Transformers' configs by which a model changes its head's products (Gemma 2, Cohere, Granite, Falcon-H1); `kajiya
 prove` compares the two, so that another does not pass unseen."""
+
+
+_MOST_PLACES = 0.9
+"""Share of all places beyond which leaving the others out gains less than it costs."""
 
 
 def has_split_head(model: nn.Module) -> bool:
@@ -34,6 +39,20 @@ def has_split_head(model: nn.Module) -> bool:
 def last_hidden(model: Any, batch: Batch) -> torch.Tensor:
     """Hidden state [B, T, D] before the head, documents of a row isolated from each other."""
     return _of_tokens(model, model.base_model(**forward_inputs(model, batch)).last_hidden_state)
+
+
+def hidden_at(model: Any, batch: Batch, places_n: torch.Tensor) -> torch.Tensor:
+    """Hidden states [n, D] before the head at some places of the flattened rows, ascending, no place twice.
+
+    They are those of `last_hidden`. Of joined blocks the last one makes these alone.
+    """
+    n_places, n_all = len(places_n), batch.tokens.numel()
+    if not 0 < n_places <= _MOST_PLACES * n_all or virtual_tokens(model) is not None or not can_make_some_states(model):
+        hidden_ND = last_hidden(model, batch).flatten(0, 1)
+        return hidden_ND if n_places == n_all else hidden_ND.index_select(0, places_n)
+    hidden: torch.Tensor = model.base_model(**forward_inputs(model, batch), read_places=places_n).last_hidden_state
+    assert hidden.shape[:2] == (1, n_places), f"{type(model).__name__} does not pass the places on to its last block"
+    return hidden[0]
 
 
 def all_logits(model: Any, batch: Batch) -> torch.Tensor:

@@ -29,9 +29,7 @@ void norm_forward(int64_t N, int64_t D, float eps, const E* x, const E* weight, 
         scales[t] = scale;
         E* out = y + t * D;
         for (int64_t d = 0; d < D; d += kLanes) {
-            E rounded[kLanes];
-            store_element(rounded, load_element(row + d) * scale);
-            store_element(out + d, load_element(rounded) * load_element(weight + d));
+            store_element(out + d, rounded<E>(load_element(row + d) * scale) * load_element(weight + d));
         }
     }
 }
@@ -79,9 +77,7 @@ void swiglu_forward(int64_t N, int64_t F, const E* both, E* y, int64_t n_threads
         const E *gate = both + t * 2 * F, *up = gate + F;
         for (int64_t f = 0; f < F; f += kLanes) {
             Floats g = load_element(gate + f);
-            E rounded[kLanes];
-            store_element(rounded, g * sigmoid(g));
-            store_element(y + t * F + f, load_element(rounded) * load_element(up + f));
+            store_element(y + t * F + f, rounded<E>(g * sigmoid(g)) * load_element(up + f));
         }
     }
 }
@@ -98,11 +94,7 @@ void swiglu_backward(int64_t N, int64_t F, const E* both, const E* grad_y, E* gr
             Floats s = sigmoid(g), silu = g * s;
             store_element(to + f, slope * u * s * (1.0f + g * (1.0f - s)));
             store_element(to + F + f, slope * silu);
-            if (y) {
-                E rounded[kLanes];
-                store_element(rounded, silu);
-                store_element(y + t * F + f, load_element(rounded) * u);
-            }
+            if (y) store_element(y + t * F + f, rounded<E>(silu) * u);
         }
     }
 }

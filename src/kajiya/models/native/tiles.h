@@ -26,30 +26,32 @@ struct Pairs {
 };
 
 // Sixteen floats to bf16, nearest, ties to even.
-inline void store_bf16(uint16_t* to, Floats value) {
+inline Halves halved(Floats value) {
 #ifdef __AVX512BF16__
-    __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
-    std::memcpy(to, &halves, 32);
+    return (Halves)_mm512_cvtneps_pbh((__m512)value);
 #else
     Words bits = (Words)value;
     Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     auto is_nan = value != value;
     rounded = is_nan ? (bits >> 16 | 0x40u) : rounded;
-    store(to, __builtin_convertvector(rounded, Halves));
+    return __builtin_convertvector(rounded, Halves);
 #endif
 }
 
 inline Floats load_element(const uint16_t* from) { return from_bf16(from); }
 inline Floats load_element(const float* from) { return load<Floats>(from); }
-inline void store_element(uint16_t* to, Floats value) { store_bf16(to, value); }
+inline void store_element(uint16_t* to, Floats value) { store(to, halved(value)); }
 inline void store_element(float* to, Floats value) { store(to, value); }
+
+// What `store_element` and `load_element` of E give back.
+template <class E>
+inline Floats rounded(Floats value) {
+    return sizeof(E) == 2 ? from_bf16(halved(value)) : value;
+}
 
 // Sixteen words whose low half is `first` and whose high half is `second`, both rounded to bf16.
 inline Words paired(Floats first, Floats second) {
-    uint16_t low[kLanes], high[kLanes];
-    store_bf16(low, first);
-    store_bf16(high, second);
-    return __builtin_convertvector(load<Halves>(low), Words) | __builtin_convertvector(load<Halves>(high), Words) << 16;
+    return widened(halved(first)) | widened(halved(second)) << 16;
 }
 
 struct Left {

@@ -32,10 +32,18 @@ inline Floats all(float value) { return Floats{} + value; }
 
 inline Floats as_floats(Words bits) { return (Floats)bits; }
 
-// bf16 is the upper half of a float.
-inline Floats from_bf16(const uint16_t* from) {
-    return as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+// Where the compiler's own form of an operation takes many instructions, the processor's one stands beside it; both give the same.
+inline Words widened(Halves halves) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)halves);
+#else
+    return __builtin_convertvector(halves, Words);
+#endif
 }
+
+// bf16 is the upper half of a float.
+inline Floats from_bf16(Halves halves) { return as_floats(widened(halves) << 16); }
+inline Floats from_bf16(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
 
 inline uint16_t to_bf16(float value) {
     uint32_t bits;
@@ -89,19 +97,27 @@ inline void to_bf16_row(const float* from, int64_t n, uint16_t* to) {
 
 inline float sum(Floats value) {
     // A fixed tree, so that the result depends on nothing but the value.
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)value);
+#else
     float lanes[kLanes];
     store(lanes, value);
     for (int half = kLanes / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
+#endif
 }
 
 inline float largest(Floats value) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)value);
+#else
     float lanes[kLanes], best;
     store(lanes, value);
     best = lanes[0];
     for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
     return best;
+#endif
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -111,9 +127,14 @@ inline Floats magnitude(Floats value) { return as_floats((Words)value & 0x7fffff
 // e^x to 2 units in the last place (Cephes' expf polynomial); 0 below −87, and x is taken as 88 above it.
 inline Floats exponential(Floats x) {
     Floats low = all(-87.0f), high = all(88.0f);
+#ifdef __AVX512F__
+    // Of a NaN and a number these give the second, the NaN.
+    Floats y = (Floats)_mm512_max_ps((__m512)low, _mm512_min_ps((__m512)high, (__m512)x));
+#else
     auto vanishes = x < low;
     Floats y = x > high ? high : x;
     y = vanishes ? low : y;
+#endif
     Floats shifted = y * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: rounds to the nearest integer
     Floats n = shifted - 12582912.0f;
     Floats r = y - n * 0.693359375f;
@@ -125,10 +146,15 @@ inline Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+    __mmask16 stays = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+    return (Floats)_mm512_maskz_scalef_ps(stays, (__m512)p, (__m512)n);
+#else
     Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
     Floats result = p * (Floats)exponent;
     // A NaN compares false everywhere and comes through.
     return vanishes ? Floats{} : result;
+#endif
 }
 
 }  // namespace kajiya

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from kajiya.config.options import DistillLoss
-from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.batch import Batch
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import is_adapter, is_mergeable
 from kajiya.models.hidden import all_logits, has_split_head
@@ -22,7 +22,7 @@ from kajiya.models.open import open_model
 from kajiya.training.losses import Terms
 from kajiya.training.losses.next_token import unit_of
 from kajiya.training.losses.preference import log1mexp
-from kajiya.training.losses.sequences import split_head
+from kajiya.training.losses.sequences import split_head, target_places
 from kajiya.training.teacher import CachedTeacher
 
 
@@ -51,7 +51,7 @@ def distill(model: Any, batch: Batch, options: DistillLoss, teacher: Any) -> tup
     Jensen–Shannon divergence of `jsd_teacher_share` (Agarwal et al., GKD, arXiv:2306.13649, equation 1). Of a teacher of which
     the most probable tokens alone are known, all others are one outcome, in both distributions.
     """
-    wanted_N = (batch.targets.reshape(-1) != NO_TARGET).nonzero().squeeze(1)
+    wanted_N = target_places(batch.targets)
     with torch.no_grad():
         taught, n_taught = _taught(teacher, batch, wanted_N, options.temperature)
     own = _states(model, batch, wanted_N)
@@ -120,8 +120,7 @@ def _with_rest(log_p_CK: torch.Tensor) -> torch.Tensor:
 def _states(model: Any, batch: Batch, wanted_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hidden states of the wanted positions, and the head; of a module that has no such parts, its logits and `None`."""
     if has_split_head(model):
-        hidden_ND, head_VD = split_head(model, batch)
-        return hidden_ND.index_select(0, wanted_N), head_VD
+        return split_head(model, batch, wanted_N)
     return all_logits(model, batch).flatten(0, 1).index_select(0, wanted_N), None
 
 

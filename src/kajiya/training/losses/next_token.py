@@ -12,7 +12,7 @@ from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.training.cross_entropy import chunked_cross_entropy
 from kajiya.training.losses import Terms
 from kajiya.training.losses.noise import noisy_embeddings
-from kajiya.training.losses.sequences import split_head
+from kajiya.training.losses.sequences import split_head, target_places
 
 
 def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms, Terms]:
@@ -24,14 +24,19 @@ def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms,
     Over the targets, or over the sum of their weights where the batch has weights. A Transformers model goes through the
     chunked head; any other module returns logits [B, T, V] from the tokens [B, T].
     """
+    heads = future_heads(model)
+    places_n = target_places(batch.targets) if heads is None and batch.targets.device.type == "cpu" else None
+    targets_N = batch.targets.reshape(-1)
+    weights_N = None if batch.weights is None else batch.weights.reshape(-1)
     with noisy_embeddings(model, batch.segments, options.neftune_alpha):
         if has_split_head(model):
-            hidden_ND, head_VD = split_head(model, batch)
+            hidden_ND, head_VD = split_head(model, batch, places_n)
+            if places_n is not None:
+                targets_N = targets_N[places_n]
+                weights_N = None if weights_N is None else weights_N[places_n]
         else:
             # The head of the identity: logits [N, V] stand for hidden states.
             hidden_ND, head_VD = all_logits(model, batch).flatten(0, 1).float(), None
-    targets_N = batch.targets.reshape(-1)
-    weights_N = None if batch.weights is None else batch.weights.reshape(-1)
     if head_VD is not None:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             total, nll = chunked_cross_entropy(
@@ -48,7 +53,6 @@ def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms,
     unit = unit_of(batch)
     terms: Terms = {"loss": (total, unit)}
     metrics: Terms = {"nll": (nll.detach(), unit)}
-    heads = future_heads(model)
     if heads is not None and head_VD is not None and batch.future:
         _add_future(terms, metrics, heads(hidden_ND), head_VD, batch, options)
     return terms, metrics

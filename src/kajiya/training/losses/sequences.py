@@ -11,26 +11,36 @@ from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
 from kajiya.errors import TrainingError
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.adapt import adapter_off, has_adapter
-from kajiya.models.hidden import all_logits, has_split_head, last_hidden
+from kajiya.models.hidden import all_logits, has_split_head, hidden_at, last_hidden
 from kajiya.training.cross_entropy import chunked_log_probs
 
 
-def split_head(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states [N, D] and the head [V, D], both in the dtype that their product is computed in."""
-    hidden = last_hidden(model, batch)
+def split_head(model: Any, batch: Batch, places_n: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states [N, D] and the head [V, D], both in the dtype that their product is computed in.
+
+    With `places_n`, ascending, the states are those of these places of the flattened rows alone, [n, D].
+    """
+    hidden = last_hidden(model, batch) if places_n is None else hidden_at(model, batch, places_n)
     head = model.get_output_embeddings().weight
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
     return hidden.reshape(-1, hidden.shape[-1]).to(dtype), head.to(dtype)
 
 
+def target_places(targets_BT: torch.Tensor) -> torch.Tensor:
+    """The places of the flattened rows where something is predicted, ascending, int64 [n]."""
+    return (targets_BT.reshape(-1) != NO_TARGET).nonzero().squeeze(1)
+
+
 def token_log_probs(model: Any, batch: Batch, chunk_tokens: int) -> torch.Tensor:
     """log p of each target, nats, float32 [B, T], 0 where there is none; all logits are never held at once."""
     targets_N = batch.targets.reshape(-1)
     if has_split_head(model):
-        hidden_ND, head_VD = split_head(model, batch)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            result_N = chunked_log_probs(hidden_ND, head_VD, targets_N, chunk_tokens)
+        wanted_n = target_places(batch.targets)
+        hidden_nD, head_VD = split_head(model, batch, wanted_n)
+        with torch.autocast(hidden_nD.device.type, enabled=False):
+            values_n = chunked_log_probs(hidden_nD, head_VD, targets_N[wanted_n], chunk_tokens)
+        result_N = values_n.new_zeros(targets_N.shape).index_copy(0, wanted_n, values_n)
     else:
         logits_NV = all_logits(model, batch).flatten(0, 1).float()
         result_N = -torch.nn.functional.cross_entropy(logits_NV, targets_N, ignore_index=NO_TARGET, reduction="none")
