@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kajiya.flows.targets import Target
     from kajiya.flows.task_evaluation import Asked
     from kajiya.flows.train import Trained
+    from kajiya.run.store import Artifact
 
 _UNUSABLE_PLACE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
@@ -92,7 +93,7 @@ def demo(
     if as_json:
         _print_run(trained)
     if trained.model is not None and serve:
-        _serve(config, trained.model.path, config.name, console)
+        _serve(config, trained.model, config.name, store, console)
 
 
 @app.command()
@@ -375,7 +376,7 @@ def serve(
     validate(config)
     found = find_model(target, default_store(store))
     config = replace(config, serve=with_folders(config.serve, default_store(store)))
-    _serve(config, found.model.path, found.name, open_console())
+    _serve(config, found.model, found.name, store, open_console())
 
 
 @app.command()
@@ -642,7 +643,9 @@ def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store:
         raise typer.Exit(1)
 
 
-def _serve(config: "Config", folder: Path, name: str, console: "Console") -> None:
+def _serve(config: "Config", model: "Artifact", name: str, store: str | None, console: "Console") -> None:
+    from kajiya.run.store import default_store
+    from kajiya.serving.proven import Proofs
     from kajiya.serving.server import serve as serve_model
 
     engines: list[str] = []
@@ -654,24 +657,26 @@ def _serve(config: "Config", folder: Path, name: str, console: "Console") -> Non
         for note in engines:
             console.print(f"Engine: {note}", soft_wrap=True, markup=False)
 
-    serve_model(config.serve, folder, name, ready, engines.append)
+    proofs = Proofs(default_store(store), model.digest)
+    serve_model(config.serve, model.path, name, ready, engines.append, proofs)
 
 
 def _engine(target: str, overrides: list[str] | None, store: str | None) -> tuple[Any, Any, "Target", "ServeConfig"]:
     """The engine of a model with its adapters, its tokenizer, where they are from, and the settings of `serve`."""
-    from transformers import AutoTokenizer
-
     from kajiya.config.compose import compose
     from kajiya.config.validate import validate
+    from kajiya.data.tokenizer import load_tokenizer
     from kajiya.flows.targets import find_model, with_folders
     from kajiya.run.store import default_store
+    from kajiya.serving.proven import Proofs
     from kajiya.serving.server import open_engine
 
     config = compose(DEFAULT_RECIPE, overrides or [])
     validate(config)
     found = find_model(target, default_store(store))
     cfg = with_folders(config.serve, default_store(store))
-    return open_engine(cfg, found.model.path), AutoTokenizer.from_pretrained(found.model.path), found, cfg
+    engine = open_engine(cfg, found.model.path, Proofs(default_store(store), found.model.digest))
+    return engine, load_tokenizer(found.model.path), found, cfg
 
 
 def _show_facts(flow: "Callable[..., dict[str, Any]]", config: "Config", store: str | None, as_json: bool) -> None:
