@@ -12,7 +12,7 @@ import typer
 import typer.core
 
 from kajiya.errors import ConfigError, KajiyaError
-from kajiya.run.process import import_faster, quiet_torchao
+from kajiya.run.process import import_faster, load_torch_ahead, quiet_torchao
 from kajiya.verbs.options import ConfigDir, Json, Overrides, Recipe, StoreOption
 from kajiya.verbs.runs import diff, replay, runs, show, sync
 from kajiya.verbs.speaking import is_first_rank, open_console, print_json, typed_command
@@ -34,6 +34,8 @@ _UNUSABLE_PLACE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
 )
 """What the system says of a file or folder that the user, not we, can mend."""
+_WITH_TORCH = frozenset({"demo", "train", "tune", "plan", "prove", "eval", "serve", "generate", "chat", "merge"})
+"""Verbs that will want torch."""
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -551,6 +553,8 @@ def main() -> None:
     is_debug = len(arguments) != len(sys.argv[1:])
     quiet_torchao()
     import_faster()
+    if arguments[:1] and arguments[0] in _WITH_TORCH:
+        load_torch_ahead()
     try:
         app(args=arguments)
     except Exception as problem:
