@@ -124,6 +124,15 @@ def has_bf16_instructions() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def import_transformers() -> None:
+    """Import what every model of Transformers is made with, but for what it takes from SciPy and torchao and seldom calls."""
+    from kajiya.run.deferred import OF_TRANSFORMERS, deferred
+
+    quiet_torchao()
+    with deferred(OF_TRANSFORMERS):
+        import transformers.modeling_utils  # noqa: F401
+
+
 def quiet_transformers() -> None:
     """Turn Transformers' own progress bars off: this project draws one for each stage."""
     from transformers.utils import logging as transformers_logging
