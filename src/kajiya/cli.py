@@ -12,7 +12,7 @@ import typer
 import typer.core
 
 from kajiya.errors import ConfigError, KajiyaError
-from kajiya.run.process import import_faster, quiet_torchao
+from kajiya.run.process import import_faster, load_torch_ahead, quiet_torchao
 from kajiya.verbs.options import ConfigDir, Json, Overrides, Recipe, StoreOption
 from kajiya.verbs.runs import diff, replay, runs, show, sync
 from kajiya.verbs.speaking import is_first_rank, open_console, print_json, typed_command
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from kajiya.flows.targets import Target
     from kajiya.flows.task_evaluation import Asked
     from kajiya.flows.train import Trained
+    from kajiya.run.store import Artifact
 
 _UNUSABLE_PLACE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT}
 )
 """What the system says of a file or folder that the user, not we, can mend."""
+_WITH_TORCH = frozenset({"demo", "train", "tune", "plan", "prove", "eval", "serve", "generate", "chat", "merge"})
+"""Verbs that will want torch."""
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -92,7 +95,7 @@ def demo(
     if as_json:
         _print_run(trained)
     if trained.model is not None and serve:
-        _serve(config, trained.model.path, config.name, console)
+        _serve(config, trained.model, config.name, store, console)
 
 
 @app.command()
@@ -375,7 +378,7 @@ def serve(
     validate(config)
     found = find_model(target, default_store(store))
     config = replace(config, serve=with_folders(config.serve, default_store(store)))
-    _serve(config, found.model.path, found.name, open_console())
+    _serve(config, found.model, found.name, store, open_console())
 
 
 @app.command()
@@ -550,6 +553,8 @@ def main() -> None:
     is_debug = len(arguments) != len(sys.argv[1:])
     quiet_torchao()
     import_faster()
+    if arguments[:1] and arguments[0] in _WITH_TORCH:
+        load_torch_ahead()
     try:
         app(args=arguments)
     except Exception as problem:
@@ -642,7 +647,9 @@ def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store:
         raise typer.Exit(1)
 
 
-def _serve(config: "Config", folder: Path, name: str, console: "Console") -> None:
+def _serve(config: "Config", model: "Artifact", name: str, store: str | None, console: "Console") -> None:
+    from kajiya.run.store import default_store
+    from kajiya.serving.proven import Proofs
     from kajiya.serving.server import serve as serve_model
 
     engines: list[str] = []
@@ -654,24 +661,26 @@ def _serve(config: "Config", folder: Path, name: str, console: "Console") -> Non
         for note in engines:
             console.print(f"Engine: {note}", soft_wrap=True, markup=False)
 
-    serve_model(config.serve, folder, name, ready, engines.append)
+    proofs = Proofs(default_store(store), model.digest)
+    serve_model(config.serve, model.path, name, ready, engines.append, proofs)
 
 
 def _engine(target: str, overrides: list[str] | None, store: str | None) -> tuple[Any, Any, "Target", "ServeConfig"]:
     """The engine of a model with its adapters, its tokenizer, where they are from, and the settings of `serve`."""
-    from transformers import AutoTokenizer
-
     from kajiya.config.compose import compose
     from kajiya.config.validate import validate
+    from kajiya.data.tokenizer import load_tokenizer
     from kajiya.flows.targets import find_model, with_folders
     from kajiya.run.store import default_store
+    from kajiya.serving.proven import Proofs
     from kajiya.serving.server import open_engine
 
     config = compose(DEFAULT_RECIPE, overrides or [])
     validate(config)
     found = find_model(target, default_store(store))
     cfg = with_folders(config.serve, default_store(store))
-    return open_engine(cfg, found.model.path), AutoTokenizer.from_pretrained(found.model.path), found, cfg
+    engine = open_engine(cfg, found.model.path, Proofs(default_store(store), found.model.digest))
+    return engine, load_tokenizer(found.model.path), found, cfg
 
 
 def _show_facts(flow: "Callable[..., dict[str, Any]]", config: "Config", store: str | None, as_json: bool) -> None:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.conftest import HARD
+from tests.data.families import FAMILIES, SAYS, USER, tokenizer_of
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from kajiya.config.schema import DataConfig, RenderConfig, SourceConfig, TokenizerConfig
-from kajiya.data.chat import default_template
+from kajiya.data.chat import ChatTemplate, default_template
 from kajiya.data.corpus import build_corpus
 from kajiya.data.documents import open_documents
 from kajiya.data.encode import encode_texts, open_encoder
@@ -60,6 +61,36 @@ def test_plain_transformers_loads_it(small) -> None:
     assert tokenizer.decode(tokenizer("a , b . n't")["input_ids"], skip_special_tokens=True) == "a , b . n't"
     assert ids[1:] == encode_texts(open_encoder(small.tokenizer.path), ["def f(x):\n    return x"])[0].tolist()
     assert load_tokenizer(small.tokenizer.path, max_tokens=77).model_max_length == 77
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_a_tokenizer_is_reading_it_with_transformers(family: str, tmp_path: Path) -> None:
+    """Servers and trainings read it by the shorter way; ids, texts, tokens and template are those of AutoTokenizer."""
+    from transformers import AutoTokenizer
+
+    made = tokenizer_of(family)
+    made.save_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    texts = [
+        "def f(x):\n    return x",
+        " a , b . n't",
+        "Nîmes 日本 🙂\n\n",
+        "".join(map(str, theirs.all_special_tokens)),
+    ]
+    for text in texts:
+        ids = theirs(text)["input_ids"]
+        assert ours(text)["input_ids"] == ids
+        for skipped in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skipped) == theirs.decode(ids, skip_special_tokens=skipped)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.added_tokens_decoder == theirs.added_tokens_decoder
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.chat_template == theirs.chat_template == made.chat_template
+    if made.chat_template is not None:
+        said = [theirs.apply_chat_template([USER, SAYS], tokenize=False), ChatTemplate(ours).text([USER, SAYS])]
+        assert said[0] == said[1]
 
 
 def test_facts(small) -> None:

@@ -1,9 +1,11 @@
 """The code revision follows what a module imports, and only in this package."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
+import kajiya
 from kajiya.run import code
 from kajiya.run.code import code_revision, imported_modules, module_path
 
@@ -12,6 +14,22 @@ def test_imports_are_found_also_inside_functions() -> None:
     source = b"import os\nfrom kajiya.data import shards\ndef f():\n    import kajiya.models.build\n"
     found = set(imported_modules(source))
     assert found == {"kajiya.data", "kajiya.data.shards", "kajiya.models.build"}
+
+
+def test_the_lines_say_what_the_parsed_sources_say() -> None:
+    paths = sorted(Path(kajiya.__file__).parent.rglob("*.py"))
+    assert len(paths) > 300
+    n_imports = 0
+    for path in paths:
+        expected = set()
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                expected |= {alias.name for alias in node.names if alias.name.startswith("kajiya")}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kajiya"):
+                expected |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        assert set(imported_modules(path.read_bytes())) == expected, path
+        n_imports += len(expected)
+    assert n_imports > 3000
 
 
 def test_module_paths() -> None:

@@ -17,8 +17,8 @@ from kajiya.errors import ConfigError
 from kajiya.serving.engine import Engine
 from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
+from kajiya.serving.native.architecture import cache_bytes
 from kajiya.serving.native.build import load_library
-from kajiya.serving.native.model import cache_bytes
 from kajiya.serving.proof import rounded_activations, rounded_weights
 from kajiya.serving.sequence import Request, SamplingParams
 

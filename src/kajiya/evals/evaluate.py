@@ -61,7 +61,7 @@ def evaluate_model(
 
     def make(folder: Path) -> dict[str, Any]:
         documents = open_documents(corpus.path, "heldout")
-        figures = _evaluate(folder, config, model.path, documents, context, seed, module)
+        figures = _evaluate(folder, config, model, store, documents, context, seed, module)
         assert figures["dtype"] == fingerprint.dtype
         return figures | {"fingerprint": asdict(fingerprint)}
 
@@ -96,9 +96,17 @@ def measure_baselines(names: tuple[str, ...], corpus: Artifact, store: Store) ->
 
 
 def _evaluate(
-    folder: Path, config: EvalConfig, model_folder: Path, documents: Documents, context: int, seed: int, module: Any
+    folder: Path,
+    config: EvalConfig,
+    model: Artifact,
+    store: Store,
+    documents: Documents,
+    context: int,
+    seed: int,
+    module: Any,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    model_folder = model.path
     figures = _score(config, module or _load(model_folder), model_folder, documents, context, folder)
     figures["seconds"] = time.perf_counter() - started
     write_json(folder / "evaluation.json", figures)
@@ -110,11 +118,13 @@ def _evaluate(
         note = "no samples: the engine does not know virtual tokens (prefix and prompt tuning)"
     elif config.samples:
         from kajiya.serving.loading import load_engine
+        from kajiya.serving.proven import Proofs
 
         functions = unseen_functions(documents, config.samples)
-        engine = load_engine(
-            model_folder, precision="auto", device="auto", max_batch=len(functions) or 1, max_waiting=64
-        )
+        # Kept, so that whoever serves the model next need not wait for the proof.
+        proofs = Proofs(store, model.digest)
+        n = len(functions) or 1
+        engine = load_engine(model_folder, precision="auto", device="auto", max_batch=n, max_waiting=64, proofs=proofs)
         samples = sample_completions(
             engine,
             model_folder,

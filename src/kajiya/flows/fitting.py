@@ -35,6 +35,7 @@ from kajiya.models.size import missed_words
 from kajiya.models.trained import save_trained
 from kajiya.preflight.plan import Plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
+from kajiya.run.process import collect_as_usual, import_transformers
 from kajiya.run.store import Artifact, Store
 from kajiya.training.compile import compile_where_it_pays
 from kajiya.training.fit import Setup, fit
@@ -97,6 +98,8 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     ranks = find_ranks(config.train.strategy)
     device = resolve_device(config.train.device, "train.device", ranks.local)
     join(ranks, device)
+    import_transformers()
+    collect_as_usual()
     precision = _resolve_precision(config, settled, device, ranks)
     built = _build(config, data)
     require_isolation(config, data.corpus.facts["format"], built.module)

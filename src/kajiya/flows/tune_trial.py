@@ -8,7 +8,6 @@ with a checkpoint; so does the end of whoever gave the order.
 
 import contextlib
 import errno
-import gc
 import json
 import os
 import resource
@@ -55,8 +54,7 @@ def main() -> int:
     """Entry of the process that has the imports done before the first order comes."""
     import_faster()
     import_all()
-    collect_as_usual()
-    gc.freeze()  # the forks share what is imported: their collections leave it alone
+    collect_as_usual()  # the forks share what is imported: their collections leave it alone
     return serve(work)
 
 

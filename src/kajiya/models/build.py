@@ -24,7 +24,7 @@ from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.models.vocabulary import Vocabulary as Vocabulary
 from kajiya.models.vocabulary import grow_embedding
 from kajiya.models.vocabulary import vocabulary_of as vocabulary_of
-from kajiya.run.process import quiet_transformers
+from kajiya.run.process import import_transformers, quiet_transformers
 
 _SIZE_FIELDS = {
     "hidden_size": "hidden_size",
@@ -106,6 +106,7 @@ def _refuse_hidden_parameters(name: str, module: nn.Module) -> None:
 
 def check_architecture(config: ModelConfig) -> None:
     """Raise `ConfigError` for a model from scratch of an unknown architecture, or with options or sizes that it has not."""
+    import_transformers()
     from transformers import CONFIG_MAPPING
 
     if config.path is not None or ":" in config.name:

@@ -9,7 +9,7 @@ from kajiya.errors import ConfigError, StoreError
 from kajiya.models.attention import attention_name
 from kajiya.models.origin import Origin, set_origin
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
-from kajiya.run.process import quiet_transformers
+from kajiya.run.process import import_transformers, quiet_transformers
 
 
 def load_model(
@@ -29,6 +29,7 @@ def load_model(
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
         raise StoreError(f"{folder}: has {found}; only safetensors are loaded, since a pickle can run code")
+    import_transformers()
     quiet_transformers()
     architecture = read_architecture(path, revision, trust_remote_code)
     if not trust_remote_code:

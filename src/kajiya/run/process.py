@@ -2,11 +2,13 @@
 
 import ctypes
 import gc
+import importlib.util
 import logging
 import os
 import platform
 import random
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ def set_up_process(
     import torch
 
     quiet_torchao()
-    collect_as_usual()
     done: dict[str, Any] = {"seed": seed, "allocator": keep_large_blocks(), "threads": threads or default_threads()}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(store_root / "compile-cache")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -81,14 +82,37 @@ def keep_large_blocks() -> str:
     return "glibc: no mmap, no trim, one arena, 256 MiB top pad" if taken == len(settings) else "glibc: refused in part"
 
 
+def load_torch_ahead() -> None:
+    """Have the system load torch's library in a thread, while the command line and the config are read.
+
+    Without torch, or with one whose files lie elsewhere, nothing happens; its import, later, does the same as ever.
+    """
+    found = importlib.util.find_spec("torch") if sys.platform == "linux" else None
+    folder = Path(found.origin).parent / "lib" if found is not None and found.origin else None
+    if folder is None or not (folder / "libtorch_cpu.so").is_file():
+        return
+    # Called as a function of the C library, dlopen leaves Python's lock to the others. In the order in which torch loads.
+    dlopen = ctypes.CDLL(None).dlopen
+    dlopen.argtypes, dlopen.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    modes = {"libtorch_global_deps.so": os.RTLD_NOW | os.RTLD_GLOBAL, "libtorch_cpu.so": os.RTLD_NOW}
+
+    def load() -> None:
+        for name, mode in modes.items():
+            dlopen(os.fsencode(folder / name), mode)
+
+    threading.Thread(target=load, name="load-torch", daemon=True).start()
+
+
 def import_faster() -> None:
     """Look for garbage more seldom: modules make hundreds of thousands of objects when they are imported, and drop none of them."""
     gc.set_threshold(100_000, *gc.get_threshold()[1:])
 
 
 def collect_as_usual() -> None:
-    """Look for garbage as often as Python does by itself."""
-    gc.set_threshold(*_USUAL_THRESHOLD)
+    """Look for garbage as often as Python does by itself, but no more among what is there now: modules, which stay."""
+    if gc.get_threshold() != _USUAL_THRESHOLD:
+        gc.set_threshold(*_USUAL_THRESHOLD)
+        gc.freeze()
 
 
 def has_bf16_instructions() -> bool:
@@ -98,6 +122,15 @@ def has_bf16_instructions() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def import_transformers() -> None:
+    """Import what every model of Transformers is made with, but for what it takes from SciPy and torchao and seldom calls."""
+    from kajiya.run.deferred import OF_TRANSFORMERS, deferred
+
+    quiet_torchao()
+    with deferred(OF_TRANSFORMERS):
+        import transformers.modeling_utils  # noqa: F401
 
 
 def quiet_transformers() -> None:

@@ -7,11 +7,14 @@ without guesses; the distribution of the others is the model's.
 
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 from kajiya.serving.blocks import BlockPool
-from kajiya.serving.runner import Runner
 from kajiya.serving.scheduler import STEP_TOKENS, Chunk, Plan
 from kajiya.serving.sequence import Request, SamplingParams, Sequence, new_sequence
+
+if TYPE_CHECKING:
+    from kajiya.serving.runner import Runner
 
 
 @dataclass
@@ -27,7 +30,7 @@ class DraftModel:
     """Lets a smaller model write on for a few tokens, all sequences of a step together."""
 
     def __init__(
-        self, runner: Runner, n_guesses: int, context_tokens: int, n_tokens: int, step_tokens: int = STEP_TOKENS
+        self, runner: "Runner", n_guesses: int, context_tokens: int, n_tokens: int, step_tokens: int = STEP_TOKENS
     ) -> None:
         self.runner = runner
         self.pool = BlockPool(runner.n_blocks, runner.block_tokens)

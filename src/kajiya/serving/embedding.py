@@ -4,16 +4,19 @@ Shape letters: T tokens, D width.
 """
 
 from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 import torch
 
 from kajiya.errors import RequestError
-from kajiya.serving.runner import Runner
 from kajiya.serving.scheduler import Chunk, Scheduler
 from kajiya.serving.sequence import Sequence
 
+if TYPE_CHECKING:
+    from kajiya.serving.runner import Runner
 
-def embedding(runner: Runner, scheduler: Scheduler, sequence: Sequence) -> Generator[list[float] | None, None, None]:
+
+def embedding(runner: "Runner", scheduler: Scheduler, sequence: Sequence) -> Generator[list[float] | None, None, None]:
     """`None` behind every piece but the last, and then the mean over tokens of the last hidden state, scaled to length 1.
 
     Close it where it is not read to its end: it holds blocks. Raises `RequestError`: 400 for a text that the cache can never

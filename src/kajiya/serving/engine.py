@@ -5,7 +5,7 @@ import math
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Rows
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,6 @@ from kajiya.serving.blocks import BlockPool
 from kajiya.serving.drafts import Drafter, within
 from kajiya.serving.embedding import embedding
 from kajiya.serving.rows import Rows as Logits
-from kajiya.serving.runner import Runner
 from kajiya.serving.sampler import Sampler, with_logprobs
 from kajiya.serving.scheduler import Chunk, Scheduler
 from kajiya.serving.sequence import (
@@ -32,6 +31,9 @@ from kajiya.serving.sequence import (
     new_sequence,
 )
 from kajiya.serving.shaping import Grammars, shaped
+
+if TYPE_CHECKING:
+    from kajiya.serving.runner import Runner
 
 
 class EngineError(KajiyaError):
@@ -61,7 +63,7 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, facts: ModelFacts, max_batch: int, max_waiting: int, drafter: Drafter | None = None
+        self, runner: "Runner", facts: ModelFacts, max_batch: int, max_waiting: int, drafter: Drafter | None = None
     ) -> None:
         self.context_tokens = facts.context_tokens
         self.vocab_size = facts.vocab_size

@@ -9,6 +9,7 @@ from typing import Any
 
 from kajiya.config.schema import ServeConfig
 from kajiya.data.chat import ChatTemplate
+from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, RequestError
 from kajiya.serving.adapters import is_adapter, read_adapter
 from kajiya.serving.engine import Engine
@@ -220,8 +221,6 @@ def source_of(name: str, folder: Path, load: Callable[[Path], Engine]) -> Source
         raise ConfigError("serve.models", f"{name}: {str(folder)!r} is no folder with a saved model or adapter")
 
     def open_both() -> Opened:
-        from transformers import AutoTokenizer
-
-        return load(folder), AutoTokenizer.from_pretrained(folder)
+        return load(folder), load_tokenizer(folder)
 
     return Source(name, open_both)

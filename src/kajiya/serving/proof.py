@@ -5,16 +5,18 @@ Shape letters: T tokens, V vocabulary, N outputs, K inputs, G groups, I inputs o
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from kajiya.errors import KajiyaError
 from kajiya.serving.native.layout import GROUP
-from kajiya.serving.runner import Runner
 from kajiya.serving.scheduler import Chunk, Plan
 from kajiya.serving.sequence import Request, SamplingParams, new_sequence
+
+if TYPE_CHECKING:
+    from kajiya.serving.runner import Runner
 
 FALLBACK = "serve.runner=plain serves it without a cache, slowly; serve.engine=vllm hands it to vLLM."
 _PROBE_TOKENS = 23
@@ -43,7 +45,7 @@ def plain_logits(model: Any, weights: str = "fp32") -> torch.Tensor:
     return logits_TV.float()
 
 
-def compare(runner: Runner, plain_TV: torch.Tensor, precision: str, kind: str) -> None:
+def compare(runner: "Runner", plain_TV: torch.Tensor, precision: str, kind: str) -> None:
     """Read a few tokens through the cache, in chunks, and compare with the plain model.
 
     Raises `KajiyaError` when the two disagree: the model's architecture does something that the runner does not know, and
@@ -58,7 +60,7 @@ def compare(runner: Runner, plain_TV: torch.Tensor, precision: str, kind: str) -
         )
 
 
-def read_logits(runner: Runner, ids: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+def read_logits(runner: "Runner", ids: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
     """The runner's logits [T, V] behind each of the tokens, read in chunks of these sizes through the first blocks of its cache."""
     request = Request("probe", tuple(ids), SamplingParams(max_tokens=0, prompt_logprobs=True))
     sequence = new_sequence(request, frozenset())

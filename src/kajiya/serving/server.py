@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kajiya.config.schema import ServeConfig
 from kajiya.config.tables import resolve
+from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.serving.api import create_app
 from kajiya.serving.engine import Engine
@@ -14,6 +15,7 @@ from kajiya.serving.gate import log_to_stderr, read_keys
 from kajiya.serving.hosts import source_of
 from kajiya.serving.listen import announce_and_run, bind, check_tls, web_server
 from kajiya.serving.loading import EngineOptions
+from kajiya.serving.proven import Proofs
 
 
 def serve(
@@ -22,10 +24,12 @@ def serve(
     name: str,
     on_ready: Callable[[str], None],
     on_engine: Callable[[str], None] | None = None,
+    proofs: Proofs | None = None,
 ) -> None:
     """Serve the model in `folder` as `name` until SIGINT or SIGTERM; `on_ready` gets the URL once it answers.
 
-    `on_engine` hears before that which runner drives the model, and why where that is not the first choice.
+    `on_engine` hears before that which runner drives the model, and why where that is not the first choice. With
+    `proofs`, what it is held to is kept, so that a later start takes less time.
 
     Raises `ConfigError` for an address that cannot be bound, and what `load_engine` raises.
     """
@@ -39,7 +43,6 @@ def serve(
 
         serve_vllm(cfg, folder, name, on_ready)
         return
-    from transformers import AutoTokenizer
 
     def load(path: Path) -> Engine:
         return open_engine(replace(cfg, adapters={}, draft=None), path)
@@ -47,22 +50,22 @@ def serve(
     # Bound first: a busy port is said at once, not after a model has been loaded.
     with contextlib.closing(bind(cfg.host, cfg.port)) as listener:
         others = {other: source_of(other, Path(path), load) for other, path in cfg.models.items()}
-        engine = open_engine(cfg, folder)
+        engine = open_engine(cfg, folder, proofs)
         if on_engine is not None:
             on_engine(engine.facts.note)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         app = create_app(engine, tokenizer, cfg.model_name or name, cfg, others, load)
         announce_and_run(web_server(app, cfg.tls_certificate, cfg.tls_key), listener, on_ready)
 
 
-def open_engine(cfg: ServeConfig, folder: Path) -> Engine:
+def open_engine(cfg: ServeConfig, folder: Path, proofs: Proofs | None = None) -> Engine:
     """The engine that the settings name, over the model in `folder`, with their adapters, in this process."""
     if cfg.engine == "vllm":
         raise ConfigError(
             "serve.engine", "vllm is a server, and no engine of this process", "Leave it at torch, or use kajiya serve."
         )
     load, _ = resolve("engine", cfg.engine, {}, "serve.engine")
-    engine: Engine = load(folder, options=options_of(cfg), runner=cfg.runner)
+    engine: Engine = load(folder, options=options_of(cfg), runner=cfg.runner, proofs=proofs)
     for name, path in cfg.adapters.items():
         engine.load_adapter(name, Path(path))
     return engine

@@ -9,51 +9,41 @@ from typing import Any
 
 import torch
 
-from kajiya.errors import KajiyaError
 from kajiya.serving.native import layout
+from kajiya.serving.native.architecture import Architecture, Rotary
 from kajiya.serving.native.build import load_library
 from kajiya.serving.native.memory import Arena
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type`s whose layers the decoder computes: RMSNorm, rotary attention (biases and norms of queries and keys
-allowed), SwiGLU."""
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 _FIRST_POSITIONS = 512
-
-
-class NotNativeError(KajiyaError):
-    """The decoder does not compute this model; the message says why."""
 
 
 class NativeModel:
     """Packed weights and cache. `tensors` are named as in the Transformers model's `state_dict`."""
 
-    def __init__(self, config: Any, rotary: Any, weights: str, cache: str, n_blocks: int) -> None:
-        require_native(config)
+    def __init__(self, config: Architecture, rotary: Rotary, weights: str, cache: str, n_blocks: int) -> None:
         self._library = load_library()
         self.config = config
         self.weights = weights
         self._rotary = rotary
         self._arena = Arena()
         self._kept: dict[str, Any] = {}
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = (layout.Layer * config.num_hidden_layers)()
         self.model = layout.Model(
             n_layers=config.num_hidden_layers,
             width=config.hidden_size,
             n_query=config.num_attention_heads,
             n_key=config.num_key_value_heads,
-            head_width=head_width,
+            head_width=config.head_dim,
             mlp_width=config.intermediate_size,
             vocab=config.vocab_size,
             cache_kind=layout.CACHE_KINDS[cache],
             weight_kind=layout.KINDS[weights],
             epsilon=config.rms_norm_eps,
-            attention_scale=head_width**-0.5,
+            attention_scale=config.head_dim**-0.5,
             layers=self.layers,
         )
         self.reach(_FIRST_POSITIONS)
-        self._reserve_cache(cache, n_blocks, head_width)
+        self._reserve_cache(cache, n_blocks, config.head_dim)
 
     # ---------------------------------------------------------------- weights
 
@@ -157,22 +147,3 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """The modules that each of a layer's four products joins, in order."""
-
-
-def cache_bytes(config: Any, cache: str) -> int:
-    """Bytes of one block of the cache, all layers."""
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    padded = -(-head_width // 16) * 16
-    per_head = padded * {"fp32": 4, "bf16": 2, "int8": 1}[cache] + (4 if cache == "int8" else 0)
-    return int(2 * config.num_hidden_layers * config.num_key_value_heads * layout.BLOCK_TOKENS * per_head)
-
-
-def require_native(config: Any) -> None:
-    """Raise `NotNativeError`, which says why, unless the decoder computes models of this config."""
-    if config.model_type not in ARCHITECTURES:
-        raise NotNativeError(f"{config.model_type} is not among {', '.join(ARCHITECTURES)}")
-    if config.hidden_act not in ("silu", "swish"):
-        raise NotNativeError(f"its activation is {config.hidden_act}, not silu")
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope not in _FIXED_ROPE:
-        raise NotNativeError(f"its positions are scaled by {rope!r}, which depends on the length")

@@ -1,0 +1,66 @@
+"""Deferred functions are the real ones, later; whatever else is asked of their modules is there at once."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import pytest
+
+from kajiya.run.deferred import deferred
+
+
+def _said(program: str) -> dict[str, object]:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.skipif(find_spec("scipy") is None, reason="SciPy is not installed")
+def test_transformers_function_of_scipy_is_scipys_once_it_is_called() -> None:
+    found = _said(
+        """
+        import json, sys
+        from kajiya.run.process import import_transformers
+        import_transformers()
+        import transformers.loss.loss_for_object_detection as loss
+        before = [name in sys.modules for name in ("scipy", "scipy.optimize", "torchao")]
+        costs = [[4, 1, 3], [2, 0, 5], [3, 2, 2]]
+        theirs = [each.tolist() for each in loss.linear_sum_assignment(costs, maximize=True)]
+        import scipy.optimize
+        real = [each.tolist() for each in scipy.optimize.linear_sum_assignment(costs, maximize=True)]
+        print(json.dumps({"before": before, "theirs": theirs, "real": real, "file": scipy.optimize.__file__}))
+        """
+    )
+    assert found["before"] == [False, False, False]
+    assert found["theirs"] == found["real"]
+    assert str(found["file"]).endswith("__init__.py")
+
+
+def test_a_name_that_is_not_deferred_and_a_later_import_get_the_real_module() -> None:
+    sys.modules.pop("colorsys", None)
+    with deferred({"colorsys": ("rgb_to_hsv",)}):
+        from colorsys import rgb_to_hsv as early
+
+        assert not hasattr(sys.modules["colorsys"], "__file__")
+        from colorsys import hsv_to_rgb
+
+        assert sys.modules["colorsys"].__file__
+    import colorsys
+
+    assert colorsys.hsv_to_rgb is hsv_to_rgb
+    assert colorsys.rgb_to_hsv is not early
+    assert early(0.2, 0.4, 0.4) == colorsys.rgb_to_hsv(0.2, 0.4, 0.4)
+    with deferred({"colorsys": ("rgb_to_hsv",)}):  # it is in the process already
+        assert sys.modules["colorsys"] is colorsys
+
+
+def test_what_is_not_installed_stays_so() -> None:
+    with deferred({"no_such_package.part": ("function",)}), pytest.raises(ModuleNotFoundError):
+        import no_such_package.part  # noqa: F401
+    sys.modules.pop("colorsys", None)
+    with deferred({"colorsys": ("no_such_function",)}):
+        from colorsys import no_such_function
+    with pytest.raises(AttributeError, match="no_such_function"):
+        no_such_function()
