@@ -84,7 +84,15 @@ def _drive(model: Any, opts: EngineOptions, runner: str) -> tuple[Runner, str, i
     if runner != "plain":
         _refuse_unsupported(config)
     found, note = _choose_runner(model, config, opts, runner)
-    return found, note, getattr(config, "max_position_embeddings", None) or found.n_blocks * found.block_tokens
+    context = getattr(config, "max_position_embeddings", None) or found.n_blocks * found.block_tokens
+    unscaled = _unscaled_tokens(config)
+    if runner != "plain" and unscaled is not None and unscaled < context:
+        return (
+            found,
+            f"{note}; texts of {unscaled} tokens at most, of {context} with serve.runner=plain (longrope)",
+            unscaled,
+        )
+    return found, note, context
 
 
 def _same_tokens(folder: Path, draft: Path, opts: EngineOptions) -> int:
@@ -240,6 +248,14 @@ def end_tokens(folder: Path, model: Any) -> frozenset[int]:
     named = model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)
+
+
+def _unscaled_tokens(config: Any) -> int | None:
+    """Tokens past which all positions of a text are scaled anew (arXiv:2402.13753), those that are cached already too."""
+    scaled = config.to_dict().get("rope_parameters") or {}
+    kinds = [scaled, *(value for value in scaled.values() if isinstance(value, dict))]
+    found = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(found, default=None)
 
 
 def _refuse_unsupported(config: Any) -> None:
