@@ -13,7 +13,7 @@ FINISHED_LENGTH = "length"
 FINISHED_CANCELLED = "cancelled"
 """The caller took the request back."""
 FINISHED_ERROR = "error"
-"""The engine failed while the request ran; the output's `error` says why."""
+"""The engine failed while the request ran, or its grammar did; the output's `error` says why."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class Output:
     """stop, length, cancelled or error, with the last output of a request."""
     error: str | None = None
     """What went wrong, with `finish_reason` error."""
+    is_refused: bool = False
+    """Whether it went wrong through the request itself: a grammar too large for what the answer has become."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class Grammars:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
         except ValueError as error:
             raise RequestError(f"the JSON schema is not supported: {error}", param="response_format") from error
-        found = llguidance.LLMatcher(self._tokenizer, grammar)
+        # Silent: its warnings would put pieces of answers on the server's output.
+        found = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if found.is_error():
             raise RequestError(f"the JSON schema is not supported: {found.get_error()}", param="response_format")
         return Matcher(found, self._vocab_size, self._eos_ids)
@@ -75,8 +76,16 @@ class Matcher:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
 
+    @property
+    def problem(self) -> str | None:
+        """Why the answer cannot go on, as when the grammar has grown past llguidance's limits; `None`: it can."""
+        return str(self._matcher.get_error()) if self._matcher.is_error() else None
+
     def masked(self, logits_V: torch.Tensor) -> torch.Tensor:
-        """The logits, −∞ where a token would break the grammar; behind its end only end-of-sequence tokens are left."""
+        """The logits, −∞ where a token would break the grammar; behind its end only end-of-sequence tokens are left.
+
+        What it gives is worth nothing when it has met a `problem`.
+        """
         allowed_V = torch.zeros(self._vocab_size, dtype=torch.bool)
         if self._matcher.is_stopped():
             allowed_V[self._eos_ids] = True
@@ -87,6 +96,6 @@ class Matcher:
         return logits_V.masked_fill(~allowed_V.to(logits_V.device), -torch.inf)
 
     def take(self, token: int) -> None:
-        """Go on behind a token of the answer."""
+        """Go on behind a token of the answer; it may meet a `problem`."""
         if not self._matcher.is_stopped() and token not in self._eos_ids:
             self._matcher.consume_token(token)
