@@ -55,6 +55,14 @@ def test_a_bias_forbids_and_forces_tokens(
     assert min(forced.choices[0].logprobs.token_logprobs or [0]) < -1
 
 
+def test_biases_are_bounded(server_url: str) -> None:
+    body = {"model": NAME, "prompt": "x", "max_tokens": 1, "logit_bias": {str(i): 1 for i in range(1025)}}
+    reply = httpx.post(f"{server_url}/v1/completions", json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "logit_bias"
+    assert "1024" in reply.json()["error"]["message"]
+
+
 def test_penalties_are_subtracted_for_what_the_answer_has(
     model_folder: Path, reference: Any, tokenizer: Any, client: openai.OpenAI
 ) -> None:

@@ -98,6 +98,11 @@ class Engine:
         self._active.add(request.id)
         self._sampler.begin(request.id, request.params.seed)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Do what takes long of `add`, which then finds it done; on any thread. Raises `RequestError` as `add`."""
+        if params.grammar is not None:
+            self._require_grammars().compile(params.grammar)
+
     def cancel(self, request_id: str) -> bool:
         """Take a request back and free its blocks at once; the next step reports it. `False` when it is not here (any more)."""
         if not self.scheduler.cancel(request_id):

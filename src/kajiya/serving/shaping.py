@@ -1,9 +1,10 @@
 """What a request asks to be done to its logits before a token is drawn: penalties, biases, a grammar.
 
-Shape letters: V vocabulary.
+Shape letters: V vocabulary, B biased tokens.
 """
 
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,11 @@ def shaped(sequence: Sequence, rows: Rows) -> Rows:
         times = torch.tensor(list(counts.values()), dtype=logits_V.dtype, device=logits_V.device)
         logits_V[ids] -= params.frequency_penalty * times + params.presence_penalty
     if params.logit_bias:
-        ids = torch.tensor([token for token, _ in params.logit_bias], device=logits_V.device)
-        logits_V[ids] += torch.tensor([bias for _, bias in params.logit_bias], device=logits_V.device)
+        if sequence.biases is None:
+            ids, biases = zip(*params.logit_bias, strict=True)
+            sequence.biases = torch.tensor(ids, device=logits_V.device), torch.tensor(biases, device=logits_V.device)
+        ids_B, biases_B = sequence.biases
+        logits_V[ids_B] += biases_B
     if sequence.matcher is not None:
         logits_V = sequence.matcher.masked(logits_V)
     return Rows(logits_V.unsqueeze(0), [int(logits_V.argmax())], rows.log_sums[-1:])
@@ -37,6 +41,7 @@ def shaped(sequence: Sequence, rows: Rows) -> Rows:
 
 _COMPACT: Any = {"whitespace_flexible": False}
 """JSON without free white space, in which a small model can lose itself for good."""
+_KEPT_GRAMMARS = 16
 
 
 class Grammars:
@@ -49,14 +54,20 @@ class Grammars:
             raise MissingExtraError("llguidance", "serve", "response_format with a JSON schema") from error
         self._vocab_size = vocab_size
         self._eos_ids = sorted(eos_ids)
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(eos_ids)
         # Its own vocabulary may be smaller than the model's, which is padded.
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
 
-    def matcher(self, schema: str) -> "Matcher":
-        """The state of an answer that has not begun. Raises `RequestError` for a schema that is not understood."""
+    def compile(self, schema: str) -> Any:
+        """The grammar of a schema; the latest are kept. On any thread. Raises `RequestError` for one that is not understood."""
         import llguidance
 
+        with self._lock:
+            if schema in self._compiled:
+                self._compiled.move_to_end(schema)
+                return self._compiled[schema]
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
         except ValueError as error:
@@ -65,7 +76,15 @@ class Grammars:
         found = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if found.is_error():
             raise RequestError(f"the JSON schema is not supported: {found.get_error()}", param="response_format")
-        return Matcher(found, self._vocab_size, self._eos_ids)
+        with self._lock:
+            self._compiled[schema] = found
+            if len(self._compiled) > _KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return found
+
+    def matcher(self, schema: str) -> "Matcher":
+        """The state of an answer that has not begun. Raises `RequestError` as `compile`."""
+        return Matcher(self.compile(schema).deep_copy(), self._vocab_size, self._eos_ids)
 
 
 class Matcher:
