@@ -91,7 +91,7 @@ def test_a_tokenizer_without_a_fast_form_is_named() -> None:
 def test_conversations_are_encoded_beside_one_another(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread comes in between, and its texts drive out those that are known."""
     template = ChatTemplate(tokenizer)
-    expected = template.ids([SYSTEM, ASK])
+    expected = template.ids([ASK, SAY, ASK])
     monkeypatch.setattr(markup, "_MAX_KNOWN", 0)
     encode_all = template.markup._encode_all
     is_first = True
@@ -104,7 +104,7 @@ def test_conversations_are_encoded_beside_one_another(tokenizer: Any, monkeypatc
         return encode_all(pieces)
 
     monkeypatch.setattr(template.markup, "_encode_all", beside)
-    assert template.ids([SYSTEM, ASK]) == expected
+    assert template.ids([ASK, SAY, ASK]) == expected
 
 
 def test_a_conversation_that_is_far_too_long_is_known_by_one_rendering(

@@ -30,8 +30,8 @@ def shaped(sequence: Sequence, rows: Rows) -> Rows:
         logits_V[ids] -= params.frequency_penalty * times + params.presence_penalty
     if params.logit_bias:
         if sequence.biases is None:
-            ids, biases = zip(*params.logit_bias, strict=True)
-            sequence.biases = torch.tensor(ids, device=logits_V.device), torch.tensor(biases, device=logits_V.device)
+            tokens, biases = zip(*params.logit_bias, strict=True)
+            sequence.biases = torch.tensor(tokens, device=logits_V.device), torch.tensor(biases, device=logits_V.device)
         ids_B, biases_B = sequence.biases
         logits_V[ids_B] += biases_B
     if sequence.matcher is not None:
