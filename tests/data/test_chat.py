@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from tests.data.families import FAMILIES, tokenizer_of
 
+from kajiya.data import markup
 from kajiya.data.chat import ChatTemplate, render_chat
 from kajiya.errors import DataError
 
@@ -78,3 +79,46 @@ def test_what_a_template_knows_of_tools_is_found_by_rendering(name: str) -> None
     assert template.knows_tools == (name in ("qwen2.5", "llama-3.1", "mistral-v3", "default"))
     assert template.knows_calls(None, None) == (name not in ("chatml", "gemma"))
     assert template.knows_calls(None, "Let me see.") == (name in ("qwen2.5", "qwen3", "default"))
+
+
+def test_a_tokenizer_without_a_fast_form_is_named() -> None:
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(DataError, match=r"is a ByT5Tokenizer, which has no fast form"):
+        ChatTemplate(ByT5Tokenizer())
+
+
+def test_conversations_are_encoded_beside_one_another(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread comes in between, and its texts drive out those that are known."""
+    template = ChatTemplate(tokenizer)
+    expected = template.ids([ASK, SAY, ASK])
+    monkeypatch.setattr(markup, "_MAX_KNOWN", 0)
+    encode_all = template.markup._encode_all
+    is_first = True
+
+    def beside(pieces: Any) -> Any:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            template.ids([{"role": "user", "content": "Another."}])
+        return encode_all(pieces)
+
+    monkeypatch.setattr(template.markup, "_encode_all", beside)
+    assert template.ids([ASK, SAY, ASK]) == expected
+
+
+def test_a_conversation_that_is_far_too_long_is_known_by_one_rendering(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ChatTemplate(tokenizer)
+    turns = [ASK, *[SAY, ASK] * 50]
+    n_tokens = len(template.ids(turns))
+    rendered: list[int] = []
+    text = template.text
+    monkeypatch.setattr(template, "text", lambda *given: rendered.append(1) or text(*given))
+    assert template.is_longer(turns, n_tokens // 3)
+    assert not template.is_longer(turns, n_tokens)
+    assert template.is_longer([{"role": "user", "content": " " * 6500}], 100)
+    assert len(rendered) == 3
+    # What is wrong with it is said by who renders it.
+    assert not template.is_longer([SAY], 1)

@@ -15,6 +15,7 @@ from kajiya.config.schema import ServeConfig
 from kajiya.errors import ConfigError
 from kajiya.models import adapter_files
 from kajiya.models.adapter_files import Base
+from kajiya.models.load import load_model
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.files import write_json
 from kajiya.serving.api import create_app
@@ -159,3 +160,55 @@ def test_an_adapter_is_a_model_of_its_own(adapter: Callable[..., Path], model_fo
         assert _say(http, "own") == _say(http, "beside") != _say(http, NAME)
     with pytest.raises(ConfigError, match="no folder with a saved model or adapter"):
         source_of("own", folder.parent, open_engine)
+
+
+_LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], "task_type": "CAUSAL_LM"}
+
+
+def _saved_by_peft(folder: Path, model_folder: Path, **settings: Any) -> Any:
+    """PEFT's model with an adapter of these settings, moved, saved and loaded by PEFT alone."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(3)
+    made: Any = get_peft_model(load_model(model_folder), LoraConfig(**_LORA | settings))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    made.save_pretrained(folder)
+    # The file has the patterns in an order of its own.
+    return PeftModel.from_pretrained(load_model(model_folder), folder).eval()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {},
+        {"q_proj": 32},
+        {"^model.layers.0.self_attn.q_proj": 64, r".*\.1\.self_attn\.k_proj": 32},
+        {"k_proj": 1, r"layers\.[1-9]\.self_attn\.(q|k)_proj": 64},
+    ],
+    ids=["none", "a name", "whole paths", "the first that fits"],
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_patterns_of_alpha_are_pefts(tmp_path: Path, model_folder: Path, pattern: dict[str, int]) -> None:
+    theirs = _saved_by_peft(tmp_path / "theirs", model_folder, alpha_pattern=pattern)
+    engine = open_engine(model_folder)
+    engine.load_adapter("theirs", tmp_path / "theirs")
+    text = [*range(5, 45)]
+    with torch.no_grad():
+        found = theirs(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+    expected = found.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(engine.score(text, "theirs")), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beginning", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_whose_beginning_was_taken_out_of_its_base_is_refused(
+    tmp_path: Path, model_folder: Path, beginning: str
+) -> None:
+    _saved_by_peft(tmp_path / "theirs", model_folder, init_lora_weights=beginning)
+    engine = open_engine(model_folder)
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{beginning}'.*\\n.*kajiya merge"):
+        engine.load_adapter("theirs", tmp_path / "theirs")
+    assert engine.adapters == {}

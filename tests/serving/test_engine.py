@@ -253,6 +253,47 @@ def test_output_that_is_not_finite_fails_its_request_only(
     assert all(is_greedy(reference, prompt, one.token_ids) for prompt, one in zip(again, found, strict=True))
 
 
+def test_a_request_that_fails_leaves_what_it_shares_to_the_others(
+    model_folder: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(model_folder, runner="transformers")
+    prefix, *tails = _prompts([48, 1, 1, 1], seed=15)
+    first, good, bad = ((*prefix, *tail) for tail in tails)
+    engine.generate([[*first]], SamplingParams(max_tokens=1, temperature=0))
+    real, n_steps = engine.runner.run, 0
+
+    def run(plan: Any) -> dict[str, Rows]:
+        nonlocal n_steps
+        rows, n_steps = real(plan), n_steps + 1
+        return {name: _poisoned(each) if name == "bad" and n_steps == 4 else each for name, each in rows.items()}
+
+    monkeypatch.setattr(engine.runner, "run", run)
+    for name, prompt in (("good", good), ("bad", bad)):
+        engine.add(Request(name, prompt, SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)))
+    outputs = _drain(engine)
+    assert engine.scheduler.n_shared_tokens == 2 * 48
+    assert {output.id: output.finish_reason for output in outputs if output.finish_reason} == {
+        "good": "length",
+        "bad": "error",
+    }
+    assert is_greedy(reference, [*good], _tokens(outputs, "good"))
+
+
+@pytest.mark.parametrize("runner", ["native", "transformers"])
+def test_numbers_of_a_text_that_are_not_finite_are_an_error(model_folder: Path, reference: Any, runner: str) -> None:
+    """Log-probabilities and vectors alike, and neither leaves anything behind for whoever comes next."""
+    engine = open_engine(model_folder, runner=runner)
+    tensors, name = dict(reference.state_dict()), "model.layers.0.self_attn.v_proj.weight"
+    engine.set_weights(tensors | {name: tensors[name] * float("nan")}, 1)
+    text = _prompts([40], seed=16)[0]
+    with pytest.raises(EngineError, match="not finite"):
+        engine.score(text)
+    with pytest.raises(RequestError, match="not finite"):
+        engine.embed(text)
+    engine.set_weights(tensors, 2)
+    assert is_greedy(reference, text, engine.generate([text], GREEDY)[0].token_ids)
+
+
 def test_generate_raises_and_leaves_nothing_when_the_engine_fails(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +385,50 @@ def test_a_model_that_the_engine_cannot_drive_is_refused_and_served_without_a_ca
     found = engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
     assert [len(one.token_ids) for one in found] == [8] * 3
     assert all(is_greedy(model, prompt, one.token_ids) for prompt, one in zip(prompts, found, strict=True))
+
+
+def test_positions_that_depend_on_the_length_are_served_as_far_as_they_do_not(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """Phi-3's: other frequencies for the whole text, its beginning too, as soon as it is longer than 24 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    config = Phi3Config(
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        original_max_position_embeddings=24,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        initializer_range=0.4,
+    )
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    engine = open_engine(tmp_path)
+    assert engine.context_tokens == 24
+    assert "24 tokens at most, of 64 with serve.runner=plain" in engine.facts.note
+    short, long = _prompts([9, 40], seed=17)
+    with pytest.raises(RequestError, match="context length is 24 tokens"):
+        engine.add(Request("long", tuple(long), SamplingParams(max_tokens=1)))
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    plain = open_engine(tmp_path, runner="plain")
+    for found, prompts in ((engine, [short]), (plain, [short, long])):
+        answers = [one.token_ids for one in found.generate(prompts, params)]
+        assert all(_is_plain(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+
+
+def _is_plain(model: Any, prompt: list[int], answer: list[int]) -> bool:
+    """Whether each token is the most probable one behind those before it, all of them read anew."""
+    return all(is_greedy(model, [*prompt, *answer[:i]], answer[i : i + 1]) for i in range(len(answer)))
 
 
 @pytest.mark.parametrize("runner", ["native", "transformers"])

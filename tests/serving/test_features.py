@@ -55,6 +55,14 @@ def test_a_bias_forbids_and_forces_tokens(
     assert min(forced.choices[0].logprobs.token_logprobs or [0]) < -1
 
 
+def test_biases_are_bounded(server_url: str) -> None:
+    body = {"model": NAME, "prompt": "x", "max_tokens": 1, "logit_bias": {str(i): 1 for i in range(1025)}}
+    reply = httpx.post(f"{server_url}/v1/completions", json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "logit_bias"
+    assert "1024" in reply.json()["error"]["message"]
+
+
 def test_penalties_are_subtracted_for_what_the_answer_has(
     model_folder: Path, reference: Any, tokenizer: Any, client: openai.OpenAI
 ) -> None:
@@ -117,6 +125,24 @@ def test_a_schema_that_is_none_is_refused(server_url: str) -> None:
         reply = httpx.post(f"{server_url}/v1/completions", json=body)
         assert reply.status_code == 400, reply.text
         assert reply.json()["error"]["param"] == "response_format"
+
+
+def test_a_grammar_that_cannot_go_on_fails_its_request_only(server_url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """More alternatives than llguidance's limit of 2,000, which it meets behind the first character of the answer."""
+    members = [{"type": "object", "properties": {f"b{i}": {"const": i}}, "required": [f"b{i}"]} for i in range(2100)]
+    schema = {"type": "object", "properties": {"x": {"anyOf": members}}, "required": ["x"]}
+    body = {"model": NAME, "prompt": "x", "max_tokens": 60}
+    bound = body | {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+    reply = httpx.post(f"{server_url}/v1/completions", json=bound, timeout=60)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["code"] == "grammar_failed"
+    assert "2000" in reply.json()["error"]["message"]
+    events = httpx.post(f"{server_url}/v1/completions", json=bound | {"stream": True}, timeout=60).text
+    assert "grammar_failed" in events
+    assert "[DONE]" not in events
+    assert httpx.post(f"{server_url}/v1/completions", json=body, timeout=60).status_code == 200
+    # Nothing of an answer goes to the server's own output.
+    assert "Warning" not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- models and adapters

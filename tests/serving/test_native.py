@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kajiya.errors import ConfigError
-from kajiya.serving.engine import Engine
+from kajiya.serving.engine import Engine, EngineError
 from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
 from kajiya.serving.native.architecture import cache_bytes
@@ -95,6 +95,33 @@ def test_products_of_integers_are_those_that_the_proof_reckons_with(kind: str, n
     assert torch.allclose(_product(kind, weights, x).double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("place", [0, 5, 16, 31, 45])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_product_with_what_is_not_finite_is_not_finite(kind: str, place: int, value: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weights, x = torch.randn(40, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    x[1, place] = value
+    found = _product(kind, weights, x)
+    assert not found[1].isfinite().any()
+    assert found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_what_is_not_finite_is_seen_through_a_cache_of_eight_bits(
+    model_folder: Path, reference: Any, part: str
+) -> None:
+    engine = open_engine(model_folder, cache_precision="int8")
+    name = f"model.layers.1.self_attn.{part}.weight"
+    broken = reference.state_dict()[name].clone()
+    broken[3] = torch.nan
+    engine.set_weights(reference.state_dict() | {name: broken}, version=1)
+    with pytest.raises(EngineError, match="not finite"):
+        engine.generate(_prompts([20]), GREEDY)
+    engine.set_weights(reference.state_dict(), version=2)
+    assert len(engine.generate(_prompts([20]), GREEDY)[0].token_ids) == GREEDY.max_tokens
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -125,7 +152,7 @@ def test_an_answer_is_the_same_to_the_bit_in_any_company(model_folder: Path, set
     assert answers(small, prompts) == alone
     guessing = open_engine(model_folder, max_batch=8, guesses=5, **settings)
     assert answers(guessing, prompts) == alone
-    tight = open_engine(model_folder, max_batch=8, cache_tokens=192, **settings)
+    tight = open_engine(model_folder, max_batch=8, cache_tokens=160, **settings)
     assert answers(tight, prompts) == alone
     assert tight.scheduler.n_preemptions > 0
     assert tight.scheduler.pool.n_free == tight.scheduler.pool.n_blocks

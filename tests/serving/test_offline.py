@@ -259,6 +259,34 @@ def test_a_conversation_goes_on_behind_its_turns(
     assert conversation.turns == []
 
 
+def test_an_interrupt_within_a_step_leaves_an_engine_that_works(
+    model_folder: Path, tokenizer: Any, greedy: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(model_folder)
+    conversation = Conversation(engine, tokenizer, GREEDY)
+    pool, take = engine.scheduler.pool, engine.scheduler.pool.take
+    n_taken = 0
+
+    def interrupted() -> int:
+        nonlocal n_taken
+        n_taken += 1
+        if n_taken == 2:
+            raise KeyboardInterrupt
+        return take()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(conversation.ask("a question of several blocks"))
+    assert engine.is_idle
+    assert pool.n_free == pool.n_blocks
+    assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"]
+    conversation.reset()
+    ids = render_chat(tokenizer, [{"role": "user", "content": "b"}], True)
+    expected = tokenizer.decode(greedy(ids, 8), skip_special_tokens=True)
+    assert expected.startswith("".join(conversation.ask("b")))
+
+
 def test_the_terminal_takes_questions_and_commands(model_folder: Path, tokenizer: Any) -> None:
     conversation = Conversation(open_engine(model_folder), tokenizer, GREEDY, system="Be brief.")
     lines = iter(["hello", "", "/reset", "/exit"])

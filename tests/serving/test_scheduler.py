@@ -1,23 +1,28 @@
 """The scheduler on random traces, against a cache played in plain lists."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kajiya.errors import RequestError
 from kajiya.serving.blocks import BlockPool
-from kajiya.serving.scheduler import Scheduler
-from kajiya.serving.sequence import Request, SamplingParams, Sequence, new_sequence
+from kajiya.serving.scheduler import Chunk, Scheduler
+from kajiya.serving.sequence import Request, SamplingParams, Sequence, TokenLogprob, new_sequence
 
 SIZE = 4
 Act = tuple[str, int, int]
 ACTS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 40), st.integers(0, 12)),
+    st.tuples(
+        st.sampled_from(["add", "add", "add to an adapter", "add scored"]), st.integers(1, 40), st.integers(0, 12)
+    ),
     st.tuples(st.just("step"), st.just(0), st.just(0)),
     st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
-    st.tuples(st.just("renew"), st.just(0), st.just(0)),
+    # Blocks of a text that is read for its vector, beside the requests.
+    st.tuples(st.sampled_from(["hold", "let go"]), st.integers(0, 6), st.just(0)),
+    st.tuples(st.sampled_from(["renew", "forget", "forget an adapter", "fail"]), st.just(0), st.just(0)),
 )
 
 
@@ -32,16 +37,18 @@ class _World:
 
     scheduler: Scheduler
     drafts: int
-    blocks: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    blocks: dict[int, dict[int, tuple[int | str | None, ...]]] = field(default_factory=dict)
     accepted: dict[str, Request] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     answers: dict[str, list[int]] = field(default_factory=dict)
+    held: list[list[int]] = field(default_factory=list)
 
-    def add(self, n_prompt: int, max_tokens: int) -> None:
+    def add(self, n_prompt: int, max_tokens: int, adapter: str | None = None, is_scored: bool = False) -> None:
         number = len(self.accepted)
         # Prompts share beginnings, and some are the same.
         prompt = tuple((i * i + i // 6 * (number % 3)) % 3 for i in range(n_prompt))
-        request = Request(str(number), prompt, SamplingParams(max_tokens=max_tokens))
+        params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=is_scored)
+        request = Request(str(number), prompt, params, adapter)
         sequence = new_sequence(request, frozenset())
         longest = max(n_prompt, n_prompt + max_tokens - 1)
         if longest > self.scheduler.pool.n_blocks * SIZE:
@@ -62,6 +69,39 @@ class _World:
         assert self.scheduler.cancel(request_id) == is_here
         if is_here:
             self.ended[request_id] = "cancelled"
+
+    def hold(self, n_blocks: int) -> None:
+        pool = self.scheduler.pool
+        if n_blocks <= pool.n_free:
+            self.held.append([pool.take() for _ in range(n_blocks)])
+
+    def let_go(self) -> None:
+        if self.held:
+            self.scheduler.pool.release(self.held.pop())
+
+    def fail(self) -> None:
+        dropped = {sequence.request.id for sequence in self.scheduler.drop_all()}
+        assert dropped == self.accepted.keys() - self.ended.keys()
+        self.ended.update(dict.fromkeys(dropped, "error"))
+        self.held.clear()
+        self.blocks.clear()
+
+    def act(self, kind: str, first: int, second: int) -> None:
+        scheduler = self.scheduler
+        acts: dict[str, Callable[[], object]] = {
+            "add": lambda: self.add(first, second),
+            "add to an adapter": lambda: self.add(first, second, adapter="tuned"),
+            "add scored": lambda: self.add(first, second, is_scored=True),
+            "step": self.step,
+            "cancel": lambda: self.cancel(first),
+            "hold": lambda: self.hold(first),
+            "let go": self.let_go,
+            "renew": lambda: scheduler.renew(scheduler.version + 1),
+            "forget": scheduler.pool.forget_all,
+            "forget an adapter": lambda: scheduler.pool.forget_root(("tuned", scheduler.version)),
+            "fail": self.fail,
+        }
+        acts[kind]()
 
     def guess(self, sequences: list[Sequence]) -> dict[str, tuple[int, ...]]:
         found = {}
@@ -87,6 +127,7 @@ class _World:
             self.read(chunk)
         for chunk in plan.chunks:
             sequence = chunk.sequence
+            self.score(chunk)
             drawn: list[int] = []
             if chunk.is_last and sequence.request.params.max_tokens:
                 guesses = chunk.tokens[chunk.count - chunk.n_drafts :]
@@ -101,19 +142,30 @@ class _World:
                 scheduler.finish(sequence)
                 self.ended[sequence.request.id] = reason
 
-    def read(self, chunk: object) -> None:
-        """Write each token's whole past into its place, after checking that the cache holds the past of every one before."""
-        from kajiya.serving.scheduler import Chunk
-
-        assert isinstance(chunk, Chunk)
+    def score(self, chunk: Chunk) -> None:
+        """Note which tokens of a prompt are scored: each once, however often its reading is broken off."""
         sequence = chunk.sequence
+        if not sequence.wants_prompt:
+            return
+        assert len(chunk.outputs) == chunk.count
+        targets = sequence.tokens[chunk.start + 1 : min(chunk.start + chunk.count + 1, sequence.n_prompt)]
+        sequence.prompt_logprobs.extend(TokenLogprob(token, 0.0) for token in targets)
+        if chunk.is_last:
+            found = [one.token for one in sequence.prompt_logprobs if one is not None]
+            assert found == list(sequence.request.prompt[1:])
+            sequence.is_reported = True
+
+    def read(self, chunk: Chunk) -> None:
+        """Write each token's whole past into its place, after checking that the cache holds the past of every one before."""
+        sequence = chunk.sequence
+        weights = (self.scheduler.version, sequence.request.adapter)
         text = [*sequence.tokens[: chunk.start], *chunk.tokens]
         assert len(sequence.blocks) * SIZE >= len(text)
         for place in range(len(text)):
             block = self.blocks.setdefault(sequence.blocks[place // SIZE], {})
             if place >= chunk.start:
-                block[place % SIZE] = (self.scheduler.version, *text[: place + 1])
-            assert block[place % SIZE] == (self.scheduler.version, *text[: place + 1])
+                block[place % SIZE] = (*weights, *text[: place + 1])
+            assert block[place % SIZE] == (*weights, *text[: place + 1])
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,16 +181,11 @@ def test_random_traces_lose_nothing(
     max_batch: int, max_waiting: int, budget: int, n_blocks: int, drafts: int, acts: list[Act]
 ) -> None:
     world = _World(Scheduler(BlockPool(n_blocks, SIZE), max_batch, max_waiting, budget), drafts)
-    for kind, first, second in acts:
-        if kind == "add":
-            world.add(first, second)
-        elif kind == "cancel":
-            world.cancel(first)
-        elif kind == "renew":
-            world.scheduler.renew(world.scheduler.version + 1)
-        else:
-            world.step()
+    for act in acts:
+        world.act(*act)
         assert world.scheduler.n_running <= max_batch
+    while world.held:
+        world.let_go()
     # Even one after another, each preempted at every block, they come to an end.
     bound = sum(
         (len(one.prompt) + one.params.max_tokens + 2) * (one.params.max_tokens + 2) for one in world.accepted.values()
@@ -195,10 +242,24 @@ def test_a_shared_prefix_is_read_once() -> None:
     assert scheduler.n_shared_tokens == 16
 
 
-def test_a_prefix_that_many_bring_at_once_is_read_once() -> None:
-    scheduler = _scheduler(max_batch=8, max_waiting=8, budget=16)
-    for name in range(8):
-        scheduler.add(_sequence(str(name), (*range(32), 50 + name), max_tokens=1))
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(2, 9),
+    n_prefix=st.integers(1, 70),
+    n_tail=st.integers(0, 12),
+    budget=st.integers(1, 90),
+    max_batch=st.integers(1, 9),
+)
+@example(n=8, n_prefix=32, n_tail=1, budget=16, max_batch=8)
+@example(n=8, n_prefix=64, n_tail=0, budget=512, max_batch=8)
+@example(n=3, n_prefix=4, n_tail=0, budget=512, max_batch=8)
+def test_a_prefix_that_many_bring_at_once_is_read_once(
+    n: int, n_prefix: int, n_tail: int, budget: int, max_batch: int
+) -> None:
+    scheduler = _scheduler(max_batch, max_waiting=n, budget=budget, n_blocks=512)
+    for i in range(n):
+        tail = range(100 * (i + 1), 100 * (i + 1) + n_tail)
+        scheduler.add(_sequence(str(i), (*range(n_prefix), *tail), max_tokens=1))
     n_read = 0
     while not scheduler.is_idle:
         for chunk in scheduler.plan().chunks:
@@ -207,8 +268,29 @@ def test_a_prefix_that_many_bring_at_once_is_read_once() -> None:
             scheduler.advance(chunk, (1,) if is_last else ())
             if is_last:
                 scheduler.finish(chunk.sequence)
-    assert n_read == 32 + 8
-    assert scheduler.n_shared_tokens == 7 * 32
+    once = n_prefix + n * n_tail
+    assert once <= n_read <= once + (n - 1) * (SIZE - 1)
+    assert scheduler.n_shared_tokens == n * (n_prefix + n_tail) - n_read
+
+
+def test_who_waits_for_a_prefix_does_not_wait_for_its_answer() -> None:
+    scheduler = _scheduler(max_batch=4, budget=64)
+    for name, tail in (("first", 50), ("second", 60), ("third", 70)):
+        scheduler.add(_sequence(name, (*range(16), tail)))
+    starts = []
+    for _ in range(3):
+        plan = scheduler.plan()
+        starts.append({chunk.sequence.request.id: (chunk.start, chunk.count) for chunk in plan.chunks})
+        for chunk in plan.chunks:
+            scheduler.advance(chunk, (1,))
+    assert starts[0] == {"first": (0, 17)}
+    assert starts[1] == {"first": (17, 1), "second": (16, 1), "third": (16, 1)}
+    # Who has the prefix to itself no longer keeps anybody: a request that is taken back lets the next one read.
+    scheduler.add(_sequence("one", tuple(range(30, 50))))
+    scheduler.add(_sequence("two", tuple(range(30, 50))))
+    assert "two" not in {chunk.sequence.request.id for chunk in scheduler.plan().chunks}
+    scheduler.cancel("one")
+    assert [chunk.start for chunk in scheduler.plan().chunks if chunk.sequence.request.id == "two"] == [0]
 
 
 def test_a_block_that_is_shared_in_part_is_copied_before_it_is_written() -> None:

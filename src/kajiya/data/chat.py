@@ -24,6 +24,8 @@ Messages = Sequence[Mapping[str, Any]]
 _LOST = "it renders no {}; give a template that does (data.render.template), or rows that have none"
 _ID = "probe0000"
 """Of a call; Mistral's template takes nine letters and digits."""
+TOKEN_CHARACTERS = 64
+"""More than the tokens of any text have on average."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -152,6 +154,21 @@ class ChatTemplate:
         chunks = [Chunk(text, 0.0) for text in pieces(layout.text, layout.cuts)]
         ids: list[int] = self.markup.encode([Draft(chunks, names)])[0].ids.tolist()
         return ids
+
+    def is_longer(self, messages: Messages, n_tokens: int, *, tools: Any = None) -> bool:
+        """Whether a conversation has far more than that many tokens, found by rendering it once.
+
+        `ids` renders it once more for each answer to find where that lies. `False` for what the template refuses.
+        """
+        (messages, tools), names = self.markup.shield((messages, tools))
+        try:
+            text = self.text([self._for_template(message, tools) for message in messages], tools, True)
+        except TemplateRefusalError:
+            return False
+        if len(text) > TOKEN_CHARACTERS * n_tokens:
+            return True
+        # Cut at the answers it would be others, but hardly half as many.
+        return len(self.markup.encode([Draft([Chunk(text, 0.0)], names)])[0].ids) > 2 * n_tokens
 
     @cached_property
     def knows_tools(self) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from kajiya.data.encode import BulkEncoder, PlainBulkEncoder, fastest_encoder
 from kajiya.data.examples import Segment
+from kajiya.errors import DataError
 
 _SHORT = 24
 _MAX_KNOWN = 32_768
@@ -51,11 +52,20 @@ class Draft:
 
 
 class Markup:
-    """A tokenizer as chunks need it: special tokens found by their names, everything between them encoded as plain text."""
+    """A tokenizer as chunks need it: special tokens found by their names, everything between them encoded as plain text.
+
+    Raises `DataError` for a tokenizer without a fast form.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         from tokenizers import Tokenizer
 
+        if not tokenizer.is_fast:
+            kind, name = type(tokenizer).__name__, tokenizer.name_or_path
+            raise DataError(
+                f"the tokenizer {name!r} is a {kind}, which has no fast form (tokenizer.json)\n"
+                "Convert it, or choose a model that brings one."
+            )
         added = tokenizer.added_tokens_decoder
         self.specials = {token.content: int(number) for number, token in added.items() if token.special}
         self._pattern = _pattern([token for token in added.values() if token.special])
@@ -102,17 +112,19 @@ class Markup:
         }
 
     def encode(self, drafts: Sequence[Draft]) -> list[Segment]:
-        """Ids and weights of each draft, encoded together on all cores."""
+        """Ids and weights of each draft, encoded together on all cores. Several threads may do so at a time."""
+        known = self._known
         planned = [self._atoms(draft) for draft in drafts]
         new: dict[Piece, None] = {}
         for atoms in planned:
-            new.update((atom, None) for atom, _ in atoms if not isinstance(atom, int) and atom not in self._known)
+            new.update((atom, None) for atom, _ in atoms if not isinstance(atom, int) and atom not in known)
         found = self._encode_all(list(new))
-        made = [_segment(draft, atoms, self._known, found) for draft, atoms in zip(drafts, planned, strict=True)]
-        if len(self._known) > _MAX_KNOWN:
-            self._known.clear()
+        made = [_segment(draft, atoms, known, found) for draft, atoms in zip(drafts, planned, strict=True)]
+        if len(known) > _MAX_KNOWN:
+            # Another, not an empty one: who encodes beside goes on with what it has found known.
+            known = self._known = {}
         # Copies: a view would keep the ids of everything that was encoded with it.
-        self._known.update((piece, ids.copy()) for piece, ids in found.items() if len(piece[1]) <= _SHORT)
+        known.update((piece, ids.copy()) for piece, ids in found.items() if len(piece[1]) <= _SHORT)
         return made
 
     def _encode_all(self, pieces: Sequence[Piece]) -> dict[Piece, np.ndarray]:

@@ -1,5 +1,6 @@
 """LoRA adapters as PEFT saves them, read without PEFT."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "lora_bias": (None, False),
     "use_qalora": (None, False),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    # Other beginnings (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) were taken out of the base, which is whole here.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 """Settings of PEFT that the server does not compute, with the values that ask for nothing."""
 
@@ -95,7 +103,10 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], origin: Or
                 f"{folder}: it changes {module} of shape {[b.shape[0], a.shape[1]]}, but the model {has}",
                 "Serve it with the model that it was made for.",
             )
-        parts[module] = LowRank(a, b, _scale(settings, module, a.shape[0]))
+        try:
+            parts[module] = LowRank(a, b, _scale(settings, module, a.shape[0]))
+        except re.error as error:
+            raise ConfigError("adapter", f"{folder}: alpha_pattern has a key that is no pattern: {error}") from error
     try:
         check_origin(folder, origin)
     except StoreError as error:
@@ -104,7 +115,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], origin: Or
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    # Keys are regular expressions, of which the first that fits holds, as in PEFT's `get_pattern_key`.
     patterns = settings.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if module == key or module.endswith(f".{key}")), None)
-    alpha = float(settings["lora_alpha"] if alpha is None else alpha)
+    fitting = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = float(next(fitting, settings["lora_alpha"]))
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -24,7 +24,7 @@ from kajiya.serving.metrics import CONTENT_TYPE, Metrics
 from kajiya.serving.protocol import AdapterBody, ChatBody, CompletionBody, EmbeddingBody, ModelBody, NameBody
 from kajiya.serving.replies import ChatShape, CompletionShape
 from kajiya.serving.sequence import SamplingParams
-from kajiya.serving.tools import call_schema, check_tools, format_or_call, prompt_ids, schema_of
+from kajiya.serving.tools import call_schema, check_tools, format_or_call, schema_of
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -122,7 +122,7 @@ def _openai_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(body: ChatBody, http: HttpRequest) -> Response:
         host, adapter = await service.hosts.find(body.model)
-        ids = prompt_ids(host.chat, body.messages, body.offered)
+        ids = await host.chat_ids(body.messages, body.offered)
         params = _sampling(
             body,
             max_tokens=host.answer_tokens(body.answer_tokens, service.cfg, len(ids), "messages"),

@@ -55,6 +55,10 @@ class BlockPool:
         """Full blocks that are known by their tokens."""
         return len(self._nodes)
 
+    def is_held(self, block: int) -> bool:
+        """Whether anybody holds the block."""
+        return self._holders[block] > 0
+
     def root(self, key: Hashable) -> Node:
         """The empty prefix under `key`: the adapter and the version of the weights."""
         if key not in self._roots:

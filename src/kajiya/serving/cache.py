@@ -102,7 +102,7 @@ class PagedCache(Cache):
 
     @torch.inference_mode()
     def clear(self, blocks: list[int]) -> None:
-        """Zero blocks whose content is not finite."""
+        """Zero blocks, whose content may not be finite."""
         for tensor in self._tensors():
             for block in blocks:
                 tensor[block * self.block_tokens : (block + 1) * self.block_tokens] = 0

@@ -7,7 +7,7 @@ from typing import Any
 from kajiya.data.chat import render_chat
 from kajiya.errors import RequestError
 from kajiya.serving.engine import Engine, EngineError
-from kajiya.serving.sequence import Request, SamplingParams
+from kajiya.serving.sequence import Output, Request, SamplingParams
 from kajiya.serving.text import TextStream
 
 
@@ -44,7 +44,7 @@ class Conversation:
         stream = TextStream(self._tokenizer, ids)
         try:
             while not self._engine.is_idle:
-                for output in self._engine.step():
+                for output in self._step():
                     if output.error is not None:
                         raise EngineError(output.error)
                     if output.token is not None and output.finish_reason != "stop":
@@ -52,10 +52,18 @@ class Conversation:
                         said.append(piece)
                         yield piece
         finally:
+            self.turns.append({"role": "assistant", "content": "".join(said)})
             self._engine.cancel(request.id)
             while not self._engine.is_idle:
-                self._engine.step()
-            self.turns.append({"role": "assistant", "content": "".join(said)})
+                self._step()
+
+    def _step(self) -> list[Output]:
+        try:
+            return self._engine.step()
+        except BaseException:
+            # An interrupt comes anywhere, also in the middle of a step: what is half done is of no use to the next question.
+            self._engine.fail_all("the step was broken off")
+            raise
 
 
 def _limited(params: SamplingParams, max_tokens: int) -> SamplingParams:

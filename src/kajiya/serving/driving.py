@@ -1,7 +1,7 @@
 """What computes a model: the C++ decoder where it can, else Transformers' own code; each is held to the plain model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +61,12 @@ def drive(model: Any, opts: EngineOptions, runner: str) -> Driven:
     config = model.config.get_text_config()
     if runner != "plain":
         _refuse_unsupported(config)
-    return _choose_runner(model, config, opts, runner)
+    driven = _choose_runner(model, config, opts, runner)
+    unscaled = _unscaled_tokens(config)
+    if runner == "plain" or unscaled is None or unscaled >= driven.context_tokens:
+        return driven
+    longest = f"texts of {unscaled} tokens at most, of {driven.context_tokens} with serve.runner=plain (longrope)"
+    return replace(driven, context_tokens=unscaled, note=f"{driven.note}; {longest}")
 
 
 def _choose_runner(model: Any, config: Any, opts: EngineOptions, runner: str) -> Driven:
@@ -169,6 +174,14 @@ def _torch_block_bytes(config: Any, dtype: torch.dtype) -> int:
 
 def precision_of(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def _unscaled_tokens(config: Any) -> int | None:
+    """Tokens past which all positions of a text are scaled anew (arXiv:2402.13753), those that are cached already too."""
+    scaled = config.to_dict().get("rope_parameters") or {}
+    kinds = [scaled, *(value for value in scaled.values() if isinstance(value, dict))]
+    found = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(found, default=None)
 
 
 def _refuse_unsupported(config: Any) -> None:

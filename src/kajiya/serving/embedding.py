@@ -20,7 +20,8 @@ def embedding(runner: "Runner", scheduler: Scheduler, sequence: Sequence) -> Gen
     """`None` behind every piece but the last, and then the mean over tokens of the last hidden state, scaled to length 1.
 
     Close it where it is not read to its end: it holds blocks. Raises `RequestError`: 400 for a text that the cache can never
-    hold, 429 while running requests hold the blocks that it needs, 500 when the engine has failed in between.
+    hold, 429 while running requests hold the blocks that it needs, 500 when the engine has failed in between or the model's
+    output is not finite.
     """
     ids, pool = sequence.tokens, scheduler.pool
     if not scheduler.fits(len(ids)):
@@ -39,6 +40,9 @@ def embedding(runner: "Runner", scheduler: Scheduler, sequence: Sequence) -> Gen
                 raise RequestError("the engine failed while it read the text", code="engine_error", status=500)
             chunk = Chunk(sequence, start, tuple(ids[start : start + scheduler.step_tokens]))
             pieces_D.append(runner.hidden(chunk).sum(dim=0))
+            if not pieces_D[-1].isfinite().all():
+                runner.clear(sequence.blocks)
+                raise RequestError("the model's output is not finite", code="engine_error", status=500)
     finally:
         # Blocks of before a failure are no longer its own.
         if pool.n_resets == n_resets:

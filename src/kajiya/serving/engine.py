@@ -100,6 +100,11 @@ class Engine:
         self._active.add(request.id)
         self._sampler.begin(request.id, request.params.seed)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Do what takes long of `add`, which then finds it done; on any thread. Raises `RequestError` as `add`."""
+        if params.grammar is not None:
+            self._require_grammars().compile(params.grammar)
+
     def cancel(self, request_id: str) -> bool:
         """Take a request back and free its blocks at once; the next step reports it. `False` when it is not here (any more)."""
         if not self.scheduler.cancel(request_id):
@@ -298,23 +303,21 @@ class Engine:
         """Record the drawn tokens (none: none was asked for) and end the sequence if it is complete."""
         sequence = chunk.sequence
         request_id = sequence.request.id
-        if any(math.isnan(token.logprob) for token in tokens):
-            self.runner.clear(sequence.blocks)
-            self.scheduler.finish(sequence)
-            self.scheduler.pool.forget_all()
-            self._forget(request_id)
-            return [Output(request_id, finish_reason=FINISHED_ERROR, error="the model's output is not finite")]
-        prompt = None
-        if sequence.wants_prompt:
-            prompt = tuple(sequence.prompt_logprobs)
+        prompt = tuple(sequence.prompt_logprobs) if sequence.wants_prompt else None
+        if any(math.isnan(one.logprob) for one in [*tokens, *(prompt or ())] if one is not None):
+            return self._fail_poisoned(sequence)
+        if sequence.matcher is not None:
+            for token in tokens:
+                sequence.matcher.take(token.token)
+            if sequence.matcher.problem is not None:
+                problem = f"the answer cannot be held to its grammar: {sequence.matcher.problem}"
+                return self._fail(sequence, problem, is_refused=True)
         sequence.is_reported = True
         kept: list[TokenLogprob] = []
         reason = None
         for token in tokens:
             kept.append(token)
             reason = sequence.finish_reason([one.token for one in kept])
-            if sequence.matcher is not None:
-                sequence.matcher.take(token.token)
             if reason:
                 break
         if not tokens:
@@ -330,6 +333,21 @@ class Engine:
             Output(request_id, token, prompt if i == 0 else None, reason if i == last else None)
             for i, token in enumerate(kept)
         ]
+
+    def _fail(self, sequence: Sequence, problem: str, is_refused: bool = False) -> list[Output]:
+        """End this request alone with an error."""
+        self.scheduler.finish(sequence)
+        self._forget(sequence.request.id)
+        return [Output(sequence.request.id, finish_reason=FINISHED_ERROR, error=problem, is_refused=is_refused)]
+
+    def _fail_poisoned(self, sequence: Sequence) -> list[Output]:
+        """End a request whose numbers are not finite; nobody finds what it has read, and nobody reads what it has written."""
+        blocks, pool = list(sequence.blocks), self.scheduler.pool
+        outputs = self._fail(sequence, "the model's output is not finite")
+        pool.forget_all()
+        # What others hold stays: they go on over it, or fail by themselves.
+        self.runner.clear([block for block in blocks if not pool.is_held(block)])
+        return outputs
 
     def _forget(self, request_id: str) -> None:
         self._active.discard(request_id)

@@ -107,6 +107,8 @@ class Generation:
             choice = self._choices[output.id]
             if output.finish_reason == FINISHED_ERROR:
                 self._end(choice, "error")
+                if output.is_refused:
+                    raise RequestError(output.error or "", code="grammar_failed", param="response_format")
                 raise RequestError(output.error or "the engine failed", code="engine_error", status=500)
             piece = choice.answer.take(output)
             if choice.answer.is_stopped:

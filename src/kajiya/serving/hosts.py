@@ -4,22 +4,28 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import ServeConfig
-from kajiya.data.chat import ChatTemplate
+from kajiya.data.chat import TOKEN_CHARACTERS, ChatTemplate, Messages
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, RequestError
 from kajiya.serving.adapters import is_adapter, read_adapter
 from kajiya.serving.engine import Engine
 from kajiya.serving.text import byte_reader
+from kajiya.serving.tools import prompt_ids, too_long
 from kajiya.serving.worker import StepWatcher, Worker
 
 Opened = tuple[Engine, Any]
 """An engine and its tokenizer."""
 _LONG_TEXT = 20_000
-"""Characters past which a text is tokenized off the event loop."""
+"""Characters past which texts are tokenized beside the event loop."""
+_TEXT_COST = 200
+"""Characters that take as long as beginning with a text, or a message, at all."""
+_FEW_MESSAGES = 8
+"""Messages up to which a conversation is rendered on the event loop: it is, once for each answer."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,22 @@ class Host:
         adapter = await asyncio.to_thread(read_adapter, folder, facts.shapes, facts.origin)
         await self.worker.call(lambda: self.engine.load_adapter(name, folder, adapter))
 
-    async def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds."""
-        if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self._encode, text)
-        return self._encode(text)
+    async def chat_ids(self, messages: Messages, tools: Messages) -> list[int]:
+        """Token ids of a conversation, rendered beside the event loop where it is long. Raises `RequestError` as `prompt_ids`."""
+        read = partial(prompt_ids, self.chat, messages, tools, self.engine.context_tokens)
+        is_short = len(messages) <= _FEW_MESSAGES and not tools
+        if is_short and sum(len(str(each.get("content"))) for each in messages) <= _LONG_TEXT:
+            return read()
+        return await asyncio.to_thread(read)
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        return ids
+    async def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, with the special tokens that the tokenizer adds."""
+
+        def encode() -> list[list[int]]:
+            return [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+
+        is_short = sum(len(text) + _TEXT_COST for text in texts) <= _LONG_TEXT
+        return encode() if is_short else await asyncio.to_thread(encode)
 
     def answer_tokens(self, asked: int | None, cfg: ServeConfig, longest_prompt: int, param: str) -> int:
         """Longest answer: what was asked for, or the default cut to what the context leaves and the server allows."""
@@ -100,7 +113,10 @@ class Host:
         for item in given:
             if not isinstance(item, str):
                 self.engine.check_ids(item, param)
-        return [(await self.tokenize(item), item) if isinstance(item, str) else (item, None) for item in given]
+            elif len(item) > TOKEN_CHARACTERS * self.engine.context_tokens:
+                raise too_long(self.engine.context_tokens, param)
+        encoded = iter(await self._encode_all([item for item in given if isinstance(item, str)]))
+        return [(next(encoded), item) if isinstance(item, str) else (item, None) for item in given]
 
 
 class Hosts:
@@ -154,7 +170,7 @@ class Hosts:
         async with self._loading:
             if model not in self._hosts:
                 engine, tokenizer = await asyncio.to_thread(self._sources[model].open)
-                host = Host(model, engine, tokenizer, self._watcher)
+                host = await asyncio.to_thread(Host, model, engine, tokenizer, self._watcher)
                 host.worker.start()
                 self._hosts[model] = host
             host = self._hosts[model]

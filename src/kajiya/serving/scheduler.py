@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kajiya.errors import RequestError
-from kajiya.serving.blocks import BlockPool
+from kajiya.serving.blocks import BlockPool, Node
 from kajiya.serving.sequence import Sequence
 
 STEP_TOKENS = 512
@@ -68,8 +68,9 @@ class Scheduler:
     """First come, first served, over a pool of cache blocks.
 
     Call `plan`, compute its chunks, `advance` each chunk, and `finish` the sequences that are complete; in between, `add`
-    and `cancel` at will. When blocks run out, the sequence that came last gives its up and waits at the head of the queue;
-    what it had read is read again later, what it had answered stays.
+    and `cancel` at will. A prompt whose next block a running sequence is about to fill waits for that, so that what prompts
+    have in common is read once, however many come together. When blocks run out, the sequence that came last gives its up
+    and waits at the head of the queue; what it had read is read again later, what it had answered stays.
     """
 
     def __init__(self, pool: BlockPool, max_batch: int, max_waiting: int, step_tokens: int = STEP_TOKENS) -> None:
@@ -233,7 +234,10 @@ class Scheduler:
             needed = self._n_blocks(len(sequence.tokens)) - len(match.blocks)
             # Room for all that it has to read, and a block to begin its answer with, or it would soon be preempted;
             # but a sequence that has the whole cache to itself is let in.
-            if needed + 1 > self.pool.n_free and (self.running or needed > self.pool.n_free):
+            is_full = needed + 1 > self.pool.n_free and (self.running or needed > self.pool.n_free)
+            if is_full or self._is_being_read(
+                match.node, sequence.tokens[len(match.blocks) * self.pool.block_tokens : limit]
+            ):
                 self.pool.release(match.blocks)
                 return
             self.waiting.popleft()
@@ -255,6 +259,19 @@ class Scheduler:
             self.running[sequence.request.id] = sequence
             counts[sequence.request.id] = count
             budget -= count
+
+    def _is_being_read(self, node: Node, rest: list[int]) -> bool:
+        """Whether a running sequence has yet to read the block with which `rest` goes on behind `node`: soon it will be known."""
+        size = self.pool.block_tokens
+        # All but one will do, since the last token of a prompt is no part of `rest`.
+        if not self.pool.remembers or len(rest) < size - 1:
+            return False
+        for other in self.running.values():
+            if other.node is node:
+                block = other.tokens[other.n_remembered * size : (other.n_remembered + 1) * size]
+                if len(block) == size and block[: len(rest)] == rest[:size]:
+                    return True
+        return False
 
     def _preempt(self, sequence: Sequence) -> None:
         del self.running[sequence.request.id]

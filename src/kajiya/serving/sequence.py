@@ -13,7 +13,11 @@ FINISHED_LENGTH = "length"
 FINISHED_CANCELLED = "cancelled"
 """The caller took the request back."""
 FINISHED_ERROR = "error"
-"""The engine failed while the request ran; the output's `error` says why."""
+"""The engine failed while the request ran, or its grammar did; the output's `error` says why."""
+
+
+MAX_BIASES = 1024
+"""Tokens that a request may bias; they are added in every step."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     """Subtracted from the logit of each token that the answer has."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids with what is added to their logits."""
+    """Token ids with what is added to their logits, at most `MAX_BIASES` of them."""
     grammar: str | None = None
     """A JSON schema (as JSON text) that the answer must fulfil; `None`: any text."""
 
@@ -66,6 +70,10 @@ class SamplingParams:
         for name, holds, words, value in bounds:
             if not holds:
                 raise RequestError(f"{name} must be {words}, not {value}", param=name)
+        if len(self.logit_bias) > MAX_BIASES:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} tokens, of {MAX_BIASES} at most", param="logit_bias"
+            )
         wrong = next((token for token, _ in self.logit_bias if not 0 <= token < vocab_size), None)
         if wrong is not None:
             raise RequestError(
@@ -110,6 +118,8 @@ class Output:
     """stop, length, cancelled or error, with the last output of a request."""
     error: str | None = None
     """What went wrong, with `finish_reason` error."""
+    is_refused: bool = False
+    """Whether it went wrong through the request itself: a grammar too large for what the answer has become."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,8 @@ class Sequence:
     """Whether the prompt has been read once: its log-probabilities are not wanted again after a preemption."""
     matcher: Any = None
     """State of the grammar, where there is one."""
+    biases: Any = None
+    """The `logit_bias` as tensors, once they have been wanted."""
 
     @property
     def n_prompt(self) -> int:

@@ -43,17 +43,35 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def prompt_ids(
-    chat: ChatTemplate, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    chat: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    context_tokens: int | None = None,
 ) -> list[int]:
-    """Token ids of a request's conversation, rendered as in training; what the template does not know of tools is in words."""
+    """Token ids of a request's conversation, rendered as in training; what the template does not know of tools is in words.
+
+    Raises `RequestError` for what it cannot render, and for what is far longer than a context of so many tokens.
+    """
     read, told = read_messages(messages), list(tools)
     check_tools(told)
     if told and not chat.knows_tools:
         read, told = _told_in_text(read, told), []
+    read = _known_or_in_text(chat, read, told)
+    if context_tokens is not None and chat.is_longer(read, context_tokens, tools=told or None):
+        raise too_long(context_tokens, "messages")
     try:
-        return chat.ids(_known_or_in_text(chat, read, told), tools=told or None, add_generation_prompt=True)
+        return chat.ids(read, tools=told or None, add_generation_prompt=True)
     except DataError as error:
         raise RequestError(str(error), param="messages") from error
+
+
+def too_long(context_tokens: int, param: str) -> RequestError:
+    """The error for a text that is far longer than the context, and is not tokenized to say by how much."""
+    return RequestError(
+        f"This model's context length is {context_tokens} tokens, but {param} has far more.",
+        code="context_length_exceeded",
+        param=param,
+    )
 
 
 def _told_in_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -131,6 +131,10 @@ class Worker:
                 raise
 
         try:
+            # A large grammar takes a second, for which running answers must not wait.
+            for schema, params in {each.params.grammar: each.params for each in requests}.items():
+                if schema is not None:
+                    await asyncio.to_thread(self.engine.prepare, params)
             await self.call(add_all)
         except BaseException:
             for request in requests:

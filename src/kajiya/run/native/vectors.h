@@ -122,7 +122,18 @@ inline float largest(Floats value) {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-inline Floats magnitude(Floats value) { return as_floats((Words)value & 0x7fffffffu); }
+// The largest size of n numbers. Their bits are compared: as integers, NaNs are above all else, and none is lost.
+inline float peak_of(const float* x, int64_t n) {
+    uint32_t best = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        best = std::max(best, bits & 0x7fffffffu);
+    }
+    float peak;
+    std::memcpy(&peak, &best, 4);
+    return peak;
+}
 
 // e^x to 2 units in the last place (Cephes' expf polynomial); 0 below −87, and x is taken as 88 above it.
 inline Floats exponential(Floats x) {

@@ -56,13 +56,10 @@ inline void remember(const Heads& heads, LayerCache& cache, int64_t block, int h
     int64_t place = block * heads.n_key + head, start = place * heads.padded * kBlock;
     float key_scale = 1, value_scale = 1;
     if (heads.cache_kind == kCacheInt8) {
-        float key_peak = 0, value_peak = 0;
-        for (int i = 0; i < heads.width; ++i) {
-            key_peak = std::fmax(key_peak, std::fabs(key[i]));
-            value_peak = std::fmax(value_peak, std::fabs(value[i]));
-        }
-        cache.key_scales[place * kBlock + slot] = key_peak / 127.0f;
-        cache.value_scales[place * kBlock + slot] = value_peak / 127.0f;
+        float key_peak = peak_of(key, heads.width), value_peak = peak_of(value, heads.width);
+        // Not finite in, not finite out: the engine must see it.
+        cache.key_scales[place * kBlock + slot] = std::isfinite(key_peak) ? key_peak / 127.0f : NAN;
+        cache.value_scales[place * kBlock + slot] = std::isfinite(value_peak) ? value_peak / 127.0f : NAN;
         key_scale = key_peak > 0 ? 127.0f / key_peak : 0.0f;
         value_scale = value_peak > 0 ? 127.0f / value_peak : 0.0f;
     }

@@ -241,7 +241,7 @@ inline void quantize_row(const float* x, int64_t n, int8_t* bytes, float* scales
         int64_t count = std::min<int64_t>(kGroup, n - g * kGroup);
         std::memcpy(v, x + g * kGroup, count * 4);
         Floats a = load<Floats>(v), b = load<Floats>(v + kLanes);
-        float peak = largest(larger(magnitude(a), magnitude(b)));
+        float peak = peak_of(v, kGroup);
         float inverse = peak > 0 ? 127.0f / peak : 0.0f;
         // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer.
         Ints p = __builtin_convertvector((a * inverse + 12582912.0f) - 12582912.0f, Ints);
@@ -253,7 +253,7 @@ inline void quantize_row(const float* x, int64_t n, int8_t* bytes, float* scales
         for (int i = 0; i < kLanes; ++i) total += lanes[i];
         sums[g] = total;
         // Not finite in, not finite out: the engine must see it.
-        scales[g] = std::isfinite(peak) && peak == peak ? peak / 127.0f : NAN;
+        scales[g] = std::isfinite(peak) ? peak / 127.0f : NAN;
     }
 }
 
