@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kajiya.errors import ConfigError
-from kajiya.serving.engine import Engine
+from kajiya.serving.engine import Engine, EngineError
 from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
 from kajiya.serving.native.build import load_library
@@ -93,6 +93,27 @@ def test_products_of_integers_are_those_that_the_proof_reckons_with(kind: str, n
     x[0] = 0.0
     expected = rounded_activations(x).double() @ rounded_weights(weights, kind).double().T
     assert torch.allclose(_product(kind, weights, x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_is_seen_wherever_it_stands(kind: str, bad: float) -> None:
+    """One in each place in turn, each in a token of its own; the other tokens' products stay."""
+    weights_NK = torch.randn(33, 40, generator=torch.Generator().manual_seed(1)) + 3
+    x_TK = torch.ones(41, 40)
+    x_TK[range(40), range(40)] = bad
+    y_TN = _product(kind, weights_NK, x_TK)
+    assert not y_TN[:40].isfinite().any()
+    assert y_TN[40].isfinite().all()
+
+
+def test_a_value_that_is_not_finite_is_seen_in_a_cache_of_8_bits(model_folder: Path, reference: Any) -> None:
+    engine = open_engine(model_folder, cache_precision="int8")
+    tensors = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    tensors["model.layers.0.self_attn.v_proj.weight"][5] = torch.nan
+    engine.set_weights(tensors, 1)
+    with pytest.raises(EngineError, match="not finite"):
+        engine.generate(_prompts([20]), GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -50,17 +50,26 @@ struct Heads {
     int32_t cache_kind;
 };
 
+// The largest magnitude, or NaN where there is one: as an integer that lies above infinity.
+inline float peak_of(const float* values, int n) {
+    uint32_t best = 0;
+    for (int i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, 4);
+        best = std::max(best, bits & 0x7fffffffu);
+    }
+    float peak;
+    std::memcpy(&peak, &best, 4);
+    return peak;
+}
+
 // Puts a head's key and value of one position into its block.
 inline void remember(const Heads& heads, LayerCache& cache, int64_t block, int head, int slot, const float* key,
                      const float* value) {
     int64_t place = block * heads.n_key + head, start = place * heads.padded * kBlock;
     float key_scale = 1, value_scale = 1;
     if (heads.cache_kind == kCacheInt8) {
-        float key_peak = 0, value_peak = 0;
-        for (int i = 0; i < heads.width; ++i) {
-            key_peak = std::fmax(key_peak, std::fabs(key[i]));
-            value_peak = std::fmax(value_peak, std::fabs(value[i]));
-        }
+        float key_peak = peak_of(key, heads.width), value_peak = peak_of(value, heads.width);
         cache.key_scales[place * kBlock + slot] = key_peak / 127.0f;
         cache.value_scales[place * kBlock + slot] = value_peak / 127.0f;
         key_scale = key_peak > 0 ? 127.0f / key_peak : 0.0f;

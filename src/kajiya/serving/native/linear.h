@@ -234,6 +234,17 @@ inline void product(const Rows& x, int64_t n, const Linear& w, int64_t panel, fl
     }
 }
 
+// Compared as integers, among which every NaN lies above infinity: none is lost.
+inline float largest_magnitude(Floats a, Floats b) {
+    Words p = (Words)a & 0x7fffffffu, q = (Words)b & 0x7fffffffu;
+    uint32_t lanes[kLanes], best = 0;
+    store(lanes, p > q ? p : q);
+    for (int i = 0; i < kLanes; ++i) best = std::max(best, lanes[i]);
+    float found;
+    std::memcpy(&found, &best, 4);
+    return found;
+}
+
 // Quantizes one token's activations in groups; returns nothing, fills its row of bytes, scales and sums.
 inline void quantize_row(const float* x, int64_t n, int8_t* bytes, float* scales, int32_t* sums) {
     for (int64_t g = 0, groups = n_groups(n); g < groups; ++g) {
@@ -241,7 +252,7 @@ inline void quantize_row(const float* x, int64_t n, int8_t* bytes, float* scales
         int64_t count = std::min<int64_t>(kGroup, n - g * kGroup);
         std::memcpy(v, x + g * kGroup, count * 4);
         Floats a = load<Floats>(v), b = load<Floats>(v + kLanes);
-        float peak = largest(larger(magnitude(a), magnitude(b)));
+        float peak = largest_magnitude(a, b);
         float inverse = peak > 0 ? 127.0f / peak : 0.0f;
         // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer.
         Ints p = __builtin_convertvector((a * inverse + 12582912.0f) - 12582912.0f, Ints);
