@@ -138,9 +138,16 @@ def test_what_looks_at_a_training_leaves_what_it_saw_and_the_same_weights(
     histograms = [event for event in read_events(seen) if event["kind"] == "histograms"]
     assert [event["step"] for event in histograms] == [6, 12]
     assert "gradient/model.embed_tokens.weight" in histograms[0]["values"]
-    assert {path.name for path in (seen / "profile").iterdir()} == {"trace.json", "table.txt", "time.json", "memory.json"}
+    assert {path.name for path in (seen / "profile").iterdir()} == {
+        "trace.json",
+        "table.txt",
+        "time.json",
+        "memory.json",
+    }
     assert "model.layers.0" in (seen / "profile" / "table.txt").read_text(encoding="utf-8")
-    losses = [{step: value for (step, name), value in _metrics(run).items() if name == "train/nll"} for run in (plain, seen)]
+    losses = [
+        {step: value for (step, name), value in _metrics(run).items() if name == "train/nll"} for run in (plain, seen)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

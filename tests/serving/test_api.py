@@ -1,6 +1,7 @@
 """The API over real HTTP: the official client against uvicorn, and what it answers to mistakes."""
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from kajiya.config.schema import RenderConfig, ServeConfig
-from kajiya.data.chat import render_chat
+from kajiya.data.chat import ChatTemplate, render_chat
 from kajiya.data.render import Renderer
 from kajiya.serving.api import create_app
+from kajiya.serving.tools import prompt_ids
 
 from .conftest import CONTEXT, NAME, open_engine, running
 
@@ -338,7 +340,7 @@ def test_a_prompt_that_is_too_long_names_both_lengths(server_url: str) -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
         ({"top_k": 0}, "top_k"),
         ({"n": 0}, "n"),
@@ -371,6 +373,13 @@ def test_a_prompt_that_is_too_long_names_both_lengths(server_url: str) -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"512": 1}}, "logit_bias"),
         ({"best_of": 2}, "best_of"),
+        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "nam": "x"}}}, "response_format"),
+        ({"prompt": ["x"] * 69}, "prompt"),
         ({"suffix": "end"}, "suffix"),
     ],
 )
@@ -396,6 +405,27 @@ def test_unknown_and_unsupported_parameters_are_told_apart(server_url: str) -> N
         "n": None,
     }
     assert _post(server_url, body | neutral | {"user": "someone"}).status_code == 200
+    unused = {"safety_identifier": "a", "prompt_cache_key": "b", "metadata": {"c": "d"}, "n": 2, "best_of": 2}
+    assert _post(server_url, body | unused).status_code == 200
+    stream = {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}
+    assert _post(server_url, body | stream).text.endswith("[DONE]\n\n")
+
+
+def test_no_mass_at_all_leaves_the_most_probable_token(server_url: str) -> None:
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 12}
+    least = _post(server_url, body | {"top_p": 0}).json()["choices"][0]["text"]
+    assert least == _post(server_url, body | {"temperature": 0}).json()["choices"][0]["text"]
+
+
+def test_a_message_may_have_a_name(server_url: str, tokenizer: Any) -> None:
+    """The template is given it, as in training; the packaged one does not say it."""
+    messages = [{"role": "user", "content": "x", "name": "me"}]
+    body = {"model": NAME, "messages": messages, "max_tokens": 1}
+    reply = _post(server_url, body, "/v1/chat/completions")
+    assert reply.status_code == 200, reply.text
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{% for each in messages %}{{ each.name }}: {{ each.content }}{% endfor %}"
+    assert tokenizer.decode(prompt_ids(ChatTemplate(tokenizer), messages, [])) == "me: x"
 
 
 @pytest.mark.parametrize(
@@ -407,7 +437,8 @@ def test_unknown_and_unsupported_parameters_are_told_apart(server_url: str) -> N
         ([{"role": "assistant", "tool_calls": [{}]}], "tool_calls"),
         ([{"role": "user"}], "content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "type text"),
-        ([{"role": "user", "content": "x", "name": "me"}], "name"),
+        ([{"role": "user", "content": "x", "name": 5}], "name"),
+        ([{"role": "user", "content": "x", "tool_call_id": "1"}], "tool_call_id"),
         ([{"role": "assistant", "content": "x"}], "take turns"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "take turns"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "last message"),
@@ -434,6 +465,9 @@ def test_bad_messages_are_refused(server_url: str, messages: Any, words: str) ->
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "params": {}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}, "cache": 1}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"echo": True}, "echo"),

@@ -322,7 +322,7 @@ def test_metrics_speak_of_the_cache(server_url: str) -> None:
         httpx.post(f"{server_url}/v1/completions", json=body)
     lines = httpx.get(f"{server_url}/metrics").text.splitlines()
     found = {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
-    assert found["kajiya_shared_prompt_tokens"] > 0
+    assert found["kajiya_shared_prompt_tokens_total"] > 0
     assert 0 <= found["kajiya_cache_use_ratio"] < 1
 
 
@@ -346,7 +346,9 @@ def test_the_server_bounds_answers(model_folder: Path, tokenizer: Any) -> None:
             body = {"model": NAME, "ignore_eos": True} | prompt
             reply = httpx.post(f"{url}/v1/{path}", json=body)
             assert reply.json()["usage"]["completion_tokens"] == 5
-            refused = httpx.post(f"{url}/v1/{path}", json=body | {"max_tokens": 6})
-            assert refused.status_code == 400
-            assert refused.json()["error"]["param"] == "max_tokens"
-            assert "at most 5" in refused.json()["error"]["message"]
+            lengths = ["max_tokens"] if path == "completions" else ["max_tokens", "max_completion_tokens"]
+            for length in lengths:
+                refused = httpx.post(f"{url}/v1/{path}", json=body | {length: 6})
+                assert refused.status_code == 400
+                assert refused.json()["error"]["param"] == length
+                assert f"{length} must be at most 5" in refused.json()["error"]["message"]

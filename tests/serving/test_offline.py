@@ -23,6 +23,7 @@ from kajiya.serving.api import create_app
 from kajiya.serving.batch import Answerer, Task, answer_all, read_tasks
 from kajiya.serving.conversation import Conversation, converse
 from kajiya.serving.engine import EngineError
+from kajiya.serving.rows import Rows
 from kajiya.serving.sequence import SamplingParams
 from kajiya.serving.text import TextStream
 
@@ -190,25 +191,73 @@ def test_a_line_says_what_the_api_takes(tmp_path: Path, answerer: Answerer, toke
             assert reply["choices"] == found[row["id"]], row["id"]
 
 
-def test_a_failed_engine_leaves_what_was_answered(tmp_path: Path, answerer: Answerer) -> None:
-    tasks = _tasks(tmp_path / "in.jsonl", [{"prompt": f"a{i}", "ignore_eos": True} for i in range(30)])
-    output, run = tmp_path / "out.jsonl", answerer.engine.runner.run
-    n_steps = 0
+def _failing(answerer: Answerer, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, Any], bool]) -> None:
+    """Have the engine fail in the steps of which `fails` says so, by their number and what is to be read."""
+    run, n_steps = answerer.engine.runner.run, 0
 
     def failing(plan: Any) -> Any:
         nonlocal n_steps
         n_steps += 1
-        if n_steps == 40:
+        if fails(n_steps, plan):
             raise RuntimeError("out of memory, say")
         return run(plan)
 
-    answerer.engine.runner.run = failing  # type: ignore[method-assign]
-    with pytest.raises(EngineError, match="out of memory, say"):
-        answer_all(answerer, tasks, output, _quietly)
+    monkeypatch.setattr(answerer.engine.runner, "run", failing)
+
+
+def test_a_failed_engine_leaves_what_was_answered(
+    tmp_path: Path, answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = _tasks(tmp_path / "in.jsonl", [{"prompt": f"a{i}", "ignore_eos": True} for i in range(30)])
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patched:
+        _failing(answerer, patched, lambda n_steps, _: n_steps >= 40)
+        with pytest.raises(EngineError, match=r"out of memory, say.*\n.*goes on from there"):
+            answer_all(answerer, tasks, output, _quietly)
     before = _read(output)
     assert 0 < len(before) < 30
     assert all("choices" in row for row in before.values())
     assert answer_all(answerer, tasks, output, _quietly) == 30 - len(before)
+
+
+def test_a_step_that_fails_once_costs_no_answer(
+    tmp_path: Path, answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = _tasks(tmp_path / "in.jsonl", [{"prompt": f"a{i}", "ignore_eos": True} for i in range(30)])
+    _failing(answerer, monkeypatch, lambda n_steps, _: n_steps == 40)
+    assert answer_all(answerer, tasks, tmp_path / "out.jsonl", _quietly) == 30
+    assert all("choices" in row for row in _read(tmp_path / "out.jsonl").values())
+
+
+@pytest.mark.parametrize("is_of_all", [True, False])
+def test_a_line_that_the_engine_fails_at_is_the_only_one_to_fail(
+    tmp_path: Path, answerer: Answerer, monkeypatch: pytest.MonkeyPatch, is_of_all: bool
+) -> None:
+    """Whether its step raises, which ends all that run, or its own numbers are not finite."""
+    poison = 77
+    rows: list[dict[str, Any]] = [{"prompt": f"a{i}", "ignore_eos": True} for i in range(12)]
+    rows[5] = {"id": "poison", "prompt": [poison]}
+    if is_of_all:
+        _failing(answerer, monkeypatch, lambda _, plan: any(chunk.tokens[0] == poison for chunk in plan.chunks))
+        words = "out of memory, say"
+    else:
+        run, words = answerer.engine.runner.run, "not finite"
+
+        def poisoned(plan: Any) -> Any:
+            bad = {chunk.sequence.request.id for chunk in plan.chunks if chunk.tokens[0] == poison}
+            nan = float("nan")
+            return {
+                name: Rows(each.logits * nan, each.best, [nan] * len(each.best)) if name in bad else each
+                for name, each in run(plan).items()
+            }
+
+        monkeypatch.setattr(answerer.engine.runner, "run", poisoned)
+    tasks, output = _tasks(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert answer_all(answerer, tasks, output, _quietly) == 12
+    found = _read(output)
+    assert words in found.pop("poison")["error"]
+    assert all("choices" in row for row in found.values())
+    assert answer_all(answerer, tasks, output, _quietly) == 0
 
 
 @pytest.mark.parametrize(

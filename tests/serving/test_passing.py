@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from kajiya.serving.passing import proxy
 from .conftest import running
 
 KEY = {"Authorization": "Bearer key"}
+ITS_KEY = "the other's"
+ROOM = 30
+"""What a prompt leaves there for its answer, tokens."""
 
 
 @dataclass
@@ -29,14 +33,31 @@ class _There:
 
     heard: list[tuple[str, str, bytes]] = field(default_factory=list)
     """Method, path with query as sent, body."""
+    keys: set[str | None] = field(default_factory=set)
+    is_waiting: threading.Event = field(default_factory=threading.Event)
+    is_left: threading.Event = field(default_factory=threading.Event)
 
     async def answer(self, request: Request) -> Response:
         path, query = request.scope["raw_path"].decode(), request.scope["query_string"].decode()
         body = await request.body()
         self.heard.append((request.method, path + (f"?{query}" if query else ""), body))
+        self.keys.add(request.headers.get("authorization"))
+        if b"silent" in body:
+            return await self._wait_for_its_end(request)
+        if b"exact" in body and (json.loads(body)["max_tokens"] or 0) > ROOM:
+            return JSONResponse({"error": {"message": f"there is room for {ROOM} tokens"}}, 400)
+        if b"wrong" in body:
+            return JSONResponse({"error": {"message": "wrong"}}, 400)
         if b"slow" in body:
             return StreamingResponse(self._slowly(), media_type="text/event-stream")
         return JSONResponse({"ok": True}, headers={"access-control-allow-origin": "*"})
+
+    async def _wait_for_its_end(self, request: Request) -> Response:
+        self.is_waiting.set()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.is_left.set()
+        return Response()
 
     async def _slowly(self) -> AsyncIterator[bytes]:
         while True:
@@ -49,7 +70,7 @@ def _behind(cfg: ServeConfig, context_tokens: int = 192) -> Iterator[tuple[str, 
     there = _There()
     methods = ["GET", "POST", "PUT", "DELETE", "OPTIONS"]
     other = Starlette(routes=[Route("/{path:path}", there.answer, methods=methods)])
-    with running(other) as upstream, running(proxy(upstream, cfg, context_tokens)) as url:
+    with running(other) as upstream, running(proxy(upstream, cfg, context_tokens, ITS_KEY)) as url:
         yield url, there
 
 
@@ -89,12 +110,15 @@ def test_only_what_watches_a_server_is_told_without_a_key() -> None:
         for path in ("/", "/health", "/metrics", "/ready"):
             assert httpx.get(url + path).status_code == 200
         there.heard.clear()
+        there.keys.clear()
         for path in ("/tokenize", "/invocations", "/v1/models", "/openapi.json", "/pooling", "/version"):
             assert httpx.get(url + path).status_code == 401
             assert httpx.post(url + path, json={}).status_code == 401
         assert there.heard == []
         assert httpx.post(f"{url}/tokenize?a=%2F&b", json={"prompt": "é"}, headers=KEY).json() == {"ok": True}
         assert there.heard == [("POST", "/tokenize?a=%2F&b", '{"prompt":"é"}'.encode())]
+        # The other server wants its own key, and is not told this one's.
+        assert there.keys == {f"Bearer {ITS_KEY}"}
 
 
 def test_an_answer_has_the_length_that_is_asked_for_here() -> None:
@@ -113,6 +137,49 @@ def test_an_answer_has_the_length_that_is_asked_for_here() -> None:
         assert sent("/v1/embeddings", {"input": "x"}) == {"input": "x"}
         httpx.post(f"{url}/v1/completions", content=b"{")
         assert there.heard.pop()[2] == b"{"
+
+
+def test_a_prompt_that_leaves_less_than_the_default_is_answered() -> None:
+    with _behind(ServeConfig(default_max_tokens=50)) as (url, there):
+
+        def sent(body: Any) -> tuple[int, list[Any]]:
+            status = httpx.post(f"{url}/v1/completions", json=body).status_code
+            lengths = [json.loads(heard)["max_tokens"] for _, _, heard in there.heard]
+            there.heard.clear()
+            return status, lengths
+
+        assert sent({"prompt": "exact"}) == (200, [50, None])
+        # What was asked for is never changed, and what is wrong besides stays wrong.
+        assert sent({"prompt": "exact", "max_tokens": 50}) == (400, [50])
+        assert sent({"prompt": "wrong"}) == (400, [50, None])
+
+
+def test_no_answer_is_longer_than_the_server_allows() -> None:
+    with _behind(ServeConfig(default_max_tokens=50, max_answer_tokens=20)) as (url, there):
+        for name in ("max_tokens", "max_completion_tokens"):
+            for asked in (21, "21", 20.5):
+                refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": [], name: asked})
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+                assert "at most 20" in refused.json()["error"]["message"]
+            assert httpx.post(f"{url}/v1/chat/completions", json={"messages": [], name: 20}).status_code == 200
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 200
+        assert [json.loads(body).get("max_tokens") for _, _, body in there.heard] == [20, None, 20]
+
+
+def test_a_client_that_leaves_before_anything_came_is_noticed() -> None:
+    async def leave(url: str, there: _There) -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            asking = asyncio.create_task(client.post(f"{url}/v1/completions", json={"prompt": "silent"}))
+            assert await asyncio.to_thread(there.is_waiting.wait, 60)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert await asyncio.to_thread(there.is_left.wait, 60)
+
+    with _behind(ServeConfig(vllm_max_batch=1, max_waiting=1)) as (url, there):
+        for _ in range(3):  # and its place is free again
+            there.is_waiting.clear()
+            there.is_left.clear()
+            asyncio.run(leave(url, there))
 
 
 def test_other_sites_read_what_the_settings_let_them() -> None:
@@ -140,13 +207,13 @@ def test_as_many_are_passed_on_as_are_let_in() -> None:
             assert refused.status_code == 429
             assert (await client.get(f"{url}/ready")).status_code == 503
 
-    with _behind(ServeConfig(max_batch=100, max_waiting=10)) as (url, there):
+    with _behind(ServeConfig(vllm_max_batch=100, max_waiting=10)) as (url, there):
         asyncio.run(crowd(url))
         assert [method for method, _, _ in there.heard].count("POST") == 110
 
 
 def test_a_server_that_is_gone_is_said() -> None:
-    with running(proxy("http://127.0.0.1:9", ServeConfig(), 192)) as url:
+    with running(proxy("http://127.0.0.1:9", ServeConfig(), 192, ITS_KEY)) as url:
         reply = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_stopped")
         assert httpx.get(f"{url}/ready").status_code == 503

@@ -23,11 +23,13 @@ from .conftest import NAME
 
 _PROGRAM = textwrap.dedent(
     """
+    import signal
     import sys
     from pathlib import Path
     from kajiya.config.schema import ServeConfig
     from kajiya.serving.server import serve
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as at a terminal, whatever runs the tests
     cfg = ServeConfig(port=0, precision="fp32", device="cpu", max_batch=2, tls_certificate=sys.argv[2] or None)
     serve(cfg, Path(sys.argv[1]), "tiny", lambda url: print(url, flush=True))
     print("served", flush=True)
@@ -35,7 +37,7 @@ _PROGRAM = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_lets_running_answers_end_and_serve_returns(model_folder: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(model_folder), ""],

@@ -1,5 +1,6 @@
 """Mixed traffic for minutes: every answer that ends is the reference's, nothing is stuck, nothing leaks, memory stays."""
 
+import copy
 import ctypes
 import gc
 import json
@@ -12,26 +13,37 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
 from kajiya.serving.sequence import SamplingParams
 from kajiya.serving.text import TextStream, byte_reader, token_text
 
-from .conftest import CONTEXT, NAME, is_greedy, open_engine, running
+from .conftest import CONTEXT, NAME, is_greedy, open_engine, running, save_adapter
 
 N_CLIENTS = 8
 SOAK_S = 120
 MAX_GROWTH = 32 << 20
 """Bytes of the server's process between the first third and the end; its clients live in another."""
 MAX_BODY = 400_000
+TUNED = "tuned"
+"""The adapter that is served beside the model."""
+PENALTIES: dict[str, Any] = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {"7": 3}}
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+TEMPLATE = (
+    "{% for each in tools or [] %}{{ each.function.description }}\n{% endfor %}"
+    "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Short, so that a tool finds room in the model's context."""
 JSON = {"content-type": "application/json"}
 ODD_TEXTS = ("\u202e🤦🏽‍♂️" * 5, "a\x00b", "日本語", "ﷺ" * 3, "\ufeff\u200b", "é" * 3, "🏴󠁧󠁢󠁷󠁬󠁳󠁿", "�")
 BAD_BODIES = (b"{", b"\xff", b"[]", b"", b"nul", b'{"model": "tiny", "prompt": "\\ud800"}', b"[" * 5000)
@@ -44,7 +56,9 @@ class _Heard:
     prompt: list[int]
     tokens: list[str]
     text: str
-    is_stream: bool
+    is_stream: bool = False
+    model: str = NAME
+    is_punished: bool = False
 
 
 class _Client:
@@ -73,6 +87,9 @@ class _Client:
             self.speak_oddly,
             self.stop_at_strings,
             self.draw_with_a_seed,
+            self.punish,
+            self.fill_in_a_form,
+            self.call_a_tool,
             self.embed,
         ]
         try:
@@ -86,15 +103,28 @@ class _Client:
 
     def body(self) -> dict[str, Any]:
         prompt = [self.draw.randrange(1, 512) for _ in range(self.draw.randrange(1, 120))]
-        return {"model": NAME, "prompt": prompt, "max_tokens": self.draw.randrange(1, 60), "temperature": 0}
+        model = self.draw.choice((NAME, TUNED))
+        return {"model": model, "prompt": prompt, "max_tokens": self.draw.randrange(1, 60), "temperature": 0}
 
     def ask(self) -> None:
-        body = self.body() | {"logprobs": 0, "ignore_eos": True}
-        reply = self.http.post("/v1/completions", json=body)
-        assert reply.status_code in (200, 429)
-        if reply.status_code == 200:
-            choice = reply.json()["choices"][0]
-            self.keep(_Heard(body["prompt"], choice["logprobs"]["tokens"], choice["text"], is_stream=False))
+        self.hear(is_punished=False)
+
+    def punish(self) -> None:
+        self.hear(is_punished=True)
+
+    def hear(self, is_punished: bool) -> None:
+        body = self.body() | {"logprobs": 0, "ignore_eos": True} | (PENALTIES if is_punished else {})
+        reply = self.answered("/v1/completions", body)
+        if reply is not None:
+            choice = reply["choices"][0]
+            tokens, text = choice["logprobs"]["tokens"], choice["text"]
+            self.keep(_Heard(body["prompt"], tokens, text, model=body["model"], is_punished=is_punished))
+
+    def answered(self, path: str, body: dict[str, Any]) -> Any:
+        """The reply; `None` where the server is busy."""
+        reply = self.http.post(path, json=body)
+        assert reply.status_code in (200, 429), reply.text
+        return reply.json() if reply.status_code == 200 else None
 
     def follow_a_stream(self) -> None:
         """To its end; its pieces together are an answer like any other."""
@@ -108,7 +138,7 @@ class _Client:
             assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
             tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
             text = "".join(choice["text"] for choice in choices)
-            self.keep(_Heard(body["prompt"], tokens, text, is_stream=True))
+            self.keep(_Heard(body["prompt"], tokens, text, is_stream=True, model=body["model"]))
 
     def keep(self, heard: _Heard) -> None:
         if len(self.answers) < 60:
@@ -116,6 +146,7 @@ class _Client:
 
     def leave_a_stream(self) -> None:
         with self.http.stream("POST", "/v1/completions", json=self.body() | {"stream": True, "n": 2}) as reply:
+            assert reply.status_code in (200, 429)
             lines = reply.iter_lines()
             for _ in range(self.draw.randrange(1, 12)):
                 next(lines, None)
@@ -150,10 +181,9 @@ class _Client:
     def speak_oddly(self) -> None:
         messages = [{"role": "user", "content": self.draw.choice(ODD_TEXTS)}]
         body = {"model": NAME, "messages": messages, "max_tokens": 20, "stop": ["e", "the "], "seed": 1}
-        reply = self.http.post("/v1/chat/completions", json=body)
-        assert reply.status_code in (200, 429)
-        if reply.status_code == 200:
-            assert "e" not in reply.json()["choices"][0]["message"]["content"]
+        reply = self.answered("/v1/chat/completions", body)
+        if reply is not None:
+            assert "e" not in reply["choices"][0]["message"]["content"]
 
     def stop_at_strings(self) -> None:
         """Any piece of what will be said, wherever its tokens begin."""
@@ -162,22 +192,48 @@ class _Client:
         start = self.draw.randrange(len(whole) - 6)
         stop = whole[start : start + self.draw.randrange(1, 6)]
         body = {"model": NAME, "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stop": stop}
-        reply = self.http.post("/v1/completions", json=body)
-        if reply.status_code == 200:
-            choice = reply.json()["choices"][0]
+        reply = self.answered("/v1/completions", body)
+        if reply is not None:
+            choice = reply["choices"][0]
             assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
 
     def draw_with_a_seed(self) -> None:
         seed = self.draw.randrange(5)
         body = {"model": NAME, "prompt": "class", "max_tokens": 20, "seed": seed, "top_p": 0.9, "ignore_eos": True}
-        reply = self.http.post("/v1/completions", json=body)
-        if reply.status_code == 200:
-            text = reply.json()["choices"][0]["text"]
+        reply = self.answered("/v1/completions", body)
+        if reply is not None:
+            text = reply["choices"][0]["text"]
             assert self.seeded.setdefault(seed, text) == text
 
+    def talk(self, **bounds: Any) -> Any:
+        """The choice of an answer that is bound to something; `None` where the server is busy."""
+        body = {"model": self.draw.choice((NAME, TUNED)), "messages": [{"role": "user", "content": "?"}]}
+        reply = self.answered("/v1/chat/completions", body | {"max_tokens": 60} | bounds)
+        return reply and reply["choices"][0]
+
+    def fill_in_a_form(self) -> None:
+        form = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}
+        choice = self.talk(response_format=form)
+        if choice is not None:
+            assert choice["finish_reason"] == "stop"
+            assert json.loads(choice["message"]["content"])["n"] in (1, 22)
+
+    def call_a_tool(self) -> None:
+        tool = {
+            "type": "function",
+            "function": {"name": "f", "description": "Counts.", "strict": True, "parameters": SCHEMA},
+        }
+        choice = self.talk(tools=[tool], tool_choice="required")
+        if choice is not None:
+            assert choice["finish_reason"] == "tool_calls"
+            call = choice["message"]["tool_calls"][0]["function"]
+            assert call["name"] == "f"
+            assert json.loads(call["arguments"])["n"] in (1, 22)
+
     def embed(self) -> None:
-        reply = self.http.post("/v1/embeddings", json={"model": NAME, "input": list(ODD_TEXTS[:3])})
-        assert reply.status_code in (200, 429)
+        body = {"model": self.draw.choice((NAME, TUNED)), "input": list(ODD_TEXTS[:3])}
+        reply = self.answered("/v1/embeddings", body)
+        assert reply is None or len(reply["data"]) == 3
 
 
 @dataclass
@@ -215,6 +271,18 @@ def _held() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def _merged(reference: Any, adapter: Path) -> Any:
+    """The plain model with the adapter's product added to its weights."""
+    (module,) = {name.rpartition(".lora_")[0] for name in load_file(adapter / "adapter_model.safetensors")}
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    merged = copy.deepcopy(reference)
+    target = merged.get_submodule(module.removeprefix("base_model.model."))
+    added = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+    target.weight.data += added * settings["lora_alpha"] / settings["r"]
+    return merged
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "seconds"),
@@ -222,28 +290,36 @@ def _held() -> int:
     ids=["fp32", "bf16, with guesses"],
 )
 def test_mixed_traffic(
-    model_folder: Path, tokenizer: Any, reference: Any, settings: dict[str, Any], seconds: float
+    tmp_path: Path, model_folder: Path, tokenizer: Any, reference: Any, settings: dict[str, Any], seconds: float
 ) -> None:
-    """In fp32 every answer is the plain model's; in bf16 what the same engine says without guesses and company, to the token."""
+    """In fp32 every plain answer is the plain model's; else what the same engine says without guesses and company."""
     alone = open_engine(model_folder, **settings | {"guesses": 0})
+    adapter = save_adapter(tmp_path / "adapter")
+    alone.load_adapter(TUNED, adapter)
+    references = {NAME: reference, TUNED: _merged(reference, adapter)}
 
-    def say_alone(ids: list[int], n_tokens: int) -> list[int]:
+    def say_alone(ids: list[int], n_tokens: int, model: str = NAME, is_punished: bool = False) -> list[int]:
         params = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True)
-        return alone.generate([ids], params)[0].token_ids
+        if is_punished:
+            params = replace(params, **PENALTIES | {"logit_bias": ((7, 3.0),)})
+        return alone.generate([ids], params, None if model == NAME else model)[0].token_ids
 
-    def is_right(ids: list[int], tokens: list[int]) -> bool:
-        if settings["precision"] == "fp32":
-            return is_greedy(reference, ids, tokens)
-        return tokens == say_alone(ids, len(tokens))
+    def is_right(heard: _Heard, tokens: list[int]) -> bool:
+        if settings["precision"] == "fp32" and not heard.is_punished:
+            return is_greedy(references[heard.model], heard.prompt, tokens)
+        return tokens == say_alone(heard.prompt, len(tokens), heard.model, heard.is_punished)
 
     # Few blocks for so many, so that some must give theirs up.
     engine = open_engine(model_folder, max_batch=5, max_waiting=64, cache_tokens=256, **settings)
     engine.scheduler.step_tokens = 48
+    engine.load_adapter(TUNED, adapter)
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
     texts = {}
     for prompt in ("def wrap(text, width):", "import os", "x = ("):
         ids = tokenizer.encode(prompt)
         said = say_alone(ids, 40)
-        assert is_right(ids, said)
+        assert is_right(_Heard(ids, [], ""), said)
         texts[prompt] = _text(tokenizer, ids, said)
     with running(create_app(engine, tokenizer, NAME, ServeConfig(max_body_bytes=MAX_BODY))) as url:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -267,7 +343,7 @@ def test_mixed_traffic(
     assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
     assert engine.scheduler.n_preemptions > 0
     assert (engine.n_drafted > 0) == ("guesses" in settings)
-    assert len(told.calls) == 11
+    assert len(told.calls) == 14
     assert min(told.calls.values()) > seconds / 6, told.calls
     # One client's seed draws what another's does.
     assert len(told.seeded) <= 5
@@ -275,10 +351,12 @@ def test_mixed_traffic(
     ids_of = {token_text(read(token)): token for token in range(512)}
     assert len(told.answers) > 100
     assert sum(heard.is_stream for heard in told.answers) > 20
+    assert sum(heard.is_punished for heard in told.answers) > 20
+    assert {heard.model for heard in told.answers} == {NAME, TUNED}
     for heard in told.answers:
         tokens = [ids_of[token] for token in heard.tokens]
         assert heard.text == _text(tokenizer, heard.prompt, tokens)
-        assert is_right(heard.prompt, tokens)
+        assert is_right(heard, tokens)
 
 
 def _text(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:

@@ -274,3 +274,23 @@ def test_calls_that_are_none_are_refused(server_url: str, arguments: str) -> Non
     reply = httpx.post(f"{server_url}/v1/chat/completions", json={"model": NAME, "messages": messages})
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "messages"
+
+
+def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(roomy_url: str) -> None:
+    strict = {"type": "function", "function": TOOL["function"] | {"strict": True}}  # type: ignore[operator]
+    body: dict[str, Any] = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Rain?"}],
+        "tools": [OTHER_TOOL, strict],
+        "max_tokens": 160,
+        "temperature": 0,
+    }
+    for choice in ({}, {"tool_choice": "auto"}):
+        refused = httpx.post(f"{roomy_url}/v1/chat/completions", json=body | choice, timeout=60)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "tools"
+        assert "tools[1].function.strict" in refused.json()["error"]["message"]
+    bound = {"type": "json_schema", "json_schema": {"name": "place", "strict": True, "schema": SCHEMA}}
+    for choice in ({"tool_choice": "required"}, {"tool_choice": "none"}, {"response_format": bound}):
+        reply = httpx.post(f"{roomy_url}/v1/chat/completions", json=body | choice, timeout=60)
+        assert reply.status_code == 200, reply.text

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -27,7 +28,7 @@ from kajiya.serving.vllm import VERSION, command_line
 FLAGS = Path(__file__).parent / "vllm_flags.txt"
 _STUB = """\
 #!{python}
-import json, os, sys, time
+import json, os, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 known = {{}}
@@ -44,6 +45,8 @@ if sys.argv[1] != "serve":
     sys.exit("no such command")
 open(sys.argv[0] + ".pid", "w").write(str(os.getpid()))
 value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
+worker = subprocess.Popen(["sleep", "600"])
+open(sys.argv[0] + ".worker", "w").write(str(worker.pid))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -54,14 +57,31 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health" and os.path.exists(sys.argv[0] + ".wait"):
             open(sys.argv[0] + ".asked", "a").write("x")
             return self.send_error(503)
+        if self.path.startswith("/v1") and not self.has_key():
+            return self.send_error(401)
         model = {{"id": value("--served-model-name"), "max_model_len": 192}}
         self.answer(json.dumps({{"data": [model], "seen": sys.argv[1:]}}).encode())
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
+        if not self.has_key():
+            return self.send_error(401)
+        if b"brief" in body:
+            return self.say_three()
         if b"slow" in body:
             return self.go_on_until_it_is_gone()
         self.answer(b"data: " + body + b"\\n\\ndata: [DONE]\\n\\n")
+
+    def has_key(self):
+        return self.headers["authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
+
+    def say_three(self):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(3):
+            self.wfile.write(b"data: more\\n\\n")
+            time.sleep(0.3)
+        self.wfile.write(b"data: [DONE]\\n\\n")
 
     def go_on_until_it_is_gone(self):
         self.send_response(200)
@@ -84,20 +104,23 @@ ThreadingHTTPServer((value("--host"), int(value("--port"))), Handler).serve_fore
 """
 _PROGRAM = textwrap.dedent(
     """
+    import signal
     import sys
     from pathlib import Path
     from kajiya.config.schema import ServeConfig
     from kajiya.serving.server import serve
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as at a terminal, whatever runs the tests
     cfg = ServeConfig(
         engine="vllm",
         vllm=sys.argv[2],
         port=0,
         api_key="key",
         adapters={"tuned": sys.argv[3]},
-        max_batch=2,
+        vllm_max_batch=2,
         max_waiting=1,
         default_max_tokens=99,
+        max_answer_tokens=150,
         access_log=True,
         log_prompts=True,
     )
@@ -131,6 +154,7 @@ def _serving(model_folder: Path, stub: Path, adapter: Path) -> "Iterator[subproc
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         yield process
@@ -161,6 +185,7 @@ def test_vllm_is_started_awaited_passed_through_and_stopped(model_folder: Path, 
             ("--lora-modules", json.dumps({"name": "tuned", "path": str(adapter)})),
             ("--max-lora-rank", "32"),
             ("--generation-config", "vllm"),
+            ("--override-generation-config", '{"max_new_tokens": 150}'),
         ]:
             assert pair in pairs
         # The tokenizer has no template: vLLM is given the one that training and evaluation use.
@@ -171,11 +196,16 @@ def test_vllm_is_started_awaited_passed_through_and_stopped(model_folder: Path, 
         assert "<html" in httpx.get(url).text
         _crowd(url, headers, stub.with_suffix(".gone"))
         upstream = f"http://127.0.0.1:{seen[seen.index('--port') + 1]}"
-        process.send_signal(signal.SIGTERM)
+        # Nobody on this machine gets past the key by asking there, with this server's key or without.
+        for given in ({}, headers):
+            assert httpx.post(f"{upstream}/v1/completions", headers=given, json={"prompt": "x"}).status_code == 401
+        _break_off(process, url, headers)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out.strip()) == (0, "served"), err
     with pytest.raises(httpx.TransportError):
         httpx.get(upstream)
+    _is_gone(stub, "pid")
+    _is_gone(stub, "worker")
     logged = [json.loads(line) for line in err.splitlines() if line.startswith('{"time"')]
     assert [(line["path"], line["status"], line["body"]) for line in logged][:3] == [
         ("/v1/models", 401, ""),
@@ -194,7 +224,7 @@ def _until_asked(stub: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_while_it_starts_ends_it(
     model_folder: Path, stub: Path, adapter: Path, number: signal.Signals
 ) -> None:
@@ -204,8 +234,25 @@ def test_a_signal_while_it_starts_ends_it(
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out.strip()) == (0, "served"), err
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(stub.with_suffix(".pid").read_text()), 0)
+    _is_gone(stub, "pid")
+    _is_gone(stub, "worker")
+
+
+def _is_gone(stub: Path, whose: str) -> None:
+    """Of the stub's processes; an orphan is the system's to bury, which may take a moment."""
+    process, limit = int(stub.with_suffix(f".{whose}").read_text()), time.monotonic() + 60
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < limit, f"the {whose} is still there"
+        time.sleep(0.02)
+
+
+def _break_off(process: "subprocess.Popen[str]", url: str, headers: dict[str, str]) -> None:
+    """Ctrl-C at a terminal, which sends it to the whole group of processes, in the middle of an answer, which ends as it would."""
+    with httpx.stream("POST", f"{url}/v1/completions", headers=headers, json={"prompt": "brief"}) as reply:
+        lines = reply.iter_lines()
+        assert next(lines) == "data: more"
+        os.killpg(process.pid, signal.SIGINT)
+        assert [line for line in lines if line] == ["data: more", "data: more", "data: [DONE]"]
 
 
 def _crowd(url: str, headers: dict[str, str], gone: Path) -> None:
@@ -269,7 +316,7 @@ def test_its_absence_names_the_fix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"quantize": "int8"}, {"device": "cpu"}, {"runner": "plain"}, {"draft": "x"}, {"max_answer_tokens": 5}],
+    [{"quantize": "int8"}, {"device": "cpu"}, {"runner": "plain"}, {"draft": "x"}, {"max_batch": 5}],
 )
 def test_what_it_cannot_be_told_is_refused(tmp_path: Path, stub: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"serve\.{next(iter(settings))}"):

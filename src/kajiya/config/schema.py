@@ -336,7 +336,7 @@ class ServeConfig:
     model_name: str | None = None
     """Name of the model in the API; `None`: that of its recipe or folder."""
     max_batch: int = setting(16, ge=1)
-    """Sequences that are decoded together."""
+    """Sequences that are decoded together; for `engine=vllm` see `vllm_max_batch`."""
     max_waiting: int = setting(256, ge=1)
     """Requests that may wait; past it the server answers 429."""
     default_max_tokens: int = setting(256, ge=1)
@@ -372,6 +372,10 @@ class ServeConfig:
     """Largest body of a request, bytes; past it 413."""
     request_timeout_s: float | None = setting(None, gt=0)
     """Longest time for a request, its body's coming included, seconds; `None`: no limit."""
+    body_timeout_s: float | None = setting(60.0, gt=0)
+    """Longest time for a request's body to come, seconds; past it 408. `None`: no limit."""
+    drain_s: int = setting(20, ge=0)
+    """Longest wait for running answers after SIGINT or SIGTERM, seconds."""
     access_log: bool = False
     """A JSON line for each request on the error output."""
     log_prompts: bool = False
@@ -380,6 +384,8 @@ class ServeConfig:
     """Web origins whose pages may call the API; none by default."""
     vllm: str = "vllm"
     """Command of vLLM, in an environment of its own, for `engine=vllm`."""
+    vllm_max_batch: int = setting(256, ge=1)
+    """Sequences that vLLM decodes together."""
     vllm_start_s: float = setting(600.0, gt=0)
     """Longest wait until vLLM is ready, seconds."""
     tls_certificate: str | None = None

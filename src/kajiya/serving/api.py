@@ -18,13 +18,13 @@ from kajiya.errors import RequestError
 from kajiya.serving.engine import Engine
 from kajiya.serving.faults import add_error_handlers
 from kajiya.serving.gate import add_gate
-from kajiya.serving.generation import Generation, Prompt
+from kajiya.serving.generation import Generation, Prompt, unless_gone
 from kajiya.serving.hosts import Host, Hosts, Source, source_of
 from kajiya.serving.metrics import CONTENT_TYPE, Metrics
 from kajiya.serving.protocol import AdapterBody, ChatBody, CompletionBody, EmbeddingBody, ModelBody, NameBody
 from kajiya.serving.replies import ChatShape, CompletionShape
 from kajiya.serving.sequence import SamplingParams
-from kajiya.serving.tools import call_schema, check_tools, format_or_call, schema_of
+from kajiya.serving.tools import call_schema, check_tools, format_or_call, refuse_strict
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -111,7 +111,7 @@ def _openai_routes(service: Service) -> APIRouter:
         longest = max(len(prompt.ids) for prompt in prompts)
         params = _sampling(
             body,
-            max_tokens=host.answer_tokens(body.max_tokens, service.cfg, longest, "prompt"),
+            max_tokens=host.answer_tokens(body.max_tokens, service.cfg, longest, "prompt", "max_tokens"),
             n_logprobs=body.logprobs or 0,
         )
         params = replace(params, prompt_logprobs=bool(body.echo) and body.logprobs is not None)
@@ -125,12 +125,14 @@ def _openai_routes(service: Service) -> APIRouter:
         ids = await host.chat_ids(body.messages, body.offered)
         params = _sampling(
             body,
-            max_tokens=host.answer_tokens(body.answer_tokens, service.cfg, len(ids), "messages"),
+            max_tokens=host.answer_tokens(body.answer_tokens, service.cfg, len(ids), "messages", body.length),
             n_logprobs=body.top_logprobs or 0,
         )
         tools = check_tools(body.offered)
         are_several = bool(body.parallel_tool_calls)
         called = call_schema(tools, body.tool_choice, are_several)
+        if called is None and params.grammar is None:
+            refuse_strict(body.offered)
         if called is not None and params.grammar is not None:
             problem = "response_format and a tool_choice that binds the answer to a call exclude each other"
             raise RequestError(problem, param="response_format")
@@ -143,21 +145,25 @@ def _openai_routes(service: Service) -> APIRouter:
         return generation.stream() if body.stream else await generation.reply(http)
 
     @router.post("/embeddings")
-    async def embeddings(body: EmbeddingBody) -> JSONResponse:
+    async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:
         host, adapter = await service.hosts.find(body.model)
         inputs = [ids for ids, _ in await host.texts_or_ids(body.input, "input")]
-        data = []
-        for index, ids in enumerate(inputs):
-            vector = await host.worker.embed(ids, adapter)
-            packed: Any = vector
-            if body.encoding_format == "base64":
-                packed = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-            data.append({"object": "embedding", "index": index, "embedding": packed})
-        n_tokens = sum(len(ids) for ids in inputs)
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+        return await unless_gone(http, _embedded(host, adapter, inputs, body))
 
     return router
+
+
+async def _embedded(host: Host, adapter: str | None, inputs: list[list[int]], body: EmbeddingBody) -> Response:
+    data = []
+    for index, ids in enumerate(inputs):
+        vector = await host.worker.embed(ids, adapter)
+        packed: Any = vector
+        if body.encoding_format == "base64":
+            packed = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": packed})
+    n_tokens = sum(len(ids) for ids in inputs)
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 
 def _loading_routes(service: Service, load: Callable[[Path], Engine]) -> APIRouter:
@@ -178,7 +184,7 @@ def _loading_routes(service: Service, load: Callable[[Path], Engine]) -> APIRout
         host, adapter = await service.hosts.find(body.lora_name)
         if adapter is None:
             raise RequestError(f"{body.lora_name!r} is no adapter", param="lora_name")
-        await host.worker.call(lambda: host.engine.unload_adapter(adapter))
+        await host.unload_adapter(adapter)
         return JSONResponse({"object": "list", "data": service.hosts.cards()})
 
     @router.post("/load_model")
@@ -245,13 +251,14 @@ def _sampling(body: CompletionBody | ChatBody, *, max_tokens: int, n_logprobs: i
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        # No mass at all: the most probable token is the smallest set that reaches it.
+        top_k=1 if body.top_p == 0 else body.top_k,
+        top_p=body.top_p or 1.0,
         seed=body.seed,
         n_logprobs=n_logprobs,
         ignore_eos=bool(body.ignore_eos),
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=body.biases(),
-        grammar=schema_of(body.response_format),
+        grammar=body.schema_text,
     )

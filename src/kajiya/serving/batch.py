@@ -24,6 +24,8 @@ _KINDS: Mapping[str, tuple[str, type[CompletionBody | ChatBody]]] = {
     "messages": ("/v1/chat/completions", ChatBody),
 }
 """Field that a request of a kind has → where it goes and what it may say."""
+_PROBE: Mapping[str, Any] = {"prompt": [0], "max_tokens": 1, "temperature": 0}
+"""A request that an engine which works can answer."""
 _BUSY_S = 0.02
 """Wait before a request is sent again for which there was no room, seconds."""
 
@@ -131,10 +133,10 @@ def _checked(where: str, body: dict[str, Any]) -> str:
 def answer_all(answerer: Answerer, tasks: list[Task], output: Path, on_answer: Callable[[int, int], None]) -> int:
     """Answer the tasks that `output` does not have yet, one JSON line each, in the order in which they end.
 
-    A line has the task's `id` with the API's `choices` and `usage`, or the `error` with which the API would refuse it, and the
-    digest of the `request` and of what answered it. A line cut short by a crash is dropped and answered again. Returns how
-    many were answered now; `on_answer` hears how many of how many are there. Raises `DataError` where `output` has answers to
-    other requests, `EngineError` where the engine fails.
+    A line has the task's `id` with the API's `choices` and `usage`, or the `error` with which the API would refuse it or the
+    engine fails at it alone, and the digest of the `request` and of what answered it. A line cut short by a crash is dropped
+    and answered again. Returns how many were answered now; `on_answer` hears how many of how many are there. Raises
+    `DataError` where `output` has answers to other requests, `EngineError` where the engine fails for good.
     """
     by = answerer.digests()
     asked = {task.id: _digest(task, by) for task in tasks}
@@ -198,37 +200,65 @@ async def _answer(answerer: Answerer, waiting: list[Task], write: Callable[[Task
         cors_origins=(),
         access_log=False,
         request_timeout_s=None,
+        body_timeout_s=None,
         max_body_bytes=sys.maxsize,
     )
     app = create_app(answerer.engine, answerer.tokenizer, answerer.name, cfg)
     scheduler = answerer.engine.scheduler
     left = iter(waiting)
+    failed: list[Task] = []
 
     async def ask() -> None:
+        """Until the tasks are through, or the engine has failed one."""
         for task in left:
-            write(task, await _asked(app, task))
+            try:
+                write(task, await _asked(app, task.path, task.body))
+            except EngineError:
+                failed.append(task)
+            if failed:
+                return
 
     async with app.router.lifespan_context(app):
         n_asking = scheduler.max_batch + min(scheduler.max_batch, scheduler.max_waiting)
-        asking = [asyncio.create_task(ask()) for _ in range(n_asking)]
+        while True:
+            asking = [asyncio.create_task(ask()) for _ in range(n_asking)]
+            try:
+                await asyncio.gather(*asking)
+            finally:
+                for each in asking:
+                    each.cancel()
+                await asyncio.gather(*asking, return_exceptions=True)
+            if not failed:
+                return
+            # One of them may have been too much for the engine, and the others failed with it.
+            for task in failed:
+                write(task, await _asked_alone(app, task, answerer.name))
+            failed.clear()
+
+
+async def _asked_alone(app: Any, task: Task, model: str) -> dict[str, Any]:
+    """The answer to a task; the engine's error where that answers another request. Raises `EngineError` where it does not."""
+    try:
+        return await _asked(app, task.path, task.body)
+    except EngineError as error:
         try:
-            await asyncio.gather(*asking)
-        finally:
-            for each in asking:
-                each.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await _asked(app, "/v1/completions", {"model": model, **_PROBE})
+        except EngineError:
+            raise EngineError(
+                f"{task.id}: {error}\nThe answers so far are kept; the same command goes on from there."
+            ) from error
+        return {"error": str(error)}
 
 
-async def _asked(app: Any, task: Task) -> dict[str, Any]:
+async def _asked(app: Any, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The API's answer, or the error with which it refuses the request. Raises `EngineError` where the engine fails."""
     while True:
-        status, reply = await _post(app, task.path, task.body)
+        status, reply = await _post(app, path, body)
         if status == 200:
             return {"choices": reply["choices"], "usage": reply["usage"]}
         message = reply["error"]["message"]
         if status >= 500:
-            raise EngineError(
-                f"{task.id}: {message}\nThe answers so far are kept; the same command goes on from there."
-            )
+            raise EngineError(message)
         if status != 429:
             return {"error": message}
         await asyncio.sleep(_BUSY_S)

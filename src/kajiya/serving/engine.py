@@ -265,6 +265,7 @@ class Engine:
     def embedding(self, ids: Rows[int], adapter: str | None = None) -> Generator[list[float] | None, None, None]:
         """`embed`, read in pieces: `None` behind each but the last, then the vector. Steps may come in between; close it."""
         self.check_ids(ids, "input")
+        self._check_adapter(adapter)
         request = Request("embed", tuple(ids), SamplingParams(max_tokens=0), adapter)
         return embedding(self.runner, self.scheduler, new_sequence(request, self.eos_ids))
 
@@ -360,8 +361,7 @@ class Engine:
     def _check(self, request: Request) -> None:
         self.check_ids(request.prompt, "prompt")
         request.params.check(self.vocab_size)
-        if request.adapter is not None and request.adapter not in self.adapters:
-            raise RequestError(f"no adapter {request.adapter!r} is loaded", param="model", status=404)
+        self._check_adapter(request.adapter)
         n_prompt, n_answer = len(request.prompt), request.params.max_tokens
         if n_prompt + n_answer > self.context_tokens:
             raise RequestError(
@@ -370,6 +370,10 @@ class Engine:
                 code="context_length_exceeded",
                 param="max_tokens",
             )
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self.adapters:
+            raise RequestError(f"no adapter {adapter!r} is loaded", param="model", status=404)
 
     def check_ids(self, ids: Rows[int], param: str) -> None:
         """Raise `RequestError` naming `param` unless these are token ids, at least one, that fit the context."""

@@ -9,6 +9,8 @@ from starlette.exceptions import HTTPException
 
 from kajiya.errors import ConfigError, KajiyaError, RequestError
 
+CLIENT_GONE = 499
+"""Status in log and metrics of a reply that nobody waits for any more (nginx's convention)."""
 RETRY_AFTER_S = 1
 """What a client is told to wait when the queue is full."""
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kajiya.config.schema import ServeConfig
 from kajiya.errors import ConfigError
-from kajiya.serving.faults import error_body, error_reply
+from kajiya.serving.faults import CLIENT_GONE, error_body, error_reply
 from kajiya.serving.metrics import Metrics
 
 access_log = logging.getLogger("kajiya.access")
@@ -43,7 +43,16 @@ def add_gate(app: Starlette, cfg: ServeConfig, metrics: Metrics) -> None:
 
     Raises `ConfigError` for a file of keys that cannot be read.
     """
-    limits = Limits(read_keys(cfg.api_key), cfg.max_body_bytes, cfg.request_timeout_s, cfg.access_log, cfg.log_prompts)
+    max_batch = cfg.vllm_max_batch if cfg.engine == "vllm" else cfg.max_batch
+    limits = Limits(
+        read_keys(cfg.api_key),
+        cfg.max_body_bytes,
+        max_batch + cfg.max_waiting,
+        cfg.request_timeout_s,
+        cfg.body_timeout_s,
+        cfg.access_log,
+        cfg.log_prompts,
+    )
     app.add_middleware(Gate, limits=limits, metrics=metrics)
     if cfg.cors_origins:
         # Outside the gate: a browser asks for leave without a key, and shows a page only replies that allow its origin.
@@ -85,7 +94,10 @@ class Limits:
 
     api_keys: tuple[str, ...]
     max_body_bytes: int
+    max_reading: int
+    """Bodies that may be under way at once."""
     timeout_s: float | None
+    body_timeout_s: float | None
     logs: bool
     logs_prompts: bool
 
@@ -95,16 +107,18 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics) -> None:
         self._app = app
-        self._bearers = [b"Bearer " + key.encode() for key in limits.api_keys]
+        self._keys = [key.encode() for key in limits.api_keys]
         self._limits = limits
         self._metrics = metrics
+        self._n_reading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         begun = time.perf_counter()
-        status, n_bytes = 500, 0
+        status: int | None = None
+        n_bytes = 0
 
         async def watched(message: Message) -> None:
             nonlocal status, n_bytes
@@ -125,7 +139,10 @@ class Gate:
                 await refusal(scope, receive, watched)
             else:
                 await self._bounded(scope, receive, watched, body)
+            if status is None:
+                status = CLIENT_GONE  # in the middle of its body
         finally:
+            status = status or 500
             seconds = time.perf_counter() - begun
             endpoint = scope["path"] if scope["path"] in _KNOWN else "other"
             self._metrics.requests.labels(endpoint, str(status)).inc()
@@ -144,9 +161,18 @@ class Gate:
                 is_stream = kind.startswith(b"text/event-stream")
             await send(message)
 
+        async def fail(words: str, status: int, code: str) -> None:
+            if not began_reply:
+                await error_reply(words, status, code)(scope, receive, send)
+            elif is_stream:
+                event = b"data: " + json.dumps(error_body(words, status, code)).encode() + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+
+        whole, coming = asyncio.timeout(self._limits.timeout_s), asyncio.timeout(self._limits.body_timeout_s)
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                content = await self._read(scope, receive, noted)
+            async with whole:
+                async with coming:
+                    content = await self._read(scope, receive, noted)
                 if content is None:
                     return
                 is_read = True
@@ -154,15 +180,18 @@ class Gate:
                     body.append(content)
                 await self._app(scope, _replayed(content, receive), noted)
         except TimeoutError:
-            limit = f"this server's limit of {self._limits.timeout_s:g} s"
-            words, status = f"The answer took longer than {limit}.", 504
-            if not is_read:
-                words, status = f"The body took longer to come than {limit}.", 408
-            if not began_reply:
-                await error_reply(words, status, "timeout")(scope, receive, send)
-            elif is_stream:
-                event = b"data: " + json.dumps(error_body(words, status, "timeout")).encode() + b"\n\n"
-                await send({"type": "http.response.body", "body": event, "more_body": False})
+            if not (whole.expired() or coming.expired()):
+                raise  # of the application's own
+            limit_s = self._limits.timeout_s if whole.expired() else self._limits.body_timeout_s
+            limit = f"this server's limit of {limit_s:g} s"
+            if is_read:
+                await fail(f"The answer took longer than {limit}.", 504, "timeout")
+            else:
+                await fail(f"The body took longer to come than {limit}.", 408, "timeout")
+        except asyncio.CancelledError:
+            # The server ends, and has waited as long as it does.
+            await fail("The server is stopping.", 503, "server_stopping")
+            raise
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> bytes | None:
         """The whole body: one without a declared length is cut off at the same bound. `None` where there is no more to do."""
@@ -171,23 +200,34 @@ class Gate:
         if declared.isdigit() and int(declared) > most:
             await _too_large(most)(scope, receive, send)
             return None
-        total, more = 0, scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
+        if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
+            return b""
+        if self._n_reading >= self._limits.max_reading:
+            words = f"The server is busy: {self._n_reading} requests are coming in. Try again shortly."
+            await error_reply(words, 429, "queue_full")(scope, receive, send)
+            return None
+        self._n_reading += 1
+        total = 0
         chunks: list[bytes] = []
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            total += len(chunks[-1])
-            if total > most:
-                await _too_large(most)(scope, receive, send)
-                return None
-            more = message.get("more_body", False)
-        return b"".join(chunks)
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                chunks.append(message.get("body", b""))
+                total += len(chunks[-1])
+                if total > most:
+                    await _too_large(most)(scope, receive, send)
+                    return None
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+        finally:
+            self._n_reading -= 1
 
     def _has_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return not self._bearers or any(secrets.compare_digest(given, bearer) for bearer in self._bearers)
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        is_bearer = scheme.lower() == b"bearer"  # in any case (RFC 9110, section 11.1)
+        return not self._keys or (is_bearer and any(secrets.compare_digest(given.strip(), key) for key in self._keys))
 
     def _log(self, scope: Scope, status: int, seconds: float, n_bytes: int, body: list[bytes]) -> None:
         client = scope.get("client")

@@ -13,14 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from kajiya.errors import RequestError
 from kajiya.serving.answer import Answer, Piece
-from kajiya.serving.faults import error_body
+from kajiya.serving.faults import CLIENT_GONE, error_body
 from kajiya.serving.metrics import Metrics
 from kajiya.serving.replies import Shape, joined, usage
 from kajiya.serving.sequence import FINISHED_ERROR, Request, SamplingParams, derive_seed
 from kajiya.serving.worker import Ticket, Worker
-
-_CLIENT_GONE = 499
-"""Status in the metrics of a reply that nobody waits for any more (nginx's convention)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Generation:
         if len(prompts) * n > most:
             raise RequestError(
                 f"{len(prompts)} prompts × n = {n} are {len(prompts) * n} sequences; this server holds {most} at most",
-                param="n",
+                param="n" if len(prompts) <= most else "prompt",
             )
         requests: list[Request] = []
         for prompt in prompts:
@@ -84,10 +81,9 @@ class Generation:
     async def reply(self, http: HttpRequest) -> Response:
         """The whole reply; the requests are taken back when the client goes away first."""
         try:
-            found = await _unless_gone(http, self._collect())
+            return await unless_gone(http, self._collect())
         finally:
             self.close()
-        return found or Response(status_code=_CLIENT_GONE)
 
     def stream(self) -> Response:
         """Server-sent events; the requests are taken back when the client goes away."""
@@ -170,13 +166,13 @@ class _EventStream(StreamingResponse):
             self._on_close()
 
 
-async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response | None:
-    """The result of `work`, or `None` when the client disconnects first; `work` is cancelled then."""
+async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
+    """The reply that `work` makes; when the client disconnects first, `work` is cancelled and nobody hears this reply."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(http))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        return working.result() if working.done() else Response(status_code=CLIENT_GONE)
     finally:
         for task in (working, leaving):
             task.cancel()

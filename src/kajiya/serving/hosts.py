@@ -51,6 +51,12 @@ class Host:
         if engine.eos_ids:
             engine.use_tokenizer(tokenizer)
 
+    @property
+    def most_tokens(self) -> int:
+        """Longest prompt with its answer: what the context takes and the cache holds."""
+        pool = self.engine.scheduler.pool
+        return min(self.engine.context_tokens, pool.n_blocks * pool.block_tokens)
+
     def card(self, name: str) -> dict[str, Any]:
         """The model, or an adapter of it, in `/v1/models`; fields past `owned_by` are this server's own."""
         return {
@@ -58,7 +64,7 @@ class Host:
             "object": "model",
             "created": self.created,
             "owned_by": "kajiya",
-            "max_model_len": self.engine.context_tokens,
+            "max_model_len": self.most_tokens,
             "has_chat_template": bool(self.tokenizer.chat_template),
             "parent": None if name == self.name else self.name,
         }
@@ -77,6 +83,15 @@ class Host:
             return read()
         return await asyncio.to_thread(read)
 
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more. Raises `RequestError` while requests use it, or texts that are being read."""
+        n_reading = self.worker.n_embedding(name)
+        if n_reading:
+            raise RequestError(
+                f"{n_reading} texts are read with the adapter {name!r}; try again", param="name", status=409
+            )
+        await self.worker.call(lambda: self.engine.unload_adapter(name))
+
     async def _encode_all(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts, with the special tokens that the tokenizer adds."""
 
@@ -86,23 +101,24 @@ class Host:
         is_short = sum(len(text) + _TEXT_COST for text in texts) <= _LONG_TEXT
         return encode() if is_short else await asyncio.to_thread(encode)
 
-    def answer_tokens(self, asked: int | None, cfg: ServeConfig, longest_prompt: int, param: str) -> int:
-        """Longest answer: what was asked for, or the default cut to what the context leaves and the server allows."""
+    def answer_tokens(self, asked: int | None, cfg: ServeConfig, longest_prompt: int, prompt: str, length: str) -> int:
+        """Longest answer: what was asked for, or the default cut to what context and cache leave and the server allows.
+
+        Errors name the parameters `prompt` and `length`.
+        """
         most = cfg.max_answer_tokens
         if most is not None and asked is not None and asked > most:
-            raise RequestError(
-                f"max_tokens must be at most {most} on this server, not {asked}",
-                code="invalid_value",
-                param="max_tokens",
-            )
-        context = self.engine.context_tokens
-        room = context - longest_prompt
+            problem = f"{length} must be at most {most} on this server, not {asked}"
+            raise RequestError(problem, code="invalid_value", param=length)
+        room = self.most_tokens - longest_prompt
         if room < (1 if asked is None else 0):
+            is_context = self.most_tokens == self.engine.context_tokens
+            what = "This model's context length is" if is_context else "This server's cache holds"
             raise RequestError(
-                f"This model's context length is {context} tokens, but the prompt has {longest_prompt}"
+                f"{what} {self.most_tokens} tokens, but the prompt has {longest_prompt}"
                 f"{'' if room < 0 else ', which leaves none for the answer'}.",
-                code="context_length_exceeded",
-                param=param,
+                code="context_length_exceeded" if is_context else "cache_exceeded",
+                param=prompt,
             )
         return min(cfg.default_max_tokens, room, most or room) if asked is None else asked
 
@@ -132,7 +148,9 @@ class Hosts:
         self._kept: dict[str, dict[str, Path]] = {}
         """Adapters of models that were let go, by model and name: they come back when they are asked for."""
         self._idle_unload_s = idle_unload_s
+        self._loads: dict[Source, asyncio.Task[None]] = {}
         self._loading = asyncio.Lock()
+        self._returning = asyncio.Lock()
         self._sweeper: asyncio.Task[None] | None = None
 
     @property
@@ -160,28 +178,50 @@ class Hosts:
                 return host, None if name == host.name else name
         model = next((each for each, adapters in self._kept.items() if name in adapters), name)
         if model not in self._sources:
-            known = ", ".join(repr(card["id"]) for card in self.cards())
-            raise RequestError(
-                f"The model {name!r} does not exist here; this server has {known}.",
-                code="model_not_found",
-                param="model",
-                status=404,
-            )
-        async with self._loading:
-            if model not in self._hosts:
-                engine, tokenizer = await asyncio.to_thread(self._sources[model].open)
-                host = await asyncio.to_thread(Host, model, engine, tokenizer, self._watcher)
-                host.worker.start()
-                self._hosts[model] = host
-            host = self._hosts[model]
-            host.last_used = time.monotonic()
-            if name == model:
-                return host, None
+            raise self._unknown(name)
+        host = await self._loaded(model)
+        if name == model:
+            return host, None
+        async with self._returning:
             folder = self._kept.get(model, {}).get(name)
             if folder is not None:
                 await host.load_adapter(name, folder)
-                self._kept[model].pop(name)
+                self._kept.get(model, {}).pop(name, None)
         return host, name
+
+    async def _loaded(self, model: str) -> Host:
+        """The model in memory. It is loaded once, however many ask for it, and to its end though they leave."""
+        if model not in self._hosts:
+            source = self._sources[model]
+            if source not in self._loads:
+                loading = asyncio.create_task(self._load(source))
+                self._loads[source] = loading
+                loading.add_done_callback(lambda _: self._loads.pop(source))
+            await asyncio.shield(self._loads[source])
+        host = self._hosts.get(model)
+        if host is None:  # removed since
+            raise self._unknown(model)
+        host.last_used = time.monotonic()
+        return host
+
+    async def _load(self, source: Source) -> None:
+        def opened() -> Host:
+            return Host(source.name, *source.open(), self._watcher)
+
+        async with self._loading:
+            host = await asyncio.to_thread(opened)
+            if self._sources.get(source.name) is source:  # and has not been removed meanwhile
+                host.worker.start()
+                self._hosts[source.name] = host
+
+    def _unknown(self, name: str) -> RequestError:
+        known = ", ".join(repr(card["id"]) for card in self.cards())
+        return RequestError(
+            f"The model {name!r} does not exist here; this server has {known}.",
+            code="model_not_found",
+            param="model",
+            status=404,
+        )
 
     def add(self, source: Source) -> None:
         """Have one more model, loaded when it is first asked for."""
@@ -212,9 +252,10 @@ class Hosts:
 
     async def stop(self) -> None:
         """End the engines' threads."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
+        tasks = [*self._loads.values(), *filter(None, [self._sweeper])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for host in self.loaded:
             await host.worker.stop()
 
@@ -222,13 +263,19 @@ class Hosts:
         while True:
             await asyncio.sleep(min(idle_s / 4, 10))
             for name in [*self._hosts.keys() & self._sources.keys()]:
-                host = self._hosts[name]
-                if not host.engine.is_idle or host.worker.n_open:
-                    host.last_used = time.monotonic()
-                elif time.monotonic() - host.last_used > idle_s:
-                    del self._hosts[name]
-                    self._kept[name] = self._kept.get(name, {}) | host.engine.adapters
-                    await host.worker.stop()
+                await self._let_go(name, idle_s)
+
+    async def _let_go(self, name: str, idle_s: float) -> None:
+        """Let go of a model that is idle; a call of its own, so that nothing here holds the model when it is over."""
+        host = self._hosts.get(name)
+        if host is None:  # removed while another was let go
+            return
+        if not host.engine.is_idle or host.worker.n_open:
+            host.last_used = time.monotonic()
+        elif time.monotonic() - host.last_used > idle_s:
+            del self._hosts[name]
+            self._kept[name] = self._kept.get(name, {}) | host.engine.adapters
+            await host.worker.stop()
 
 
 def source_of(name: str, folder: Path, load: Callable[[Path], Engine]) -> Source:

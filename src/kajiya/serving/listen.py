@@ -13,10 +13,8 @@ from typing import Any
 
 import uvicorn
 
+from kajiya.config.schema import ServeConfig
 from kajiya.errors import ConfigError
-
-DRAIN_S = 20
-"""Longest wait for running answers after the first signal, seconds; a second signal ends at once."""
 
 
 class StopSignal:
@@ -34,16 +32,16 @@ def announce_and_run(server: uvicorn.Server, listener: socket.socket, on_ready: 
         asyncio.run(_run(server, listener, lambda url: on_ready(url.replace("http", scheme, 1)), stop))
 
 
-def web_server(app: Any, certificate: str | None, key: str | None) -> uvicorn.Server:
+def web_server(app: Any, cfg: ServeConfig) -> uvicorn.Server:
     """A server for the application `app`, which speaks HTTPS where there is a certificate."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=DRAIN_S,
-            ssl_certfile=certificate,
-            ssl_keyfile=key,
+            timeout_graceful_shutdown=cfg.drain_s,
+            ssl_certfile=cfg.tls_certificate,
+            ssl_keyfile=cfg.tls_key,
         )
     )
 
@@ -116,7 +114,7 @@ async def _run(
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopSignal]:
-    """Within, SIGINT and SIGTERM only say so: whoever started something ends it in order.
+    """Within, SIGINT and SIGTERM only say so: whoever started something ends it in order. A closed terminal is a SIGTERM.
 
     Outside the main thread, where Python takes no signals, it changes nothing.
     """
@@ -129,6 +127,8 @@ def stop_on_signals() -> Iterator[StopSignal]:
         stop.is_asked = True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield stop
     finally:

@@ -1,9 +1,10 @@
 """The messages of a chat request: checked, and in the form that chat templates take, which is that of the training's rows."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from kajiya.config.tables import nearest
 from kajiya.errors import RequestError
 
 _TEXT = {
@@ -27,7 +28,11 @@ MESSAGES = {
         "anyOf": [
             {
                 "type": "object",
-                "properties": {"role": {"enum": ["system", "developer", "user", "assistant"]}, "content": _TEXT},
+                "properties": {
+                    "role": {"enum": ["system", "developer", "user", "assistant"]},
+                    "content": _TEXT,
+                    "name": {"type": "string"},
+                },
                 "required": ["role", "content"],
                 "additionalProperties": False,
             },
@@ -46,8 +51,8 @@ MESSAGES = {
     },
 }
 """What the OpenAPI document says of messages; they are checked by `read_messages`."""
-_OWN: Mapping[str, tuple[str, ...]] = {"tool": ("tool_call_id", "name"), "assistant": ("tool_calls",)}
-"""What messages of a role may have beside role and content."""
+_OWN: Mapping[str, tuple[str, ...]] = {"tool": ("tool_call_id",), "assistant": ("tool_calls",)}
+"""What messages of a role may have beside role, content and a name."""
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -65,12 +70,21 @@ def require_unicode(text: str, where: str, param: str) -> None:
         raise RequestError(f"{where} is no valid Unicode text: {error.reason}", param=param) from error
 
 
+def require_known(given: Mapping[str, Any], known: Collection[str], where: str, param: str) -> None:
+    """Raise `RequestError` for a key that is not among the known ones."""
+    for key in given:
+        if key not in known:
+            hint = nearest(key, known)
+            message = f"unknown parameter {where}.{key}" + (f"; {hint}" if hint else "")
+            raise RequestError(message, code="unknown_parameter", param=param)
+
+
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = message.get("role")
     role = "system" if role == "developer" else role
     own = _OWN.get(str(role), ())
     for key, value in message.items():
-        if key not in ("role", "content", *own) and value not in (None, [], ""):
+        if key not in ("role", "content", "name", *own) and value not in (None, [], ""):
             raise RequestError(f"{where}.{key} is not supported", code="unsupported_parameter", param="messages")
     if role not in ("system", "user", "assistant", "tool"):
         raise RequestError(f"{where}.role must be system, user, assistant or tool, not {role!r}", param="messages")
@@ -85,8 +99,8 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(calls, list):
             raise RequestError(f"{where}.tool_calls must be a list", code="invalid_type", param="messages")
         found["tool_calls"] = [_call(call, where) for call in calls]
-    if role == "tool":
-        found |= {key: _name(message[key], f"{where}.{key}") for key in own if message.get(key) is not None}
+    names = ("name", *own) if role == "tool" else ("name",)
+    found |= {key: _name(message[key], f"{where}.{key}") for key in names if message.get(key) is not None}
     require_unicode(json.dumps(found, ensure_ascii=False), where, "messages")
     return found
 

@@ -1,6 +1,7 @@
 """Prometheus metrics of the server."""
 
 import time
+from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -26,10 +27,10 @@ class Metrics:
         self.waiting = Gauge("kajiya_sequences_waiting", "Sequences that wait for a place", registry=registry)
         self.cached = Gauge("kajiya_cache_tokens", "Positions of the key-value cache in use", registry=registry)
         self.cache_use = Gauge("kajiya_cache_use_ratio", "Part of the cache's blocks that is held", registry=registry)
-        self.shared = Gauge("kajiya_shared_prompt_tokens", "Prompt tokens found in the cache so far", registry=registry)
-        self.preemptions = Gauge("kajiya_preemptions", "Sequences read again for want of blocks", registry=registry)
-        self.guessed = Gauge("kajiya_guessed_tokens", "Tokens guessed ahead so far", registry=registry)
-        self.confirmed = Gauge("kajiya_confirmed_tokens", "Guesses that became the answer", registry=registry)
+        self.shared = Counter("kajiya_shared_prompt_tokens", "Prompt tokens found in the cache", registry=registry)
+        self.preemptions = Counter("kajiya_preemptions", "Sequences read again for want of blocks", registry=registry)
+        self.guessed = Counter("kajiya_guessed_tokens", "Tokens guessed ahead", registry=registry)
+        self.confirmed = Counter("kajiya_confirmed_tokens", "Guesses that became the answer", registry=registry)
         self.first_token = Histogram(
             "kajiya_time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry
         )
@@ -45,6 +46,8 @@ class Metrics:
         )
         self._begun: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._counted: WeakKeyDictionary[Engine, tuple[int, ...]] = WeakKeyDictionary()
+        """What each engine had counted at its last step; models come and go, and what was counted stays."""
 
     def begin(self, request_id: str) -> None:
         """A sequence is about to be taken in."""
@@ -56,6 +59,7 @@ class Metrics:
 
     def step(self, engine: Engine, outputs: list[Output]) -> None:
         """The engine has made a step."""
+        self._count(engine)
         now = time.perf_counter()
         for output in outputs:
             if output.token is not None:
@@ -72,14 +76,19 @@ class Metrics:
         self.cached.set(sum(each.n_cached_tokens for each in schedulers))
         n_blocks = sum(each.pool.n_blocks for each in schedulers)
         self.cache_use.set(1 - sum(each.pool.n_free for each in schedulers) / n_blocks)
-        self.shared.set(sum(each.n_shared_tokens for each in schedulers))
-        self.preemptions.set(sum(each.n_preemptions for each in schedulers))
-        self.guessed.set(sum(engine.n_drafted for engine in engines))
-        self.confirmed.set(sum(engine.n_confirmed for engine in engines))
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def _count(self, engine: Engine) -> None:
+        scheduler = engine.scheduler
+        counts = (scheduler.n_shared_tokens, scheduler.n_preemptions, engine.n_drafted, engine.n_confirmed)
+        counters = (self.shared, self.preemptions, self.guessed, self.confirmed)
+        before = self._counted.setdefault(engine, (0,) * len(counts))
+        for counter, now, then in zip(counters, counts, before, strict=True):
+            counter.inc(now - then)
+        self._counted[engine] = counts
 
     def _token(self, request_id: str, now: float) -> None:
         self.generated_tokens.inc()

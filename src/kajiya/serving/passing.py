@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 from starlette.applications import Starlette
@@ -15,19 +16,21 @@ from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import playground_page
 from kajiya.serving.faults import error_reply
 from kajiya.serving.gate import add_gate
+from kajiya.serving.generation import unless_gone
 from kajiya.serving.metrics import Metrics
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
 _LENGTHS = ("max_tokens", "max_completion_tokens")
+_OWN_HEADERS = ("host", "content-length", "authorization")
 _METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS"]
 
 
-def proxy(upstream: str, cfg: ServeConfig, context_tokens: int) -> Starlette:
+def proxy(upstream: str, cfg: ServeConfig, context_tokens: int, key: str) -> Starlette:
     """An application that passes every request on, streams included, and serves the playground page itself.
 
-    `context_tokens` is the longest text that the model there takes.
+    `context_tokens` is the longest text that the model there takes, `key` the one that it asks of this server.
     """
-    passing = _Passing(upstream, cfg, context_tokens)
+    passing = _Passing(upstream, cfg, context_tokens, key)
 
     async def page(_: Request) -> Response:
         return playground_page()
@@ -50,13 +53,15 @@ def proxy(upstream: str, cfg: ServeConfig, context_tokens: int) -> Starlette:
 class _Passing:
     """The other server, and how many requests it has from here."""
 
-    def __init__(self, upstream: str, cfg: ServeConfig, context_tokens: int) -> None:
+    def __init__(self, upstream: str, cfg: ServeConfig, context_tokens: int, key: str) -> None:
         # Requests are counted here; the client's own bound on connections would hold them up unseen.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         self.client = httpx.AsyncClient(timeout=None, limits=limits)
         self._upstream = httpx.URL(upstream)
-        self._default_tokens = min(cfg.default_max_tokens, context_tokens)
-        self._most = cfg.max_batch + cfg.max_waiting
+        self._key = {"authorization": f"Bearer {key}"}
+        self._max_answer_tokens = cfg.max_answer_tokens
+        self._default_tokens = min(cfg.default_max_tokens, context_tokens, cfg.max_answer_tokens or context_tokens)
+        self._most = cfg.vllm_max_batch + cfg.max_waiting
         self._n_open = 0
 
     async def ready(self, _: Request) -> Response:
@@ -78,19 +83,36 @@ class _Passing:
             return error_reply(
                 f"The server is busy: {self._n_open} requests run or wait. Try again shortly.", 429, "queue_full"
             )
-        headers = {key: value for key, value in request.headers.items() if key not in ("host", "content-length")}
-        content = self._with_length(request.scope["path"], await request.body())
-        target = self._at(path, request.scope["query_string"])
+        content = await request.body()
+        body = _json_object(content) if request.scope["path"] in _GENERATING else None
+        problem = None if body is None else self._too_long(body)
+        if problem is not None:
+            return problem
         self._n_open += 1
+        reply: Response | None = None
         try:
-            sent = self.client.build_request(request.method, target, headers=headers, content=content)
-            reply = await self.client.send(sent, stream=True)
-        except BaseException as error:
-            self._n_open -= 1
-            if isinstance(error, httpx.TransportError):
-                return error_reply(f"The engine does not answer: {error}", 503, "engine_stopped")
-            raise
+            reply = await unless_gone(request, self._sent(request, self._bodies(content, body)))
+            return reply
+        finally:
+            if not isinstance(reply, PassedOn):
+                self._n_open -= 1
 
+    async def _sent(self, request: Request, bodies: list[bytes]) -> Response:
+        """The reply to the first of the bodies that is not refused, or to the last."""
+        headers = {key: value for key, value in request.headers.items() if key not in _OWN_HEADERS} | self._key
+        target = self._at(request.scope["raw_path"], request.scope["query_string"])
+        try:
+            for content in bodies:
+                sent = self.client.build_request(request.method, target, headers=headers, content=content)
+                reply = await self.client.send(sent, stream=True)
+                if reply.status_code != 400 or content is bodies[-1]:
+                    break
+                await reply.aclose()
+        except httpx.TransportError as error:
+            return error_reply(f"The engine does not answer: {error}", 503, "engine_stopped")
+        return self._passed_on(reply)
+
+    def _passed_on(self, reply: httpx.Response) -> "PassedOn":
         async def close() -> None:
             self._n_open -= 1
             await reply.aclose()
@@ -106,20 +128,34 @@ class _Passing:
     def _at(self, path: bytes, query: bytes = b"") -> httpx.URL:
         return self._upstream.copy_with(raw_path=path + (b"?" + query if query else b""))
 
-    def _with_length(self, path: str, content: bytes) -> bytes:
-        """The body with `serve.default_max_tokens` where it asks for no length; as it is where it is no such body.
+    def _too_long(self, body: Mapping[str, Any]) -> Response | None:
+        """What to say to a body that asks for more than `serve.max_answer_tokens`."""
+        most = self._max_answer_tokens
+        for name in _LENGTHS:
+            asked = body.get(name)
+            # vLLM would read a text or a fraction as a number, too.
+            if most is not None and asked is not None and (not isinstance(asked, int) or asked > most):
+                message = f"{name} must be at most {most} on this server, not {asked!r}"
+                return error_reply(message, 400, "invalid_value", name)
+        return None
 
-        vLLM has defaults of its own, and takes one on its command line only as a cap on every request.
+    def _bodies(self, content: bytes, body: Mapping[str, Any] | None) -> list[bytes]:
+        """What to send for a body that is `content`: where it asks for no length, one with `serve.default_max_tokens`.
+
+        vLLM has defaults of its own. It refuses a length past what the prompt leaves; behind that comes one with a null, which
+        is all that the context has left.
         """
-        if path not in _GENERATING:
-            return content
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError):
-            return content
-        if not isinstance(body, dict) or any(body.get(name) is not None for name in _LENGTHS):
-            return content
-        return json.dumps(body | {"max_tokens": self._default_tokens}).encode()
+        if body is None or any(body.get(name) is not None for name in _LENGTHS):
+            return [content]
+        return [json.dumps({**body, "max_tokens": length}).encode() for length in (self._default_tokens, None)]
+
+
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None
 
 
 class PassedOn(StreamingResponse):

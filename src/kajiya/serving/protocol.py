@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 from kajiya.config.tables import nearest
 from kajiya.errors import RequestError
 from kajiya.serving.messages import MESSAGES, require_unicode
+from kajiya.serving.response_format import ResponseFormat
 
 MAX_LOGPROBS = 20
 """Most alternatives that a request may ask for with each token."""
@@ -21,15 +22,12 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "dimensions": _NOTHING,
     "function_call": (None, "none"),
     "functions": (None, []),
-    "metadata": (None, {}),
     "modalities": (None, ["text"]),
     "moderation": _NOTHING,
     "prediction": _NOTHING,
-    "prompt_cache_key": _NOTHING,
     "prompt_cache_options": _NOTHING,
     "prompt_cache_retention": _NOTHING,
     "reasoning_effort": (None, "none"),
-    "safety_identifier": _NOTHING,
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
@@ -70,6 +68,17 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+    @model_validator(mode="after")
+    def _refuse_obfuscation(self) -> "StreamOptions":
+        if self.include_obfuscation:
+            raise RequestError(
+                "stream_options.include_obfuscation is not supported by this server",
+                code="unsupported_parameter",
+                param="stream_options",
+            )
+        return self
 
 
 class _Generation(_Body):
@@ -78,7 +87,7 @@ class _Generation(_Body):
     model: str
     max_tokens: int | None = Field(None, ge=0, lt=_INT64)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=1, lt=_INT64)
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
@@ -89,8 +98,11 @@ class _Generation(_Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
 
     @model_validator(mode="after")
     def _check_streaming(self) -> "_Generation":
@@ -117,6 +129,11 @@ class _Generation(_Body):
         return tuple(found)
 
     @property
+    def schema_text(self) -> str | None:
+        """The JSON schema that `response_format` asks for, as text; `None` for free text."""
+        return None if self.response_format is None else self.response_format.schema_text
+
+    @property
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -133,6 +150,14 @@ class CompletionBody(_Generation):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=128)
+
+    @model_validator(mode="after")
+    def _refuse_best_of(self) -> "CompletionBody":
+        if self.best_of not in (None, self.n or 1):
+            problem = "best_of is not supported by this server, unless it is n"
+            raise RequestError(problem, code="unsupported_parameter", param="best_of")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +194,11 @@ class ChatBody(_Generation):
     def answer_tokens(self) -> int | None:
         """Longest answer, tokens, under its newer or its older name."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def length(self) -> str:
+        """The name of that parameter."""
+        return "max_completion_tokens" if self.max_tokens is None else "max_tokens"
 
     @property
     def offered(self) -> list[dict[str, Any]]:

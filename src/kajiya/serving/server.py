@@ -36,6 +36,7 @@ def serve(
     # Said before a model is loaded.
     check_tls(cfg.tls_certificate, cfg.tls_key)
     read_keys(cfg.api_key)
+    check_names(cfg, cfg.model_name or name)
     if cfg.access_log:
         log_to_stderr()
     if cfg.engine == "vllm":
@@ -55,7 +56,21 @@ def serve(
             on_engine(engine.facts.note)
         tokenizer = load_tokenizer(folder)
         app = create_app(engine, tokenizer, cfg.model_name or name, cfg, others, load)
-        announce_and_run(web_server(app, cfg.tls_certificate, cfg.tls_key), listener, on_ready)
+        announce_and_run(web_server(app, cfg), listener, on_ready)
+
+
+def check_names(cfg: ServeConfig, name: str) -> None:
+    """Raise `ConfigError` where the model `name`, its adapters and the further models have not all names of their own."""
+    for field, names, others in (
+        ("adapters", cfg.adapters, {name}),
+        ("models", cfg.models, {name, *cfg.adapters}),
+    ):
+        for taken in sorted(names.keys() & others):
+            raise ConfigError(
+                f"serve.{field}.{taken}",
+                "is the name of another model or adapter of this server",
+                "Give each a name of its own; the model's is serve.model_name.",
+            )
 
 
 def open_engine(cfg: ServeConfig, folder: Path, proofs: Proofs | None = None) -> Engine:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kajiya.data.chat import ChatTemplate
 from kajiya.errors import DataError, RequestError
-from kajiya.serving.messages import read_messages, require_unicode
+from kajiya.serving.messages import read_messages, require_known, require_unicode
 from kajiya.serving.text import overlap
 
 _INTRODUCTION = (
@@ -27,19 +27,35 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     """The schema of each tool's arguments by the tool's name. Raises `RequestError` for what is no function tool."""
     found: dict[str, dict[str, Any]] = {}
     for place, tool in enumerate(tools):
-        function = tool.get("function")
+        where, function = f"tools[{place}]", tool.get("function")
         if (
             tool.get("type") != "function"
             or not isinstance(function, dict)
             or not isinstance(function.get("name"), str)
         ):
-            raise RequestError(f"tools[{place}] must be a function with a name", param="tools")
+            raise RequestError(f"{where} must be a function with a name", param="tools")
+        require_known(tool, ("type", "function"), where, "tools")
+        require_known(function, ("name", "description", "parameters", "strict"), f"{where}.function", "tools")
         parameters = function.get("parameters") or {"type": "object"}
         if not isinstance(parameters, dict):
-            raise RequestError(f"tools[{place}].function.parameters must be a JSON schema", param="tools")
-        require_unicode(json.dumps(function, ensure_ascii=False), f"tools[{place}]", "tools")
+            raise RequestError(f"{where}.function.parameters must be a JSON schema", param="tools")
+        if not isinstance(function.get("strict"), bool | None):
+            raise RequestError(f"{where}.function.strict must be true or false", param="tools")
+        require_unicode(json.dumps(function, ensure_ascii=False), where, "tools")
         found[function["name"]] = parameters
     return found
+
+
+def refuse_strict(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RequestError` for a tool whose calls are to be bound to its schema, where the answer is bound to nothing."""
+    for place, tool in enumerate(tools):
+        if tool["function"].get("strict"):
+            raise RequestError(
+                f"tools[{place}].function.strict binds an answer that must be a call: give tool_choice as required or as "
+                "the function's name, or leave strict out",
+                code="unsupported_parameter",
+                param="tools",
+            )
 
 
 def prompt_ids(
@@ -194,20 +210,3 @@ def _call(value: Any, names: Sequence[str]) -> dict[str, Any] | None:
     function = {"name": value["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
     # Nine letters and digits: what Mistral's template takes back.
     return {"id": uuid.uuid4().hex[:9], "type": "function", "function": function}
-
-
-def schema_of(response_format: Mapping[str, Any] | None) -> str | None:
-    """The JSON schema that `response_format` asks for, as text; `None` for free text. Raises `RequestError`."""
-    kind = (response_format or {"type": "text"}).get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return json.dumps({"type": "object"})
-    assert response_format is not None
-    inner = response_format.get("json_schema")
-    if kind != "json_schema" or not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict):
-        raise RequestError(
-            "response_format must be of type text, json_object, or json_schema with json_schema.schema",
-            param="response_format",
-        )
-    return json.dumps(inner["schema"])

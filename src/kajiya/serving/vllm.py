@@ -1,13 +1,16 @@
 """vLLM behind the same command: its server in an environment of its own, awaited, passed through and stopped."""
 
 import json
+import os
+import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ _ONLY_OURS: tuple[tuple[str, Any, str], ...] = (
     ("cache_tokens", None, "Leave it out."),
     ("models", {}, "Start one server for each model."),
     ("idle_unload_s", None, "Leave it out."),
-    ("max_answer_tokens", None, "Leave it out."),
+    ("max_batch", ServeConfig.max_batch, "Say how many it decodes together by serve.vllm_max_batch."),
     ("allow_loading", False, "Name the adapters in serve.adapters."),
 )
 """Settings of the other engine that vLLM is not told, with the values that ask for nothing, and what to do instead."""
@@ -43,9 +46,12 @@ def command_line(cfg: ServeConfig, folder: Path, name: str, port: int, template:
     executable = _executable(cfg, folder)
     dtype = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}[cfg.precision]
     words = [executable, "serve", str(folder), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--dtype", dtype, "--max-num-seqs", str(cfg.max_batch), "--max-logprobs", "20"]
+    words += ["--dtype", dtype, "--max-num-seqs", str(cfg.vllm_max_batch), "--max-logprobs", "20"]
     # The defaults of the other engine: nothing out of the model's own generation settings.
     words += ["--generation-config", "vllm"]
+    if cfg.max_answer_tokens is not None:
+        # A cap on every request, whatever its address; the proxy refuses what asks for more.
+        words += ["--override-generation-config", json.dumps({"max_new_tokens": cfg.max_answer_tokens})]
     if template is not None:
         words += ["--chat-template", str(template)]
     if cfg.adapters:
@@ -113,15 +119,18 @@ def serve_vllm(cfg: ServeConfig, folder: Path, name: str, on_ready: Callable[[st
         port = _free_port()
         words = command_line(cfg, folder, cfg.model_name or name, port, template)
         stop = stack.enter_context(stop_on_signals())
-        process = subprocess.Popen(words)
+        # Nobody else on this machine gets past the key here by asking there. Not among the words, which everybody can list.
+        key = secrets.token_urlsafe(32)
+        # Ctrl-C reaches this process alone, which lets running answers end before it ends vLLM.
+        process = subprocess.Popen(words, env=os.environ | {"VLLM_API_KEY": key}, start_new_session=True)
         stack.callback(_stop, process)
         upstream = f"http://127.0.0.1:{port}"
         if not _await_health(upstream, process, cfg.vllm_start_s, stop):
             return
-        app = proxy(upstream, cfg, _context_tokens(upstream))
+        app = proxy(upstream, cfg, _context_tokens(upstream, key), key)
         if stop.is_asked:
             return
-        announce_and_run(web_server(app, cfg.tls_certificate, cfg.tls_key), listener, on_ready)
+        announce_and_run(web_server(app, cfg), listener, on_ready)
 
 
 def _template(folder: Path, scratch: Path) -> Path | None:
@@ -161,16 +170,17 @@ def _await_health(upstream: str, process: "subprocess.Popen[bytes]", limit_s: fl
     raise KajiyaError(f"vLLM was not ready after {limit_s:g} s.\nserve.vllm_start_s gives it longer.")
 
 
-def _context_tokens(upstream: str) -> int:
+def _context_tokens(upstream: str, key: str) -> int:
     import httpx
 
-    return int(httpx.get(f"{upstream}/v1/models", timeout=60).json()["data"][0]["max_model_len"])
+    models = httpx.get(f"{upstream}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    return int(models.json()["data"][0]["max_model_len"])
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """End vLLM and its workers: asked first, then killed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)

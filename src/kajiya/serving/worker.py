@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -86,7 +86,8 @@ class Worker:
         self._has_ended = False
         self._thread = threading.Thread(target=self._work, name="kajiya-engine", daemon=True)
         self._tickets: dict[str, Ticket] = {}
-        self._n_embedding = 0
+        self._embedding_for: Counter[str | None] = Counter()
+        """Texts that are read or wait to be, by adapter."""
         self._embedding = asyncio.Lock()
         self._events: asyncio.AbstractEventLoop | None = None
 
@@ -112,7 +113,11 @@ class Worker:
     @property
     def n_open(self) -> int:
         """Requests whose end has not been handed over."""
-        return len(self._tickets) + self._n_embedding
+        return len(self._tickets) + self._embedding_for.total()
+
+    def n_embedding(self, adapter: str | None) -> int:
+        """Texts that are read or wait to be, with that adapter."""
+        return self._embedding_for[adapter]
 
     async def submit(self, requests: list[Request]) -> Ticket:
         """Add all of the requests, or none. Raises the `RequestError` of the first that the engine refuses."""
@@ -149,16 +154,18 @@ class Worker:
 
         Raises what `embedding` does, and a 429 where as many wait as may.
         """
-        if self._n_embedding >= self.engine.scheduler.max_waiting:
+        n_embedding = self._embedding_for.total()
+        if n_embedding >= self.engine.scheduler.max_waiting:
             raise RequestError(
-                f"The server is busy: {self._n_embedding} texts wait to be read. Try again shortly.",
+                f"The server is busy: {n_embedding} texts wait to be read. Try again shortly.",
                 code="queue_full",
                 status=429,
             )
-        self._n_embedding += 1
+        self._embedding_for[adapter] += 1
         try:
             async with self._embedding:
-                pieces = self.engine.embedding(ids, adapter)
+                # On the engine's thread, behind an unloading of the adapter that came before.
+                pieces = await self.call(lambda: self.engine.embedding(ids, adapter))
                 try:
                     while (vector := await self.call(lambda: next(pieces))) is None:
                         pass
@@ -167,7 +174,7 @@ class Worker:
                     self._enqueue(_Command(pieces.close, refuse=lambda: None))
                 return vector
         finally:
-            self._n_embedding -= 1
+            self._embedding_for[adapter] -= 1
 
     async def call(self, function: Callable[[], Result]) -> Result:
         """Run a function between two steps, on the engine's thread; its result or its exception."""

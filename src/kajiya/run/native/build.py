@@ -47,7 +47,10 @@ def build_library(name: str, package: str, sources: tuple[str, ...], main: str) 
             raise NativeBuildError(
                 f"no C++ compiler was found (c++ or g++); install one for the fast {name} (Debian: apt install g++)"
             )
-        _compile(compiler, texts, main, target)
+        try:
+            _compile(compiler, texts, main, target)
+        except OSError as error:
+            raise NativeBuildError(f"{target.parent} cannot be written: {error.strerror or error}") from error
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
