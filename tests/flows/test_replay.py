@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from scipy import stats
 from tests.conftest import Finished
 
 from kajiya.config.schema import Config
-from kajiya.flows.replay import _compare_weights, _verdict, replay
+from kajiya.flows.replay import _compare_weights, _store_of_replay, _verdict, replay
 from kajiya.flows.report import write_report
 from kajiya.flows.report_comparison import _compare_documents
 from kajiya.flows.report_facts import gather
 from kajiya.flows.train import train
 from kajiya.run.folder import Run, find_run
+from kajiya.run.store import Store
 from kajiya.run.usage import usage_with
 
 
@@ -45,8 +47,36 @@ def test_a_replay_is_within_tolerance_or_different(own_finished: Finished) -> No
     assert first != pytest.approx(second, rel=1e-4)
 
 
+def test_every_replay_trains_and_says_what_was_set_otherwise(
+    own_finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kajiya.flows.replay.usable_cores", lambda: 1)
+    run = _recorded_with(own_finished, "again-1")
+    known = run.manifest()["provenance"]
+    run.record(provenance=known | {"process": known["process"] | {"threads": 64, "deterministic": True}})
+    begun: list[str] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "stage" and fields["name"] == "train" and fields["state"] == "done":
+            begun.append(fields["name"])
+
+    folders = []
+    for _ in range(2):
+        found = replay(run, hear)
+        folders.append(Path(found.folder).name)
+        assert found.verdict == "bit-identical", found
+        assert found.differs["environment"]["process.deterministic"] == [True, False]
+        assert found.differs["environment"]["process.threads"] == [64, 1]
+    assert folders == ["again-1", "again-1-2"]
+    assert begun == ["train", "train"], "a finished replay is not taken for the next one"
+    find_run(Store(Path(found.folder)), "latest").record(status="interrupted")
+    assert _store_of_replay(run).root.name == "again-1-2", "an interrupted one goes on"
+
+
 def test_the_verdict_needs_something_that_was_compared() -> None:
-    assert _verdict(True, {}) == "bit-identical"
+    assert _verdict(True, {}) == _verdict(True, {"test/nll": [2.0, 2.0]}) == "bit-identical"
+    assert _verdict(True, {"test/nll": [2.0, 2.0001]}) == "within tolerance", "equal weights, scored in another way"
+    assert _verdict(True, {"test/nll": [2.0, 2.1]}) == "different"
     assert _verdict(False, {"eval/nll": [2.0, 2.0001]}) == "within tolerance"
     assert _verdict(False, {"eval/nll": [2.0, 2.1]}) == "different"
     assert _verdict(False, {"eval/nll": [2.0, None], "train/nll": [1.0, 1.0]}) == "different"

@@ -62,11 +62,14 @@ class Made:
         return self.config or Config(name=self.name, seed=self.seed)
 
 
+PROCESS = {"seed": 0, "threads": 2}
+
+
 def make_run(root: Path, made: Made) -> Run:
     store = Store(root)
     parts = {name: build(store, made) for name, build in BUILDERS.items() if name in made.stages}
-    run = open_run(store, made.settings, digest([made.name, made.seed, made.steps]), list(made.command))
-    run.record(process={"seed": made.seed, "threads": 2}, attempts=1)
+    run = open_run(store, made.settings, digest([made.name, made.seed, made.steps]), list(made.command), PROCESS)
+    run.record(attempts=1)
     for name, artifact in parts.items():
         run.record_artifact(name, artifact)
     plan = plan_of(made)
@@ -190,7 +193,9 @@ def put(
             (folder / name).write_text(text, encoding="utf-8")
         return facts
 
-    artifact, _ = produce(store, stage, code="c0de" * 4, config={"made": repr(made)}, parents={}, make=make)
+    artifact, _ = produce(
+        store, stage, code="c0de" * 4, config={"made": repr(made), "eval": made.settings.eval}, parents={}, make=make
+    )
     return artifact
 
 
@@ -583,6 +588,20 @@ MISSING = {
     "no functions": (Made(samples=()), {"samples": "no held-out document has a Python function with a docstring"}),
     "few documents": (Made(n_documents=3), {"documents": "Fewer than 8 held-out documents"}),
 }  # fmt: skip
+
+
+def test_how_it_was_scored_is_said_by_the_evaluation_and_not_by_a_later_config(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "store", Made(name=name, config=Config(name=name, eval=EvalConfig(stride_fraction=stride))))
+        for name, stride in (("first", 0.5), ("second", 1.0))
+    ]
+    for run in runs:
+        config = run.manifest()["config"]
+        run.record(config=config | {"eval": config["eval"] | {"stride_fraction": 0.25}})
+    text = write_report(runs, tmp_path / "out").with_name("report.md").read_text()
+    assert "These models were not scored in the same way." in text
+    assert "the last 50% count" in text
+    assert "the last 100% count" in text
 
 
 @pytest.mark.parametrize("case", MISSING)

@@ -304,6 +304,13 @@ def test_a_killed_search_goes_on_and_a_crash_is_counted(tmp_path: Path) -> None:
     assert {manifest["study"] for manifest in manifests} == {facts["study"]}
 
 
+def test_multirun_refuses_two_members_that_are_one_training(tmp_path: Path) -> None:
+    words = ("optim.lr=1e-3,2e-3", "eval.stride_fraction=0.5,1.0")
+    with pytest.raises(ConfigError, match=r"(?s)one and the same training.*kajiya eval"):
+        multirun(RECIPE, [*small_overrides(), *words], Store(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["process", "joblib"])
 def test_multirun_trains_every_combination(tmp_path: Path, launcher: str) -> None:

@@ -88,7 +88,7 @@ def train(
     data = replace(prepare_data(config, store, stages), bases=based.parents)
     key = training_key(config, data)
     # A key to the server is no business of manifests, logs and trackers.
-    run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command))
+    run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command), process)
     on_event("run", id=run.id)
     for kind, fields in early:
         run.events.emit(kind, **fields)
@@ -122,7 +122,7 @@ def train(
         meet(ranks, config)
         can_report = scope.is_reported and _can_report(hear)
         run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
-        run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
+        run.record(command=list(command) or run.manifest()["command"], **scope.facts)
         for name, artifact in data.artifacts().items():
             run.record_artifact(name, artifact)
         model = _model(config, store, run, data, key, stages, hear_and_watch)
