@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.run.test_trackers import mlflow_database, read_wandb, run, write_metrics
+from tests.run.test_trackers import read_wandb, run, write_metrics
 
 from kajiya.run.folder import Run
 from kajiya.run.store import produce
 from kajiya.run.trackers.dispatch import replay
 from kajiya.run.trackers.position import load_position, position_file
 
-__all__ = ["mlflow_database", "run"]  # fixtures
+__all__ = ["run"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 

@@ -48,7 +48,7 @@ class MLflowTracker:
         self.facts = facts
         self.uri = self.options.uri or default_uri(facts.store)
         self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-        self.ended = time.time()
+        self.ended = float(facts.saved["ended"]) if "ended" in facts.saved else time.time()
         experiment = self._experiment()
         found = self.client.search_runs([experiment], f"tags.`{_TOKEN_TAG}` = '{facts.token}'", max_results=1)
         if found:
@@ -84,7 +84,8 @@ class MLflowTracker:
             take = _TAKES.get(event["kind"])
             if take is not None:
                 take(self, event)
-        return {"run_id": self.run_id, "uri": self.uri if self.options.uri is None else "as configured"}
+        uri = self.uri if self.options.uri is None else "as configured"
+        return {"run_id": self.run_id, "uri": uri, "ended": self.ended}
 
     def close(self, status: str) -> None:
         """Set the run's status and end time."""
