@@ -93,7 +93,26 @@ def test_eval_of_a_run_and_of_a_folder(finished: Finished, store: str) -> None:
             "bits_per_byte"
         ]
     )
-    assert "bits per byte" in kajiya("eval", "latest", *small_overrides(), "--store", store)
+    text = kajiya("eval", "latest", *small_overrides(), "--store", store, "--show-errors", "--n-errors", "2")
+    assert "bits per byte" in text
+    shown = [float(line.split()[1]) for line in text.splitlines() if line.startswith("bits_per_byte: ")]
+    assert len(shown) == 2, "as many as asked for"
+    assert shown[0] >= max(shown[1], by_run["bits_per_byte"]), "the hardest documents first"
+    assert f"held-out text: {by_run['n_documents']} rows without full marks, 2 of them:" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--limit", "3"], "--limit: is the most rows of a task, and none is asked"),
+        (["--api-key", "k"], "--api-key: is for an endpoint, and 'latest' is no address of one"),
+        (["--tasks", "stdlib-body", "--model-name", "m"], "--model-name: is for an endpoint"),
+    ],
+)
+def test_eval_refuses_an_option_that_it_would_not_read(option: list[str], said: str, store: str) -> None:
+    refused = kajiya_process("eval", "latest", "--store", store, *option)
+    assert refused.returncode == 2
+    assert said in refused.stderr
 
 
 def test_eval_of_tasks_shows_the_worst_rows_by_a_metric(own_finished: Finished, tmp_path: Path) -> None:

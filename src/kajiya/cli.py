@@ -19,7 +19,7 @@ from kajiya.verbs.speaking import is_first_rank, open_console, print_json, typed
 from kajiya.verbs.store import store_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from rich.console import Console
 
@@ -240,8 +240,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most rows of each task.", min=1)] = None,
     show_errors: Annotated[
-        bool, typer.Option("--show-errors", help="Show rows without full marks, worst first.")
+        bool, typer.Option("--show-errors", help="Show rows without full marks (of text, documents), worst first.")
     ] = False,
+    n_errors: Annotated[int, typer.Option(help="Most of these rows that are shown.", min=1)] = 10,
     metric: Annotated[str | None, typer.Option(help="Metric by which these rows are the worst.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Model behind an endpoint; else the first it serves.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Key that an endpoint wants.")] = None,
@@ -255,7 +256,8 @@ def evaluate(
     from kajiya.config.compose import compose
     from kajiya.flows.task_evaluation import Asked
 
-    shown = Shown(show_errors or metric is not None, metric, as_json)
+    shown = Shown(show_errors or metric is not None, metric, as_json, n_errors)
+    _refuse_unread(target, tasks, {"--limit": limit, "--model-name": model_name, "--api-key": api_key})
     if tasks is not None:
         asked = Asked(target, [name.strip() for name in tasks.split(",")], limit, model_name, api_key)
         _evaluate_tasks(asked, compose(data, overrides or [], config_dir), store, shown)
@@ -276,14 +278,16 @@ def evaluate(
             api_key=api_key,
             on_event=screen.on_event,
         )
+    from kajiya.evals.results import TaskResult, text_result
+
+    result = (TaskResult if baselines is None else text_result)(evaluation.path, evaluation.facts)
     if as_json:
         print_json({**evaluation.facts, **(baselines.facts if baselines else {})})
     elif baselines is None:
-        from kajiya.evals.results import TaskResult
-
-        _show_results([TaskResult(evaluation.path, evaluation.facts)], shown)
+        _show_results([result], shown)
     else:
         print_table(console, evaluation_table(evaluation.facts, baselines.facts))
+    _show_errors([result], shown)
 
 
 @app.command()
@@ -602,6 +606,18 @@ class Shown:
     """With the rows that have no full marks."""
     metric: str | None
     as_json: bool
+    n_errors: int
+
+
+def _refuse_unread(target: str, tasks: str | None, given: "Mapping[str, object]") -> None:
+    """Raise `ConfigError` for an option that this evaluation would not read."""
+    from kajiya.flows.targets import is_endpoint
+
+    if given["--limit"] is not None and tasks is None:
+        raise ConfigError("--limit", "is the most rows of a task, and none is asked", "Add --tasks, or leave it out.")
+    for name in ("--model-name", "--api-key"):
+        if given[name] is not None and not is_endpoint(target):
+            raise ConfigError(name, f"is for an endpoint, and {target!r} is no address of one", "Leave it out.")
 
 
 def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, shown: Shown) -> None:
@@ -612,10 +628,11 @@ def _evaluate_tasks(asked: "Asked", config: "Config", store: str | None, shown: 
     with Screen(open_console(to_stderr=shown.as_json)) as screen:
         results = evaluate_tasks(asked, config, default_store(store), screen.on_event)
     _show_results(results, shown)
+    _show_errors(results, shown)
 
 
 def _show_results(results: "Sequence[TaskResult]", shown: Shown) -> None:
-    from kajiya.listings import confusion_table, print_table, show_misses, task_table
+    from kajiya.listings import confusion_table, print_table, task_table
 
     console = open_console(to_stderr=shown.as_json)
     if shown.as_json:
@@ -626,9 +643,14 @@ def _show_results(results: "Sequence[TaskResult]", shown: Shown) -> None:
             for figure in result.figures.values():
                 if "confusion" in figure["details"]:
                     print_table(console, confusion_table(figure["details"]))
-    if shown.errors:
-        for result in results:
-            show_misses(console, result.task, result.misses(shown.metric))
+
+
+def _show_errors(results: "Sequence[TaskResult]", shown: Shown) -> None:
+    from kajiya.listings import show_misses
+
+    for result in results if shown.errors else ():
+        by = result.row_metric(shown.metric)
+        show_misses(open_console(to_stderr=shown.as_json), result.task, result.misses(by), by, shown.n_errors)
 
 
 def _multirun(recipe: str, overrides: list[str], config_dir: Path | None, store: str | None, as_json: bool) -> None:

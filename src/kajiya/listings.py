@@ -85,14 +85,16 @@ def shift_table(facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def show_misses(console: Console, task: str, rows: Sequence[Mapping[str, Any]], most: int = 10) -> None:
-    """Rows without full marks, the worst first: the end of the prompt, the answer, the target, what the metric noted."""
+def show_misses(console: Console, task: str, rows: Sequence[Mapping[str, Any]], by: str, most: int) -> None:
+    """Rows without full marks, the worst first: end of the prompt, answer, target, figure, what the metric noted."""
     console.print(f"{task}: {len(rows):,} rows without full marks, {min(most, len(rows))} of them:", highlight=False)
     for row in rows[:most]:
+        total, count = row[f"{by}: statistics"]
         notes = [str(value) for key, value in row.items() if key.endswith(": note") and value]
         for words, text in (
             ("source", row["group"]),
             *(_asked(row) if "prompt" in row else [("row", row["row"])]),
+            (by, f"{total / count:.4g}"),
             ("note", "; ".join(notes)),
         ):
             if text:

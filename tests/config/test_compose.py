@@ -8,7 +8,8 @@ import pytest
 
 import kajiya
 from kajiya.config.compose import compose, list_groups, list_recipes, option_paths
-from kajiya.config.tables import TABLES, check_choice
+from kajiya.config.options import MLflowOptions
+from kajiya.config.tables import TABLES, check_choice, check_options
 from kajiya.errors import ConfigError
 
 OPTIONS = Path(__file__).with_name("options.txt")
@@ -164,6 +165,8 @@ def test_the_config_is_frozen() -> None:
         ("model.tied=true", "induction is for a model from scratch"),
         ("data.source.options.root=3", "3 is not of type str or none"),
         ("track.trackers=[mlfow]", "did you mean 'mlflow'?"),
+        ("track.options.mlflow.aliases=[a, 1]", "aliases: 1 is not of type str"),
+        ("track.options.mlflow.aliases=champion", "aliases: 'champion' is not of type tuple"),
         ("eval.baselines=[zip]", "not one of xz, xz-primed"),
         ("serve.port=70000", "must be at most 65535"),
         ("optim.lr=1,2", "not a single config"),
@@ -178,6 +181,11 @@ def test_a_mistake_is_named(override: str, expected: str) -> None:
     message = str(caught.value)
     assert expected in message
     assert len(message.splitlines()) <= 2
+
+
+def test_a_list_in_the_options_of_a_choice() -> None:
+    given = compose("stdlib-pretrain", ["track.options.mlflow.aliases=[champion,newest]"]).track.options["mlflow"]
+    assert check_options(MLflowOptions, given, "track.options.mlflow").aliases == ("champion", "newest")
 
 
 def test_combinations_that_cannot_be() -> None:

@@ -1,8 +1,12 @@
 """Verdicts of a replay (an identical one is made by its verb, in `test_verbs`); what a run used; reports compare runs in pairs."""
 
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +16,16 @@ from scipy import stats
 from tests.conftest import Finished
 
 from kajiya.config.schema import Config
-from kajiya.flows.replay import _compare_weights, _verdict, replay
+from kajiya.flows.replay import _compare_weights, _store_of_replay, _verdict, replay
 from kajiya.flows.report import write_report
 from kajiya.flows.report_comparison import _compare_documents
 from kajiya.flows.report_facts import gather
 from kajiya.flows.train import train
 from kajiya.run.folder import Run, find_run
+from kajiya.run.gpu_energy import joules_since, read_energy
+from kajiya.run.store import Store
 from kajiya.run.usage import usage_with
+from kajiya.training.ranks import Ranks, gpus_of
 
 
 def _recorded_with(own_finished: Finished, name: str, **optim: float) -> Run:
@@ -45,8 +52,36 @@ def test_a_replay_is_within_tolerance_or_different(own_finished: Finished) -> No
     assert first != pytest.approx(second, rel=1e-4)
 
 
+def test_every_replay_trains_and_says_what_was_set_otherwise(
+    own_finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kajiya.flows.replay.usable_cores", lambda: 1)
+    run = _recorded_with(own_finished, "again-1")
+    known = run.manifest()["provenance"]
+    run.record(provenance=known | {"process": known["process"] | {"threads": 64, "deterministic": True}})
+    begun: list[str] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "stage" and fields["name"] == "train" and fields["state"] == "done":
+            begun.append(fields["name"])
+
+    folders = []
+    for _ in range(2):
+        found = replay(run, hear)
+        folders.append(Path(found.folder).name)
+        assert found.verdict == "bit-identical", found
+        assert found.differs["environment"]["process.deterministic"] == [True, False]
+        assert found.differs["environment"]["process.threads"] == [64, 1]
+    assert folders == ["again-1", "again-1-2"]
+    assert begun == ["train", "train"], "a finished replay is not taken for the next one"
+    find_run(Store(Path(found.folder)), "latest").record(status="interrupted")
+    assert _store_of_replay(run).root.name == "again-1-2", "an interrupted one goes on"
+
+
 def test_the_verdict_needs_something_that_was_compared() -> None:
-    assert _verdict(True, {}) == "bit-identical"
+    assert _verdict(True, {}) == _verdict(True, {"test/nll": [2.0, 2.0]}) == "bit-identical"
+    assert _verdict(True, {"test/nll": [2.0, 2.0001]}) == "within tolerance", "equal weights, scored in another way"
+    assert _verdict(True, {"test/nll": [2.0, 2.1]}) == "different"
     assert _verdict(False, {"eval/nll": [2.0, 2.0001]}) == "within tolerance"
     assert _verdict(False, {"eval/nll": [2.0, 2.1]}) == "different"
     assert _verdict(False, {"eval/nll": [2.0, None], "train/nll": [1.0, 1.0]}) == "different"
@@ -71,6 +106,51 @@ def test_weights_that_are_not_there_are_not_identical(tmp_path: Path) -> None:
         "only one of the two models has second.safetensors",
     )
     assert _compare_weights(one, folder("nan", model=nan)) == (False, "the largest difference of a weight is inf (w)")
+
+
+def test_the_energy_of_gpus_adds_up_and_is_in_the_report(
+    own_finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counters = {"GPU-a": 5_000_000, "GPU-b": 1_000}
+    monkeypatch.setattr("kajiya.run.gpu_energy.read_energy", lambda names: {name: counters.get(name) for name in names})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda index: (index + 1) * 2**30)
+    begun = {"GPU-a": 1_400_000, "GPU-b": 1_000}
+    first = usage_with(None, begun)
+    assert (first["gpu_joules"], first["gpu_peak_bytes"]) == (3600.0, 2**31)
+    second = usage_with(first, begun)
+    assert second["gpu_joules"] == 7200.0
+    assert usage_with(second)["gpu_joules"] == 7200.0, "a further attempt without one keeps it"
+    assert usage_with(second, {"GPU-old": None})["gpu_joules"] is None
+    run = own_finished.trained.run
+    monkeypatch.setattr(Run, "manifest", lambda self, read=Run.manifest: read(self) | {"usage": second})
+    text = write_report([run], tmp_path).with_name("report.md").read_text()
+    assert " Wh + 2.00 Wh of GPUs |" in text
+    assert "| peak GPU memory |" in text
+    assert "what their drivers counted" in text
+
+
+def test_the_gpus_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert list(gpus_of(torch.device("cpu"), Ranks())) == []
+    assert list(gpus_of(torch.device("cuda:2"), Ranks())) == [2]
+    assert list(gpus_of(torch.device("cuda"), Ranks())) == [0]
+    assert list(gpus_of(torch.device("cuda:1"), Ranks(rank=0, n=2))) == [0, 1]
+    assert list(gpus_of(torch.device("cuda:0"), Ranks(rank=0, n=16))) == [0, 1, 2, 3], "of several machines, this one's"
+
+
+def test_without_a_driver_no_energy_is_known() -> None:
+    assert read_energy([]) == {}
+    assert read_energy(["GPU-nowhere"]) == {"GPU-nowhere": None}
+    assert joules_since({"GPU-nowhere": 3}) is None
+
+
+def test_children_count_among_the_processor_time() -> None:
+    before = usage_with(None)["cpu_seconds"]
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    assert usage_with(None)["cpu_seconds"] - before > 0.05
+    assert usage_with(None)["cpu_seconds"] > own.ru_utime + own.ru_stime + 0.05
 
 
 def test_usage_adds_up() -> None:

@@ -14,10 +14,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from scipy import stats
 
 from kajiya.config.compose import compose
 from kajiya.config.digest import digest
-from kajiya.config.schema import Config, EvalConfig, PreflightConfig, ServeConfig
+from kajiya.config.schema import Config, EvalConfig, OptimConfig, PreflightConfig, ServeConfig
 from kajiya.errors import MissingExtraError, StoreError
 from kajiya.flows import figure_files
 from kajiya.flows.report import save_figure_files, write_report
@@ -62,11 +63,14 @@ class Made:
         return self.config or Config(name=self.name, seed=self.seed)
 
 
+PROCESS = {"seed": 0, "threads": 2}
+
+
 def make_run(root: Path, made: Made) -> Run:
     store = Store(root)
     parts = {name: build(store, made) for name, build in BUILDERS.items() if name in made.stages}
-    run = open_run(store, made.settings, digest([made.name, made.seed, made.steps]), list(made.command))
-    run.record(process={"seed": made.seed, "threads": 2}, attempts=1)
+    run = open_run(store, made.settings, digest([made.name, made.seed, made.steps]), list(made.command), PROCESS)
+    run.record(attempts=1)
     for name, artifact in parts.items():
         run.record_artifact(name, artifact)
     plan = plan_of(made)
@@ -190,7 +194,9 @@ def put(
             (folder / name).write_text(text, encoding="utf-8")
         return facts
 
-    artifact, _ = produce(store, stage, code="c0de" * 4, config={"made": repr(made)}, parents={}, make=make)
+    artifact, _ = produce(
+        store, stage, code="c0de" * 4, config={"made": repr(made), "eval": made.settings.eval}, parents={}, make=make
+    )
     return artifact
 
 
@@ -585,6 +591,20 @@ MISSING = {
 }  # fmt: skip
 
 
+def test_how_it_was_scored_is_said_by_the_evaluation_and_not_by_a_later_config(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "store", Made(name=name, config=Config(name=name, eval=EvalConfig(stride_fraction=stride))))
+        for name, stride in (("first", 0.5), ("second", 1.0))
+    ]
+    for run in runs:
+        config = run.manifest()["config"]
+        run.record(config=config | {"eval": config["eval"] | {"stride_fraction": 0.25}})
+    text = write_report(runs, tmp_path / "out").with_name("report.md").read_text()
+    assert "These models were not scored in the same way." in text
+    assert "the last 50% count" in text
+    assert "the last 100% count" in text
+
+
 @pytest.mark.parametrize("case", MISSING)
 def test_says_what_is_missing(tmp_path: Path, case: str) -> None:
     made, said = MISSING[case]
@@ -786,6 +806,38 @@ def test_runs_that_differ_by_their_seed_alone_tell_the_noise(tmp_path: Path) -> 
     spread = statistics.stdev(each["bits_per_byte"] for each in figures)
     assert f"A, B, C differ by their seed alone: {statistics.mean(e['bits_per_byte'] for e in figures):.4f}" in words
     assert f"standard deviation {spread:.2g}" in words
+
+
+def test_the_noise_of_seeds_is_told_of_every_judged_figure(tmp_path: Path) -> None:
+    def figure(value: float, *, is_judged: bool = True) -> dict[str, Any]:
+        return {
+            "value": value, "interval": None, "is_lower_better": False, "is_judged": is_judged, "is_mean": True,
+            "points": 100, "signature": "", "details": {}, "n": 9,
+        }  # fmt: skip
+
+    runs = []
+    for seed, lr in ((0, 1e-3), (1, 1e-3), (2, 1e-3), (0, 2e-3), (1, 2e-3)):
+        config = Config(name="tiny", seed=seed, optim=OptimConfig(lr=lr))
+        stages = ("corpus", "tokenizer", "shards", "plan", "train", "model")
+        made = Made(seed=seed, stages=stages, config=config, steps=100 + round(1e4 * lr))
+        run = make_run(tmp_path, made)
+        about = {"n_rows": 9, "n_groups": 9, "fingerprint": FINGERPRINT}
+        accuracy = 0.5 + 0.01 * seed + (0.2 if lr > 1e-3 else 0)
+        own = {"accuracy": figure(accuracy), "margin": figure(7.0 + seed, is_judged=False)}
+        run.record_artifact(
+            "evaluation", put(run.store, "evaluation", made, about | {"task": "held-out rows", "figures": own})
+        )
+        task = about | {"task": "mine", "figures": {"f1": figure(accuracy / 2)}}
+        run.record_artifact("task mine", put(run.store, "task", made, task))
+        runs.append(run)
+    report = read_page(write_report(runs, tmp_path / "report"))
+    words = " ".join(report.sections["comparison"].split())
+    assert "A, B, C differ by their seed alone: 0.5100 accuracy, standard deviation 0.01." in words
+    assert "On accuracy, the settings of A, B, C and of D, E differ by more than seeds do (+0.195" in words
+    assert "On mine: f1, the settings of A, B, C and of D, E differ by more than seeds do (+0.0975" in words
+    noise = statistics.stdev([0.5, 0.51, 0.52]) * stats.t.ppf(0.975, 4) * math.sqrt(2 / 3)
+    assert ["accuracy", "0.51", "0.01", f"{noise:.2g}"] in report.tables["comparison"]
+    assert not [row for row in report.tables["comparison"] if row[0] == "margin"]
 
 
 def test_tasks_along_the_training_are_drawn_with_tips(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_run_leaves_artifacts_with_their_proof_of_origin(finished: Finished) -
     assert set(parents["model"]) == {"tokenizer", "shards"}
     assert parents["evaluation"]["model"]["digest"] == manifest["artifacts"]["model"]["digest"]
     assert manifest["provenance"]["packages"]["torch"]
-    assert manifest["process"]["seed"] == finished.config.seed
+    assert manifest["provenance"]["process"]["seed"] == finished.config.seed
     assert manifest["derived"]["train.steps"] == 12
     assert {"corpus", "tokenizer", "shards", "plan", "train", "evaluation"} <= set(manifest["timings"])
 

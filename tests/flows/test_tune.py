@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from kajiya.errors import ConfigError
 from kajiya.flows import tune_jobs
 from kajiya.flows.launch import launch
 from kajiya.flows.multirun import multirun
-from kajiya.flows.tune import tune
-from kajiya.flows.tune_jobs import Job, TrialEnd
+from kajiya.flows.tune import _next_step, _tell, _Told, plan_study, tune
+from kajiya.flows.tune_jobs import Job, Outcome, TrialEnd
 from kajiya.flows.tune_search import ASHA, open_study
-from kajiya.run.files import read_json
+from kajiya.run.events import EventLog, read_events
+from kajiya.run.files import read_json, write_json
+from kajiya.run.folder import Run
 from kajiya.run.store import Store
+from kajiya.run.trackers.follow import follow
+from kajiya.run.trackers.wandb import read_history
 
 RECIPE = "stdlib-pretrain"
 EVALS = 9
@@ -191,6 +196,8 @@ def test_conditional_spaces_and_several_objectives(
     own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (module := own_finished.store.root / "own_space.py").write_text(
+        "def raising(trial, values):\n"
+        "    return 1 / 0\n"
         "def space(trial, values):\n"
         "    if values['optim'] == 'adamw':\n        return {}\n"
         "    return {'optim.options.momentum': trial.suggest_float('momentum', 0.8, 0.99)}\n"
@@ -207,6 +214,47 @@ def test_conditional_spaces_and_several_objectives(
     assert 'id="figure-front"' in done.report.read_text()
     with pytest.raises(ConfigError, match=r"optim\.lrr.*unknown key"):
         _tune(own_finished, "optim=adamw,muon", "tune.space=own_space:broken")
+    with pytest.raises(ConfigError, match=r"tune\.space.*ZeroDivisionError"):
+        _tune(own_finished, "optim=adamw,muon", "tune.space=own_space:raising")
+
+
+def test_a_space_that_raises_in_the_search_fails_its_trial_and_not_the_study(
+    own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("late_space")
+    module.drawn = 0  # type: ignore[attr-defined]
+
+    def space(_trial: Any, _values: Any) -> dict[str, Any]:
+        module.drawn += 1
+        if module.drawn in (9, 11):  # the first eight are drawn before the first trial
+            raise ZeroDivisionError("not today")
+        return {}
+
+    module.space = space  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "late_space", module)
+    words = (LR, "tune.space=late_space:space", "tune.trials=4", "tune.confirm_seeds=0")
+    done = _tune(own_finished, *words)
+    assert done.counts == {"failed": 2, "finished": 2}
+    told = [event for event in read_events(done.run.folder) if event["kind"] == "trial" and event["problem"]]
+    assert [event["problem"] for event in told] == ["ZeroDivisionError: not today"] * 2
+
+
+def test_figures_of_trials_are_told_in_the_order_in_which_they_end(tmp_path: Path) -> None:
+    run = Run(tmp_path / "studies" / "s-1", Store(tmp_path), EventLog(tmp_path / "studies" / "s-1"))
+    run.folder.mkdir(parents=True)
+    write_json(run.folder / "manifest.json", {"name": "s", "created": 1.7e9})
+    plan = plan_study(RECIPE, [*small_overrides(), LR], Store(tmp_path), None)
+    for numbers in ((1, 0), (3, 2)):  # the search was interrupted between
+        told = _Told(None, _next_step(run.folder))
+        for number in numbers:
+            end = Outcome(number, "finished", [2.0 + number], None, None, 1.0)
+            _tell(told, end, plan, run.events.emit)
+    run.events.emit("ended", status="finished", error=None)
+    token = follow(run.folder, "wandb", {}).token
+    drawn = [(step, value) for name, step, value in read_history(run.folder, token) if name == "trial/eval/nll"]
+    assert drawn == [(0, 3.0), (1, 2.0), (2, 5.0), (3, 4.0)]
+    numbers = [value for name, _, value in read_history(run.folder, token) if name == "trial/number"]
+    assert numbers == [1, 0, 3, 2]
 
 
 NUMBERS = (LR, "optim.clip_norm=interval(0.5,2)")
@@ -302,6 +350,13 @@ def test_a_killed_search_goes_on_and_a_crash_is_counted(tmp_path: Path) -> None:
     assert len(manifests) == 3
     assert max(manifest["attempts"] for manifest in manifests) == 2  # one went on from its checkpoint
     assert {manifest["study"] for manifest in manifests} == {facts["study"]}
+
+
+def test_multirun_refuses_two_members_that_are_one_training(tmp_path: Path) -> None:
+    words = ("optim.lr=1e-3,2e-3", "eval.stride_fraction=0.5,1.0")
+    with pytest.raises(ConfigError, match=r"(?s)one and the same training.*kajiya eval"):
+        multirun(RECIPE, [*small_overrides(), *words], Store(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

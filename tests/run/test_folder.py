@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kajiya.config.digest import digest
-from kajiya.config.schema import Config
+from kajiya.config.schema import Config, EvalConfig
 from kajiya.errors import StoreError
 from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.events import read_events
@@ -35,6 +35,19 @@ def test_a_run_is_begun_once_and_gone_on_with(store: Store) -> None:
     assert manifest["config_digest"] == digest(config) == digest(manifest["config"])
     assert manifest["provenance"]["packages"]["torch"]
     assert [event["kind"] for event in read_events(first.folder)] == ["config", "opened", "opened"]
+
+
+def test_a_later_attempt_with_other_settings_is_what_the_manifest_and_the_log_say(store: Store) -> None:
+    open_run(store, Config(name="tiny"), "a" * 10, [])
+    config = Config(name="tiny", eval=EvalConfig(stride_fraction=1.0))
+    run = open_run(store, config, "a" * 10, [])
+    manifest = run.manifest()
+    assert manifest["config"]["eval"]["stride_fraction"] == 1.0
+    assert manifest["config_digest"] == digest(config)
+    told = [
+        event["config"]["eval"]["stride_fraction"] for event in read_events(run.folder) if event["kind"] == "config"
+    ]
+    assert told == [EvalConfig().stride_fraction, 1.0]
 
 
 def test_an_attempt_with_other_software_or_on_another_machine_is_kept(

@@ -126,6 +126,13 @@ def test_two_runs_differ_in_what_was_changed(store: Store) -> None:
     assert diff.code == {"corpus": ["code-text", "code-other"]}
     assert diff.environment["python"][1] == "3.99"
     assert diff.metrics == {"train/loss": {"first": 1.0, "second": 1.5, "difference": 0.5}}
+    later = {"since": 0.0, "provenance": first.manifest()["provenance"] | {"process": {"seed": 1, "threads": 8}}}
+    second.record(
+        provenance=first.manifest()["provenance"] | {"process": {"seed": 0, "threads": 1}}, later_provenance=[later]
+    )
+    assert run_diff(first, second).environment == {"process.threads": [None, "1, then 8"]}
+    second.record(provenance=first.manifest()["provenance"], process={"threads": 1}, later_provenance=[])
+    assert run_diff(first, second).environment == {"process.threads": [None, 1]}, "as an older Kajiya wrote it"
     same = run_diff(first, first)
     assert same.config == same.artifacts == same.code == same.environment == {}
     json.dumps(dataclasses.asdict(diff))

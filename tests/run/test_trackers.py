@@ -161,16 +161,6 @@ def run(tmp_path: Path) -> Run:
     return open_run(Store(tmp_path / "store"), config, "0123456789abcdef", ["train"])
 
 
-@pytest.fixture(scope="module")
-def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database, copied into the stores of most tests: MLflow takes ten seconds to make one."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    assert len(MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()) == 1
-    return path
-
-
 @pytest.fixture
 def ready_run(run: Run, request: pytest.FixtureRequest) -> Run:
     """A run in a store where MLflow's database exists, if the test's tracker is MLflow."""

@@ -1,5 +1,6 @@
 """A study's trials in its trackers: each as it ends, records of their own, in MLflow below the study's."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from kajiya.config.schema import TrackConfig
 from kajiya.run.events import EventLog
 from kajiya.run.files import write_json
 from kajiya.run.folder import Run
-from kajiya.run.store import Store
+from kajiya.run.store import Store, produce
 from kajiya.run.trackers.dispatch import replay_all, start_trackers
+from kajiya.run.trackers.follow import follow
 from kajiya.run.trackers.mlflow import default_uri
 from kajiya.run.trackers.position import load_position, position_file
 
@@ -80,6 +82,36 @@ def test_a_trial_is_delivered_when_it_ends_and_not_when_its_study_does(name: str
         found = READERS[name](trial)
         assert found.metrics == {"eval/nll": [(6, 2.5 + number)]}
         assert (found.n_runs, found.params["seed"]) == (1, number + 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_alias_moves_to_the_run_begun_last_and_never_to_a_trial(tmp_path: Path, mlflow_database: Path) -> None:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+
+    def deliver(name: str, created: float, **more: str) -> None:
+        run = Run(tmp_path / "runs" / name, Store(tmp_path), EventLog(tmp_path / "runs" / name))
+        run.folder.mkdir(parents=True)
+        write_json(run.folder / "manifest.json", {"name": "demo", "created": created, "artifacts": {}, **more})
+        model, _ = produce(run.store, "model", code=name, config={}, parents={}, make=lambda folder: {})
+        run.record_artifact("model", model)
+        run.events.emit("ended", status="finished", error=None)
+        follow(run.folder, "mlflow", {"aliases": ["newest", "champion"]})
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(default_uri(tmp_path))
+    for name, created in (("b", 2e9), ("a", 1e9), ("c", 3e9)):
+        deliver(name, created)
+
+    def holder(alias: str) -> str:
+        return str(client.get_model_version_by_alias("demo", alias).tags["kajiya.run"])
+
+    assert holder("newest") == holder("champion") == "c"
+    deliver("a2", 1.5e9)
+    assert holder("newest") == "c", "an old run that is delivered late"
+    deliver("trial", 4e9, study="demo-1")
+    assert holder("newest") == holder("champion") == "c"
+    assert {each.tags["kajiya.run"] for each in client.search_model_versions("name = 'demo'")} == {"a", "a2", "b", "c"}
 
 
 def _is_delivered(run: Run, name: str) -> bool:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.run.test_trackers import mlflow_database, read_wandb, run, write_metrics
+from tests.run.test_trackers import read_wandb, run, write_metrics
 
 from kajiya.run.folder import Run
 from kajiya.run.store import produce
 from kajiya.run.trackers.dispatch import replay
+from kajiya.run.trackers.follow import follow
 from kajiya.run.trackers.position import load_position, position_file
 
-__all__ = ["mlflow_database", "run"]  # fixtures
+__all__ = ["run"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 
@@ -63,6 +64,40 @@ def test_tensorboard_shows_embeddings_and_how_the_run_ended(run: Run, dtype: str
     accumulator.Reload()
     content = accumulator.summary_metadata[metadata.SESSION_END_INFO_TAG].plugin_data.content
     assert metadata.parse_session_end_info_plugin_data(content).status == api_pb2.STATUS_SUCCESS
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+def test_embeddings_of_a_model_in_several_files_and_why_there_are_none(run: Run, dtype: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    weights = torch.arange(15).reshape(5, 3).to(getattr(torch, dtype))
+
+    def make(folder: Path) -> dict[str, Any]:
+        files = {"lm_head.weight": "model-1.safetensors", "model.embed_tokens.weight": "model-2.safetensors"}
+        for name, file in files.items():
+            save_file({name: weights}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        return {}
+
+    model, _ = produce(run.store, "model", code="c", config={}, parents={}, make=make)
+    run.record_artifact("model", model)
+    follow(run.folder, "tensorboard", {})
+    folder = run.folder / "tensorboard"
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    if dtype == "float64":
+        shown = (folder / "embeddings.tsv").read_text().splitlines()
+        assert [float(cell) for line in shown for cell in line.split("\t")] == list(range(15))
+        assert "warnings" not in accumulator.Tags()["tensors"]
+    else:
+        assert not (folder / "embeddings.tsv").exists()
+        (said,) = accumulator.Tensors("warnings")
+        text = tensor_util.make_ndarray(said.tensor_proto).item().decode()
+        assert text.startswith("No embeddings for the projector: model.embed_tokens.weight in ")
+        assert text.endswith("is of type I8, not one of F64, F32, F16, BF16")
 
 
 def test_wandb_takes_artifacts_along(run: Run) -> None:

@@ -7,7 +7,7 @@ import pytest
 from kajiya.config.schema import TrainConfig
 from kajiya.errors import ConfigError
 from kajiya.training.state import TrainState
-from kajiya.training.stopping import is_new_best, is_stale
+from kajiya.training.stopping import is_new_best, is_stale, require_metric
 
 
 def _run(train: TrainConfig, values: list[float], name: str = "eval/nll") -> tuple[list[bool], TrainState]:
@@ -32,7 +32,15 @@ def test_any_metric_either_way() -> None:
     assert found == [True, True, False, False]  # stopped before the last
     assert state.best_step == 2
     with pytest.raises(ConfigError, match="did you mean 'eval/nll'"):
-        _run(TrainConfig(best_metric="eval/nl"), [1.0])
+        require_metric("eval/nl", ["eval/nll"])
+
+
+def test_an_evaluation_without_the_metric_is_neither_better_nor_stale() -> None:
+    train, state = TrainConfig(best_metric="max:task/a/acc", early_stop_evals=1), TrainState(step=1)
+    assert is_new_best(train, state, {"eval/nll": 1.0, "task/a/acc": 0.5})
+    for state.step in (2, 3):
+        assert not is_new_best(train, state, {"eval/nll": 1.0})
+    assert (state.best_step, state.n_stale, is_stale(train, state)) == (1, 0, False)
 
 
 def test_a_small_gain_is_none() -> None:

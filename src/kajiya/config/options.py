@@ -551,9 +551,9 @@ class MLflowOptions:
     experiment: str = "kajiya"
     """Experiment that the run is filed under."""
     register: bool = True
-    """Register the finished model, with its lineage as tags."""
+    """Register the finished model, with its lineage as tags; not that of a trial of a study."""
     aliases: tuple[str, ...] = ("newest",)
-    """Aliases that its version takes over (`latest` is reserved by MLflow)."""
+    """Aliases that its version takes over, unless a run begun later has them (`latest` is reserved by MLflow)."""
     tags: dict[str, Any] = field(default_factory=dict)
     """Tags of the run, beside its recipe, command and git commit."""
 

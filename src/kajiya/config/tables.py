@@ -266,11 +266,15 @@ def check_options(options: type, given: Mapping[str, Any], path: str) -> Any:
 
 
 def _as_type(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the annotated type: an int is taken for a float; nothing else is converted."""
+    """`value` as the annotated type: an int is taken for a float, a list for a tuple; nothing else is converted."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(typing.get_origin(kind) or kind for kind in allowed)
     if isinstance(value, bool) and bool not in plain:
         raise ConfigError(path, f"{value!r} is not of type {_type_name(allowed)}")
+    if isinstance(value, list) and tuple in plain and list not in plain:
+        # YAML and JSON know lists alone.
+        element = typing.get_args(allowed[plain.index(tuple)])[0]
+        return tuple(_as_type(each, element, path) for each in value)
     if isinstance(value, int) and float in plain and int not in plain:
         return float(value)
     if isinstance(value, str) and float in plain and str not in plain:

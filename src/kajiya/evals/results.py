@@ -158,7 +158,7 @@ class TaskResult:
 
         Raises `StoreError` for a metric that says nothing of a single row, as BLEU's, and where there is no other.
         """
-        name = self._row_metric(metric)
+        name = self.row_metric(metric)
         rows = [row for row in self.rows() if row[f"{name}: statistics"][1]]
         marks = [total / count for total, count in (row[f"{name}: statistics"] for row in rows)]
         order = sorted(range(len(rows)), key=lambda i: marks[i])
@@ -166,7 +166,8 @@ class TaskResult:
             return [rows[i] for i in order if marks[i] < max(1.0, max(marks))]
         return [rows[i] for i in reversed(order) if marks[i] > 0]
 
-    def _row_metric(self, metric: str | None) -> str:
+    def row_metric(self, metric: str | None) -> str:
+        """The metric that orders single rows: the one asked for, or the first that can. Raises as `misses` does."""
         if metric is not None and metric not in self.figures:
             raise StoreError(f"{self.task} has no metric {metric!r}; it has {', '.join(self.figures)}")
         of_rows = [name for name, figure in self.figures.items() if figure["is_mean"]]

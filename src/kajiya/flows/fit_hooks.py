@@ -7,15 +7,17 @@ import torch
 
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
-from kajiya.flows.feeding import Feeds
+from kajiya.errors import ConfigError
+from kajiya.flows.feeding import Evaluation, Feeds
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.task_watch import TaskWatch
 from kajiya.run.meter import Meter
 from kajiya.training.fit import Hook, Setup, StepReport
+from kajiya.training.generators import undisturbed
 from kajiya.training.movement import Movement
 from kajiya.training.profile import Profile
 from kajiya.training.state import TrainState
-from kajiya.training.stopping import is_new_best
+from kajiya.training.stopping import best_metric, is_new_best, require_metric
 from kajiya.training.terms import drain_window
 
 
@@ -40,6 +42,13 @@ def make_hooks(
     speed = _Speed(state)
     meter = Meter(keeper.run.folder, partial(_gpu_memory, setup.strategy.device))
     profile = Profile(setup.model, setup.strategy.device, keeper.run.folder / "profile", compiled)
+
+    wanted = best_metric(config.train)
+    if wanted is not None and state.step == 0:
+        _require(wanted, heldout, watch)
+
+    def warn(text: str) -> None:
+        hear("warning", text=text)
 
     def progress(report: StepReport) -> None:
         hear("progress", stage="train", done=report.state.step, total=setup.steps, unit="steps")
@@ -66,8 +75,10 @@ def make_hooks(
     def evaluate(report: StepReport) -> None:
         with setup.optimizer.averaged():
             found = heldout()
-            values = dict(found.values) | ({} if watch is None else watch())
+            values = dict(found.values) | ({} if watch is None else watch(warn))
         hear("metrics", step=report.state.step, values=values)
+        if wanted is not None and wanted not in values:
+            warn(f"train.best_metric: an evaluation has no {wanted}, and counts neither as better nor as stale")
         for sample in found.samples:
             hear("sample", step=report.state.step, **sample)
         keeper.save(report.state, wanted=is_new_best(config.train, report.state, values))
@@ -84,6 +95,18 @@ def make_hooks(
     if samples is not None and config.train.samples_every is not None:
         hooks.append(Hook("sampling", config.train.samples_every, sampling(setup, samples, hear)))
     return hooks
+
+
+def _require(metric: str, heldout: Callable[[], Evaluation], watch: TaskWatch | None) -> None:
+    """Raise `ConfigError` for a metric that no evaluation will give, as far as is known before the first step."""
+    if not metric.startswith("task/"):
+        with undisturbed():
+            require_metric(metric, heldout().values)
+        return
+    tasks = [] if watch is None else watch.names
+    if not any(metric.startswith(f"task/{name}/") for name in tasks):
+        said = f"train.tasks asks {', '.join(tasks)}" if tasks else "train.tasks asks none"
+        raise ConfigError("train.best_metric", f"{metric!r}: {said}", "The figures of a task are task/NAME/METRIC.")
 
 
 def sampling(setup: Setup, samples: Callable[[], list[tuple[str, str]]], hear: OnEvent) -> Callable[[StepReport], None]:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from kajiya.config.schema import Config, TuneConfig
+from kajiya.config.digest import digest
+from kajiya.config.schema import Config, EvalConfig, PreflightConfig, ServeConfig, TrackConfig, TuneConfig
 from kajiya.config.sweep import Value, as_override, check_grid, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError
@@ -37,13 +39,15 @@ def multirun(
 ) -> list[Member]:
     """Train every combination, evaluated and reported each; all are composed and checked before the first one runs.
 
-    Combinations already trained are found in the store. One that fails does not end the others.
+    Combinations already trained are found in the store. One that fails does not end the others. Raises `ConfigError` where two
+    combinations are one training, and so one run, of which the second would replace the first one's evaluation.
     """
     fixed, dimensions = split_sweep(overrides)
     if not dimensions:
         raise ConfigError("-m", "nothing varies", "For example: -m optim.lr=1e-3,3e-3 seed=0,1")
     combinations = grid(dimensions)
     configs = check_grid(recipe, fixed, combinations, config_dir)
+    _refuse_same_training(configs, combinations)
     prepare_data(configs[0], store, Stages(on_event))
     tune = configs[0].tune
     jobs = [_job(config, tune, store, number) for number, config in enumerate(configs)]
@@ -54,6 +58,30 @@ def multirun(
         said = ", ".join(as_override(key, value) for key, value in combinations[number].items())
         on_event("member", text=f"{said}: {end.status} {end.run or ''} {end.problem or ''}".strip())
     return [members[number] for number in range(len(jobs))]
+
+
+def _refuse_same_training(configs: Sequence[Config], combinations: Sequence[dict[str, Value]]) -> None:
+    known: dict[str, str] = {}
+    for config, settings in zip(configs, combinations, strict=True):
+        said = " ".join(as_override(key, value) for key, value in settings.items())
+        trained = digest(replace(config, **_NOT_TRAINED_BY))
+        if trained in known:
+            raise ConfigError(
+                "-m",
+                f"{known[trained]} and {said} are one and the same training, and so one run",
+                "Vary what is trained by, and evaluate one model in several ways with: kajiya eval",
+            )
+        known[trained] = said
+
+
+_NOT_TRAINED_BY: dict[str, Any] = {
+    "eval": EvalConfig(),
+    "serve": ServeConfig(),
+    "track": TrackConfig(),
+    "tune": TuneConfig(),
+    "preflight": PreflightConfig(),
+}
+"""Sections that no training reads, with something in their place."""
 
 
 def _job(config: Config, tune: TuneConfig, store: Store, number: int) -> Job:

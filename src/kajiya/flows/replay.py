@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from kajiya.config.compose import from_plain
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import StoreError
-from kajiya.flows.train import train
-from kajiya.run.folder import Run
+from kajiya.flows.train import Scope, train
+from kajiya.run.folder import Run, list_runs
 from kajiya.run.hashing import hash_file
 from kajiya.run.inspect import run_diff
+from kajiya.run.provenance import usable_cores
 from kajiya.run.store import Store, open_artifact
 from kajiya.training.portions import AUTO
 
@@ -26,27 +28,31 @@ class Replayed:
     """What a replay came to."""
 
     run: str
+    folder: str
+    """The store that the replay lies in."""
     verdict: str
-    """bit-identical, within tolerance, or different."""
+    """bit-identical (weights and figures), within tolerance, or different."""
     weights: str
     """How the weights compare, in words."""
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
     """Final figures of the run and of its replay."""
     differs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Data, code and environment that are not what they were."""
+    """Data, code and environment that are not what they were; of several attempts, what each had."""
 
 
 def replay(run: Run, on_event: OnEvent = silent) -> Replayed:
     """Run again from the recorded config and derived values, the data made anew, and compare.
 
-    The replay lies in `<store>/replays/<run>`, where it can be looked at; an interrupted one goes on. Raises `StoreError`
-    for a run that is not finished.
+    The replay lies in `<store>/replays/<run>`, where it can be looked at; an interrupted one goes on, and behind a finished one
+    comes a further one in `<run>-2`. Raises `StoreError` for a run that is not finished.
     """
     manifest = run.manifest()
     if "model" not in manifest["artifacts"]:
         raise StoreError(f"{run.id} has no finished model to compare with.")
-    store = Store(run.store.root / "replays" / run.id)
-    again = train(_settled(manifest), store, command=["kajiya", "replay", run.id], on_event=on_event)
+    store = _store_of_replay(run)
+    scope = Scope(is_evaluated="evaluation" in manifest["artifacts"], threads=_threads(manifest))
+    command = ["kajiya", "replay", run.id]
+    again = train(_settled(manifest), store, command=command, on_event=on_event, scope=scope)
     if again.model is None:
         raise KeyboardInterrupt
     first = open_artifact(run.store.root / manifest["artifacts"]["model"]["path"])
@@ -58,12 +64,36 @@ def replay(run: Run, on_event: OnEvent = silent) -> Replayed:
     }
     is_identical, weights = _compare_weights(first.path, again.model.path)
     verdict = _verdict(is_identical, metrics)
+    if is_identical and verdict != "bit-identical":
+        weights += ", but the figures differ: it was not evaluated in the same way"
     if not metrics:
         weights += "; there is no figure to compare"
     data = {name: pair for name, pair in difference.artifacts.items() if name in ("corpus", "tokenizer", "shards")}
     environment = {name: pair for name, pair in difference.environment.items() if name != "working_directory"}
     differs = {"data": data, "code": difference.code, "environment": environment}
-    return Replayed(again.run.id, verdict, weights, metrics, {name: found for name, found in differs.items() if found})
+    return Replayed(
+        again.run.id,
+        str(store.root),
+        verdict,
+        weights,
+        metrics,
+        {name: found for name, found in differs.items() if found},
+    )
+
+
+def _store_of_replay(run: Run) -> Store:
+    """A folder without a finished replay, whose artifacts would be found and nothing be made again."""
+    for number in count(1):
+        store = Store(run.store.root / "replays" / (run.id if number == 1 else f"{run.id}-{number}"))
+        if all(each.manifest()["status"] != "finished" for each in list_runs(store)):
+            return store
+    raise AssertionError("there is always a further number")
+
+
+def _threads(manifest: dict[str, Any]) -> int | None:
+    """As many threads as the run had, whose number decides the order of sums, but no more than there are cores."""
+    process = manifest["provenance"].get("process")
+    return None if process is None else min(process["threads"], usable_cores())
 
 
 def _settled(manifest: dict[str, Any]) -> Config:
@@ -83,7 +113,7 @@ def _settled(manifest: dict[str, Any]) -> Config:
 
 
 def _verdict(is_identical: bool, metrics: Mapping[str, Sequence[Any]]) -> str:
-    if is_identical:
+    if is_identical and all(first == second for first, second in metrics.values()):
         return "bit-identical"
     # Where no figure was compared, nothing shows that the two are near each other.
     is_near = bool(metrics) and all(_relative(*pair) <= _TOLERANCE for pair in metrics.values())

@@ -1,6 +1,6 @@
 """Several models beside each other: paired verdicts on the same rows, tasks with intervals, what each cost."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +22,8 @@ from kajiya.flows.report_facts import RunFacts
 from kajiya.flows.report_page import Block, Column, Notice, Section, Table, Text
 from kajiya.flows.report_results import of_run, run_title, why_missing
 
+_Name = tuple[str, tuple[str, ...]]
+"""Of a figure: its words, and how it was asked for, which another figure of the same words may not share."""
 _SAID = 3
 """Metrics of a loss that are compared in words; the table has all."""
 _WATTS = 10.0
@@ -71,24 +73,57 @@ def _noise_of_seeds(runs: Sequence[RunFacts]) -> Iterator[Block]:
     """What seeds do, where runs differ by nothing else; and whether two such groups differ by more than that."""
     groups: dict[str, list[RunFacts]] = {}
     for run in runs:
-        if run.evaluation is not None:
+        if _judged(run):
             config = {part: run.manifest["config"][part] for part in _TRAINED_BY if part in run.manifest["config"]}
             groups.setdefault(digest([config, run.digest("corpus")]), []).append(run)
     repeated = [group for group in groups.values() if len({run.manifest["config"]["seed"] for run in group}) > 1]
-    values = [[(run.evaluation or {})["bits_per_byte"] for run in group] for group in repeated]
-    for group, figures in zip(repeated, values, strict=True):
-        found = noise_floor(figures)
-        yield Text(
-            f"{', '.join(run.label for run in group)} differ by their seed alone: {found.mean:.4f} bits per byte, standard "
-            f"deviation {found.spread:.2g}. A difference below {found.detectable:.2g} between two settings, each over as many "
-            "seeds, is within that noise."
-        )
-    for (group, figures), (other, others) in pairwise(zip(repeated, values, strict=True)):
-        verdict = compare_seeds(figures, others)
-        names = [", ".join(run.label for run in each) for each in (group, other)]
-        words = "differ by more than seeds do" if verdict.is_beyond_noise else "do not differ by more than seeds do"
-        size = f"{verdict.difference:+.3g} ± {verdict.half_width:.2g}"
-        yield Text(f"The settings of {names[0]} and of {names[1]} {words} ({size}, p = {verdict.p_value:.2g}, Welch).")
+    found = [(", ".join(run.label for run in group), _of_all(group)) for group in repeated]
+    for labels, figures in found:
+        if figures:
+            yield from _noise_blocks(labels, figures)
+    for (labels, figures), (other, others) in pairwise(found):
+        for name in [each for each in figures if each in others][:_SAID]:
+            verdict = compare_seeds(figures[name], others[name])
+            words = "differ by more than seeds do" if verdict.is_beyond_noise else "do not differ by more than seeds do"
+            size = f"{verdict.difference:+.3g} ± {verdict.half_width:.2g}"
+            yield Text(
+                f"On {name[0]}, the settings of {labels} and of {other} {words} ({size}, p = {verdict.p_value:.2g}, Welch)."
+            )
+
+
+def _noise_blocks(labels: str, figures: Mapping[_Name, Sequence[float]]) -> Iterator[Block]:
+    floors = {name[0]: noise_floor(values) for name, values in figures.items()}
+    name, first = next(iter(floors.items()))
+    yield Text(
+        f"{labels} differ by their seed alone: {first.mean:.4f} {name}, standard deviation {first.spread:.2g}. "
+        f"A difference below {first.detectable:.2g} between two settings, each over as many seeds, is within that noise."
+    )
+    if len(floors) > 1:
+        titles = ("mean over seeds", "standard deviation", "within the noise below")
+        rows = [
+            [name, f"{each.mean:.4g}", f"{each.spread:.2g}", f"{each.detectable:.2g}"] for name, each in floors.items()
+        ]
+        yield Table([Column(labels), *(Column(title, "number") for title in titles)], rows)
+
+
+def _of_all(group: Sequence[RunFacts]) -> dict[_Name, list[float]]:
+    """The figures that every run of the group has, run by run."""
+    judged = [_judged(run) for run in group]
+    return {name: [each[name] for each in judged] for name in judged[0] if all(name in each for each in judged)}
+
+
+def _judged(run: RunFacts) -> dict[_Name, float]:
+    """Every figure that says which model is better: on held-out text or rows, and of tasks."""
+    found: dict[_Name, float] = {}
+    if run.evaluation is not None:
+        found["bits per byte", ()] = run.evaluation["bits_per_byte"]
+    results = [TaskResult(part.folder, part.facts) for name, part in run.parts.items() if name.startswith("task ")]
+    named = [("", (), run.figures), *((f"{each.task}: ", each.fingerprint.manner, each.figures) for each in results)]
+    for words, manner, figures in named:
+        for metric, figure in figures.items():
+            if figure["is_judged"] and figure["value"] is not None:
+                found[words + metric, manner] = figure["value"]
+    return found
 
 
 _TRAINED_BY = ("data", "tokenizer", "model", "adapter", "optim", "schedule", "train", "eval")
@@ -154,7 +189,11 @@ def _compare_documents(first: RunFacts, other: RunFacts) -> Comparison:
 
 def cost_section(runs: Sequence[RunFacts]) -> Section:
     """Time, processor time, memory and an estimate of the energy."""
-    columns = [Column(""), *(Column(title, "number") for title in _COSTS)]
+    has_gpu = any("gpu_joules" in (run.manifest.get("usage") or {}) for run in runs)
+    columns = [
+        Column(""),
+        *(Column(title, "number") for title in (*_COSTS, *(("peak GPU memory",) if has_gpu else ()))),
+    ]
     rows, blocks = [], list[Block]()
     for run in runs:
         usage = run.manifest.get("usage")
@@ -163,16 +202,27 @@ def cost_section(runs: Sequence[RunFacts]) -> Section:
             continue
         timings = run.manifest.get("timings") or {}
         device = (run.manifest.get("derived") or {}).get("train.device", "cpu")
-        energy = f"{usage['cpu_seconds'] * _WATTS / 3600:.2f} Wh" if device == "cpu" else f"not known of {device}"
+        energy = f"{usage['cpu_seconds'] * _WATTS / 3600:.2f} Wh"
+        gpu_joules = usage.get("gpu_joules")
+        if gpu_joules is not None:
+            energy += f" + {gpu_joules / 3600:.2f} Wh of GPUs"
+        elif device != "cpu":
+            energy += f", {device} not known"
         rows.append([
             run_title(run, runs), format_seconds(timings.get("train", 0.0)), format_seconds(sum(timings.values())),
             format_seconds(usage["cpu_seconds"]), energy, format_bytes(usage["peak_bytes"]),
+            *([format_bytes(usage["gpu_peak_bytes"]) if "gpu_peak_bytes" in usage else "—"] if has_gpu else ()),
         ])  # fmt: skip
     if rows:
         blocks.append(Table(columns, rows))
         words = (
             f"The energy is an estimate: processor time at {_WATTS:g} W a busy core; nothing was measured at the socket. "
-            "Times and processor time are of all attempts, memory is the most that one process held."
+            + (
+                "That of GPUs is what their drivers counted while the run worked, others' work on them included. "
+                * has_gpu
+            )
+            + "Times and processor time are of all attempts and the processes that they began; memory is the most that one "
+            "process held."
         )
         blocks.append(Text(words, is_aside=True))
     return Section("cost", "Cost", blocks)

@@ -222,7 +222,7 @@ def samples_section(runs: Sequence[RunFacts]) -> Section:
             blocks.append(Notice(f"{of_run(run, runs)}No samples: {_why_no_samples(run)}."))
     sampled = [run for run in runs if run.samples]
     if sampled:
-        settings = sampled[0].manifest["config"]["eval"]
+        settings = sampled[0].scored_by
         blocks.append(
             Text(
                 "Functions of held-out documents, cut behind their docstring. The model also read the text of the document "
@@ -253,7 +253,7 @@ def _why_no_samples(run: RunFacts) -> str:
         return why_missing(run, "evaluation")
     if evaluation.facts["note"]:
         return str(evaluation.facts["note"]).removeprefix("no samples: ").rstrip(".")
-    if run.manifest["config"]["eval"]["samples"] == 0:
+    if run.scored_by["samples"] == 0:
         return "eval.samples is 0"
     if evaluation.facts["n_samples"]:
         return "samples.json cannot be read (see Problems)"

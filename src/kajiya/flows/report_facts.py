@@ -80,6 +80,12 @@ class RunFacts:
             return int(self.parts["model"].facts["steps"])
         return self.history.last_step
 
+    @property
+    def scored_by(self) -> dict[str, Any]:
+        """The `eval` section that the evaluation was made with, which need not be that of a later attempt's config."""
+        section: dict[str, Any] = self.parts["evaluation"].manifest["config"]["eval"]
+        return section
+
     def digest(self, name: str) -> str | None:
         """Content digest of an artifact that the run lists."""
         entry = self.manifest["artifacts"].get(name)

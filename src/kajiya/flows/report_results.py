@@ -247,7 +247,7 @@ def _perplexity(run: RunFacts) -> str:
 
 def _scoring(run: RunFacts) -> str:
     figures = run.evaluation or {}
-    stride = run.manifest["config"]["eval"]["stride_fraction"]
+    stride = run.scored_by["stride_fraction"]
     return (
         f"Every token scored once, in windows of {figures['context_tokens']:,} tokens of which the last {stride:.0%} count; "
         f"weights in {figures['dtype']}."

@@ -119,7 +119,7 @@ def environment_section(runs: Sequence[RunFacts]) -> Section:
         state = "no git checkout around the working directory"
         if git is not None:
             state = git["commit"] + (f", {git['changed_files']:,} files changed" if git["changed_files"] else ", clean")
-        process = {f"process: {name}": value for name, value in (run.manifest.get("process") or {}).items()}
+        process = {f"process: {name}": value for name, value in _process(run).items()}
         values.append(
             {"platform": machine["platform"], "processor": machine["processor"], "usable cores": machine["cores"],
              "memory": format_bytes(machine["memory_bytes"]), "GPUs": _gpu_words(machine), "python": known["python"]}
@@ -129,13 +129,19 @@ def environment_section(runs: Sequence[RunFacts]) -> Section:
     if len(runs) > 1:
         blocks.append(Text("Rows in bold differ.", is_aside=True))
     for run in runs:
-        if not run.manifest.get("process"):
+        if not _process(run):
             blocks.append(Notice(f"{run.label}: the manifest says nothing of what was set in the process."))
         moved = moved_words(run.manifest)
         if moved:
             words = f"{run.label}: went on with other software or on another machine than it began: {moved}."
             blocks.append(Notice(words, "warn"))
     return Section("environment", "Environment", blocks)
+
+
+def _process(run: RunFacts) -> dict[str, Any]:
+    """What was set in the process of the first attempt; an older Kajiya wrote it beside the provenance."""
+    known: dict[str, Any] = run.manifest["provenance"].get("process") or run.manifest.get("process") or {}
+    return known
 
 
 def _gpu_words(machine: Mapping[str, Any]) -> str:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kajiya.config.schema import Config
 from kajiya.config.tables import loss_row
 from kajiya.data.batch import NO_TARGET, ExampleBatch
 from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Feeding, Feeds
+from kajiya.training.generators import undisturbed
 
 _TEXT_TOKENS = 32
 """Longest prompt that is taken of a text without one."""
@@ -36,7 +35,7 @@ class SampleWatch:
         from kajiya.serving.loading import load_engine
         from kajiya.serving.sequence import SamplingParams
 
-        with tempfile.TemporaryDirectory(dir=self.beside, prefix=".samples-") as name, torch.random.fork_rng():
+        with tempfile.TemporaryDirectory(dir=self.beside, prefix=".samples-") as name, undisturbed():
             folder = Path(name)
             self.save(folder)
             engine = load_engine(folder, max_batch=len(self.prompts))

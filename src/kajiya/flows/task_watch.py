@@ -3,18 +3,18 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kajiya.config.schema import Config
 from kajiya.data.documents import open_documents
-from kajiya.errors import ConfigError
+from kajiya.errors import ConfigError, StoreError
 from kajiya.evals.answers import LocalModel
 from kajiya.evals.run_task import Question, measure_task
 from kajiya.evals.tasks import find_task, read_rows
 from kajiya.run.store import Artifact
+from kajiya.training.generators import undisturbed
 
 if TYPE_CHECKING:
     from kajiya.evals.tasks import Task
@@ -36,18 +36,34 @@ class TaskWatch:
     beside: Path
     """Folder in which that folder is made, and removed again."""
 
-    def __call__(self) -> dict[str, float]:
-        """The figures of the model as it is; nothing of the training moves, its random numbers neither."""
+    @property
+    def names(self) -> list[str]:
+        """What the tasks are called in the names of figures."""
+        return [*(question.task.name for question in self.questions), *self.lm_eval]
+
+    def __call__(self, tell: Callable[[str], object]) -> dict[str, float]:
+        """The figures of the model as it is; nothing of the training moves, its random numbers neither.
+
+        A task that cannot be asked now (a judge that does not answer) is told, and has no figures.
+        """
         values: dict[str, float] = {}
-        with tempfile.TemporaryDirectory(dir=self.beside, prefix=".tasks-") as name, torch.random.fork_rng():
+        with tempfile.TemporaryDirectory(dir=self.beside, prefix=".tasks-") as name, undisturbed():
             folder = Path(name)
-            self.save(folder)
+            try:
+                self.save(folder)
+            except (OSError, StoreError) as problem:
+                tell(f"train.tasks were not asked, the model could not be written: {problem}")
+                return values
             respondent = LocalModel(folder, self.batch)
-            for question in self.questions:
-                figures = measure_task(question, respondent)["figures"]
-                values |= _named(question.task.name, figures)
-            for task in self.lm_eval:
-                values |= _named(task, self._lm_eval(folder, task))
+            asked: dict[str, Callable[[], dict[str, Any]]] = {
+                question.task.name: partial(_figures, question, respondent) for question in self.questions
+            }
+            asked |= {task: partial(self._lm_eval, folder, task) for task in self.lm_eval}
+            for task, ask in asked.items():
+                try:
+                    values |= _named(task, ask())
+                except Exception as problem:  # a task's own code, an endpoint: no reason to lose the training
+                    tell(f"train.tasks: {task} has no figures of this evaluation: {type(problem).__name__}: {problem}")
         return values
 
     def _lm_eval(self, folder: Path, task: str) -> dict[str, Any]:
@@ -57,6 +73,11 @@ class TaskWatch:
         opened = open_tasks([task])
         raw = run_lm_eval(folder, opened, limit=self.rows, batch=self.batch)
         return figures_of(raw, opened.aggregations()).figures
+
+
+def _figures(question: Question, respondent: LocalModel) -> dict[str, Any]:
+    figures: dict[str, Any] = measure_task(question, respondent)["figures"]
+    return figures
 
 
 def _named(task: str, figures: dict[str, Any]) -> dict[str, float]:
@@ -97,7 +118,11 @@ def _check(config: Config, names: list[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError("train.tasks", f"two tasks are called {twice!r}", "Give one a `name` of its own.")
-    if any(name.startswith(_LM_EVAL) for name in config.train.tasks):
-        from kajiya.evals.lm_eval_engine import require_lm_eval
+    lm_eval = [name.removeprefix(_LM_EVAL) for name in config.train.tasks if name.startswith(_LM_EVAL)]
+    if lm_eval:
+        from kajiya.evals.lm_eval_engine import open_tasks
 
-        require_lm_eval()
+        try:
+            open_tasks(lm_eval)
+        except ConfigError as problem:
+            raise ConfigError("train.tasks", problem.problem, problem.remedy) from problem

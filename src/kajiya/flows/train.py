@@ -21,13 +21,14 @@ from kajiya.flows.stopping import stop_on_signals
 from kajiya.models.build import check_architecture
 from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, find_run, open_run, run_name
+from kajiya.run.gpu_energy import gpu_names, read_energy
 from kajiya.run.inspect import moved_words
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
 from kajiya.run.trackers.dispatch import Trackers, start_trackers
 from kajiya.run.usage import usage_with
 from kajiya.training.precision import resolve_device
-from kajiya.training.ranks import Ranks, find_ranks, join, leave, wait_for_all
+from kajiya.training.ranks import Ranks, find_ranks, gpus_of, join, leave, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train(
     data = replace(prepare_data(config, store, stages), bases=based.parents)
     key = training_key(config, data)
     # A key to the server is no business of manifests, logs and trackers.
-    run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command))
+    run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command), process)
     on_event("run", id=run.id)
     for kind, fields in early:
         run.events.emit(kind, **fields)
@@ -113,16 +114,18 @@ def train(
 
     stages.on_event = hear_and_watch
     store = store.heard_by(hear_and_watch)
-    used = run.manifest().get("usage")
+    used, gpus = run.manifest().get("usage"), dict[str, int | None]()
     status = "failed"
     error: str | None = None
     model: Artifact | None = None
     report: Path | None = None
     try:
         meet(ranks, config)
+        device = resolve_device(config.train.device, "train.device", ranks.local)
+        gpus = read_energy(gpu_names(gpus_of(device, ranks)))
         can_report = scope.is_reported and _can_report(hear)
         run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
-        run.record(process=process, command=list(command) or run.manifest()["command"], **scope.facts)
+        run.record(command=list(command) or run.manifest()["command"], **scope.facts)
         for name, artifact in data.artifacts().items():
             run.record_artifact(name, artifact)
         model = _model(config, store, run, data, key, stages, hear_and_watch)
@@ -130,7 +133,7 @@ def train(
             if scope.is_evaluated:
                 _evaluation(config, store, run, data, model, stages)
             timings = run.manifest().get("timings", {}) | stages.timings
-            run.record(timings=timings, status="finished", usage=usage_with(used))
+            run.record(timings=timings, status="finished", usage=usage_with(used, gpus))
             if can_report:
                 report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
                 hear("report", path=str(report))
@@ -140,7 +143,9 @@ def train(
         error = f"{type(problem).__name__}: {problem}"
         raise
     finally:
-        run.record(status=status, timings=run.manifest().get("timings", {}) | stages.timings, usage=usage_with(used))
+        run.record(
+            status=status, timings=run.manifest().get("timings", {}) | stages.timings, usage=usage_with(used, gpus)
+        )
         followers = trackers()
         run.events.emit("ended", status=status, error=error)
         warnings = followers.finish()

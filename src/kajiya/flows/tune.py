@@ -14,7 +14,7 @@ from kajiya.config.digest import digest, to_plain
 from kajiya.config.schema import TrackConfig
 from kajiya.config.sweep import check_grid, check_space, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
-from kajiya.errors import ConfigError, StoreError
+from kajiya.errors import ConfigError, KajiyaError, StoreError
 from kajiya.flows.launch import launch
 from kajiya.flows.report_settings import public_config, public_words
 from kajiya.flows.stages import Stages
@@ -26,7 +26,7 @@ from kajiya.flows.tune_results import count_trials, finished, write_best
 from kajiya.flows.tune_search import ASHA, open_study, suggest
 from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.code import own_code
-from kajiya.run.events import EventLog
+from kajiya.run.events import EventLog, read_events
 from kajiya.run.files import write_json
 from kajiya.run.folder import Run, runs_of
 from kajiya.run.process import quiet_torchao
@@ -159,7 +159,13 @@ def _probe_own_space(plan: StudyPlan) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(_PROBES):
-        trial_config(plan, suggest(study.ask(), plan.dimensions, plan.base.tune.space))
+        try:
+            trial_config(plan, suggest(study.ask(), plan.dimensions, plan.base.tune.space))
+        except KajiyaError:
+            raise
+        except Exception as problem:
+            said = f"{plan.base.tune.space} raised {type(problem).__name__}: {problem}"
+            raise ConfigError("tune.space", said, "It was drawn from before the first trial.") from problem
 
 
 # ---------------------------------------------------------------- the search
@@ -174,15 +180,15 @@ def _search(plan: StudyPlan, hear: OnEvent) -> None:
     n_missing = _n_wanted(plan) - _n_tried(study)
     tickets = range(max(n_missing, sum(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))))
     hear("stage", name="search", state="begun", seconds=0.0, text="")
-    began, best = time.time(), _best_value(study)
+    began, told = time.time(), _Told(_best_value(study), _next_step(plan.folder))
     for outcomes in launch(tune.launcher, partial(run_ticket, plan), list(tickets), tune.parallel):
         for outcome in outcomes:
-            best = _tell(study, outcome, plan, best, hear)
+            _tell(told, outcome, plan, hear)
     while isinstance(study.pruner, ASHA) and study.pruner.promotable(study):
         candidate = study.pruner.promotable(study)[0]
         go_on(study, candidate.number, candidate.params, "promoted")
         for outcome in run_ticket(plan, 0):
-            best = _tell(study, outcome, plan, best, hear)
+            _tell(told, outcome, plan, hear)
     words = ", ".join(f"{count} {state}" for state, count in count_trials(study).items())
     hear("stage", name="search", state="done", seconds=time.time() - began, text=words)
 
@@ -226,19 +232,35 @@ def _recover(study: "Study") -> None:
             study.enqueue_trial(params, user_attrs=kept | {"continues": trial.number, "reason": reason})
 
 
-def _tell(study: "Study", outcome: Outcome, plan: StudyPlan, best: float | None, hear: OnEvent) -> float | None:
-    """Events of one ended trial; returns the best figure so far."""
+@dataclass
+class _Told:
+    """What the study's log has been told of its trials."""
+
+    best: float | None
+    """The best figure so far."""
+    step: int
+    """Of the next figures: they are counted as trials end, since some trackers take no step below an earlier one."""
+
+
+def _next_step(folder: Path) -> int:
+    return 1 + max((event["step"] for event in read_events(folder) if event["kind"] == "metrics"), default=-1)
+
+
+def _tell(told: _Told, outcome: Outcome, plan: StudyPlan, hear: OnEvent) -> None:
+    """Events of one ended trial."""
     hear("trial", **to_plain(outcome))
     if outcome.values is None:
-        return best
+        return
     names = plan.metrics
     values = {f"trial/{name}": value for name, value in zip(names, outcome.values, strict=True)}
+    values["trial/number"] = outcome.number
     if len(names) == 1:
         sign = -1 if plan.base.tune.objectives[0].startswith("max:") else 1
-        best = outcome.values[0] if best is None or sign * outcome.values[0] < sign * best else best
-        values[f"best/{names[0]}"] = best
-    hear("metrics", step=outcome.number, values=values)
-    return best
+        if told.best is None or sign * outcome.values[0] < sign * told.best:
+            told.best = outcome.values[0]
+        values[f"best/{names[0]}"] = told.best
+    hear("metrics", step=told.step, values=values)
+    told.step += 1
 
 
 def _best_value(study: "Study") -> float | None:

@@ -15,7 +15,7 @@ from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config, TuneConfig
 from kajiya.config.sweep import Dimension, Value, as_override
 from kajiya.data.progress import silent
-from kajiya.errors import ConfigError
+from kajiya.errors import KajiyaError
 from kajiya.flows.tune_search import ASHA, metric_of, open_study, suggest
 from kajiya.run.alive import process_facts
 from kajiya.run.forks import Fork, forked
@@ -122,10 +122,11 @@ def run_trial(plan: StudyPlan, study: "Study") -> Outcome:
     try:
         values = suggest(trial, plan.dimensions, plan.base.tune.space)
         config = trial_config(plan, values)
-    except ConfigError as problem:
-        trial.set_user_attr("problem", str(problem).splitlines()[0])
+    except Exception as problem:  # the user's own function may raise anything
+        said = str(problem) if isinstance(problem, KajiyaError) else f"{type(problem).__name__}: {problem}"
+        trial.set_user_attr("problem", said.partition("\n")[0])
         study.tell(trial, state=TrialState.FAIL)
-        return Outcome(trial.number, "failed", None, str(problem), None, 0.0)
+        return Outcome(trial.number, "failed", None, said, None, 0.0)
     trial.set_user_attr("settings", {key: to_plain(value) for key, value in values.items()})
     end = execute(plan.job(config, f"{trial.number:05d}", {"trial": trial.number}), _Judge(study, trial))
     for name, value in (("run", end.run), ("seconds", end.seconds), ("to_first_step", end.to_first_step)):

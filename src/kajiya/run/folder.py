@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,19 @@ def run_name(name: str, key: str) -> str:
     return f"{name}-{key[:10]}"
 
 
-def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
+def open_run(
+    store: Store, config: Config, key: str, command: list[str], process: Mapping[str, Any] | None = None
+) -> Run:
     """The run of that key: begun now, or gone on with where an earlier attempt left it.
 
-    The manifest's `owner` is this process from now on. Raises `RunBusyError` while another one works on the run.
+    The manifest's `owner` is this process from now on, and its `config` the one given: an attempt may have other settings
+    than the one before where training does not read them. `process`: what was set in it. Raises `RunBusyError` while another
+    one works on the run.
     """
     folder = store.runs / run_name(config.name, key)
     run = Run(folder, store, EventLog(folder))
+    provenance = collect_provenance() | ({} if process is None else {"process": dict(process)})
+    plain = to_plain(config)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _MANIFEST).is_file():
         manifest = {
@@ -72,29 +79,39 @@ def open_run(store: Store, config: Config, key: str, command: list[str]) -> Run:
             "name": config.name,
             "key": key,
             "created": time.time(),
-            "config": to_plain(config),
+            "config": plain,
             "config_digest": digest(config),
             "command": command,
             "status": "running",
             "owner": process_facts(),
             "attempts": 0,
             "artifacts": {},
-            "provenance": collect_provenance(),
+            "provenance": provenance,
         }
         # The manifest makes the run: the event is there before it, twice if a crash comes between.
-        run.events.emit("config", config=to_plain(config))
+        run.events.emit("config", config=plain)
         write_json(folder / _MANIFEST, manifest)
     else:
         _refuse_second(run)
-        run.record(owner=process_facts(), status="running", later_provenance=_later_provenance(run.manifest()))
+        manifest = run.manifest()
+        if manifest["config_digest"] != digest(config):
+            run.events.emit("config", config=plain)
+        later = _later_provenance(manifest, provenance)
+        run.record(
+            owner=process_facts(),
+            status="running",
+            config=plain,
+            config_digest=digest(config),
+            later_provenance=later,
+        )
     run.events.emit("opened", pid=os.getpid())
     return run
 
 
-def _later_provenance(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def _later_provenance(manifest: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     """The provenance of later attempts, with its time (Unix seconds), where it is not that of the attempt before."""
     known: list[dict[str, Any]] = manifest.get("later_provenance", [])
-    latest, now = [manifest["provenance"], *(each["provenance"] for each in known)][-1], collect_provenance()
+    latest = [manifest["provenance"], *(each["provenance"] for each in known)][-1]
     return known if now == latest else [*known, {"since": time.time(), "provenance": now}]
 
 

@@ -1,6 +1,7 @@
 """Facts about runs, read from their manifests and event logs: for `kajiya runs`, `show` and `diff`."""
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class RunDiff:
     code: dict[str, list[Any]]
     """Code revisions of the artifacts' stages."""
     environment: dict[str, list[Any]]
-    """Packages, interpreter, machine, git state."""
+    """Packages, interpreter, machine, git state, what was set in the process; of several attempts `first, then later`."""
     metrics: dict[str, dict[str, Any]]
     """Last values, equal ones too: `{name: {first, second, difference}}`."""
 
@@ -193,20 +194,20 @@ def run_diff(first: Run, second: Run) -> RunDiff:
         config=differences(flatten(a["config"]), flatten(b["config"])),
         artifacts=differences(_of_artifacts(a, "digest"), _of_artifacts(b, "digest")),
         code=differences(_codes(first, a), _codes(second, b)),
-        environment=differences(flatten(a["provenance"]), flatten(b["provenance"])),
+        environment=differences(_environment(a), _environment(b)),
         metrics={name: _compared(metrics_a, metrics_b, name) for name in dict.fromkeys([*metrics_a, *metrics_b])},
     )
 
 
 def moved_words(manifest: dict[str, Any]) -> str:
-    """What the latest attempt has otherwise than the first of packages, interpreter and machine; empty where nothing."""
+    """What the latest attempt has otherwise than the first: packages, interpreter, machine, process; empty where nothing."""
     later = manifest.get("later_provenance", [])
     if not later:
         return ""
-    first, now = (
-        {name: each[name] for name in ("python", "packages", "machine")}
-        for each in (manifest["provenance"], later[-1]["provenance"])
-    )
+    known = (manifest["provenance"], later[-1]["provenance"])
+    # A manifest of an older Kajiya has the process apart.
+    parts = [name for name in ("python", "packages", "machine", "process") if all(name in each for each in known)]
+    first, now = ({name: each[name] for name in parts} for each in known)
     changed = differences(flatten(first), flatten(now))
     return "; ".join(f"{name}: {pair[0] or 'none'}, then {pair[1] or 'none'}" for name, pair in changed.items())
 
@@ -230,6 +231,19 @@ def _recorded(manifest: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _of_artifacts(manifest: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: entry[key] for name, entry in manifest["artifacts"].items()}
+
+
+def _environment(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Name by name what the attempts had; where a later one had another value, all of them in their order."""
+    older = {"process": manifest["process"]} if "process" in manifest else {}
+    attempts = [older | manifest["provenance"], *(each["provenance"] for each in manifest.get("later_provenance", []))]
+    flats = [flatten(each) for each in attempts]
+    found = {}
+    for name in dict.fromkeys(name for flat in flats for name in flat):
+        values = [value for value, _ in groupby(flat.get(name) for flat in flats)]
+        found[name] = values[0] if len(values) == 1 else ", then ".join(map(str, values))
+    # The seed is a setting, and stands among them.
+    return {name: value for name, value in found.items() if name != "process.seed"}
 
 
 def _codes(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:

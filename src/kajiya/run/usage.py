@@ -1,4 +1,4 @@
-"""What a process has used up: processor time, the most memory; added up over the attempts of a run."""
+"""What a process has used up: processor time, the most memory, GPUs' energy; added up over the attempts of a run."""
 
 import ctypes
 import resource
@@ -7,15 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kajiya.run.gpu_energy import joules_since
 
-def usage_with(before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`cpu_seconds` of this process added to those of earlier attempts, `peak_bytes` the most of any of them."""
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    earlier = before or {"cpu_seconds": 0.0, "peak_bytes": 0}
-    return {
-        "cpu_seconds": earlier["cpu_seconds"] + own.ru_utime + own.ru_stime,
+
+def usage_with(before: Mapping[str, Any] | None, gpus: Mapping[str, int | None] | None = None) -> dict[str, Any]:
+    """`cpu_seconds` of this process and its ended children added to those of earlier attempts, `peak_bytes` the most of any.
+
+    With `gpus`, as `read_energy` gave them when the attempt began: `gpu_joules` of all of them together (`None` where a driver
+    does not say), and `gpu_peak_bytes`, the most that torch held of one in this process.
+    """
+    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    earlier = {"cpu_seconds": 0.0, "peak_bytes": 0} | dict(before or {})
+    used = earlier | {
+        "cpu_seconds": earlier["cpu_seconds"] + sum(each.ru_utime + each.ru_stime for each in times),
         "peak_bytes": max(earlier["peak_bytes"], peak_memory()),
     }
+    if not gpus:
+        return used
+    known = {"gpu_joules": 0.0, "gpu_peak_bytes": 0} | earlier
+    now, so_far = joules_since(gpus), known["gpu_joules"]
+    return used | {
+        "gpu_joules": None if now is None or so_far is None else so_far + now,
+        "gpu_peak_bytes": max(known["gpu_peak_bytes"], _peak_gpu_memory()),
+    }
+
+
+def _peak_gpu_memory() -> int:
+    import torch
+
+    return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
 
 
 _before_restart = 0

@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,16 @@ def restore_generators(read: Generators) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = read.numbers["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever is drawn or seeded inside, every generator is afterwards as it was before."""
+    read = read_generators()
+    try:
+        yield
+    finally:
+        restore_generators(read)
 
 
 def gather_generators(ranks: Ranks) -> list[Generators]:

@@ -83,6 +83,7 @@ def replay(
     for kind, pairs in found.differs.items():
         for name, (first, again) in pairs.items():
             console.print(f"  {kind}: {name}: {first} then, {again} now", highlight=False, soft_wrap=True)
+    console.print(f"The replay lies in {found.folder}", highlight=False, soft_wrap=True)
 
 
 def sync(

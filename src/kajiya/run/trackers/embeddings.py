@@ -7,23 +7,31 @@ from typing import Any
 
 import numpy as np
 
+from kajiya.errors import StoreError
+from kajiya.run.files import read_json
+
 _FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
 
 
-def read_embeddings(folder: Path, most: int) -> np.ndarray | None:
-    """The first `most` rows of the input embeddings, float32 [tokens, width]; `None` for a model that has none in one file."""
-    path = folder / _FILE
-    if not path.is_file():
-        return None
+def read_embeddings(folder: Path, most: int) -> np.ndarray:
+    """The first `most` rows of the input embeddings, float32 [tokens, width], of a model in one file or in several.
+
+    Raises `StoreError` with the reason where there are none that can be read.
+    """
+    path, name = _find(folder)
     with path.open("rb") as handle:
         (n_header,) = struct.unpack("<Q", handle.read(8))
-        header = json.loads(handle.read(n_header))
-        name = next((each for each in header if each.endswith(_NAMES)), None)
-        if name is None or header[name]["dtype"] not in _DTYPES:
-            return None
-        entry = header[name]
+        entry = json.loads(handle.read(n_header))[name]
+        if entry["dtype"] not in _DTYPES:
+            raise StoreError(f"{name} in {path} is of type {entry['dtype']}, not one of {', '.join(_DTYPES)}")
         rows, width = min(entry["shape"][0], most), entry["shape"][1]
         dtype = _DTYPES[entry["dtype"]]
         handle.seek(8 + n_header + entry["data_offsets"][0])
@@ -31,6 +39,22 @@ def read_embeddings(folder: Path, most: int) -> np.ndarray | None:
     if entry["dtype"] == "BF16":
         return np.asarray((raw.astype(np.uint32) << 16).view(np.float32))
     return np.asarray(raw.astype(np.float32))
+
+
+def _find(folder: Path) -> tuple[Path, str]:
+    """The file that holds the input embeddings, and the tensor's name in it."""
+    if (folder / _INDEX).is_file():
+        files: dict[str, str] = read_json(folder / _INDEX)["weight_map"]
+    elif (folder / _FILE).is_file():
+        with (folder / _FILE).open("rb") as handle:
+            (n_header,) = struct.unpack("<Q", handle.read(8))
+            files = dict.fromkeys(json.loads(handle.read(n_header)), _FILE)
+    else:
+        raise StoreError(f"{folder} holds neither {_FILE} nor {_INDEX}")
+    name = next((each for each in files if each.endswith(_NAMES)), None)
+    if name is None:
+        raise StoreError(f"no tensor in {folder} is called {', '.join(_NAMES)}")
+    return folder / files[name], name
 
 
 def token_names(folder: Path, n: int) -> list[str]:
@@ -45,11 +69,9 @@ def token_names(folder: Path, n: int) -> list[str]:
     return [name.replace("\t", "\\t").replace("\n", "\\n") for name in names]
 
 
-def write_projector(model: Path, folder: Path, most: int) -> bool:
-    """Write the embeddings of the model in `model` as TensorBoard's projector reads them; whether there were any."""
+def write_projector(model: Path, folder: Path, most: int) -> None:
+    """Write the embeddings of the model in `model` as TensorBoard's projector reads them. Raises as `read_embeddings` does."""
     found = read_embeddings(model, most)
-    if found is None:
-        return False
     np.savetxt(folder / "embeddings.tsv", found, fmt="%.6g", delimiter="\t")
     (folder / "embeddings-tokens.tsv").write_text("\n".join(token_names(model, len(found))) + "\n", encoding="utf-8")
     (folder / "projector_config.pbtxt").write_text(
@@ -57,4 +79,3 @@ def write_projector(model: Path, folder: Path, most: int) -> bool:
         '  metadata_path: "embeddings-tokens.tsv"\n}\n',
         encoding="utf-8",
     )
-    return True

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from kajiya.config.digest import digest, to_plain
 from kajiya.config.tables import is_options, resolve
 from kajiya.errors import KajiyaError, StoreError
 from kajiya.run.events import EVENTS_FILE, Event, read_from
 from kajiya.run.files import read_json
-from kajiya.run.trackers.position import Position, load_position, position_file, save_position
+from kajiya.run.trackers.position import Position, load_position, position_at, position_file, save_position
 from kajiya.run.trackers.protocol import RunFacts, Tracker
 
 _POLL_S = 0.2
@@ -41,6 +42,8 @@ def follow(
 ) -> Position:
     """Deliver the run's events to the tracker, from where it stands, and close it; of a study, its trials as each ends.
 
+    A place that has had all is asked for its record, and gets all again where that is gone.
+
     Without `is_parent_alive`: to the end of the log as it is. With it: until an `ended` event behind byte `begun`, or
     until the parent is gone and every line is read. Raises what the tracker raises, and `StoreError` while another
     follower is at the run, which a live one, or one that `waits`, waits for.
@@ -55,14 +58,17 @@ def follow(
     path = position_file(folder, name)
     log = folder / EVENTS_FILE
     with _only_follower(path.with_suffix(".lock"), wait=waits or is_parent_alive is not None):
-        position = load_position(path)
-        if is_parent_alive is None and position.closed and position.offset == _size(log):
-            return position
-        position.problem = None
-        save_position(path, position)
         try:
-            tracker = _build(name, options)
-            if not tracker.open(_facts(folder, position)):
+            tracker, destination = _build(name, options)
+            position = position_at(path, destination)
+            is_complete = is_parent_alive is None and position.closed and position.offset == _size(log)
+            position.problem = None
+            save_position(path, position)
+            if tracker.open(_facts(folder, position, is_complete)):
+                if is_complete:
+                    tracker.close(position.status)
+                    return position
+            else:
                 position.rewind()
                 save_position(path, position)
             _deliver(_Delivery(tracker, log, position, path, follow_trials), is_parent_alive, begun)
@@ -125,12 +131,20 @@ def _next_portion(log: Path, position: Position, begun: int | None) -> tuple[lis
     return events, n_lines, False
 
 
-def _build(name: str, options: Mapping[str, Any]) -> Tracker:
+def _build(name: str, options: Mapping[str, Any]) -> tuple[Tracker, str]:
+    """The tracker, and the digest of where it writes."""
     made, checked = resolve("tracker", name, options, "track")
-    return cast(Tracker, made(checked) if is_options(checked) else made(**checked))
+    if not is_options(checked):
+        return cast(Tracker, made(**checked)), digest(checked)
+    place = {field: getattr(checked, field) for field in _PLACES[name]} if name in _PLACES else checked
+    return cast(Tracker, made(checked)), digest(to_plain(place))
 
 
-def _facts(folder: Path, position: Position) -> RunFacts:
+_PLACES = {"mlflow": ("uri", "experiment"), "tensorboard": ("folder",), "wandb": ("project", "entity", "online")}
+"""Options that say where a tracker writes; of any other, all of them."""
+
+
+def _facts(folder: Path, position: Position, is_complete: bool) -> RunFacts:
     manifest = read_json(folder / "manifest.json")
     return RunFacts(
         run=folder.name,
@@ -141,6 +155,7 @@ def _facts(folder: Path, position: Position) -> RunFacts:
         token=position.token,
         saved=position.saved,
         study=manifest.get("study"),
+        is_complete=is_complete,
     )
 
 

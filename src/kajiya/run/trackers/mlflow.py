@@ -17,6 +17,7 @@ from kajiya.run.trackers.mlflow_records import dataset_inputs, lineage_tags, run
 from kajiya.run.trackers.protocol import DATA_ARTIFACT, MODEL_ARTIFACT, RunFacts, metrics_of
 
 _TOKEN_TAG = "kajiya.token"
+_BEGUN_TAG = "kajiya.begun"
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 _MAX_METRICS = 1000
 _MAX_PARAMS = 100
@@ -48,7 +49,7 @@ class MLflowTracker:
         self.facts = facts
         self.uri = self.options.uri or default_uri(facts.store)
         self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-        self.ended = time.time()
+        self.ended = float(facts.saved["ended"]) if "ended" in facts.saved else time.time()
         experiment = self._experiment()
         found = self.client.search_runs([experiment], f"tags.`{_TOKEN_TAG}` = '{facts.token}'", max_results=1)
         if found:
@@ -84,7 +85,8 @@ class MLflowTracker:
             take = _TAKES.get(event["kind"])
             if take is not None:
                 take(self, event)
-        return {"run_id": self.run_id, "uri": self.uri if self.options.uri is None else "as configured"}
+        uri = self.uri if self.options.uri is None else "as configured"
+        return {"run_id": self.run_id, "uri": uri, "ended": self.ended}
 
     def close(self, status: str) -> None:
         """Set the run's status and end time."""
@@ -179,8 +181,12 @@ class MLflowTracker:
             self.client.log_artifacts(self.run_id, str(folder), place)
         elif (folder / "manifest.json").is_file():
             self.client.log_artifact(self.run_id, str(folder / "manifest.json"), place)
-        if event["name"] == MODEL_ARTIFACT and self.options.register:
+        if event["name"] != MODEL_ARTIFACT or not self.options.register:
+            return
+        if self.facts.study is None:
             self._register(event, folder, place, is_small)
+        else:
+            self.client.set_tag(self.run_id, "kajiya.not_registered", f"the model of a trial of {self.facts.study}")
 
     def _report(self, event: Event) -> None:
         path = Path(event["path"])
@@ -208,9 +214,14 @@ class MLflowTracker:
                 break
         else:
             tags = {"kajiya.digest": event["digest"], "kajiya.run": self.facts.run} | lineage_tags(folder)
+            tags[_BEGUN_TAG] = str(_milliseconds(self.facts.created))
             version = self.client.create_model_version(model, source, run_id=self.run_id, tags=tags)
+        holders = self.client.get_registered_model(model).aliases
         for alias in self.options.aliases:
-            self.client.set_registered_model_alias(model, alias, version.version)
+            holder = self.client.get_model_version(model, holders[alias]) if alias in holders else None
+            # An old run that is delivered late does not take an alias from a newer one.
+            if holder is None or _begun(holder) <= _milliseconds(self.facts.created):
+                self.client.set_registered_model_alias(model, alias, version.version)
 
     def _warning(self, event: Event) -> None:
         self.client.set_tag(self.run_id, f"warning.{_milliseconds(event['t'])}", event["text"][:_MAX_TAG])
@@ -247,6 +258,11 @@ def artifact_root(store: Path) -> str:
 def _name(name: str) -> str:
     """A name that MLflow takes: letters, digits and `_-. :/`, at most 250 characters."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_NAME]
+
+
+def _begun(version: Any) -> int:
+    """When the run of a model version was begun, ms; of one that says nothing of it, when it was registered."""
+    return int(version.tags.get(_BEGUN_TAG, version.creation_timestamp))
 
 
 def _milliseconds(t: float) -> int:

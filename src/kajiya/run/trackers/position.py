@@ -17,6 +17,8 @@ class Position:
 
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Stands for the run in this tracker; the first thing that is saved."""
+    destination: str | None = None
+    """Digest of where the tracker writes; `None` in a file of an older Kajiya, which did not keep it."""
     offset: int = 0
     """Bytes of the event log that the tracker has taken."""
     n_events: int = 0
@@ -38,7 +40,7 @@ class Position:
 
     def rewind(self) -> None:
         """Back to the beginning of the log, as the same run."""
-        fresh = Position(token=self.token)
+        fresh = Position(self.token, self.destination)
         self.__dict__.update(fresh.__dict__)
 
     def take(self, event: Event, offset: int) -> Event | None:
@@ -96,6 +98,25 @@ def load_position(path: Path) -> Position:
         raise StoreError(
             f"{path}: not the position of a tracker.\nDelete it to log the run anew from its beginning."
         ) from error
+
+
+def position_at(path: Path, destination: str) -> Position:
+    """The position of the tracker that writes there: the one at `path`, or one that was set aside, or a new one.
+
+    Of several destinations each has a position, and so a token, of its own; `path` holds that of the last one.
+    """
+    position = load_position(path)
+    if position.destination in (None, destination):
+        position.destination = destination
+        return position
+    save_position(_aside(path, str(position.destination)), position)
+    known = load_position(_aside(path, destination))
+    known.destination = destination
+    return known
+
+
+def _aside(path: Path, destination: str) -> Path:
+    return path.parent / "elsewhere" / f"{path.stem}-{destination[:12]}.json"
 
 
 def save_position(path: Path, position: Position) -> None:

@@ -33,6 +33,8 @@ class RunFacts:
     """What the last `consume` returned, as it was saved with the position in the log; empty at first."""
     study: str | None = None
     """Id of the study that the run is a trial of."""
+    is_complete: bool = False
+    """Every event was taken and the tracker closed: it is opened only to say whether that record is still there."""
 
 
 class Tracker(Protocol):

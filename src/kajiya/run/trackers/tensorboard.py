@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.config.options import TensorBoardOptions
-from kajiya.errors import MissingExtraError
+from kajiya.errors import MissingExtraError, StoreError
 from kajiya.run.events import Event
 from kajiya.run.flatten import flatten
 from kajiya.run.trackers.embeddings import write_projector
@@ -90,7 +90,10 @@ class TensorBoardTracker:
 
     def _artifact(self, event: Event) -> None:
         if event["name"] == MODEL_ARTIFACT and self.options.embeddings:
-            write_projector(self.facts.store / event["path"], self.folder, self.options.embeddings)
+            try:
+                write_projector(self.facts.store / event["path"], self.folder, self.options.embeddings)
+            except StoreError as problem:
+                self._warning({"t": event["t"], "text": f"No embeddings for the projector: {problem}"})
 
     def _sample(self, event: Event) -> None:
         from tensorboard.plugins.text.summary_v2 import text_pb

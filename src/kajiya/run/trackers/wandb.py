@@ -39,6 +39,9 @@ class WandbTracker:
                 raise
             raise MissingExtraError("wandb", "wandb", "The tracker wandb") from error
         self.facts = facts
+        self.run: Any = None
+        if facts.is_complete and (self.options.online or parts_of(facts.folder, facts.token)):
+            return True
         self.written = {(name, step) for name, step, _ in read_history(facts.folder, facts.token)}
         self.samples: list[tuple[int, str, str]] = []
         self.last_step = 0
@@ -80,6 +83,8 @@ class WandbTracker:
         """Log the table of samples and end the run."""
         import wandb
 
+        if self.run is None:
+            return
         if self.samples and (_SAMPLES, self.last_step) not in self.written:
             table = wandb.Table(columns=["step", "prompt", "text"], data=[list(row) for row in self.samples])
             self.run.log({_SAMPLES: table}, step=self.last_step)
