@@ -1,5 +1,6 @@
 """Metrics against the libraries they are named after; the sandbox."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ from kajiya.errors import DataError
 from kajiya.evals import metrics as m
 from kajiya.evals import metrics_labels as ml
 from kajiya.evals.answers import Answer
+from kajiya.evals.confine import why_unconfined
 from kajiya.evals.sandbox import run_program
 from kajiya.evals.statistics import compare, interval
+from kajiya.evals.tasks import Task
 
 TEXTS = ["the cat sat on the mat", "a quick brown fox jumps", "hello there world", "to be or not to be that is it"]
 TARGETS = ["the cat is on the mat", "the quick brown fox jumped over", "hello world", "to be or not to be"]
@@ -165,3 +168,39 @@ def test_programs_are_held_to_their_limits() -> None:
     assert run("import os; assert set(os.environ) <= {'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}").is_passed
     assert run("import os; assert os.listdir('.') == []").is_passed
     assert "SIGKILL" in run("import os; os.kill(os.getpid(), 9)").reason
+
+
+@pytest.mark.parametrize("early", ["import sys\nsys.exit(0)", "raise SystemExit", "import os\nos._exit(0)"])
+def test_a_program_that_exits_before_its_tests_does_not_pass(early: str) -> None:
+    found = run_program(f"def f(x): return 0\n{early}\nassert f(1) == 1", seconds=10, memory_mb=512)
+    assert not found.is_passed
+    assert "exited before its last line" in found.reason
+
+
+@pytest.mark.skipif(why_unconfined() is not None, reason=str(why_unconfined()))
+def test_a_program_changes_files_in_its_own_folder_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+
+    def run(source: str) -> Any:
+        return run_program(f"import os, pathlib\nkept = {str(kept)!r}\n{source}", seconds=10, memory_mb=512)
+
+    for harm in ("os.remove(kept)", "open(kept, 'w')", "os.truncate(kept, 0)", "os.rename(kept, 'here')",
+                 "os.mkdir(kept + '-more')", "os.symlink(kept, kept + '-link')", "os.link(kept, 'here')"):  # fmt: skip
+        assert "Permission" in run(harm).reason or "cross-device" in run(harm).reason.lower(), harm
+    assert run("assert open(kept).read() == 'mine'").is_passed
+    own = "pathlib.Path('a').mkdir(); open('a/b', 'w').write('x'); os.rename('a/b', 'c'); os.remove('c'); os.rmdir('a')"
+    assert run(own).is_passed
+    assert run("open(os.devnull, 'w').write('x')").is_passed
+    assert run("import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)").is_passed
+    assert [each.name for each in tmp_path.iterdir()] == ["kept.txt"]
+    assert kept.read_text() == "mine"
+
+
+def test_where_the_kernel_does_not_confine_the_figure_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kajiya.evals.confine._version", lambda: 0)
+    monkeypatch.setattr("kajiya.evals.metrics.why_unconfined", why_unconfined.__wrapped__)
+    task = Task("t", "", "", ("pass_at_k",), tests="assert {{ answer }} == 1")
+    found = m.pass_at_k([Answer({}, "", "", ("1",))], task)
+    assert found.scores.value() == 1
+    assert "not confined: this system has no Landlock" in found.signature
