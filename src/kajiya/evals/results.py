@@ -18,6 +18,7 @@ from kajiya.evals.statistics import (
     Scores,
     compare,
     comparison_words,
+    few_groups_words,
     interval,
     ratio_interval,
     ratio_scores,
@@ -46,6 +47,7 @@ def figure_of(measured: Measured, groups: Sequence[str] | None, resamples: int =
     """A figure with its 95 % interval, as it stands in the facts; `None` where there is none."""
     scores = measured.scores
     bounds, value = interval(scores, groups, resamples=resamples), scores.value()
+    few = few_groups_words(len(set(groups)) if groups is not None else len(scores.rows)) if bounds is not None else ""
     return {
         "value": value if np.isfinite(value) else None,
         "interval": list(bounds) if bounds is not None and np.isfinite(bounds).all() else None,
@@ -53,7 +55,7 @@ def figure_of(measured: Measured, groups: Sequence[str] | None, resamples: int =
         "is_judged": True,
         "is_mean": scores.is_mean,
         "points": scores.points,
-        "signature": measured.signature,
+        "signature": "; ".join(word for word in (measured.signature, few) if word),
         "details": measured.details,
     }
 
@@ -83,9 +85,11 @@ def write_rows(
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", "metrics", "Keeping the rows of an evaluation") from error
     n = len(next(iter(columns.values())))
-    table = dict(columns) | {"group": list(groups) if groups else [str(i) for i in range(n)]}
+    table: dict[str, Any] = dict(columns) | {"group": list(groups) if groups else [str(i) for i in range(n)]}
     for name, each in measured.items():
-        table[f"{name}: statistics"] = each.scores.rows.tolist()
+        rows = each.scores.rows
+        begins = pyarrow.array(np.arange(0, rows.size + 1, rows.shape[1], dtype=np.int32))
+        table[f"{name}: statistics"] = pyarrow.ListArray.from_arrays(begins, pyarrow.array(rows.ravel()))
         table[f"{name}: note"] = list(each.notes) or [""] * n
     parquet.write_table(pyarrow.table(table), folder / ROWS)
 
@@ -183,12 +187,13 @@ class TaskResult:
 
 def text_result(folder: Path, facts: Mapping[str, Any]) -> TaskResult:
     """An evaluation on held-out text as a result that is compared like any other."""
+    n = facts["n_documents"]
+    few = few_groups_words(n)
     figure = {
         "value": facts["bits_per_byte"], "interval": facts["bits_per_byte_interval"], "is_lower_better": True,
-        "is_judged": True, "is_mean": True, "points": None, "signature": f"windows of {facts['context_tokens']} tokens",
-        "details": {},
+        "is_judged": True, "is_mean": True, "points": None, "details": {},
+        "signature": f"windows of {facts['context_tokens']} tokens" + (f"; {few}" if few else ""),
     }  # fmt: skip
-    n = facts["n_documents"]
     told = {"task": "held-out text", "n_rows": n, "n_groups": n, "figures": {"bits_per_byte": figure}}
     return TaskResult(folder, told | {"fingerprint": facts["fingerprint"]})
 
