@@ -161,7 +161,11 @@ def judge(answers: Sequence[Answer], task: "Task") -> Measured:
 
     assert task.judge is not None
     found = judge_pairs(task.judge, [(each.prompt, each.text, each.target) for each in answers])
-    flipped = sum(not verdict.is_consistent for verdict in found)
-    details = {"changed_its_mind_when_swapped": flipped / len(found) if found else 0.0}
+    n_silent = sum(not verdict.is_complete for verdict in found)
+    n_flipped = sum(verdict.is_complete and not verdict.is_consistent for verdict in found)
+    n = max(1, len(found))
+    details = {"changed_its_mind_when_swapped": n_flipped / n, "gave_no_verdict": n_silent / n}
     signature = f"{task.judge.model}, both orders, ½ for a tie or a change of mind"
+    if n_silent:
+        signature += f"; ½ also for {n_silent} of {n} rows without a verdict"
     return Measured(shares([v.score for v in found]), signature, details, [v.note for v in found])
