@@ -153,6 +153,35 @@ def test_paired_comparison_of_a_corpus_metric() -> None:
     assert found.p_value == pytest.approx(np.mean([each >= abs(found.difference) - 1e-9 for each in every]))
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(".5", 0.5), ("-.25", -0.25), ("1,000", 1000), ("about 12,345,678.5 km", 12345678.5), ("3.2e-1", 0.32), ("+7.", 7),
+     ("1,2 and 3", 1), ("1,0000", 1), ("10-5", 10)],
+)  # fmt: skip
+def test_numbers_are_read_as_they_are_written(text: str, number: float) -> None:
+    assert ml._number(text) == number
+    answers = [Answer({}, "", str(number), (text,)), Answer({}, "", "2", ("2",))]
+    assert _value(ml.rmse, answers) == 0
+
+
+def test_clusterings_are_compared_by_the_rows_clusters() -> None:
+    from sklearn.metrics import normalized_mutual_info_score
+
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, size=200)
+    noise = random.random(200)
+    good = np.where(noise < 0.9, labels, (labels + 1) % 3)
+    bad = np.where(noise < 0.5, labels, random.integers(0, 3, size=200))
+    first, second = ml.clustering_scores(labels, (bad + 1) % 3), ml.clustering_scores(labels, (good + 2) % 3)
+    assert second.value() == pytest.approx(normalized_mutual_info_score(labels, good))
+    assert (second.rows[:, 1] == good).all()  # numbered as the labels are
+    found = compare(first, second)
+    assert found.difference > 0.3
+    assert found.p_value < 0.01
+    again = compare(second, ml.clustering_scores(labels, (good + 1) % 3))
+    assert (again.difference, again.p_value) == (pytest.approx(0), 1.0)
+
+
 # ---------------------------------------------------------------- sandbox
 
 

@@ -312,7 +312,7 @@ class EvalConfig:
     batch: int = setting(16, ge=1)
     """Windows that pass through the model at once."""
     baselines: tuple[str, ...] = ("xz", "xz-primed")
-    """Compressors measured on the same held-out bytes: xz, xz-primed."""
+    """Compressors measured on the same held-out bytes: xz, and xz-primed, which has seen the last 64 MiB of the training text."""
     samples: int = setting(4, ge=0)
     """Completions of unseen functions to sample; of held-out prompts during training (`train.samples_every`)."""
     sample_tokens: int = setting(96, ge=1)

@@ -21,7 +21,7 @@ def xz_size(*parts: Bytes) -> int:
 
     They are read a portion at a time, and the stream is nowhere kept.
     """
-    views = [memoryview(part) for part in parts]
+    views = [_view(part) for part in parts]
     dictionary = max(_DICTIONARY_BYTES, min(sum(map(len, views)), 2 * _DICTIONARY_BYTES))
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}]
     compressor = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=filters)
@@ -39,10 +39,14 @@ def xz(train: Bytes, heldout: Bytes) -> float:
 
 def xz_primed(train: Bytes, heldout: Bytes) -> float:
     """Bits per byte that the held-out bytes add to an xz stream that has seen the last 64 MiB of the training bytes."""
-    seen = memoryview(train)[-PRIMING_BYTES:]
+    seen = _view(train)[-PRIMING_BYTES:]
     with ThreadPoolExecutor(2) as pool:  # lzma gives the interpreter lock up while it works
         both, alone = pool.map(lambda parts: xz_size(*parts), ((seen, heldout), (seen,)))
     return 8 * (both - alone) / len(heldout)
+
+
+def _view(part: Bytes) -> memoryview:
+    return part.data if isinstance(part, np.ndarray) else memoryview(part)
 
 
 BASELINES: Mapping[str, Callable[[Bytes, Bytes], float]] = {"xz": xz, "xz-primed": xz_primed}

@@ -13,6 +13,7 @@ from kajiya.errors import KajiyaError, MissingExtraError, StoreError
 from kajiya.evals.answers import Answer
 from kajiya.evals.fingerprint import Fingerprint, read_fingerprint
 from kajiya.evals.metrics import Measured
+from kajiya.evals.metrics_labels import clustering_scores
 from kajiya.evals.statistics import (
     Comparison,
     Scores,
@@ -22,6 +23,7 @@ from kajiya.evals.statistics import (
     interval,
     ratio_interval,
     ratio_scores,
+    sums_scores,
 )
 from kajiya.evals.tasks import Task, read_task
 
@@ -54,6 +56,7 @@ def figure_of(measured: Measured, groups: Sequence[str] | None, resamples: int =
         "is_lower_better": scores.is_lower_better,
         "is_judged": True,
         "is_mean": scores.is_mean,
+        "of_sums": scores.of_sums,
         "points": scores.points,
         "signature": "; ".join(word for word in (measured.signature, few) if word),
         "details": measured.details,
@@ -231,10 +234,18 @@ def _scores(result: TaskResult, rows: Sequence[Mapping[str, Any]], metric: str) 
     if figure["is_mean"]:
         values = np.array([row[f"{metric}: statistics"] for row in rows], dtype=np.float64)
         return ratio_scores(values[:, 0], values[:, 1], figure["is_lower_better"], figure["points"])
-    if metric == "clustering":
-        raise StoreError("Clusterings are not compared by rows: a model's vectors are not kept.")
+    kept = [row.get(f"{metric}: statistics") for row in rows]
+    if metric == "clustering":  # the vectors are not kept, the cluster of each row is
+        labels, clusters = np.array(kept, dtype=np.int64).T
+        return clustering_scores(labels, clusters)
+    if figure.get("of_sums") is not None:
+        points, worse = figure["points"], figure["is_lower_better"]
+        return sums_scores(np.array(kept, dtype=np.float64), figure["of_sums"], worse, points)
     if "settings" not in result.facts:
-        raise StoreError(f"{metric} is no mean over rows, and cannot be made anew of those that were kept.")
+        raise StoreError(
+            f"{result.task}: {metric} is made of all rows at once by lm-eval, and what a row adds to it is not kept, so two models "
+            "are not compared by it.\nCompare a metric whose figure is a mean over rows, a perplexity or bits per byte."
+        )
     return _measured_anew(read_task(result.facts["settings"]), _answers(rows), metric).scores
 
 

@@ -4,7 +4,7 @@ Shape letters: n rows, k statistics of a row, R resamples.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from kajiya.errors import DataError
 from kajiya.evals.resampling import (
+    Figure,
     Parts,
     by_group,
     drawn_by_rows,
@@ -48,6 +49,11 @@ class Scores:
     def is_mean(self) -> bool:
         """Whether the figure is Σ first statistic / Σ second."""
         return self.figure is _ratio
+
+    @property
+    def of_sums(self) -> str | None:
+        """The name of its figure in `OF_SUMS`, if it has one there."""
+        return next((name for name, figure in OF_SUMS.items() if figure is self.figure), None)
 
     def value(self) -> float:
         """The figure over all rows."""
@@ -91,8 +97,25 @@ def ratio_scores(
     return Scores(rows, _ratio, is_lower_better=is_lower_better, points=points)
 
 
+def sums_scores(rows: np.ndarray, name: str, is_lower_better: bool = False, points: float | None = None) -> Scores:
+    """A figure of `OF_SUMS` by its name, of rows float64 [n, 2]."""
+    return Scores(rows, OF_SUMS[name], is_lower_better=is_lower_better, points=points)
+
+
+def _perplexity(sums: np.ndarray) -> float:
+    return math.exp(-_ratio(sums)) if sums[1] else math.nan
+
+
+def _bits(sums: np.ndarray) -> float:
+    return -_ratio(sums) / math.log(2)
+
+
 def _ratio(sums: np.ndarray) -> float:
     return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+OF_SUMS: Mapping[str, Figure] = {"perplexity": _perplexity, "bits": _bits}
+"""Figures of Σ log-likelihoods and Σ units (documents, words, bytes), in nats, by the names under which results keep them."""
 
 
 # ---------------------------------------------------------------- intervals
