@@ -1,7 +1,7 @@
 """Streaming perplexity beside lm-eval's Hugging Face backend: the same model, rows, windows and batch, interleaved.
 
 python benchmarks/eval_throughput.py [--rounds 3] [--rows 48] [--vocab 32000]
-python benchmarks/eval_throughput.py --memory       # peak memory of scoring ever more rows, each count in a process of its own
+python benchmarks/eval_throughput.py --memory       # peak memory of evaluating ever more documents, a process each
 """
 
 import argparse
@@ -25,16 +25,16 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--score", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.score:
-        print(_peak_of_scoring(given.score))
+    if given.evaluate:
+        print(_peak_of_evaluating(given.evaluate))
         return
     if given.memory:
-        command = [sys.executable, __file__, "--score"]
+        command = [sys.executable, __file__, "--evaluate"]
         counts = (500, 5000, 20_000)
         peaks = {n: int(subprocess.run([*command, str(n)], check=True, capture_output=True).stdout) for n in counts}
-        print(json.dumps({"peak_mb_by_rows": {n: round(peak / 1e6) for n, peak in peaks.items()}}))
+        print(json.dumps({"peak_mb_by_documents": {n: round(peak / 1e6) for n, peak in peaks.items()}}))
         return
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(_measure(Path(folder), given), indent=1))
@@ -89,21 +89,45 @@ def _measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _peak_of_scoring(n_rows: int) -> int:
-    """Peak memory of a process that scores `n_rows` rows of 256 tokens under a tiny model, bytes."""
+def _peak_of_evaluating(n_documents: int) -> int:
+    """Peak memory of a process that does all of an evaluation of so many documents of 240 bytes, bytes: baselines, scores,
+    intervals, rows; the model is tiny."""
     import numpy as np
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from kajiya.evals.scoring import score_documents
+    from kajiya.config.schema import EvalConfig
+    from kajiya.data.documents import DocumentWriter
+    from kajiya.evals.evaluate import evaluate_model, measure_baselines
+    from kajiya.run.store import Artifact, Store, produce
 
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    rows = (np.random.default_rng(i).integers(0, 512, size=257) for i in range(n_rows))
-    model = LlamaForCausalLM(config).eval()
-    found = score_documents(model, rows, context_tokens=256, stride=256, batch=16, device=torch.device("cpu"))
-    assert len(found) == n_rows
+    words = [b"def", b"return", b"self", b"None", b"value", b"name", b"import", b"yield"]
+
+    def write_corpus(folder: Path) -> dict[str, Any]:
+        random = np.random.default_rng(0)
+        for split in ("train", "heldout"):
+            with DocumentWriter(folder, split) as writer:
+                for number in range(n_documents):
+                    writer.add(f"{number}.py", b" ".join(words[i] for i in random.integers(0, 8, size=48))[:240])
+                writer.finish()
+        return {}
+
+    def write_model(folder: Path) -> dict[str, Any]:
+        tokenizer = _tokenizer([" ".join(word.decode() for word in words)] * 9, 300)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+        config = LlamaConfig(vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                             num_attention_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=0)  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return {}
+
+    def made(store: Store, name: str, make: Any) -> Artifact:
+        return produce(store, name, code="benchmark", config=n_documents, parents={}, make=make)[0]
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        corpus, model = made(store, "corpus", write_corpus), made(store, "model", write_model)
+        measure_baselines(("xz", "xz-primed"), corpus, store)
+        evaluation, _ = evaluate_model(EvalConfig(samples=0), model, corpus, store, context_tokens=256, seed=0)
+        assert evaluation.facts["n_documents"] == n_documents
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

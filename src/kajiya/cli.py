@@ -142,10 +142,9 @@ def tune(
     from kajiya.screen import Screen
 
     console = open_console(to_stderr=as_json)
-    swept, passed_over = read_wandb_sweep(wandb_sweep) if wandb_sweep else ([], [])
-    for name in passed_over:
-        words = f"{wandb_sweep}: {name!r} says how W&B starts its agents and is not used"
-        console.print(words, highlight=False, soft_wrap=True)
+    swept, notes = read_wandb_sweep(wandb_sweep) if wandb_sweep else ([], [])
+    for note in notes:
+        console.print(f"{wandb_sweep}: {note}", highlight=False, soft_wrap=True)
     command = ["kajiya", *sys.argv[1:]]
     with Screen(console) as screen:
         asked = [*swept, *(overrides or [])]

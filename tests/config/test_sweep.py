@@ -99,6 +99,7 @@ def test_a_wandb_sweep_is_read_as_it_is(tmp_path: Path) -> None:
     path.write_text(
         """
 program: train.py
+name: my sweep
 method: bayes
 metric: {name: eval/nll, goal: minimize}
 run_cap: 12
@@ -113,14 +114,18 @@ parameters:
   model.n_heads: {min: 1, max: 4}
 """
     )
-    overrides, passed_over = read_wandb_sweep(path)
-    assert passed_over == ["program"]
+    overrides, notes = read_wandb_sweep(path)
+    assert [note.split(",")[0] for note in notes] == [
+        "'program' says how W&B starts its agents",
+        "'name' is W&B's title of a sweep; a study is named after its recipe",
+        "early_terminate.strict is not true; Optuna's hyperband ends trials as if it were",
+    ]
     fixed, found = split_sweep(overrides)
     config = check_space("stdlib-pretrain", fixed, [each for each in found if each.key != "model.n_heads"])
     assert config.tune.sampler.name == "tpe"
     assert config.tune.objectives == ("min:eval/nll",)
     assert config.tune.trials == 12
-    assert config.tune.pruner.options == {"min_evals": 2, "reduction": 4}
+    assert config.tune.pruner.options == {"max_evals": None, "min_evals": 2, "reduction": 4}
     assert config.seed == 5
     assert {each.key: each for each in found} == {
         "optim.lr": Dimension("optim.lr", low=1e-4, high=1e-2, is_log=True),
@@ -137,6 +142,11 @@ parameters:
             "{distribution: log_uniform, min: -9, max: -2}",
             "tag(log,interval(0.00012340980408667956,0.1353352832366127))",
         ),
+        (
+            "{distribution: inv_log_uniform, min: 2, max: 9}",
+            "tag(log,interval(0.00012340980408667956,0.1353352832366127))",
+        ),
+        ("{distribution: inv_log_uniform_values, min: 0.5, max: 4}", "tag(log,interval(0.5,4.0))"),
         ("{distribution: q_log_uniform_values, min: 2, max: 64, q: 1}", "tag(log,int(interval(2,64)))"),
         ("{distribution: int_uniform, min: 2, max: 64}", "int(interval(2,64))"),
         ("{distribution: q_uniform, min: 0, max: 1, q: 0.25}", "range(0.0,1.125,0.25)"),
@@ -155,7 +165,8 @@ def test_distributions_of_a_wandb_sweep(entry: str, expected: str, tmp_path: Pat
 def test_brackets_of_a_wandb_sweep(tmp_path: Path) -> None:
     rule = "{type: hyperband, max_iter: 27, s: 2, strict: true}"
     (path := tmp_path / "sweep.yaml").write_text(f"parameters: {{seed: {{value: 1}}}}\nearly_terminate: {rule}\n")
-    overrides, _ = read_wandb_sweep(path)
+    overrides, notes = read_wandb_sweep(path)
+    assert notes == []
     assert overrides[1:4] == [
         "tune.pruner.name=hyperband",
         "tune.pruner.options.min_evals=3",  # 27 / 3 / 3
@@ -174,15 +185,21 @@ def test_brackets_of_a_wandb_sweep(tmp_path: Path) -> None:
             "parameters: {}\nearly_terminate: {type: hyperband, min_iter: 1, s: 2}",
             r"early_terminate\.s: counts brackets",
         ),
-        ("parameters: {}\nearly_terminate: {type: hyperband, strict: false}", r"early_terminate\.strict: false"),
+        ("parameters: {}\nearly_terminate: {type: hyperband, strict: 3}", r"early_terminate\.strict: 3 is neither"),
         ("parameters: {}\nearly_terminate: {type: hyperband, eta: x}", r"early_terminate\.eta: 'x' is no count"),
         ("parameters: {}\nearly_terminate: {type: hyperband, iters: 2}", r"early_terminate\.iters: is not understood"),
         (
             "parameters: {x: {values: [1, 2], probabilities: [0.9, 0.1]}}",
             r"parameters\.x\.probabilities: has no counterpart",
         ),
-        ("parameters: {x: {distribution: normal, mu: 0, sigma: 1}}", r"parameters\.x\.distribution: 'normal' has no"),
+        (
+            "parameters: {x: {distribution: normal, mu: 0, sigma: 1}}",
+            r"(?s)distribution: 'normal' has no.*tune\.space.*inv_cdf",
+        ),
         ("parameters: {x: {distribution: beta, min: 0, max: 1}}", r"parameters\.x\.distribution: 'beta' has no"),
+        ("parameters: {x: {distribution: log_normal, mu: 0}}", r"(?s)'log_normal' has no.*take log_uniform_values"),
+        ("parameters: {x: {distribution: q_beta, a: 1}}", r"(?s)'q_beta' has no.*scipy\.stats\.beta"),
+        ("parameters: {x: {distribution: q_log_uniform, min: 1}}", r"(?s)no counterpart.*take q_log_uniform_values"),
         (
             "parameters: {x: {distribution: q_log_uniform_values, min: 1, max: 9, q: 2}}",
             r"parameters\.x\.q: whole numbers",

@@ -1,7 +1,9 @@
 """Endpoints of the OpenAI API and the judge behind one, against a stub; a real server is in `tests/serving/test_clients.py`."""
 
+import http.client
 import json
 import threading
+import urllib.request
 from collections.abc import Iterator, Mapping
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -97,6 +99,7 @@ def test_the_judge_is_asked_in_both_orders(url: str) -> None:
         (0.5, False),
         (0.5, False),
     ]
+    assert [each.is_complete for each in found] == [True, True, True, False]
     assert len(_Stub.asked) == 8
     with pytest.raises(KajiyaError, match="never gave a verdict"):
         judge_pairs(JudgeConfig(url, "stub"), rows[3:])
@@ -124,10 +127,42 @@ def test_a_busy_endpoint_is_asked_again_as_it_wishes(url: str, monkeypatch: pyte
     _Stub.busy = [(503, "1")] * 6
     with pytest.raises(KajiyaError, match="answered 503"):
         Endpoint(url, "stub").embed(["a"])
-    _Stub.busy = [(500, "1")]
-    with pytest.raises(KajiyaError, match="answered 500"):
+    _Stub.busy = [(500, None), (502, None), (504, None)]
+    assert Endpoint(url, "stub").embed(["x"]).shape == (1, 2)
+    _Stub.busy = [(404, "1")]
+    with pytest.raises(KajiyaError, match="answered 404"):
         Endpoint(url, "stub").embed(["a"])
     assert _Stub.busy == []
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(endpoints.time, "sleep", waited.append)
+    real, faults = urllib.request.urlopen, [TimeoutError("timed out"), ConnectionResetError("reset"),
+                                            http.client.RemoteDisconnected("gone"), http.client.IncompleteRead(b"")]  # fmt: skip
+
+    def fail(*words: Any, **more: Any) -> Any:
+        if faults:
+            raise faults.pop(0)
+        return real(*words, **more)
+
+    monkeypatch.setattr(endpoints.urllib.request, "urlopen", fail)
+    assert Endpoint(url, "stub").embed(["x"]).shape == (1, 2)
+    assert waited == [1, 2, 4, 8]
+    faults[:] = [TimeoutError("timed out")] * 9
+    with pytest.raises(KajiyaError, match="does not answer: timed out"):
+        Endpoint(url, "stub").embed(["a"])
+    assert len(faults) == 3
+
+
+def test_an_endpoint_that_ignores_n_is_asked_for_the_rest(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Endpoint(url, "stub").complete(["Answer 1:\ngood\n\nAnswer 2:\nbad"], Sampling(8, 0.7, 5, 3, (), True))
+    assert [len(texts) for texts in found] == [3]
+    assert [(body["n"], body["seed"]) for body in _Stub.asked] == [(3, 5), (2, 6), (1, 7)]
+    endpoint = Endpoint(url, "stub")
+    monkeypatch.setattr(endpoint, "post", lambda path, body: {"choices": []})
+    with pytest.raises(KajiyaError, match="without any choice"):
+        endpoint.complete(["a"], Sampling(8, 0.7, 5, 3, (), True))
 
 
 def test_many_texts_are_embedded_in_portions(url: str) -> None:
@@ -199,7 +234,10 @@ def test_the_metric_judge_asks_with_the_key_of_the_environment(
     monkeypatch.setenv("KAJIYA_TEST_JUDGE_KEY", "s3cret")
     found = measure(task, answers)["judge"]
     assert found.scores.value() == pytest.approx(2.5 / 3)
-    assert found.details == {"changed_its_mind_when_swapped": pytest.approx(1 / 3)}
+    assert found.details == {"changed_its_mind_when_swapped": pytest.approx(1 / 3), "gave_no_verdict": 0}
+    silent = measure(task, [answers[0], Answer({}, "odd", "bad", ("good",))])["judge"]
+    assert silent.details == {"changed_its_mind_when_swapped": 0, "gave_no_verdict": 0.5}
+    assert silent.signature.endswith("½ also for 1 of 2 rows without a verdict")
     assert list(found.notes) == ["answer", "answer", "changed its mind when the answers changed places"]
     assert "s3cret" not in json.dumps([task.settings(), figure_of(found, None)])
     other = load_task(tmp_path / "task.yaml", "x")

@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import Finished
 
 from kajiya.data.documents import open_documents
+from kajiya.evals import baselines
 from kajiya.evals.baselines import xz, xz_primed, xz_size
 from kajiya.evals.results import compare_results, text_result
 from kajiya.evals.samples import unseen_functions
@@ -26,6 +27,18 @@ def test_priming_helps_where_the_texts_are_alike() -> None:
     train = rng.integers(0, 256, 50_000).astype(np.uint8).tobytes()
     assert xz_primed(train, train[1000:21_000]) < 0.5
     assert xz_primed(train, rng.integers(0, 256, 20_000).astype(np.uint8).tobytes()) > 7.9
+
+
+def test_long_texts_are_compressed_a_portion_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    train = rng.integers(97, 123, 60_000).astype(np.uint8)
+    heldout = train[-9_000:].copy()
+    whole = xz_size(train.tobytes() + heldout.tobytes())
+    monkeypatch.setattr(baselines, "_PORTION_BYTES", 777)
+    assert xz_size(train, heldout) == whole
+    monkeypatch.setattr(baselines, "PRIMING_BYTES", 20_000)
+    end = bytes(train[-20_000:])
+    assert xz_primed(train, heldout) == xz_primed(end, heldout) != xz_primed(bytes(train[:20_000]), heldout)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -62,9 +75,10 @@ def test_the_evaluation_adds_up(finished: Finished) -> None:
     assert compare_results(result, result, "bits_per_byte").first == pytest.approx(facts["bits_per_byte"])
     low, high = facts["bits_per_byte_interval"]
     assert low <= facts["bits_per_byte"] <= high
-    baselines = open_artifact(finished.store.root / artifacts["baselines"]["path"]).facts["baselines"]
-    assert baselines["xz-primed"]["bits_per_byte"] < baselines["xz"]["bits_per_byte"]
-    assert baselines["xz"]["n_bytes"] == facts["n_bytes"]
+    figures = open_artifact(finished.store.root / artifacts["baselines"]["path"]).facts["baselines"]
+    assert figures["xz-primed"]["bits_per_byte"] < figures["xz"]["bits_per_byte"]
+    assert figures["xz"]["n_bytes"] == facts["n_bytes"]
+    assert figures["xz-primed"]["n_primed_bytes"] == figures["xz-primed"]["n_training_bytes"] > 0
 
 
 def test_samples_are_functions_of_heldout_documents(finished: Finished) -> None:

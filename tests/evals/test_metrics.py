@@ -1,5 +1,6 @@
 """Metrics against the libraries they are named after; the sandbox."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ from kajiya.errors import DataError
 from kajiya.evals import metrics as m
 from kajiya.evals import metrics_labels as ml
 from kajiya.evals.answers import Answer
+from kajiya.evals.confine import why_unconfined
 from kajiya.evals.sandbox import run_program
 from kajiya.evals.statistics import compare, interval
+from kajiya.evals.tasks import Task
 
 TEXTS = ["the cat sat on the mat", "a quick brown fox jumps", "hello there world", "to be or not to be that is it"]
 TARGETS = ["the cat is on the mat", "the quick brown fox jumped over", "hello world", "to be or not to be"]
@@ -150,6 +153,35 @@ def test_paired_comparison_of_a_corpus_metric() -> None:
     assert found.p_value == pytest.approx(np.mean([each >= abs(found.difference) - 1e-9 for each in every]))
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(".5", 0.5), ("-.25", -0.25), ("1,000", 1000), ("about 12,345,678.5 km", 12345678.5), ("3.2e-1", 0.32), ("+7.", 7),
+     ("1,2 and 3", 1), ("1,0000", 1), ("10-5", 10)],
+)  # fmt: skip
+def test_numbers_are_read_as_they_are_written(text: str, number: float) -> None:
+    assert ml._number(text) == number
+    answers = [Answer({}, "", str(number), (text,)), Answer({}, "", "2", ("2",))]
+    assert _value(ml.rmse, answers) == 0
+
+
+def test_clusterings_are_compared_by_the_rows_clusters() -> None:
+    from sklearn.metrics import normalized_mutual_info_score
+
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, size=200)
+    noise = random.random(200)
+    good = np.where(noise < 0.9, labels, (labels + 1) % 3)
+    bad = np.where(noise < 0.5, labels, random.integers(0, 3, size=200))
+    first, second = ml.clustering_scores(labels, (bad + 1) % 3), ml.clustering_scores(labels, (good + 2) % 3)
+    assert second.value() == pytest.approx(normalized_mutual_info_score(labels, good))
+    assert (second.rows[:, 1] == good).all()  # numbered as the labels are
+    found = compare(first, second)
+    assert found.difference > 0.3
+    assert found.p_value < 0.01
+    again = compare(second, ml.clustering_scores(labels, (good + 1) % 3))
+    assert (again.difference, again.p_value) == (pytest.approx(0), 1.0)
+
+
 # ---------------------------------------------------------------- sandbox
 
 
@@ -165,3 +197,39 @@ def test_programs_are_held_to_their_limits() -> None:
     assert run("import os; assert set(os.environ) <= {'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}").is_passed
     assert run("import os; assert os.listdir('.') == []").is_passed
     assert "SIGKILL" in run("import os; os.kill(os.getpid(), 9)").reason
+
+
+@pytest.mark.parametrize("early", ["import sys\nsys.exit(0)", "raise SystemExit", "import os\nos._exit(0)"])
+def test_a_program_that_exits_before_its_tests_does_not_pass(early: str) -> None:
+    found = run_program(f"def f(x): return 0\n{early}\nassert f(1) == 1", seconds=10, memory_mb=512)
+    assert not found.is_passed
+    assert "exited before its last line" in found.reason
+
+
+@pytest.mark.skipif(why_unconfined() is not None, reason=str(why_unconfined()))
+def test_a_program_changes_files_in_its_own_folder_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+
+    def run(source: str) -> Any:
+        return run_program(f"import os, pathlib\nkept = {str(kept)!r}\n{source}", seconds=10, memory_mb=512)
+
+    for harm in ("os.remove(kept)", "open(kept, 'w')", "os.truncate(kept, 0)", "os.rename(kept, 'here')",
+                 "os.mkdir(kept + '-more')", "os.symlink(kept, kept + '-link')", "os.link(kept, 'here')"):  # fmt: skip
+        assert "Permission" in run(harm).reason or "cross-device" in run(harm).reason.lower(), harm
+    assert run("assert open(kept).read() == 'mine'").is_passed
+    own = "pathlib.Path('a').mkdir(); open('a/b', 'w').write('x'); os.rename('a/b', 'c'); os.remove('c'); os.rmdir('a')"
+    assert run(own).is_passed
+    assert run("open(os.devnull, 'w').write('x')").is_passed
+    assert run("import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)").is_passed
+    assert [each.name for each in tmp_path.iterdir()] == ["kept.txt"]
+    assert kept.read_text() == "mine"
+
+
+def test_where_the_kernel_does_not_confine_the_figure_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kajiya.evals.confine._version", lambda: 0)
+    monkeypatch.setattr("kajiya.evals.metrics.why_unconfined", why_unconfined.__wrapped__)
+    task = Task("t", "", "", ("pass_at_k",), tests="assert {{ answer }} == 1")
+    found = m.pass_at_k([Answer({}, "", "", ("1",))], task)
+    assert found.scores.value() == 1
+    assert "not confined: this system has no Landlock" in found.signature

@@ -1,5 +1,6 @@
 """Intervals, paired tests and shifts against scipy and closed forms."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,6 +9,8 @@ from scipy import stats
 
 from kajiya.errors import DataError
 from kajiya.evals import statistics as s
+from kajiya.evals.metrics import Measured
+from kajiya.evals.results import figure_of
 from kajiya.evals.shift import embedding_shift, map_embeddings, measure_shift, population_stability
 
 
@@ -165,3 +168,77 @@ def test_an_interval_of_what_cannot_vary_is_wilsons_or_none() -> None:
     assert s.interval(s.mean_scores([0.3] * 50)) is None
     assert s.interval(s.mean_scores([0.0] * 5, is_lower_better=True)) is None
     assert s.wilson(0.3, 40) == pytest.approx(tuple(stats.binomtest(12, 40).proportion_ci(0.95, method="wilson")))
+
+
+# ---------------------------------------------------------------- many rows
+
+
+def test_resamples_in_portions_are_those_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(10)
+    bits, sizes = random.exponential(size=300), random.integers(1, 9, size=300).astype(float)
+    groups = [str(i // 4) for i in range(300)]
+
+    def spread(rows: np.ndarray) -> float:
+        return float(rows[:, 0].std())
+
+    def all_figures() -> list[float]:
+        first, second = s.ratio_scores(bits, sizes), s.ratio_scores(bits[::-1], sizes)
+        whole, other = (s.Scores(each.rows, spread, by_rows=True) for each in (first, second))
+        pairs = [s.compare(first, second, groups), s.compare(whole, other)]
+        found = [*s.ratio_interval(bits, sizes), *s.interval(first, groups), *s.interval(whole)]
+        return found + [each for pair in pairs for each in (*pair.interval, pair.p_value)]
+
+    draws = np.random.default_rng(0).integers(0, 300, size=(2000, 300))
+    ratios = bits[draws].sum(axis=1) / sizes[draws].sum(axis=1)
+    in_one_piece = all_figures()
+    assert in_one_piece[:2] == pytest.approx(np.quantile(ratios, [0.025, 0.975]))
+    monkeypatch.setattr("kajiya.evals.resampling._PORTION", 1000)
+    assert all_figures() == pytest.approx(in_one_piece, rel=1e-9)
+
+
+def test_memory_of_an_interval_does_not_grow_with_resamples_times_rows() -> None:
+    import tracemalloc
+
+    values = np.random.default_rng(11).random(40_000)
+    tracemalloc.start()
+    s.ratio_interval(values, np.ones_like(values), resamples=200)
+    s.compare(s.mean_scores(values[:20_000]), s.mean_scores(values[20_000:40_000]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20  # in one piece: 200 MB and 320 MB
+
+
+def test_many_discordant_rows_and_ranks_take_no_quadratic_time() -> None:
+    calls = 0
+
+    def median(rows: np.ndarray) -> float:
+        nonlocal calls
+        calls += 1
+        return float(np.median(rows[:, 0]))
+
+    random = np.random.default_rng(12)
+    a = random.normal(size=(3000, 1))
+    first = s.Scores(a, median, by_rows=True)
+    second = s.Scores(a + 0.1 + random.normal(0, 0.5, size=a.shape), median, by_rows=True)
+    found = s.compare(first, second)
+    assert calls < 3000  # one of each row left out would be 6,000 alone
+    # Of a mean the blocks must say what the rows say.
+    by_mean = [s.Scores(each.rows, lambda rows: float(rows[:, 0].mean()), by_rows=True) for each in (first, second)]
+    blocks = s.compare(*by_mean)
+    rows = s.compare(s.mean_scores(a[:, 0]), s.mean_scores(second.rows[:, 0]))
+    assert blocks.effect_size == pytest.approx(rows.effect_size, rel=0.15)
+    assert found.n_needed is not None
+    wrong = np.arange(40_000) < 20_400
+    assert s.mcnemar(wrong, ~wrong) == pytest.approx(stats.binomtest(20_400, 40_000).pvalue)
+
+
+def test_a_verdict_says_where_test_and_interval_disagree_and_sources_are_few() -> None:
+    found = s.compare(s.mean_scores(np.zeros(40)), s.mean_scores(np.random.default_rng(0).normal(0.4, 1, 40)))
+    apart = dataclasses.replace(found, interval=(-0.1, 0.6), p_value=0.03)
+    assert "the test alone would show one, the interval does not, with n = 40" in s.comparison_words(apart, "A", "B")
+    apart = dataclasses.replace(found, interval=(0.1, 0.6), p_value=0.07)
+    assert "the interval alone would show one, the test does not, with n = 40" in s.comparison_words(apart, "A", "B")
+    assert s.few_groups_words(2) == "interval from 2 sources, too few for 95 %"
+    assert s.few_groups_words(1) == s.few_groups_words(6) == ""
+    few = figure_of(Measured(s.mean_scores([1.0, 2.0]), "mean"), None)
+    assert few["signature"] == "mean; interval from 2 sources, too few for 95 %"

@@ -93,6 +93,16 @@ def test_a_task_of_ones_own_and_its_fingerprint(own_finished: Finished, tmp_path
         ({"kind": "choose"}, "choices: is missing"),
         ({"metrics": ["pass_at_k"]}, "tests: is missing"),
         ({"samples": 4}, "are all the same"),
+        ({"metrics": ["accuracy"]}, "accuracy needs a task of kind choose, and this one's kind is generate"),
+        ({"metrics": ["clustering"], "kind": "choose", "choices": ["a"]}, "needs a task of kind embed"),
+        ({"metrics": ["bleu"], "kind": "embed"}, "bleu scores written answers, and this one's kind is embed"),
+        ({"max_tokens": "64"}, r"max_tokens: '64' is not a whole number"),
+        ({"stop": "end"}, r"stop: 'end' is not a list of texts"),
+        ({"target": 5}, r"(?s)target: 5 is not text.*in quotes"),
+        ({"choices": [1, 2]}, r"choices: \[1, 2\] is not text or a list of texts"),
+        ({"is_chat": "yes"}, "is_chat: 'yes' is not true or false"),
+        ({"max_tokens": 0}, "max_tokens: 0 is less than 1"),
+        ({"judge": {"url": 1, "model": "m"}}, r"judge: url: 1 is not text"),
     ],
 )
 def test_mistakes_in_a_task_are_named(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
@@ -385,6 +395,72 @@ def test_lm_evals_figures_of_rows_that_are_no_mean_have_intervals() -> None:
     assert found.figures["acc"]["points"] == 100
     assert found.measured.keys() == {"acc"}
     assert found.columns["answers"][0] == [" a"]
+
+
+def test_perplexities_of_lm_eval_are_compared_in_pairs() -> None:
+    from kajiya.evals.lm_eval_results import figures_of
+
+    random = np.random.default_rng(1)
+
+    def read(shift: float) -> Any:
+        pairs = [
+            (-float(nats), int(words)) for nats, words in zip(random.normal(40 + shift, 2, 60), words_of, strict=True)
+        ]
+        samples = [
+            {"filter": "none", "word_perplexity": pair, "bits_per_byte": pair, "perplexity": pair[0], "doc": {"q": i}, "target": "",
+             "arguments": [("q",)], "filtered_resps": [-1.0]}
+            for i, pair in enumerate(pairs)
+        ]  # fmt: skip
+        nats, words = map(sum, zip(*pairs, strict=True))
+        values = {"word_perplexity": np.exp(-nats / words), "bits_per_byte": -nats / words / np.log(2),
+                  "perplexity": np.exp(-nats / 60)}  # fmt: skip
+        raw = {"results": {"own": {f"{name},none": float(value) for name, value in values.items()}},
+               "samples": {"own": samples}, "group_subtasks": {}, "versions": {"own": 1},
+               "higher_is_better": {"own": dict.fromkeys(values, False)}}  # fmt: skip
+        return figures_of(raw, {"own": {}}), values
+
+    words_of = random.integers(8, 12, 60)
+    (first, values), (second, others) = read(0.0), read(-2.0)
+
+    def result(found: Any) -> TaskResult:
+        rows = [{"group": str(i)} | {f"{name}: statistics": each.scores.rows[i].tolist() for name, each in found.measured.items()}
+                for i in range(60)]  # fmt: skip
+        facts = {"task": "own", "figures": found.figures, "fingerprint": dict.fromkeys(
+            ("data", "template", "code", "engine", "dtype", "sampling", "model"), "same")}  # fmt: skip
+        kept = TaskResult(Path(), facts)
+        object.__setattr__(kept, "rows", lambda: rows)
+        return kept
+
+    for name, value in values.items():
+        low, high = first.figures[name]["interval"]
+        assert low < value < high
+        compared = compare_results(result(first), result(second), name)
+        assert (compared.first, compared.second) == (pytest.approx(value), pytest.approx(others[name]))
+        assert compared.p_value < 0.01
+    first.figures["corpus"] = {"is_mean": False, "of_sums": None, "is_lower_better": False, "points": None}
+    with pytest.raises(StoreError, match="own: corpus is made of all rows at once"):
+        compare_results(result(first), result(second), "corpus")
+
+
+def test_generation_arguments_of_lm_eval_are_read_as_its_own_backend_reads_them() -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    from kajiya.evals.lm_eval_engine import drawing_of, prompt_room
+
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert drawing_of({"until": ["\n", ""], name: 32}).params.max_tokens == 32
+    plain = drawing_of({"until": "\n", "num_beams": 1, "early_stopping": True})
+    assert (plain.stop, plain.params.temperature, plain.params.max_tokens) == (("\n",), 0.0, 256)
+    assert drawing_of({"until": ["", "a"]}).stop == ("a",)
+    warm = drawing_of({"temperature": 0.7, "top_p": 0.95, "top_k": 20}).params
+    assert (warm.temperature, warm.top_p, warm.top_k) == (0.7, 0.95, 20)
+    cold = drawing_of({"do_sample": False, "temperature": 0.7, "top_p": 0.95}).params
+    assert (cold.temperature, cold.top_p) == (0.0, 1.0)
+    for name, value in (("num_beams", 10), ("repetition_penalty", 1.2), ("max_length", 99)):
+        with pytest.raises(ConfigError, match=rf"generation_kwargs\.{name}: {value} of a task of lm-eval"):
+            drawing_of({name: value})
+    assert prompt_room(64, 60) == 4
+    with pytest.raises(DataError, match="answers of up to 64 tokens, and the model's context has 64"):
+        prompt_room(64, 64)
 
 
 @pytest.mark.slow

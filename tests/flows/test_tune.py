@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import psutil
 import pytest
 import yaml
@@ -23,9 +25,11 @@ from kajiya.errors import ConfigError
 from kajiya.flows import tune_jobs
 from kajiya.flows.launch import launch
 from kajiya.flows.multirun import multirun
-from kajiya.flows.tune import _next_step, _tell, _Told, plan_study, tune
+from kajiya.flows.tune import _n_wanted, _next_step, _tell, _Told, plan_study, tune
 from kajiya.flows.tune_jobs import Job, Outcome, TrialEnd
 from kajiya.flows.tune_search import ASHA, open_study
+from kajiya.flows.tune_trial import UNKNOWN_METRIC, UnknownMetricError
+from kajiya.flows.tune_trial import _require_logged as require_logged
 from kajiya.run.events import EventLog, read_events
 from kajiya.run.files import read_json, write_json
 from kajiya.run.folder import Run
@@ -124,6 +128,27 @@ def test_a_grid_is_tried_once_each_and_failures_are_counted(own_finished: Finish
         _tune(own_finished, "tune.sampler.name=grid", LR)
 
 
+def test_a_grid_is_whole_unless_a_number_of_trials_is_asked_for_and_then_says_what_it_leaves_out(
+    own_finished: Finished, trials: Trials
+) -> None:
+    said: list[str] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "warning":
+            said.append(fields["text"])
+
+    grid = ("tune.sampler.name=grid", "optim.lr=choice(1e-3,2e-3)", f"seed=choice({','.join(map(str, range(11)))})")
+    words = (*grid, "tune.confirm_seeds=0", "tune.storage=journal")
+    cut = _tune(own_finished, *words, "tune.trials=2", on_event=hear)
+    assert cut.counts == {"finished": 2}
+    assert said == ["tune.trials=2 leaves out 20 of the grid's 22 combinations"]
+    whole, cut_short, endless = (
+        plan_study(RECIPE, [*small_overrides(), *more], own_finished.store, None)
+        for more in (words, (*words, "tune.trials=2"), (LR,))
+    )
+    assert [_n_wanted(plan) for plan in (whole, cut_short, endless)] == [22, 2, 20]
+
+
 def test_what_was_interrupted_goes_on_and_counts_once(
     own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +162,7 @@ def test_what_was_interrupted_goes_on_and_counts_once(
         return real(job, judge)
 
     monkeypatch.setattr(tune_jobs, "execute", cut)
-    monkeypatch.setattr("kajiya.flows.tune.is_alive", lambda _owner: False)
+    monkeypatch.setattr("kajiya.flows.tune.is_alive", lambda *_: False)
     with pytest.raises(KeyboardInterrupt):
         _tune(own_finished, *words)
     assert own_finished.store.root.joinpath("studies").is_dir()
@@ -212,6 +237,12 @@ def test_conditional_spaces_and_several_objectives(
     for job in trials.jobs:
         assert ("momentum" in job.config.optim.options) == (job.config.optim.name == "muon")
     assert 'id="figure-front"' in done.report.read_text()
+    front = open_study(trials.jobs[0].tune, done.run.folder, done.run.id, 0).best_trials
+    recipes = sorted((done.run.folder / "front").glob("*.yaml"))
+    assert [path.stem for path in recipes] == sorted(f"trial-{trial.number}" for trial in front)
+    assert compose(str(recipes[0])).name.startswith("stdlib-pretrain-trial-")
+    assert "none is the best" in done.best.read_text()
+    assert "none is the best" in (done.report.parent / "report.md").read_text()
     with pytest.raises(ConfigError, match=r"optim\.lrr.*unknown key"):
         _tune(own_finished, "optim=adamw,muon", "tune.space=own_space:broken")
     with pytest.raises(ConfigError, match=r"tune\.space.*ZeroDivisionError"):
@@ -257,6 +288,124 @@ def test_figures_of_trials_are_told_in_the_order_in_which_they_end(tmp_path: Pat
     assert numbers == [1, 0, 3, 2]
 
 
+def test_a_space_that_fails_later_is_a_failed_trial_and_one_that_always_does_is_refused(
+    own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (module := own_finished.store.root / "own_moods.py").write_text(
+        "calls = []\n"
+        "def moody(trial, values):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 10: raise ZeroDivisionError('on a bad day')\n"
+        "    return {'optim.lr': trial.suggest_float('lr', 1e-4, 1e-3)}\n"
+        "def broken(trial, values): return 1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(str(module.parent))
+    words = ("tune.trials=4", "tune.confirm_seeds=0", "tune.storage=journal")
+    done = _tune(own_finished, "tune.space=own_moods:moody", *words)  # eight draws before the first trial
+    assert done.counts == {"finished": 3, "failed": 1}
+    assert "ZeroDivisionError: on a bad day" in (done.report.parent / "report.md").read_text()
+    with pytest.raises(ConfigError, match="own_moods:broken raised ZeroDivisionError: division by zero"):
+        _tune(own_finished, "tune.space=own_moods:broken", *words)
+
+
+def test_a_search_for_what_no_run_logs_ends_at_the_first_evaluation(
+    own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnknownMetricError, match=r"logs no eval/acc; it logs eval/loss, eval/nll\."):
+        require_logged(["eval/acc"], {"eval/loss": 1.0, "eval/nll": 1.0})
+    with pytest.raises(UnknownMetricError, match="logs no task/other/f1"):
+        require_logged(["task/other/f1"], {"eval/loss": 1.0, "task/mine/f1": 1.0})
+    require_logged(["eval/acc", "task/mine/rare", "test/x"], {"train/nll": 1.0})
+    require_logged(["task/mine/rare", "train/nll"], {"eval/loss": 1.0, "task/mine/f1": 1.0})
+    problem = "UnknownMetricError: tune.objectives: an evaluation of this recipe logs no eval/acc; it logs eval/loss."
+    ran: list[Job] = []
+
+    def fail(job: Job, _judge: Any) -> TrialEnd:
+        ran.append(job)
+        return TrialEnd(UNKNOWN_METRIC, None, {}, problem, 0.1, None)
+
+    monkeypatch.setattr(tune_jobs, "execute", fail)
+    words = (LR, "tune.trials=5", "tune.storage=journal", "optim.clip_norm=0.75")
+    with pytest.raises(ConfigError, match=r"tune\.objectives: an evaluation of this recipe logs no eval/acc"):
+        _tune(own_finished, *words)
+    assert len(ran) == 1
+
+
+def test_a_trial_that_was_ended_from_outside_goes_on_and_counts_once(
+    own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, ended = trials.execute, TrialEnd("interrupted", "run", {}, "ended by SIGTERM", 0.1, None)
+
+    def sometimes(job: Job, judge: Any) -> TrialEnd:
+        if len(trials.jobs) == 1:
+            trials.jobs.append(job)
+            return ended
+        return real(job, judge)
+
+    monkeypatch.setattr(tune_jobs, "execute", sometimes)
+    words = (LR, "tune.trials=3", "tune.confirm_seeds=0", "tune.storage=journal", "optim.clip_norm=0.5")
+    done = _tune(own_finished, *words)
+    assert done.counts == {"finished": 3}
+    assert len(trials.jobs) == 4
+    assert trials.jobs[1].config == trials.jobs[2].config
+
+
+def test_a_trial_of_another_machine_that_is_silent_is_taken_up(
+    own_finished: Finished, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (LR, "tune.trials=2", "tune.confirm_seeds=0", "tune.storage=journal", "optim.clip_norm=0.25")
+    plan = plan_study(RECIPE, [*small_overrides(), *words], own_finished.store, None)
+    plan.folder.mkdir(parents=True)
+    study = open_study(plan.base.tune, plan.folder, plan.id, 0)
+    for number in range(2):
+        trial = study.ask()
+        trial.suggest_float("optim.lr", 1e-5, 1e-1, log=True)
+        trial.set_user_attr("owner", {"pid": 1, "begun": 1, "host": "elsewhere"})
+        (beat := tune_jobs.beat_of(plan, number)).parent.mkdir(exist_ok=True)
+        beat.touch()
+    os.utime(tune_jobs.beat_of(plan, 0), (1.0, 1.0))
+    done = _tune(own_finished, *words)
+    states = [trial.state.name for trial in open_study(plan.base.tune, plan.folder, plan.id, 0).get_trials()]
+    assert states == ["FAIL", "RUNNING", "COMPLETE", "COMPLETE"]
+    assert done.counts == {"finished": 2, "not ended": 1}
+    assert trials.jobs[0].config.optim.lr == study.get_trials()[0].params["optim.lr"]
+
+
+def test_two_workers_never_promote_the_same_trial(own_finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (LR, "tune.pruner.name=asha", "tune.storage=journal", "optim.clip_norm=0.125")
+    plan = plan_study(RECIPE, [*small_overrides(), *words], own_finished.store, None)
+    plan.folder.mkdir(parents=True)
+    study = open_study(plan.base.tune, plan.folder, plan.id, 0)
+    assert isinstance(study.pruner, ASHA)
+    for value in (1.0, 2.0):
+        trial = study.ask()
+        trial.suggest_float("optim.lr", 1e-5, 1e-1, log=True)
+        trial.report(value, 1)
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    real = ASHA.promotable
+
+    def slowly(self: ASHA, of: Any) -> Any:
+        found = real(self, of)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(ASHA, "promotable", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(
+            pool.map(lambda _: tune_jobs.promote(plan, open_study(plan.base.tune, plan.folder, plan.id, 0)), "ab")
+        )
+    assert sorted(found) == [False, True]
+
+
+def test_threads_of_a_trial_are_the_cores_that_ray_reserves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_jobs, "usable_cores", lambda: 8)
+    monkeypatch.setattr(tune_jobs, "default_threads", lambda: 8)
+    on_ray = LauncherConfig("ray", {"cpus": 8})
+    assert tune_jobs._threads(TuneConfig(parallel=64, launcher=on_ray)) == 8
+    assert tune_jobs._threads(TuneConfig(parallel=64, launcher=LauncherConfig("ray", {"cpus": 0.5}))) == 1
+    assert tune_jobs._threads(TuneConfig(parallel=4)) == 2
+
+
 NUMBERS = (LR, "optim.clip_norm=interval(0.5,2)")
 
 
@@ -293,7 +442,11 @@ def test_what_cannot_be_searched_is_said_before_anything_runs(own_finished: Fini
     for words, problem in (
         ((), "nothing varies"),
         (("tune.trials=2,3",), "settings of the search itself"),
-        ((LR, "tune.objectives=[a,b]", "tune.pruner.name=median"), "compares one figure"),
+        ((LR, "tune.objectives=[eval/nll,train/nll]", "tune.pruner.name=median"), "compares one figure"),
+        ((LR, "tune.objectives=[eval/nlll]"), "logs eval/nll, not eval/nlll"),
+        ((LR, "tune.objectives=[val_loss]"), "no metric that a run logs; their names begin with eval/, train/"),
+        ((LR, "tune.objectives=['max:task/mine/f1']"), r"train\.tasks is empty"),
+        ((LR, "tune.objectives=[test/bits_per_byte]", "tune.pruner.name=asha"), "comes when that is over"),
         ((LR, "tune.sampler.name=anneal"), "is not one of cmaes"),
         ((LR, LAYERS, "tune.sampler.name=cmaes"), "two or more numbers together, and 1 varies"),
         (

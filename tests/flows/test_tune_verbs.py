@@ -56,7 +56,7 @@ def test_tune_reads_a_wandb_sweep_as_it_is(own_finished: Finished, trials: Trial
     assert facts["trials"] == {"finished": 4}
     tried = sorted((job.config.optim.lr, job.config.model.n_layers) for job in trials.jobs)
     assert tried == [(0.001, 2), (0.001, 4), (0.003, 2), (0.003, 4)]
-    assert "'program' says how W&B starts its agents and is not used" in _kajiya(own_finished.store, *words)
+    assert "'program' says how W&B starts its agents, and is not used" in _kajiya(own_finished.store, *words)
 
 
 def _eval_nll(run: Run) -> list[float]:

@@ -29,7 +29,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert found["kajiya"].state == "ok"
     assert torch.__version__ in found["torch"].value
     assert str(tmp_path) in found["disk"].value
-    assert {"processor", "cores", "memory", "precision", "compiler", "operators"} <= set(found)
+    assert {"processor", "cores", "memory", "precision", "compiler", "operators", "programs"} <= set(found)
     assert any(name.startswith("gpu") for name in found)
     assert {"extra track", "extra report", "extra metrics", "extra tune", "extra wandb"} <= set(found)
     assert {finding.state for finding in found.values()} <= {"ok", "warn", "missing"}
@@ -237,3 +237,10 @@ def test_gpus_are_listed_with_memory_and_generation() -> None:
     first, second = doctor._gpus(SimpleNamespace(cuda=cuda))
     assert first == Finding("gpu 0", "ok", "GPU 0, 2.0 GiB (1.0 GiB free), sm_90, bf16")
     assert second.value.endswith("sm_70, no bf16")
+
+
+def test_a_machine_that_cannot_confine_programs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_unconfined", lambda: "no Landlock")
+    finding = doctor._programs()
+    assert (finding.state, finding.value) == ("warn", "what a model wrote can change your files: no Landlock")
+    assert "container" in finding.remedy

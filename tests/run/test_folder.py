@@ -1,5 +1,6 @@
 """Runs: begun once, gone on with, found by a part of their name, worked on by one process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ import pytest
 
 from kajiya.config.digest import digest
 from kajiya.config.schema import Config, EvalConfig
-from kajiya.errors import StoreError
-from kajiya.run.alive import is_alive, process_facts
+from kajiya.errors import RunBusyError, StoreError
+from kajiya.run.alive import BEAT, Beat, is_alive, process_facts
 from kajiya.run.events import read_events
-from kajiya.run.folder import find_run, find_run_or_study, is_study, list_runs, open_run, runs_of
+from kajiya.run.folder import Run, find_run, find_run_or_study, is_study, list_runs, open_run, runs_of
 from kajiya.run.inspect import moved_words
 from kajiya.run.store import Store, produce
 
@@ -48,6 +49,28 @@ def test_a_later_attempt_with_other_settings_is_what_the_manifest_and_the_log_sa
         event["config"]["eval"]["stride_fraction"] for event in read_events(run.folder) if event["kind"] == "config"
     ]
     assert told == [EvalConfig().stride_fraction, 1.0]
+
+
+def test_a_run_of_another_machine_is_busy_until_its_process_falls_silent(store: Store) -> None:
+    run = open_run(store, Config(name="tiny"), "b" * 10, [])
+    run.record(owner={"pid": 1, "begun": 1, "host": "elsewhere"})
+    with pytest.raises(RunBusyError, match="process 1 on elsewhere"):
+        open_run(store, Config(name="tiny"), "b" * 10, [])
+    beat = Beat(run.folder / BEAT).start()
+    assert not is_gone(run)
+    beat.stop()
+    assert not (run.folder / BEAT).exists()
+    (run.folder / BEAT).touch()
+    with pytest.raises(RunBusyError):
+        open_run(store, Config(name="tiny"), "b" * 10, [])
+    os.utime(run.folder / BEAT, (1.0, 1.0))
+    assert is_gone(run)
+    assert open_run(store, Config(name="tiny"), "b" * 10, []).manifest()["owner"]["pid"] == os.getpid()
+    assert [path.name for path in run.folder.iterdir() if path.name.startswith(".")] == []
+
+
+def is_gone(run: Run) -> bool:
+    return not is_alive(run.manifest()["owner"], run.folder / BEAT)
 
 
 def test_an_attempt_with_other_software_or_on_another_machine_is_kept(

@@ -649,8 +649,8 @@ class HyperbandPruner:
 
     min_evals: int = setting(1, ge=1)
     """Evaluations to the first rung of the most eager bracket."""
-    max_evals: int = setting(10, ge=1)
-    """Evaluations of a whole trial."""
+    max_evals: int | None = setting(10, ge=1)
+    """Evaluations of a whole trial; `None`: as many as the first one that comes to its end has."""
     reduction: int = setting(3, ge=2)
     """One in this many goes on from a rung."""
 

@@ -312,7 +312,7 @@ class EvalConfig:
     batch: int = setting(16, ge=1)
     """Windows that pass through the model at once."""
     baselines: tuple[str, ...] = ("xz", "xz-primed")
-    """Compressors measured on the same held-out bytes: xz, xz-primed."""
+    """Compressors measured on the same held-out bytes: xz, and xz-primed, which has seen the last 64 MiB of the training text."""
     samples: int = setting(4, ge=0)
     """Completions of unseen functions to sample; of held-out prompts during training (`train.samples_every`)."""
     sample_tokens: int = setting(96, ge=1)
@@ -440,12 +440,13 @@ class LauncherConfig:
 class TuneConfig:
     """The search over settings (`kajiya tune`); nothing here changes a run of its own."""
 
-    trials: int = setting(20, ge=1)
-    """Configurations that are tried, failed and pruned ones among them."""
+    trials: int | None = setting(None, ge=1)
+    """Configurations that are tried, failed and pruned ones among them; `None`: all of a grid, 20 of any other search."""
     parallel: int = setting(1, ge=1)
     """Trials at the same time; the processor's cores are shared out among them."""
     objectives: tuple[str, ...] = ("eval/nll",)
-    """Metrics that a run logs, to be minimized; `max:` before a name maximizes it. Names under `test/` cost an evaluation."""
+    """Metrics that a run logs (`eval/…`, `train/…`, `task/NAME/…`, `test/…`), to be minimized; `max:` before a name maximizes it.
+    Names under `test/` cost an evaluation."""
     value: str = setting("last", choices=("last", "best"))
     """Which value of a metric that is logged several times counts."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

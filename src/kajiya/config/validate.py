@@ -5,6 +5,7 @@ import re
 from kajiya.config.quantities import parse_count
 from kajiya.config.rewards import check_rewards
 from kajiya.config.schema import Config, ModelConfig
+from kajiya.config.search import check_search
 from kajiya.config.setting import check_bounds
 from kajiya.config.tables import TABLES, check_choice, check_task, loss_row, nearest
 from kajiya.errors import ConfigError
@@ -80,7 +81,7 @@ def validate(config: Config) -> None:
     _check_kind(config)
     _check_policy(config)
     _check_model(config)
-    _check_tune(config)
+    check_search(config)
     _check_adapter(config)
     for name in config.eval.baselines:
         if name not in ("xz", "xz-primed"):
@@ -207,20 +208,6 @@ def _check_growth(config: Config) -> None:
         raise ConfigError(
             "train.row_growth",
             f"data.row_tokens={config.data.row_tokens} cannot be cut into {pieces} rows of one length",
-        )
-
-
-def _check_tune(config: Config) -> None:
-    names = [name.removeprefix("min:").removeprefix("max:") for name in config.tune.objectives]
-    if not names or len(set(names)) < len(names) or not all(names):
-        raise ConfigError(
-            "tune.objectives", f"{list(config.tune.objectives)} are not one metric or several different ones"
-        )
-    if len(names) > 1 and config.tune.pruner.name != "none":
-        raise ConfigError(
-            "tune.pruner.name",
-            f"{config.tune.pruner.name} compares one figure, and there are {len(names)} objectives",
-            "Set tune.pruner.name=none, or tune.objectives to one metric.",
         )
 
 

@@ -9,9 +9,13 @@ from kajiya.errors import ConfigError
 
 _SAMPLERS = {"grid": "grid", "random": "random", "bayes": "tpe"}
 _GOALS = {"minimize": "min", "maximize": "max"}
-_KNOWN = {"method", "parameters", "metric", "early_terminate", "run_cap", "name", "description"}
-_IGNORED = {"program", "command", "project", "entity", "controller"}
-"""What says how W&B is to start its agents; here Kajiya starts the trials."""
+_KNOWN = {"method", "parameters", "metric", "early_terminate", "run_cap"}
+_IGNORED = {
+    **dict.fromkeys(("program", "command", "controller"), "says how W&B starts its agents"),
+    **dict.fromkeys(("project", "entity"), "says where W&B keeps a sweep"),
+    **dict.fromkeys(("name", "description"), "is W&B's title of a sweep; a study is named after its recipe"),
+}
+"""What has no bearing on the search, and why."""
 _REFUSED = {
     "metric.target": "the search does not end at a figure; use run_cap, or tune.minutes",
     "probabilities": "the values of a choice are equally likely here; leave it out",
@@ -26,12 +30,27 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "log_uniform": _ENDS,
     "log_uniform_values": _ENDS,
     "q_log_uniform_values": (*_ENDS, "q"),
+    "inv_log_uniform": _ENDS,
+    "inv_log_uniform_values": _ENDS,
 }
 """Distributions that Optuna has too, and the fields of each."""
+_OWN_DRAW = "draw it in a function of your own (tune.space) and take the parameter out of the sweep: "
+_NO_COUNTERPART: Mapping[str, str] = {
+    "normal": _OWN_DRAW + "statistics.NormalDist(mu, sigma).inv_cdf(trial.suggest_float('u', 1e-9, 1 - 1e-9))",
+    "q_normal": _OWN_DRAW
+    + "round(statistics.NormalDist(mu, sigma).inv_cdf(trial.suggest_float('u', 1e-9, 1 - 1e-9)) / q) * q",
+    "log_normal": _OWN_DRAW + "math.exp of a normal draw, or take log_uniform_values over the range that matters",
+    "q_log_normal": _OWN_DRAW
+    + "math.exp of a normal draw, rounded to q, or take log_uniform_values over the range that matters",
+    "beta": _OWN_DRAW + "scipy.stats.beta(a, b).ppf(trial.suggest_float('u', 0, 1))",
+    "q_beta": _OWN_DRAW + "round(scipy.stats.beta(a, b).ppf(trial.suggest_float('u', 0, 1)) / q) * q",
+    "q_log_uniform": "take q_log_uniform_values, whose min and max are the values themselves, with q: 1",
+}
+"""W&B's other distributions, and what to do instead."""
 
 
 def read_wandb_sweep(path: Path) -> tuple[list[str], list[str]]:
-    """Overrides that say the same as the sweep file, and the names of its entries that mean nothing here.
+    """Overrides that say the same as the sweep file, and a line on each of its entries that is not taken as W&B takes it.
 
     Documented at docs.wandb.ai/guides/sweeps/define-sweep-configuration. Raises `ConfigError` for what has no counterpart.
     """
@@ -43,7 +62,7 @@ def read_wandb_sweep(path: Path) -> tuple[list[str], list[str]]:
         raise ConfigError(str(path), f"is not a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict):
         raise ConfigError(str(path), "a W&B sweep has a mapping `parameters`")
-    _check_fields(sweep, _KNOWN | _IGNORED, f"{path}: ")
+    _check_fields(sweep, _KNOWN | _IGNORED.keys(), f"{path}: ")
     method = sweep.get("method", "random")
     if method not in _SAMPLERS:
         raise ConfigError(f"{path}: method", f"{method!r} is not one of {', '.join(_SAMPLERS)}")
@@ -52,9 +71,15 @@ def read_wandb_sweep(path: Path) -> tuple[list[str], list[str]]:
         overrides.append(f"tune.objectives=['{_objective(sweep['metric'], path)}']")
     if "run_cap" in sweep:
         overrides.append(f"tune.trials={sweep['run_cap']}")
-    overrides += _early_terminate(sweep.get("early_terminate"), path)
+    rule = sweep.get("early_terminate")
+    overrides += _early_terminate(rule, path)
     overrides += _parameters(sweep["parameters"], "", path)
-    return overrides, sorted(_IGNORED & sweep.keys())
+    notes = [f"{name!r} {why}, and is not used" for name, why in _IGNORED.items() if name in sweep]
+    if rule is not None and rule.get("strict") is not True:
+        notes.append(
+            "early_terminate.strict is not true; Optuna's hyperband ends trials as if it were, more of them than W&B's"
+        )
+    return overrides, notes
 
 
 def _check_fields(entry: Mapping[str, Any], known: Collection[str], where: str, prefix: str = "") -> None:
@@ -84,8 +109,8 @@ def _early_terminate(rule: Any, path: Path) -> Iterator[str]:
     if not isinstance(rule, dict) or rule.get("type") != "hyperband":
         raise ConfigError(where, "W&B knows the type hyperband alone")
     _check_fields(rule, ("type", "min_iter", "max_iter", "eta", "s", "strict"), f"{where}.")
-    if rule.get("strict") is False:
-        raise ConfigError(f"{where}.strict", "false has no counterpart", "Optuna's hyperband is the strict one: true.")
+    if not isinstance(rule.get("strict", False), bool):
+        raise ConfigError(f"{where}.strict", f"{rule['strict']!r} is neither true nor false")
     counts = {key: _count(rule[key], f"{where}.{key}") for key in ("min_iter", "max_iter", "eta", "s") if key in rule}
     if "s" in counts:
         if "max_iter" not in counts or "min_iter" in counts:
@@ -93,6 +118,8 @@ def _early_terminate(rule: Any, path: Path) -> Iterator[str]:
         # The last of the brackets max_iter / eta, max_iter / eta², …
         counts["min_iter"] = max(1, counts["max_iter"] // counts.get("eta", 3) ** counts["s"])
     yield "tune.pruner.name=hyperband"
+    if "max_iter" not in counts:  # W&B's brackets then go on as long as a run does
+        yield "tune.pruner.options.max_evals=null"
     for theirs, ours in (("min_iter", "min_evals"), ("max_iter", "max_evals"), ("eta", "reduction")):
         if theirs in counts:
             yield f"tune.pruner.options.{ours}={counts[theirs]}"
@@ -120,6 +147,10 @@ def _parameters(parameters: Mapping[str, Any], prefix: str, path: Path) -> Itera
 def _varied(entry: Mapping[str, Any], where: str) -> str:
     """The value of one parameter's override."""
     kind = entry["distribution"] if "distribution" in entry else _implied(entry, where)
+    if kind in _NO_COUNTERPART:
+        raise ConfigError(
+            f"{where}.distribution", f"{kind!r} has no counterpart in Optuna", f"{_NO_COUNTERPART[kind]}."
+        )
     if kind not in _DISTRIBUTIONS:
         known = ", ".join(_DISTRIBUTIONS)
         raise ConfigError(f"{where}.distribution", f"{kind!r} has no counterpart in Optuna; there are {known}")
@@ -162,10 +193,12 @@ def _between(kind: str, entry: Mapping[str, Any], where: str) -> str:
         return between
     if kind == "int_uniform":
         return f"int({between})"
-    if kind == "log_uniform_values":
+    if kind in ("log_uniform_values", "inv_log_uniform_values"):  # 1 / X is log-uniform where X is
         return f"tag(log,{between})"
     if kind == "log_uniform":  # its ends are exponents of e
         return f"tag(log,interval({math.exp(low)!r},{math.exp(high)!r}))"
+    if kind == "inv_log_uniform":  # so are these, of 1 / X
+        return f"tag(log,interval({math.exp(-high)!r},{math.exp(-low)!r}))"
     if kind == "q_log_uniform_values":
         if not is_whole or step != 1:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """A model behind the OpenAI API, wherever it runs: it answers, and scores given texts where it echoes their log-probabilities."""
 
 import email.utils
+import http.client
 import json
 import time
 import urllib.error
@@ -21,6 +22,8 @@ _EMBEDDED_AT_ONCE = 64
 _TIMEOUT_S = 300.0
 _TRIES = 6
 _LONGEST_WAIT_S = 60.0
+_PASSING = (408, 429, 500, 502, 503, 504)
+"""Statuses after which the same request is sent again."""
 _REFUSALS = (400, 413, 422)
 """What an endpoint answers to a request that it will not take, however often it is sent."""
 
@@ -50,9 +53,11 @@ class Endpoint:
         return str(models[0]["id"])
 
     def post(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The answer's JSON; `body` `None` is a GET. Where it says that it is busy (429, 503), it is asked again, as it wishes.
+        """The answer's JSON; `body` `None` is a GET.
 
-        Raises `KajiyaError` with the address and what it said, `RefusedError` where it was the request that it did not take.
+        Where it says that it is busy or in trouble (408, 429, 5xx), it is asked again, as it wishes; where it does not answer
+        in time or breaks off, too, longer apart each time. Raises `KajiyaError` with the address and what it said,
+        `RefusedError` where it was the request that it did not take.
         """
         headers = {"Content-Type": "application/json"}
         if self._api_key is not None:
@@ -65,34 +70,48 @@ class Endpoint:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
                 said = error.read().decode("utf-8", "replace")[:300]
-                if error.code in (429, 503) and attempt < _TRIES - 1:
+                if error.code in _PASSING and attempt < _TRIES - 1:
                     time.sleep(_wait_s(error.headers["Retry-After"], attempt))
                     continue
                 kind = RefusedError if error.code in _REFUSALS else KajiyaError
                 raise kind(f"{self.url}{path} answered {error.code}: {said}") from error
-            except (urllib.error.URLError, OSError, ValueError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+                if _is_passing(error) and attempt < _TRIES - 1:
+                    time.sleep(_wait_s(None, attempt))
+                    continue
                 raise KajiyaError(f"{self.url}{path} does not answer: {error}") from error
         raise AssertionError("the last try returns or raises")
 
     def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[tuple[str, ...]]:
-        """One request a row, a few at once."""
+        """One request a row, a few at once; an endpoint that gives fewer answers than asked for is asked for the rest.
+
+        Raises `KajiyaError` where it gives none.
+        """
 
         def ask(prompt: str) -> tuple[str, ...]:
-            body: dict[str, Any] = {
-                "model": self.model, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
-                "seed": sampling.seed, "n": sampling.samples,
-            }  # fmt: skip
-            if sampling.stop:
-                body["stop"] = list(sampling.stop)
-            if sampling.is_chat:
-                reply = self.post("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
-                texts = [choice["message"]["content"] for choice in reply["choices"]]
-            else:
-                texts = [choice["text"] for choice in self.post("/completions", body | {"prompt": prompt})["choices"]]
-            return tuple(cut_at(text or "", sampling.stop) for text in texts)
+            texts: list[str] = []
+            while len(texts) < sampling.samples:
+                found = self._draw(prompt, sampling, len(texts))
+                if not found:
+                    raise KajiyaError(f"{self.url} answered a request without any choice in its reply.")
+                texts += found
+            return tuple(cut_at(text, sampling.stop) for text in texts[: sampling.samples])
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(ask, prompts))
+
+    def _draw(self, prompt: str, sampling: Sampling, n_there: int) -> list[str]:
+        """The answers that are still missing, with a seed that no answer before them had."""
+        body: dict[str, Any] = {
+            "model": self.model, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
+            "seed": sampling.seed + n_there, "n": sampling.samples - n_there,
+        }  # fmt: skip
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        if sampling.is_chat:
+            reply = self.post("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]})
+            return [choice["message"]["content"] or "" for choice in reply["choices"]]
+        return [choice["text"] or "" for choice in self.post("/completions", body | {"prompt": prompt})["choices"]]
 
     def choose(self, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
         """Σ log p over each choice's tokens, echoed by the endpoint; a token that begins in the prompt counts with the choice.
@@ -136,6 +155,12 @@ class Endpoint:
         vectors = np.array(found, dtype=np.float32)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return np.asarray(vectors / np.maximum(lengths, 1e-12))
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the same request may be answered later: a reply that came too late or broke off, not one that nobody heard."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    return isinstance(cause, (TimeoutError, ConnectionResetError, BrokenPipeError, http.client.HTTPException))
 
 
 def _wait_s(wish: str | None, attempt: int) -> float:

@@ -14,7 +14,7 @@ from kajiya.config.schema import EvalConfig
 from kajiya.data.documents import Documents, open_documents
 from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.data.tokenizer import load_tokenizer, start_id
-from kajiya.evals.baselines import BASELINES
+from kajiya.evals.baselines import BASELINES, PRIMING_BYTES
 from kajiya.evals.fingerprint import Fingerprint, heldout_digest
 from kajiya.evals.results import write_text_rows
 from kajiya.evals.samples import sample_completions, unseen_functions
@@ -79,7 +79,7 @@ def measure_baselines(names: tuple[str, ...], corpus: Artifact, store: Store) ->
     """Bits per byte of the held-out bytes under each compressor; `baselines.json` holds them by name."""
 
     def make(folder: Path) -> dict[str, Any]:
-        train, heldout = (bytes(open_documents(corpus.path, split).raw) for split in ("train", "heldout"))
+        train, heldout = (open_documents(corpus.path, split).raw for split in ("train", "heldout"))
         figures = {}
         for name in names:
             started = time.perf_counter()
@@ -87,6 +87,8 @@ def measure_baselines(names: tuple[str, ...], corpus: Artifact, store: Store) ->
                 "bits_per_byte": BASELINES[name](train, heldout),
                 "seconds": time.perf_counter() - started,
                 "n_bytes": len(heldout),
+                "n_training_bytes": len(train),
+                "n_primed_bytes": min(len(train), PRIMING_BYTES) if name == "xz-primed" else 0,
             }
         write_json(folder / "baselines.json", figures)
         return {"baselines": figures}

@@ -30,10 +30,12 @@ _VERDICT = re.compile(r"VERDICT:\s*(1|2|TIE)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one row: 1 for the answer, 0 for the reference, ½ where neither holds in both orders."""
+    """Of one row: 1 for the answer, 0 for the reference, ½ where neither holds in both orders, or a verdict is missing."""
 
     score: float
     is_consistent: bool
+    is_complete: bool
+    """Whether it gave a verdict both times."""
     note: str
 
 
@@ -77,7 +79,7 @@ def _combine(straight: str | None, swapped: str | None) -> Judgement:
     first = {"1": 1.0, "2": 0.0, "TIE": 0.5}.get(straight or "")
     second = {"1": 0.0, "2": 1.0, "TIE": 0.5}.get(swapped or "")
     if first is None or second is None:
-        return Judgement(0.5, False, "no verdict")
+        return Judgement(0.5, False, False, "no verdict")
     if first == second:
-        return Judgement(first, True, {1.0: "answer", 0.0: "reference", 0.5: "tie"}[first])
-    return Judgement(0.5, False, "changed its mind when the answers changed places")
+        return Judgement(first, True, True, {1.0: "answer", 0.0: "reference", 0.5: "tie"}[first])
+    return Judgement(0.5, False, True, "changed its mind when the answers changed places")

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from kajiya.config.digest import digest
-from kajiya.errors import ConfigError, MissingExtraError
-from kajiya.evals.answers import LocalModel, Sampling, cut_at
+from kajiya.errors import ConfigError, DataError, MissingExtraError
+from kajiya.evals.answers import LocalModel, cut_at
 from kajiya.evals.scoring import score_continuations, score_documents
 from kajiya.run.hashing import hash_file
+from kajiya.serving.sequence import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -174,33 +175,72 @@ def make_lm(folder: Path, batch: int, context_tokens: int | None = None) -> Any:
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             answers = [""] * len(requests)
-            alike: dict[Sampling, list[int]] = {}
+            alike: dict[Drawing, list[int]] = {}
             for i, request in enumerate(requests):
-                alike.setdefault(_sampling(request.args[1]), []).append(i)
-            for sampling, places in alike.items():  # what is drawn alike is drawn together
-                texts = self._complete([requests[i].args[0] for i in places], sampling)
+                alike.setdefault(drawing_of(request.args[1]), []).append(i)
+            for drawing, places in alike.items():  # what is drawn alike is drawn together
+                texts = self._complete([requests[i].args[0] for i in places], drawing.params)
                 for i, text in zip(places, texts, strict=True):
-                    answers[i] = cut_at(text, sampling.stop)
+                    answers[i] = cut_at(text, drawing.stop)
             return answers
 
-        def _complete(self, prompts: list[str], sampling: Sampling) -> list[str]:
-            from kajiya.serving.sequence import SamplingParams
-
+        def _complete(self, prompts: list[str], params: SamplingParams) -> list[str]:
             engine = self.local._engine
-            room = engine.context_tokens - sampling.max_tokens
+            room = prompt_room(min(engine.context_tokens, self.max_length), params.max_tokens)
             ids = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
-            params = SamplingParams(
-                max_tokens=sampling.max_tokens, temperature=sampling.temperature, seed=sampling.seed
-            )
             done = engine.generate(ids, params)
             return [str(self.tokenizer.decode(each.token_ids, skip_special_tokens=True)) for each in done]
 
     return EngineLM()
 
 
-def _sampling(settings: dict[str, Any]) -> Sampling:
-    """How a request of lm-eval is to be drawn."""
-    until = settings.get("until") or []
-    warm = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-    stop = (until,) if isinstance(until, str) else tuple(until)
-    return Sampling(int(settings.get("max_gen_toks", 256)), warm, 0, 1, stop, False)
+@dataclass(frozen=True)
+class Drawing:
+    """How an answer is drawn, and before which texts it ends."""
+
+    params: SamplingParams
+    stop: tuple[str, ...]
+
+
+_HEEDED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+_WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1, None), "num_return_sequences": (1, None), "repetition_penalty": (1, 1.0, None),
+    "min_p": (0, 0.0, None), "typical_p": (1, 1.0, None),
+}  # fmt: skip
+"""Values of arguments of Transformers' `generate` that ask for nothing beyond what the engine does."""
+_OF_BEAMS = ("length_penalty", "early_stopping", "use_cache", "pad_token_id")
+"""Arguments that change nothing without beams, or nothing at all in what is written."""
+
+
+def drawing_of(settings: Mapping[str, Any]) -> Drawing:
+    """A request's generation arguments, read as lm-eval's own backend reads them.
+
+    Raises `ConfigError` for what the engine does not do, by its name.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    given = normalize_gen_kwargs(dict(settings), 256)
+    for name, value in given.items():
+        if name in _HEEDED or name in _OF_BEAMS or value in _WITHOUT_EFFECT.get(name, ()):
+            continue
+        raise ConfigError(
+            f"generation_kwargs.{name}",
+            f"{value!r} of a task of lm-eval is nothing that the engine does; it knows {', '.join(_HEEDED)}",
+            "Leave it out in a YAML of your own, or run the task with lm-eval's own backend.",
+        )
+    warm = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0
+    params = SamplingParams(
+        max_tokens=given["max_gen_toks"], temperature=warm, seed=0,
+        top_p=float(given.get("top_p", 1.0)) if warm else 1.0, top_k=(given.get("top_k") or None) if warm else None,
+    )  # fmt: skip
+    return Drawing(params, tuple(text for text in given["until"] if text))
+
+
+def prompt_room(context_tokens: int, max_tokens: int) -> int:
+    """Tokens that a prompt may have beside its answer. Raises `DataError` where there are none."""
+    if max_tokens >= context_tokens:
+        raise DataError(
+            f"A task of lm-eval asks for answers of up to {max_tokens} tokens, and the model's context has {context_tokens}.\n"
+            "Set max_gen_toks lower in a YAML of your own, or take a model with a longer context."
+        )
+    return context_tokens - max_tokens

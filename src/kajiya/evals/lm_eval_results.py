@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from kajiya.evals.metrics import Measured
 from kajiya.evals.results import Figures, figure_of
-from kajiya.evals.statistics import Scores, ratio_scores
+from kajiya.evals.statistics import OF_SUMS, Scores, ratio_scores, sums_scores
 
 _RESAMPLES = 100
 """Of a figure that is no mean: lm-eval's own functions take their time."""
@@ -52,7 +52,7 @@ def figures_of(raw: Mapping[str, Any], aggregations: Aggregations) -> LmEvalFigu
             title = _title(key) if name == top else f"{name}: {_title(key)}"
             whole, own = reading.scores(name, key, value)
             figures[title] = _figure(reading, name, key, value, own)
-            if whole is not None and figures[title]["is_mean"]:
+            if whole is not None:
                 measured[title] = Measured(whole)
     return LmEvalFigures(figures, reading.columns(), measured)
 
@@ -123,6 +123,9 @@ class _Reading:
                 return self._spread(values, own), own
             if _is_close(float(np.mean([np.mean(part) for part in parts])), value):
                 return None, _mean_of_means(parts, worse, points)
+        sums = _of_sums([each for found in values.values() for each in found], value, worse)
+        if sums is not None:
+            return self._spread(values, sums), sums
         if name in self.aggregations:
             return None, _aggregated(values[name], self.aggregations[name].get(key.partition(",")[0]), value, worse)
         return None, None
@@ -132,7 +135,7 @@ class _Reading:
         rows = np.zeros((self.n_rows, 2))
         places = [self.begins[leaf] + place for leaf, key_rows in values.items() for place in range(len(key_rows))]
         rows[places] = own.rows
-        return ratio_scores(rows[:, 0], rows[:, 1], own.is_lower_better, own.points)
+        return replace(own, rows=rows)
 
     def _leaves(self, name: str) -> list[str]:
         children = self.raw["group_subtasks"].get(name)
@@ -164,6 +167,19 @@ def _number(value: Any) -> float | None:
     if isinstance(value, (bool, np.bool_)):
         return float(value)
     return float(value) if isinstance(value, Real) else None
+
+
+def _of_sums(items: Sequence[Any], value: float, is_lower_better: bool) -> Scores | None:
+    """A perplexity, or bits per byte, of log-likelihoods, alone or each with its words or bytes; `None` of anything else."""
+    pairs = [each if _is_list(each) else (each, 1.0) for each in items]
+    if not all(len(pair) == 2 and all(_number(each) is not None for each in pair) for pair in pairs):
+        return None
+    rows = np.array(pairs, dtype=np.float64)
+    for name in OF_SUMS:
+        scores = sums_scores(rows, name, is_lower_better)
+        if rows[:, 1].sum() > 0 and _is_close(scores.value(), value):
+            return scores
+    return None
 
 
 def _mean_of_means(parts: Sequence[Sequence[Any]], is_lower_better: bool, points: float | None) -> Scores:

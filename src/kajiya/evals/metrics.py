@@ -12,6 +12,7 @@ import numpy as np
 
 from kajiya.errors import MissingExtraError
 from kajiya.evals.answers import Answer
+from kajiya.evals.confine import why_unconfined
 from kajiya.evals.sandbox import run_program
 from kajiya.evals.statistics import Scores, mean_scores
 
@@ -132,7 +133,7 @@ def pass_at_k(answers: Sequence[Answer], task: "Task") -> Measured:
     """
     from kajiya.evals.tasks import test_program
 
-    passed, notes = [], []
+    passed, notes, why = [], [], why_unconfined()
     for each in answers:
         programs = [test_program(task, each.row, text) for text in each.texts]
         ends = [run_program(program, seconds=task.seconds, memory_mb=task.memory_mb) for program in programs]
@@ -142,7 +143,8 @@ def pass_at_k(answers: Sequence[Answer], task: "Task") -> Measured:
 
     def at(k: int) -> Measured:
         rates = [estimate_pass(task.samples, n_passed, k) for n_passed in passed]
-        return Measured(shares(rates), f"pass@{k} of {task.samples} samples", notes=notes)
+        signature = f"pass@{k} of {task.samples} samples" + (f"; programs were not confined: {why}" if why else "")
+        return Measured(shares(rates), signature, notes=notes)
 
     further = [k for k in task.k or (5, 10, 100) if 1 < k <= task.samples]
     return replace(at(1), more={f"pass@{k}": at(k) for k in further})
@@ -159,7 +161,11 @@ def judge(answers: Sequence[Answer], task: "Task") -> Measured:
 
     assert task.judge is not None
     found = judge_pairs(task.judge, [(each.prompt, each.text, each.target) for each in answers])
-    flipped = sum(not verdict.is_consistent for verdict in found)
-    details = {"changed_its_mind_when_swapped": flipped / len(found) if found else 0.0}
+    n_silent = sum(not verdict.is_complete for verdict in found)
+    n_flipped = sum(verdict.is_complete and not verdict.is_consistent for verdict in found)
+    n = max(1, len(found))
+    details = {"changed_its_mind_when_swapped": n_flipped / n, "gave_no_verdict": n_silent / n}
     signature = f"{task.judge.model}, both orders, ½ for a tie or a change of mind"
+    if n_silent:
+        signature += f"; ½ also for {n_silent} of {n} rows without a verdict"
     return Measured(shares([v.score for v in found]), signature, details, [v.note for v in found])

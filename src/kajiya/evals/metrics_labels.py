@@ -168,9 +168,14 @@ def _numbers(answers: Sequence[Answer]) -> _Numbers:
     return _Numbers(np.where(np.isnan(written), farthest, written), right, notes)
 
 
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"  # 12  1,000.5  .5  1e-3
+)
+
+
 def _number(text: str) -> float:
-    found = re.search(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", text)
-    return float(found[0]) if found else math.nan
+    found = _NUMBER.search(text)
+    return float(found[0].replace(",", "")) if found else math.nan
 
 
 def rmse(answers: Sequence[Answer], _task: "Task") -> Measured:
@@ -228,16 +233,30 @@ def clustering(answers: Sequence[Answer], _task: "Task") -> Measured:
     """Normalized mutual information of k-means clusters of the prompts' vectors and the targets as labels (scikit-learn)."""
     try:
         from sklearn.cluster import KMeans
-        from sklearn.metrics import normalized_mutual_info_score
     except ModuleNotFoundError as error:
         raise MissingExtraError("scikit-learn", "metrics", "Clustering") from error
     vectors, _ = _vectors(answers)
     names = sorted({each.target for each in answers})
     labels = np.array([names.index(each.target) for each in answers])
     found = KMeans(len(names), n_init=10, random_state=0).fit_predict(vectors)
-    rows = np.column_stack([labels, found]).astype(np.float64)
+    return Measured(clustering_scores(labels, found), f"k-means, k = {len(names)}, 10 starts")
+
+
+def clustering_scores(labels: np.ndarray, clusters: np.ndarray) -> Scores:
+    """Normalized mutual information of labels and clusters, both int [n].
+
+    Clusters are numbered after the labels that they overlap with most (the assignment that maximizes it): the figure does not
+    change, and those of two models can change places row by row.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import normalized_mutual_info_score
+
+    n = int(max(labels.max(), clusters.max())) + 1
+    overlap = np.bincount(clusters * n + labels, minlength=n * n).reshape(n, n)
+    of_cluster, label = linear_sum_assignment(-overlap)
+    rows = np.column_stack([labels, label[np.argsort(of_cluster)][clusters]]).astype(np.float64)
 
     def figure(drawn: np.ndarray) -> float:
         return float(normalized_mutual_info_score(drawn[:, 0], drawn[:, 1]))
 
-    return Measured(Scores(rows, figure, by_rows=True, points=100), f"k-means, k = {len(names)}, 10 starts")
+    return Scores(rows, figure, by_rows=True, points=100)

@@ -13,14 +13,17 @@ from kajiya.errors import KajiyaError, MissingExtraError, StoreError
 from kajiya.evals.answers import Answer
 from kajiya.evals.fingerprint import Fingerprint, read_fingerprint
 from kajiya.evals.metrics import Measured
+from kajiya.evals.metrics_labels import clustering_scores
 from kajiya.evals.statistics import (
     Comparison,
     Scores,
     compare,
     comparison_words,
+    few_groups_words,
     interval,
     ratio_interval,
     ratio_scores,
+    sums_scores,
 )
 from kajiya.evals.tasks import Task, read_task
 
@@ -46,14 +49,16 @@ def figure_of(measured: Measured, groups: Sequence[str] | None, resamples: int =
     """A figure with its 95 % interval, as it stands in the facts; `None` where there is none."""
     scores = measured.scores
     bounds, value = interval(scores, groups, resamples=resamples), scores.value()
+    few = few_groups_words(len(set(groups)) if groups is not None else len(scores.rows)) if bounds is not None else ""
     return {
         "value": value if np.isfinite(value) else None,
         "interval": list(bounds) if bounds is not None and np.isfinite(bounds).all() else None,
         "is_lower_better": scores.is_lower_better,
         "is_judged": True,
         "is_mean": scores.is_mean,
+        "of_sums": scores.of_sums,
         "points": scores.points,
-        "signature": measured.signature,
+        "signature": "; ".join(word for word in (measured.signature, few) if word),
         "details": measured.details,
     }
 
@@ -83,9 +88,11 @@ def write_rows(
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", "metrics", "Keeping the rows of an evaluation") from error
     n = len(next(iter(columns.values())))
-    table = dict(columns) | {"group": list(groups) if groups else [str(i) for i in range(n)]}
+    table: dict[str, Any] = dict(columns) | {"group": list(groups) if groups else [str(i) for i in range(n)]}
     for name, each in measured.items():
-        table[f"{name}: statistics"] = each.scores.rows.tolist()
+        rows = each.scores.rows
+        begins = pyarrow.array(np.arange(0, rows.size + 1, rows.shape[1], dtype=np.int32))
+        table[f"{name}: statistics"] = pyarrow.ListArray.from_arrays(begins, pyarrow.array(rows.ravel()))
         table[f"{name}: note"] = list(each.notes) or [""] * n
     parquet.write_table(pyarrow.table(table), folder / ROWS)
 
@@ -184,12 +191,13 @@ class TaskResult:
 
 def text_result(folder: Path, facts: Mapping[str, Any]) -> TaskResult:
     """An evaluation on held-out text as a result that is compared like any other."""
+    n = facts["n_documents"]
+    few = few_groups_words(n)
     figure = {
         "value": facts["bits_per_byte"], "interval": facts["bits_per_byte_interval"], "is_lower_better": True,
-        "is_judged": True, "is_mean": True, "points": None, "signature": f"windows of {facts['context_tokens']} tokens",
-        "details": {},
+        "is_judged": True, "is_mean": True, "points": None, "details": {},
+        "signature": f"windows of {facts['context_tokens']} tokens" + (f"; {few}" if few else ""),
     }  # fmt: skip
-    n = facts["n_documents"]
     told = {"task": "held-out text", "n_rows": n, "n_groups": n, "figures": {"bits_per_byte": figure}}
     return TaskResult(folder, told | {"fingerprint": facts["fingerprint"]})
 
@@ -227,10 +235,18 @@ def _scores(result: TaskResult, rows: Sequence[Mapping[str, Any]], metric: str) 
     if figure["is_mean"]:
         values = np.array([row[f"{metric}: statistics"] for row in rows], dtype=np.float64)
         return ratio_scores(values[:, 0], values[:, 1], figure["is_lower_better"], figure["points"])
-    if metric == "clustering":
-        raise StoreError("Clusterings are not compared by rows: a model's vectors are not kept.")
+    kept = [row.get(f"{metric}: statistics") for row in rows]
+    if metric == "clustering":  # the vectors are not kept, the cluster of each row is
+        labels, clusters = np.array(kept, dtype=np.int64).T
+        return clustering_scores(labels, clusters)
+    if figure.get("of_sums") is not None:
+        points, worse = figure["points"], figure["is_lower_better"]
+        return sums_scores(np.array(kept, dtype=np.float64), figure["of_sums"], worse, points)
     if "settings" not in result.facts:
-        raise StoreError(f"{metric} is no mean over rows, and cannot be made anew of those that were kept.")
+        raise StoreError(
+            f"{result.task}: {metric} is made of all rows at once by lm-eval, and what a row adds to it is not kept, so two models "
+            "are not compared by it.\nCompare a metric whose figure is a mean over rows, a perplexity or bits per byte."
+        )
     return _measured_anew(read_task(result.facts["settings"]), _answers(rows), metric).scores
 
 

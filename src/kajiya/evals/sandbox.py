@@ -3,14 +3,19 @@
 import contextlib
 import os
 import resource
+import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+
+from kajiya.evals.confine import confinement
 
 _MOST_OUTPUT = 2000
 _FILE_BYTES = 1 << 20
+_MOST_PROCESSES = 64
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,15 @@ class ProgramEnd:
 
 
 def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
-    """Run Python source in isolated mode without site packages; passed when it ends with status 0.
+    """Run Python source in isolated mode without site packages; passed when it comes to the end of its last line, with status 0.
 
-    Limits: wall time, processor time, address space, files of 1 MiB, no core dumps; an empty environment and working
-    folder, its own session, killed whole. It shares the network and the readable files of this machine: run what you do not
-    trust at all within a container.
+    A program that exits before, with whatever status, has not run all of its tests and does not pass. Limits: wall time,
+    processor time, address space, files of 1 MiB, 64 processes more than the machine has (which root is not held to), no core
+    dumps; an empty environment and working folder, its own session, killed whole. Where the kernel has Landlock it changes
+    files in that folder alone; `kajiya.evals.confine.why_unconfined` says where not. It shares the network and the readable
+    files of this machine: run what you do not trust at all within a container.
     """
+    most_processes = _processes()
 
     def limit() -> None:
         memory = memory_mb * 2**20
@@ -36,8 +44,16 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
         resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if most_processes is not None:
+            resource.setrlimit(resource.RLIMIT_NPROC, (most_processes, most_processes))
+        confine()
 
-    with tempfile.TemporaryDirectory(prefix="kajiya-program-") as folder, tempfile.TemporaryFile() as output:
+    with (
+        tempfile.TemporaryDirectory(prefix="kajiya-program-") as folder,
+        tempfile.TemporaryFile() as output,
+        confinement(Path(folder)) as confine,
+        _Ending() as ending,
+    ):
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-X", "utf8", "-"],
             stdin=subprocess.PIPE,
@@ -47,19 +63,59 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
             env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             preexec_fn=limit,
+            pass_fds=(ending.write,),
         )
         try:
-            process.communicate(source.encode("utf-8", "replace"), timeout=seconds)
+            process.communicate((source + ending.lines).encode("utf-8", "replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
             return ProgramEnd(False, f"timed out after {seconds:g} s")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
             process.wait()
+        is_at_end = ending.is_reached()
         output.seek(0)
         said = output.read(_FILE_BYTES).decode("utf-8", "replace").strip()[-_MOST_OUTPUT:]
-    if process.returncode == 0:
-        return ProgramEnd(True, "passed")
     if process.returncode < 0:
         return ProgramEnd(False, f"killed by {signal.Signals(-process.returncode).name}")
-    return ProgramEnd(False, f"failed: {said}")
+    if process.returncode > 0:
+        return ProgramEnd(False, f"failed: {said}")
+    if not is_at_end:
+        return ProgramEnd(False, f"exited before its last line, so not all of its tests have run: {said}")
+    return ProgramEnd(True, "passed")
+
+
+class _Ending:
+    """A word that a program writes into a pipe of its own once its last line is done, another one for each program."""
+
+    def __init__(self) -> None:
+        self._word = secrets.token_bytes(16)
+        self._read, self.write = os.pipe()
+        os.set_blocking(self._read, False)  # something that the program has left behind may hold the other end
+
+    def __enter__(self) -> "_Ending":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._read)
+        os.close(self.write)
+
+    @property
+    def lines(self) -> str:
+        """What follows the program's own source."""
+        return f"\nimport posix as _posix\n_posix.write({self.write}, {self._word!r})\n"
+
+    def is_reached(self) -> bool:
+        """Whether the word has been written."""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._read, 1 << 10) == self._word
+        return False
+
+
+def _processes() -> int | None:
+    """The machine's threads and 64 more, which is what the system counts of one user at most; `None` where it does not say."""
+    try:
+        running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3]
+    except OSError:
+        return None
+    return int(running.partition("/")[2]) + _MOST_PROCESSES

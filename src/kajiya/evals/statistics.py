@@ -1,23 +1,35 @@
 """How sure a figure is: intervals and paired tests by resampling whole sources, since rows of one source are not independent.
 
-Shape letters: n rows, g groups (sources), k statistics of a row, R resamples.
+Shape letters: n rows, k statistics of a row, R resamples.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from statistics import NormalDist
 
 import numpy as np
 
 from kajiya.errors import DataError
+from kajiya.evals.resampling import (
+    Figure,
+    Parts,
+    by_group,
+    drawn_by_rows,
+    drawn_figures,
+    drawn_ratios,
+    left_out,
+    left_out_by_rows,
+    swapped_by_rows,
+    swapped_figures,
+    swaps,
+)
 
 _RESAMPLES = 2000
 _RESAMPLES_BY_ROWS = 500
 """A figure that needs all rows anew (ranks) is recomputed less often."""
-_EXACT_GROUPS = 12
-"""Up to this many groups every assignment of a permutation test is tried: 4096."""
+_ENOUGH_GROUPS = 6
+"""Of fewer groups no bootstrap interval is one of 95 %: 2^(1 − 6) < 0.05."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,11 @@ class Scores:
     def is_mean(self) -> bool:
         """Whether the figure is Σ first statistic / Σ second."""
         return self.figure is _ratio
+
+    @property
+    def of_sums(self) -> str | None:
+        """The name of its figure in `OF_SUMS`, if it has one there."""
+        return next((name for name, figure in OF_SUMS.items() if figure is self.figure), None)
 
     def value(self) -> float:
         """The figure over all rows."""
@@ -80,8 +97,25 @@ def ratio_scores(
     return Scores(rows, _ratio, is_lower_better=is_lower_better, points=points)
 
 
+def sums_scores(rows: np.ndarray, name: str, is_lower_better: bool = False, points: float | None = None) -> Scores:
+    """A figure of `OF_SUMS` by its name, of rows float64 [n, 2]."""
+    return Scores(rows, OF_SUMS[name], is_lower_better=is_lower_better, points=points)
+
+
+def _perplexity(sums: np.ndarray) -> float:
+    return math.exp(-_ratio(sums)) if sums[1] else math.nan
+
+
+def _bits(sums: np.ndarray) -> float:
+    return -_ratio(sums) / math.log(2)
+
+
 def _ratio(sums: np.ndarray) -> float:
     return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+OF_SUMS: Mapping[str, Figure] = {"perplexity": _perplexity, "bits": _bits}
+"""Figures of Σ log-likelihoods and Σ units (documents, words, bytes), in nats, by the names under which results keep them."""
 
 
 # ---------------------------------------------------------------- intervals
@@ -101,7 +135,7 @@ def interval(
     vary: the interval is then Wilson's (1927) over the groups. `None` where nothing can be said: from a single group, and of
     any other figure that is alike in every resample. `resamples` are those of a figure `by_rows`. Raises `DataError` for no rows.
     """
-    parts = _by_group(len(scores.rows), groups)
+    parts = by_group(len(scores.rows), groups)
     if len(parts) < 2:
         return None
     if scores.points == 100 and _is_right_or_wrong(scores) and np.ptp(scores.rows[:, 0]) == 0:
@@ -124,20 +158,14 @@ def ratio_interval(
     """Percentile bootstrap interval of Σ numerators / Σ denominators, both float [n], resampling the n pairs (Efron, 1979)."""
     if len(numerators) == 0:
         raise ValueError("an interval needs at least one document")
-    draws = np.random.default_rng(seed).integers(0, len(numerators), size=(resamples, len(numerators)))
-    ratios = numerators[draws].sum(axis=1) / denominators[draws].sum(axis=1)
-    return _quantiles(ratios, level)
+    return _quantiles(drawn_ratios(numerators, denominators, resamples, seed), level)
 
 
-def _drawn(scores: Scores, parts: list[np.ndarray], seed: int, resamples: int = _RESAMPLES_BY_ROWS) -> np.ndarray:
+def _drawn(scores: Scores, parts: Parts, seed: int, resamples: int = _RESAMPLES_BY_ROWS) -> np.ndarray:
     """The figure of every resample, float [R]; of one `by_rows`, R is `resamples`."""
-    random = np.random.default_rng(seed)
     if scores.by_rows:
-        draws = random.integers(0, len(parts), size=(resamples, len(parts)))
-        return np.array([scores.figure(scores.rows[np.concatenate([parts[i] for i in draw])]) for draw in draws])
-    sums = _group_sums(scores.rows, parts)
-    counts = random.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), size=_RESAMPLES)
-    return np.array([scores.figure(each) for each in counts @ sums])
+        return drawn_by_rows(scores.rows, scores.figure, parts, resamples, seed)
+    return drawn_figures(scores.rows, scores.figure, parts, _RESAMPLES, seed)
 
 
 def _quantiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
@@ -145,24 +173,6 @@ def _quantiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _by_group(n_rows: int, groups: Sequence[str] | None) -> list[np.ndarray]:
-    """Row numbers of each group, in order of first appearance."""
-    if n_rows == 0:
-        raise DataError("There are no rows to compute a figure from.")
-    if groups is None:
-        return [np.array([row]) for row in range(n_rows)]
-    if len(groups) != n_rows:
-        raise ValueError(f"{len(groups)} groups for {n_rows} rows")
-    found: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
-        found.setdefault(group, []).append(row)
-    return [np.array(rows) for rows in found.values()]
-
-
-def _group_sums(rows: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
-    return np.stack([rows[part].sum(axis=0) for part in parts])
 
 
 # ---------------------------------------------------------------- two models on the same rows
@@ -176,7 +186,7 @@ def compare(first: Scores, second: Scores, groups: Sequence[str] | None = None, 
     """
     if first.rows.shape != second.rows.shape:
         raise DataError(f"{len(first.rows)} rows of one model and {len(second.rows)} of the other do not pair up.")
-    parts = _by_group(len(first.rows), groups)
+    parts = by_group(len(first.rows), groups)
     difference = second.value() - first.value()
     drawn = _drawn(second, parts, seed) - _drawn(first, parts, seed)  # one seed: the same groups in both
     pseudo = _pseudo_values(first, second, parts)
@@ -197,12 +207,13 @@ def compare(first: Scores, second: Scores, groups: Sequence[str] | None = None, 
     )
 
 
-def _test(first: Scores, second: Scores, parts: list[np.ndarray], seed: int) -> tuple[float, str]:
+def _test(first: Scores, second: Scores, parts: Parts, seed: int) -> tuple[float, str]:
     if len(parts) == len(first.rows) and _is_right_or_wrong(first) and _is_right_or_wrong(second):
         return mcnemar(first.rows[:, 0] > 0, second.rows[:, 0] > 0), "exact McNemar"
-    swaps, is_exact = _swaps(len(parts), seed, _RESAMPLES_BY_ROWS if first.by_rows else _RESAMPLES)
+    exchanges, is_exact = swaps(len(parts), _RESAMPLES_BY_ROWS if first.by_rows else _RESAMPLES, seed)
     observed = abs(second.value() - first.value())
-    drawn = np.abs(_swapped(first, second, parts, swaps))
+    swapped = swapped_by_rows if first.by_rows else swapped_figures
+    drawn = np.abs(swapped(first.rows, second.rows, first.figure, parts, exchanges))
     n_as_large = int((drawn >= observed - 1e-12 * max(1.0, observed)).sum())
     if is_exact:
         return n_as_large / len(drawn), "exact permutation"
@@ -213,45 +224,20 @@ def _is_right_or_wrong(scores: Scores) -> bool:
     return scores.figure is _ratio and bool(np.isin(scores.rows[:, 0], (0, 1)).all() and (scores.rows[:, 1] == 1).all())
 
 
-def _swaps(n_groups: int, seed: int, resamples: int) -> tuple[np.ndarray, bool]:
-    if n_groups <= _EXACT_GROUPS:
-        return np.array(list(product((False, True), repeat=n_groups))), True
-    return np.random.default_rng(seed).random((resamples, n_groups)) < 0.5, False
+def _pseudo_values(first: Scores, second: Scores, parts: Parts) -> np.ndarray:
+    """Jackknife pseudo-values of the difference, one a group (Tukey, 1958); of a mean over rows, the rows' differences.
 
-
-def _swapped(first: Scores, second: Scores, parts: list[np.ndarray], swaps: np.ndarray) -> np.ndarray:
-    """Difference of the figures after each assignment of the groups' answers, float [R]."""
-    if first.by_rows:
-        owner = np.empty(len(first.rows), dtype=np.int64)
-        for number, part in enumerate(parts):
-            owner[part] = number
-        masks = (swap[owner][:, None] for swap in swaps)
-        return np.array(
-            [
-                first.figure(np.where(mask, first.rows, second.rows))
-                - first.figure(np.where(mask, second.rows, first.rows))
-                for mask in masks
-            ]
-        )
-    a, b = _group_sums(first.rows, parts), _group_sums(second.rows, parts)
-    moved = swaps.astype(np.float64) @ (a - b)
-    totals = a.sum(axis=0), b.sum(axis=0)
-    return np.array([first.figure(totals[1] + each) - first.figure(totals[0] - each) for each in moved])
-
-
-def _pseudo_values(first: Scores, second: Scores, parts: list[np.ndarray]) -> np.ndarray:
-    """Jackknife pseudo-values of the difference, one a group (Tukey, 1958); of a mean over rows, the rows' differences."""
-    n = len(parts)
-    if n < 2:
-        return np.array([second.value() - first.value()])
-
-    def without(scores: Scores) -> np.ndarray:
-        if scores.by_rows:
-            return np.array([scores.figure(np.delete(scores.rows, part, axis=0)) for part in parts])
-        return np.array([scores.figure(each) for each in scores.rows.sum(axis=0) - _group_sums(scores.rows, parts)])
-
+    Of a figure `by_rows` of many groups, one a block of groups, spread as far as those of single groups would be.
+    """
     whole = second.value() - first.value()
-    return np.asarray(n * whole - (n - 1) * (without(second) - without(first)))
+    if len(parts) < 2:
+        return np.array([whole])
+    leave = left_out_by_rows if first.by_rows else left_out
+    without = leave(second.rows, second.figure, parts) - leave(first.rows, first.figure, parts)
+    n = len(without)
+    pseudo = n * whole - (n - 1) * without
+    # That of a block is a mean over its groups, so it spreads less than theirs by the root of their number.
+    return np.asarray(pseudo.mean() + (pseudo - pseudo.mean()) * math.sqrt(len(parts) / n))
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
@@ -260,8 +246,9 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     n = only_first + only_second
     if n == 0:
         return 1.0
-    tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1)) / (1 << n)
-    return min(1.0, 2 * tail)
+    from scipy import stats
+
+    return float(stats.binomtest(only_first, n).pvalue)
 
 
 def rows_needed(difference: float, spread: float, *, power: float = 0.8, alpha: float = 0.05) -> int | None:
@@ -286,10 +273,22 @@ def comparison_words(comparison: Comparison, first: str, second: str, *, scale: 
         return f"{second if is_second else first} is better by {size:.3g} ± {half:.2g}{unit} (p = {_p(comparison)})"
     words = f"no difference shown between {first} and {second} ({size:.3g} ± {half:.2g}{unit}, p = {_p(comparison)})"
     if comparison.test == "exact permutation" and 2.0 ** (1 - comparison.n_groups) > 0.05:
-        words += f"; {comparison.n_groups} sources are too few for the test to show any"
-    elif comparison.n_needed is not None and comparison.n_needed > comparison.n_groups:
+        return words + f"; {comparison.n_groups} sources are too few for the test to show any"
+    if (comparison.p_value < 0.05) != (low * high > 0):
+        shown, not_shown = ("test", "interval") if comparison.p_value < 0.05 else ("interval", "test")
+        words += f"; the {shown} alone would show one, the {not_shown} does not, with n = {comparison.n_groups:,}"
+    if comparison.n_needed is not None and comparison.n_needed > comparison.n_groups:
         words += f"; n = {comparison.n_needed:,} would be needed to show this one, there are {comparison.n_groups:,}"
     return words
+
+
+def few_groups_words(n_groups: int) -> str:
+    """What is to be said of a bootstrap interval from so few groups; empty for enough.
+
+    Of two to five groups even the interval from the least to the largest misses the truth in more than 5 % of all cases (it
+    lies beyond all of n values with a chance of 2^(1 − n)).
+    """
+    return f"interval from {n_groups} sources, too few for 95 %" if 1 < n_groups < _ENOUGH_GROUPS else ""
 
 
 def _p(comparison: Comparison) -> str:

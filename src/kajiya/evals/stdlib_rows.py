@@ -97,7 +97,8 @@ tests = [t for t in doctest.DocTestFinder(recurse=False).find(found, {name!r}, m
 for test in tests:
     runner.run(test, clear_globs=False)
 result = runner.summarize(verbose=False)
-sys.exit(0 if tests and result.attempted and not result.failed else 1)
+if not tests or not result.attempted or result.failed:
+    sys.exit(1)
 """
 
 

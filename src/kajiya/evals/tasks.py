@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.config.digest import digest
+from kajiya.config.plain_types import check_types
 from kajiya.config.tables import check_choice, check_task, import_target, nearest, packaged_tasks
 from kajiya.data.documents import Documents
 from kajiya.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
 KINDS = ("generate", "choose", "embed")
+_METRICS_OF: Mapping[str, tuple[str, ...]] = {
+    "choose": ("accuracy", "accuracy_by_byte", "macro_f1", "auroc", "ece"),
+    "embed": ("recall_at_k", "clustering"),
+}
+"""Metrics that only answers of a kind can have; the others score texts."""
+_LEAST = {"max_tokens": 1, "samples": 1, "temperature": 0, "seconds": 0.1, "memory_mb": 64}
+"""Smallest value of a task's numbers."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +169,16 @@ def _check(task: Task, path: Path) -> None:
         raise ConfigError(f"{path}: kind", f"{task.kind!r} is not one of {', '.join(KINDS)}")
     if isinstance(task.metrics, str) or not task.metrics:
         raise ConfigError(f"{path}: metrics", "is a list of names, at least one")
+    _check_k(task, path)
+    check_types(task, str(path))
+    if task.judge is not None:
+        check_types(task.judge, f"{path}: judge")
     for name in task.metrics:
         check_choice("metric", name, {}, f"{path}: metrics")
+        _check_metric(name, task.kind, path)
+    for field_, least in _LEAST.items():
+        if vars(task)[field_] < least:
+            raise ConfigError(f"{path}: {field_}", f"{vars(task)[field_]!r} is less than {least}")
     if task.kind == "choose" and not task.choices:
         raise ConfigError(f"{path}: choices", "is missing; a task of kind choose needs them")
     if "pass_at_k" in task.metrics and not task.tests:
@@ -171,11 +187,24 @@ def _check(task: Task, path: Path) -> None:
         import_target(task.function, f"{path}: function")
     if _is_function(task.tests):
         import_target(task.tests, f"{path}: tests")
-    _check_k(task, path)
     if "judge" in task.metrics and task.judge is None:
         raise ConfigError(f"{path}: judge", "is missing; the metric judge asks it")
     if task.samples > 1 and task.temperature == 0:
         raise ConfigError(f"{path}: samples", f"{task.samples} greedy answers are all the same", "Set a temperature.")
+
+
+def _check_metric(name: str, kind: str, path: Path) -> None:
+    """Refuse a metric of the packaged ones that needs answers of another kind."""
+    if ":" in name:
+        return
+    needed = next((each for each, names in _METRICS_OF.items() if name in names), None)
+    if kind == (needed or kind) and (needed is not None or kind != "embed"):
+        return
+    remedy = (
+        f"Of this kind there are {', '.join(_METRICS_OF[kind])}." if kind in _METRICS_OF else f"Set kind: {needed}."
+    )
+    wants = f"needs a task of kind {needed}" if needed else "scores written answers"
+    raise ConfigError(f"{path}: metrics", f"{name} {wants}, and this one's kind is {kind}", remedy)
 
 
 def _check_k(task: Task, path: Path) -> None:

@@ -19,6 +19,7 @@ from kajiya.flows.report import write_report
 from kajiya.flows.stages import Stages
 from kajiya.flows.stopping import stop_on_signals
 from kajiya.models.build import check_architecture
+from kajiya.run.alive import BEAT, Beat
 from kajiya.run.code import code_revision, own_code
 from kajiya.run.folder import Run, find_run, open_run, run_name
 from kajiya.run.gpu_energy import gpu_names, read_energy
@@ -90,6 +91,7 @@ def train(
     key = training_key(config, data)
     # A key to the server is no business of manifests, logs and trackers.
     run = open_run(store, replace(config, serve=replace(config.serve, api_key=None)), key, list(command), process)
+    beat = Beat(run.folder / BEAT).start()
     on_event("run", id=run.id)
     for kind, fields in early:
         run.events.emit(kind, **fields)
@@ -149,6 +151,7 @@ def train(
         followers = trackers()
         run.events.emit("ended", status=status, error=error)
         warnings = followers.finish()
+        beat.stop()
     return Trained(run, model, report, tuple(warnings))
 
 

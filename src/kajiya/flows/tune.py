@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kajiya.config.compose import find_recipe
 from kajiya.config.digest import digest, to_plain
 from kajiya.config.schema import TrackConfig
-from kajiya.config.sweep import check_grid, check_space, grid, split_sweep
+from kajiya.config.sweep import Dimension, Value, check_grid, check_space, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError, KajiyaError, StoreError
 from kajiya.flows.launch import launch
@@ -20,10 +20,11 @@ from kajiya.flows.report_settings import public_config, public_words
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data
 from kajiya.flows.tune_confirm import confirm, recall
-from kajiya.flows.tune_jobs import Outcome, StudyPlan, go_on, run_ticket, trial_config
+from kajiya.flows.tune_jobs import Outcome, StudyPlan, beat_of, go_on, promote, run_ticket, trial_config
 from kajiya.flows.tune_report import write_study_report
 from kajiya.flows.tune_results import count_trials, finished, write_best
-from kajiya.flows.tune_search import ASHA, open_study, suggest
+from kajiya.flows.tune_search import open_study, suggest
+from kajiya.flows.tune_trial import UNKNOWN_METRIC
 from kajiya.run.alive import is_alive, process_facts
 from kajiya.run.code import own_code
 from kajiya.run.events import EventLog, read_events
@@ -37,6 +38,8 @@ from kajiya.run.trackers.dispatch import replay_all, start_trackers
 if TYPE_CHECKING:
     from optuna import Study
 
+_TRIALS = 20
+"""Of a search without end, where `tune.trials` does not say."""
 _PROBES = 8
 """Draws of a space with a function of the user's that are composed before the first trial."""
 
@@ -116,7 +119,7 @@ def plan_study(recipe: str, overrides: Sequence[str], store: Store, config_dir: 
     if any(each.key.startswith("tune.") for each in dimensions):
         raise ConfigError("tune", "the settings of the search itself cannot be searched")
     if base.tune.sampler.name == "grid":
-        check_grid(recipe, fixed, grid(dimensions)[: base.tune.trials], config_dir)
+        check_grid(recipe, fixed, _grid(dimensions, base.tune.trials), config_dir)
     n_numbers = sum(not each.choices and each.low < each.high for each in dimensions)
     if base.tune.sampler.name == "cmaes" and base.tune.space is None and n_numbers < 2:
         raise ConfigError(
@@ -174,9 +177,9 @@ def _probe_own_space(plan: StudyPlan) -> None:
 def _search(plan: StudyPlan, hear: OnEvent) -> None:
     tune = plan.base.tune
     study = open_study(tune, plan.folder, plan.id, plan.base.seed)
-    _recover(study)
+    _recover(study, plan)
     if tune.sampler.name == "grid":
-        _queue_grid(study, plan)
+        _queue_grid(study, plan, hear)
     n_missing = _n_wanted(plan) - _n_tried(study)
     tickets = range(max(n_missing, sum(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))))
     hear("stage", name="search", state="begun", seconds=0.0, text="")
@@ -184,9 +187,9 @@ def _search(plan: StudyPlan, hear: OnEvent) -> None:
     for outcomes in launch(tune.launcher, partial(run_ticket, plan), list(tickets), tune.parallel):
         for outcome in outcomes:
             _tell(told, outcome, plan, hear)
-    while isinstance(study.pruner, ASHA) and study.pruner.promotable(study):
-        candidate = study.pruner.promotable(study)[0]
-        go_on(study, candidate.number, candidate.params, "promoted")
+            if outcome.status == UNKNOWN_METRIC and not finished(study):
+                raise ConfigError("tune.objectives", str(outcome.problem).partition("tune.objectives: ")[2])
+    while promote(plan, study):
         for outcome in run_ticket(plan, 0):
             _tell(told, outcome, plan, hear)
     words = ", ".join(f"{count} {state}" for state, count in count_trials(study).items())
@@ -194,8 +197,15 @@ def _search(plan: StudyPlan, hear: OnEvent) -> None:
 
 
 def _n_wanted(plan: StudyPlan) -> int:
-    n_grid = len(grid(plan.dimensions)) if plan.base.tune.sampler.name == "grid" else None
-    return plan.base.tune.trials if n_grid is None else min(n_grid, plan.base.tune.trials)
+    tune = plan.base.tune
+    if tune.sampler.name == "grid":
+        return len(_grid(plan.dimensions, tune.trials))
+    return _TRIALS if tune.trials is None else tune.trials
+
+
+def _grid(dimensions: Sequence[Dimension], trials: int | None) -> list[dict[str, Value]]:
+    """The combinations that are tried: all of them, or the first `trials`."""
+    return grid(dimensions)[:trials]
 
 
 def _n_tried(study: "Study") -> int:
@@ -208,28 +218,28 @@ def _n_tried(study: "Study") -> int:
     )
 
 
-def _queue_grid(study: "Study", plan: StudyPlan) -> None:
+def _queue_grid(study: "Study", plan: StudyPlan, hear: OnEvent) -> None:
+    n_all, wanted = len(grid(plan.dimensions)), _grid(plan.dimensions, plan.base.tune.trials)
+    if len(wanted) < n_all:
+        left = n_all - len(wanted)
+        hear("warning", text=f"tune.trials={len(wanted)} leaves out {left:,} of the grid's {n_all:,} combinations")
     known = [trial.user_attrs.get("grid") for trial in study.get_trials(deepcopy=False)]
-    for number, values in enumerate(grid(plan.dimensions)[: plan.base.tune.trials]):
+    for number, values in enumerate(wanted):
         if number not in known:
             study.enqueue_trial(values, user_attrs={"grid": number})
 
 
-def _recover(study: "Study") -> None:
+def _recover(study: "Study", plan: StudyPlan) -> None:
     """Trials whose process is gone are queued again: their runs go on from their checkpoints."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner = trial.user_attrs.get("owner")
-        if owner is not None and is_alive(owner):
+        if owner is not None and is_alive(owner, beat_of(plan, trial.number)):
             continue
         study._storage.set_trial_user_attr(trial._trial_id, "problem", "interrupted")
         study.tell(trial.number, state=TrialState.FAIL)
-        reason = "promoted" if trial.user_attrs.get("reason") == "promoted" else "interrupted"
-        params = trial.system_attrs.get("fixed_params") or trial.params
-        if params:
-            kept = {name: trial.user_attrs[name] for name in ("grid",) if name in trial.user_attrs}
-            study.enqueue_trial(params, user_attrs=kept | {"continues": trial.number, "reason": reason})
+        go_on(study, trial, "interrupted")
 
 
 @dataclass

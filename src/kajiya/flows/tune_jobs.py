@@ -14,10 +14,11 @@ from kajiya.config.compose import compose
 from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config, TuneConfig
 from kajiya.config.sweep import Dimension, Value, as_override
+from kajiya.config.tables import resolve
 from kajiya.data.progress import silent
 from kajiya.errors import KajiyaError
 from kajiya.flows.tune_search import ASHA, metric_of, open_study, suggest
-from kajiya.run.alive import process_facts
+from kajiya.run.alive import Beat, process_facts
 from kajiya.run.forks import Fork, forked
 from kajiya.run.lock import locked
 from kajiya.run.process import default_threads
@@ -26,7 +27,10 @@ from kajiya.run.usage import oom_kills
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
 
+_TAKEN_UP_AGAIN = 3
+"""Times that a trial which was ended from outside goes on at once; after that, with the next search of the study."""
 _PROGRAM = ("-P", "-m", "kajiya.flows.tune_trial")
 
 
@@ -97,18 +101,38 @@ def run_ticket(plan: StudyPlan, ticket: int) -> list[Outcome]:
     # Tickets that begin in the same moment see the same trials, and would draw the same settings from one seed.
     study = open_study(tune, plan.folder, plan.id, plan.base.seed + 104_729 * ticket)
     outcomes = [run_trial(plan, study)]
-    while isinstance(study.pruner, ASHA):
-        candidates = study.pruner.promotable(study)
-        if not candidates:
+    for _ in range(_TAKEN_UP_AGAIN):
+        if outcomes[-1].status != "interrupted":
             break
-        go_on(study, candidates[0].number, candidates[0].params, "promoted")
+        outcomes.append(run_trial(plan, study))  # which is the one that waits to go on
+    while promote(plan, study):
         outcomes.append(run_trial(plan, open_study(tune, plan.folder, plan.id, plan.base.seed)))
     return outcomes
 
 
-def go_on(study: "Study", number: int, params: dict[str, Any], reason: str) -> None:
-    """Queue the settings of a trial again: its run goes on from its checkpoint."""
-    study.enqueue_trial(params, user_attrs={"continues": number, "reason": reason})
+def promote(plan: StudyPlan, study: "Study") -> bool:
+    """Queue a trial that successive halving lets go on, if there is one; whoever asks at the same time gets another one."""
+    if not isinstance(study.pruner, ASHA):
+        return False
+    with locked(plan.folder / "ask.lock", "promoting a trial", silent):
+        candidates = study.pruner.promotable(study)
+        if candidates:
+            go_on(study, candidates[0], "promoted")
+    return bool(candidates)
+
+
+def go_on(study: "Study", trial: "FrozenTrial", reason: str) -> None:
+    """Queue the settings of a trial again: its run goes on from its checkpoint. One that was promoted stays so."""
+    reason = "promoted" if trial.user_attrs.get("reason") == "promoted" else reason
+    kept = {name: trial.user_attrs[name] for name in ("grid",) if name in trial.user_attrs}
+    params = trial.params or trial.system_attrs.get("fixed_params")
+    if params:
+        study.enqueue_trial(params, user_attrs=kept | {"continues": trial.number, "reason": reason})
+
+
+def beat_of(plan: StudyPlan, number: int) -> Path:
+    """The file that whoever runs a trial touches."""
+    return plan.folder / "trials" / f"{number:05d}.alive"
 
 
 def run_trial(plan: StudyPlan, study: "Study") -> Outcome:
@@ -128,7 +152,12 @@ def run_trial(plan: StudyPlan, study: "Study") -> Outcome:
         study.tell(trial, state=TrialState.FAIL)
         return Outcome(trial.number, "failed", None, said, None, 0.0)
     trial.set_user_attr("settings", {key: to_plain(value) for key, value in values.items()})
-    end = execute(plan.job(config, f"{trial.number:05d}", {"trial": trial.number}), _Judge(study, trial))
+    (plan.folder / "trials").mkdir(exist_ok=True)
+    beat = Beat(beat_of(plan, trial.number)).start()
+    try:
+        end = execute(plan.job(config, f"{trial.number:05d}", {"trial": trial.number}), _Judge(study, trial))
+    finally:
+        beat.stop()
     for name, value in (("run", end.run), ("seconds", end.seconds), ("to_first_step", end.to_first_step)):
         trial.set_user_attr(name, value)
     if end.status == "finished":
@@ -136,10 +165,14 @@ def run_trial(plan: StudyPlan, study: "Study") -> Outcome:
         figures = end.figures(plan.metrics, plan.base.tune.value, signs)
         study.tell(trial, figures)
         return Outcome(trial.number, "finished", figures, None, end.run, end.seconds)
-    if end.problem or end.status != "pruned":
+    if end.status == "interrupted":
+        trial.set_user_attr("problem", end.status)
+    elif end.problem or end.status != "pruned":
         trial.set_user_attr("problem", end.problem or end.status)
     trial.set_user_attr("status", end.status)
     study.tell(trial, state=TrialState.PRUNED if end.status == "pruned" else TrialState.FAIL)
+    if end.status == "interrupted":  # by a scheduler, say, that wanted this trial's process alone
+        go_on(study, study.get_trials(deepcopy=False)[trial.number], "interrupted")
     return Outcome(trial.number, end.status, None, end.problem, end.run, end.seconds)
 
 
@@ -215,7 +248,7 @@ def execute(job: Job, judge: Callable[[int, float, bool], bool]) -> TrialEnd:
         "store": str(job.store),
         "objectives": list(job.objectives),
         "command": [],
-        "threads": max(1, min(default_threads(), usable_cores() // tune.parallel)),
+        "threads": _threads(tune),
         "memory_bytes": None if tune.trial_memory_gb is None else int(tune.trial_memory_gb * 2**30),
         "facts": dict(job.facts),
         "is_whole": job.is_whole,
@@ -239,6 +272,14 @@ def execute(job: Job, judge: Callable[[int, float, bool], bool]) -> TrialEnd:
     return TrialEnd(
         str(status), told.get("run"), told.get("values") or {}, problem, seconds, started and started - began
     )
+
+
+def _threads(tune: TuneConfig) -> int:
+    """Threads of a trial: the cores that Ray has reserved for it, or its share of this machine's."""
+    if tune.launcher.name == "ray":
+        _, options = resolve("launcher", "ray", tune.launcher.options, "tune.launcher")
+        return max(1, int(options.cpus))
+    return max(1, min(default_threads(), usable_cores() // tune.parallel))
 
 
 @contextmanager

@@ -137,7 +137,13 @@ def _best(study: "Study", metrics: Sequence[str], run: Run, manifest: dict[str, 
             "The search is not over: the same command goes on with it, and writes the best settings as a recipe."
         )
         return
-    if chosen == trial_name(ranked[0]):
+    if len(metrics) > 1:
+        yield Text(
+            "With several objectives none is the best: `front/` has each of the trials that no other beats in all as a recipe, and "
+            "best.yaml is the earliest of them."
+        )
+        yield Text("This trains, evaluates and reports it:")
+    elif chosen == trial_name(ranked[0]):
         yield Text("The best settings are written as a recipe; this trains, evaluates and reports it:")
     else:
         favoured = "the recipe as it was" if chosen == THE_RECIPE else chosen

@@ -67,8 +67,6 @@ def trial_name(trial: "FrozenTrial") -> str:
 
 def write_best(plan: StudyPlan, study: "Study", chosen: str | None = None) -> Path | None:
     """`best.yaml` in the study's folder: the best trial's config as a recipe, or that of what the fresh seeds have `chosen`."""
-    import yaml
-
     ranked = best_trials(study)
     if not ranked:
         return None
@@ -81,9 +79,34 @@ def write_best(plan: StudyPlan, study: "Study", chosen: str | None = None) -> Pa
         config, head = config_of(plan, trial), f"# Trial {trial.number} of study {plan.id}: {values}.\n"
     if chosen not in (None, trial_name(best)):
         head += f"# The fresh seeds favour it over {trial_name(best)}, the best of the search.\n"
+    if len(study.directions) > 1:
+        head += _write_front(plan, ranked)
+    path = plan.folder / "best.yaml"
+    path.write_text(head + _recipe_text(config, "best"), encoding="utf-8")
+    return path
+
+
+def _write_front(plan: StudyPlan, front: "list[FrozenTrial]") -> str:
+    """`front/trial-N.yaml` of each trial that no other beats in all objectives; what best.yaml is to say of them."""
+    folder = plan.folder / "front"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.yaml"):
+        old.unlink()
+    for trial in front:
+        figures = ", ".join(f"{name} {v:.6g}" for name, v in zip(plan.metrics, trial.values or [], strict=True))
+        head = f"# Trial {trial.number} of study {plan.id}: {figures}.\n"
+        text = head + _recipe_text(config_of(plan, trial), f"trial-{trial.number}")
+        (folder / f"trial-{trial.number}.yaml").write_text(text, encoding="utf-8")
+    return (
+        f"# With several objectives none is the best: it is the earliest of {len(front)} that no other beats in all, which are\n"
+        "# in front/.\n"
+    )
+
+
+def _recipe_text(config: Config, suffix: str) -> str:
+    import yaml
+
     plain = to_plain(config)
     del plain["tune"]
-    plain["name"] = f"{plain['name']}-best"
-    path = plan.folder / "best.yaml"
-    path.write_text(head + yaml.safe_dump(public_config(plain), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return path
+    plain["name"] = f"{plain['name']}-{suffix}"
+    return str(yaml.safe_dump(public_config(plain), sort_keys=False, allow_unicode=True))

@@ -165,9 +165,8 @@ def hyperband(options: o.HyperbandPruner) -> "BasePruner":
     """Brackets of successive halving."""
     from optuna.pruners import HyperbandPruner
 
-    return HyperbandPruner(
-        min_resource=options.min_evals, max_resource=options.max_evals, reduction_factor=options.reduction
-    )
+    most = "auto" if options.max_evals is None else options.max_evals
+    return HyperbandPruner(min_resource=options.min_evals, max_resource=most, reduction_factor=options.reduction)
 
 
 def wilcoxon(options: o.WilcoxonPruner) -> "BasePruner":
@@ -255,7 +254,11 @@ def _own_values(trial: "Trial", values: Mapping[str, Value], space: str) -> dict
     from kajiya.config.tables import import_target
     from kajiya.errors import ConfigError
 
-    given = import_target(space, "tune.space")(trial, dict(values))
+    function = import_target(space, "tune.space")
+    try:
+        given = function(trial, dict(values))
+    except Exception as problem:
+        raise ConfigError("tune.space", f"{space} raised {type(problem).__name__}: {problem}") from problem
     if not isinstance(given, Mapping):
         raise ConfigError("tune.space", f"{space} returned {type(given).__name__}, not a mapping of settings")
     return dict(given)

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +27,12 @@ from kajiya.run.process import collect_as_usual, import_faster
 from kajiya.run.store import Store
 
 _POLL_S = 0.5
+UNKNOWN_METRIC = "unknown metric"
+"""How a trial ended that does not log what the search is for."""
+
+
+class UnknownMetricError(KajiyaError):
+    """A metric that a run does not log."""
 
 
 class Channel:
@@ -94,7 +101,9 @@ def _run(order: dict[str, Any], channel: Channel) -> dict[str, Any]:
             if fields["resumed_from"] is not None and is_judged:
                 curve = read_history(store.runs / current["run"]).curves.get(objectives[0], [])
                 channel.say(history=[[step, str(value)] for step, value in curve])
-        elif kind == "metrics" and is_judged and objectives[0] in fields["values"]:
+        elif kind == "metrics":
+            _require_logged(objectives, fields["values"])
+        if kind == "metrics" and is_judged and objectives[0] in fields["values"]:
             goes_on = channel.ask(fields["step"], float(fields["values"][objectives[0]]))
             if not goes_on:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -124,7 +133,26 @@ def _run(order: dict[str, Any], channel: Channel) -> dict[str, Any]:
     return {"status": "finished", "values": values, "problem": None}
 
 
+def _require_logged(objectives: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Raise `UnknownMetricError` where an evaluation during training lacks an objective that only it could have.
+
+    A figure of a task may be missing for once, where its rows make none; all of a task's are only where it is not asked.
+    """
+    if not any(name.startswith("eval/") for name in values):
+        return
+    asked = {name.split("/")[1] for name in values if name.startswith("task/")}
+    missing = [name for name in objectives if name.startswith("eval/") and name not in values]
+    missing += [name for name in objectives if name.startswith("task/") and name.split("/")[1] not in asked]
+    if missing:
+        known = ", ".join(sorted(values))
+        raise UnknownMetricError(
+            f"tune.objectives: an evaluation of this recipe logs no {missing[0]}; it logs {known}."
+        )
+
+
 def _failure(problem: BaseException) -> str:
+    if isinstance(problem, UnknownMetricError):
+        return UNKNOWN_METRIC
     if isinstance(problem, KeyboardInterrupt):
         return "interrupted"
     words = str(problem).lower()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.config.quantities import format_bytes
+from kajiya.evals.confine import why_unconfined
 from kajiya.preflight.installation import (
     PROJECT,
     declared_extras,
@@ -46,7 +47,7 @@ def diagnose(store_root: Path) -> list[Finding]:
     findings = [_interpreter(), _installation()]
     torch, problem = _load_torch()
     findings.append(_torch_build(torch, problem))
-    findings += [_processor(torch), _cores(torch), _memory(), _disk(store_root), _compiler(), _operators()]
+    findings += [_processor(torch), _cores(torch), _memory(), _disk(store_root), _compiler(), _operators(), _programs()]
     if torch is not None:
         findings += [_precision(torch), *_gpus(torch)]
     findings += _torchvision(torch)
@@ -250,6 +251,14 @@ def _operators() -> Finding:
         return Finding("operators", "ok", f"built by {path}")
     value = "no c++ or g++: on a processor training and serving run on torch's own operators, which are slower"
     return Finding("operators", "warn", value, _compiler_remedy())
+
+
+def _programs() -> Finding:
+    """Whether programs that a model wrote, which pass@k and the reward `unit_test` run, can be kept to a folder of their own."""
+    why = why_unconfined()
+    if why is None:
+        return Finding("programs", "ok", "what a model wrote changes files in a folder of its own alone")
+    return Finding("programs", "warn", f"what a model wrote can change your files: {why}", "Run it within a container.")
 
 
 def _compiler_remedy() -> str:

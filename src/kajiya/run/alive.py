@@ -2,8 +2,15 @@
 
 import os
 import platform
+import threading
 from pathlib import Path
 from typing import Any
+
+BEAT = "alive"
+"""File of a run's folder that its process touches while it works."""
+_BEAT_S = 15.0
+_SILENT_S = 120.0
+"""A process of another machine that has not touched its file for so long is gone."""
 
 
 def process_facts() -> dict[str, Any]:
@@ -11,11 +18,56 @@ def process_facts() -> dict[str, Any]:
     return {"pid": os.getpid(), "begun": _begun(os.getpid()), "host": platform.node()}
 
 
-def is_alive(process: dict[str, Any]) -> bool:
-    """Whether that process runs on this machine; one of another machine counts as running, since nobody here knows."""
+def is_alive(process: dict[str, Any], beat: Path | None = None) -> bool:
+    """Whether that process runs on this machine; one of another machine, while its file `beat` was touched within 2 minutes.
+
+    Where there is no such file nobody here knows, and it counts as running.
+    """
     if process["host"] != platform.node():
-        return True
+        return beat is None or not _is_silent(beat)
     return is_running(process["pid"]) and process["begun"] in (None, _begun(process["pid"]))
+
+
+class Beat:
+    """Touches a file every 15 seconds until it is stopped, by which other machines see that this process works."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._touch, name="kajiya-beat", daemon=True)
+
+    def start(self) -> "Beat":
+        """Begin; the file is there when this returns."""
+        self._path.touch()
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End, and take the file away."""
+        self._is_over.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def _touch(self) -> None:
+        while not self._is_over.wait(_BEAT_S):
+            try:
+                self._path.touch()
+            except OSError:  # the folder was deleted, or its disk is away: nobody looks there either
+                continue
+
+
+def _is_silent(beat: Path) -> bool:
+    """Whether the file was last touched long ago, by the clock of its own file system, which both machines share."""
+    try:
+        touched = beat.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    now = beat.with_name(f".{beat.name}-{os.getpid()}-{threading.get_ident()}")
+    now.touch()
+    try:
+        return now.stat().st_mtime - touched > _SILENT_S
+    finally:
+        now.unlink()
 
 
 def is_running(pid: int) -> bool:

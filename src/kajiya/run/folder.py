@@ -10,7 +10,7 @@ from typing import Any
 from kajiya.config.digest import digest, to_plain
 from kajiya.config.schema import Config
 from kajiya.errors import RunBusyError, StoreError
-from kajiya.run.alive import is_alive, process_facts
+from kajiya.run.alive import BEAT, is_alive, process_facts
 from kajiya.run.events import EventLog
 from kajiya.run.files import read_json, write_json
 from kajiya.run.provenance import collect_provenance
@@ -118,7 +118,7 @@ def _later_provenance(manifest: dict[str, Any], now: dict[str, Any]) -> list[dic
 def _refuse_second(run: Run) -> None:
     manifest = run.manifest()
     owner = manifest["owner"]
-    if manifest["status"] == "running" and owner["pid"] != os.getpid() and is_alive(owner):
+    if manifest["status"] == "running" and owner["pid"] != os.getpid() and is_alive(owner, run.folder / BEAT):
         raise RunBusyError(
             f"Run {run.id} is in progress in process {owner['pid']} on {owner['host']}.\n"
             "Wait for it or stop it; another seed or config is another run."
@@ -159,7 +159,7 @@ def runs_of(study: Run) -> list[Run]:
     found = []
     for run in list_runs(study.store):
         manifest = run.manifest()
-        is_at_work = manifest["status"] == "running" and is_alive(manifest["owner"])
+        is_at_work = manifest["status"] == "running" and is_alive(manifest["owner"], run.folder / BEAT)
         if manifest.get("study") == study.id and not is_at_work:
             found.append(run)
     return found
