@@ -95,6 +95,11 @@ def adapter_task(folder: Path, base: Path) -> Task:
     return Task("seq2seq") if kind == "SEQ_2_SEQ_LM" else CAUSAL
 
 
+def brings_head(folder: Path) -> bool:
+    """Whether the adapter's own tensors hold a head over whole texts."""
+    return _n_outputs(folder) > 0
+
+
 def _n_outputs(folder: Path) -> int:
     """Outputs of the head over whole texts that the adapter brings along; 0 where it brings none."""
     from safetensors import safe_open
