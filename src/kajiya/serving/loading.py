@@ -50,6 +50,7 @@ def load_engine(folder: Path, *, options: EngineOptions | None = None, runner: s
     runner cannot drive exactly.
     """
     opts = options or EngineOptions(**settings)
+    from kajiya.data.tokenizer import load_tokenizer
     from kajiya.models.adapter_files import is_adapter
     from kajiya.models.open import open_model
 
@@ -64,7 +65,7 @@ def load_engine(folder: Path, *, options: EngineOptions | None = None, runner: s
         found, _, context = _drive(smaller, opts, runner)
         drafter = DraftModel(found, opts.guesses, context, n_tokens)
     model = open_model(folder, dtype, "eager", is_merged=True).to(device)
-    return engine_of(model, end_tokens(folder, model), opts, runner, drafter)
+    return engine_of(model, end_tokens(load_tokenizer(folder), model), opts, runner, drafter)
 
 
 def engine_of(
@@ -232,11 +233,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
-def end_tokens(folder: Path, model: Any) -> frozenset[int]:
+def end_tokens(tokenizer: Any, model: Any) -> frozenset[int]:
     """Token ids that end an answer: the tokenizer's, and those the model's generation settings name."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     named = model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)
