@@ -59,7 +59,8 @@ def load_model(
             heads = [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
             if needs_head and heads and kind != "unexpected_keys":
                 raise ConfigError(
-                    "model.path", f"{str(path)!r} has no such head over a whole text: no {heads[0]} that fits is in its weights"
+                    "model.path",
+                    f"{str(path)!r} has no such head over a whole text: no {heads[0]} that fits is in its weights",
                 )
             heads = heads if kind != "mismatched_keys" else []
             names = [name for name in names if name not in heads and ".pooler." not in name]
