@@ -232,6 +232,6 @@ def test_models_of_other_tokens_are_not_mixed(tmp_path: Path) -> None:
         module = build_model(ModelConfig(n_params="40k", max_positions=64), vocabulary_of(tokenizer), 0).module
         folders.append(tmp_path / words[0])
         save_model(module, tokenizer, folders[-1])
-    with pytest.raises(ConfigError, match="have other tokens: '.*' is number [0-9]+ in one of them alone"):
+    with pytest.raises(ConfigError, match=r"have other tokens: '.*' is number [0-9]+ in one of them alone"):
         merge_models(folders, tmp_path / "joint", ROWS, mixing=Mixing("linear", (1.0, 1.0)), base=None)
     assert not (tmp_path / "joint").exists()

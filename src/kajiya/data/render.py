@@ -159,7 +159,7 @@ class Renderer:
         return [self._answered(row, row["completion"], train_on)], label
 
     def _draft_preference(self, row: Mapping[str, Any]) -> tuple[list[Draft], float]:
-        margin = row["margin"] if "margin" in row else 0.0
+        margin = row.get("margin", 0.0)
         return [self._answered(row, row[key], "assistant") for key in ("chosen", "rejected")], margin
 
     def _answered(self, row: Mapping[str, Any], answer: Any, train_on: str) -> Draft:
