@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tests.training.conftest import VOCABULARY, make_batch
 
 from kajiya.config.schema import AdapterConfig, ModelConfig
-from kajiya.errors import ConfigError
+from kajiya.errors import ConfigError, StoreError
 from kajiya.models.adapt import rate_ratios, transform
 from kajiya.models.build import build_model
 from kajiya.models.hidden import all_logits
@@ -108,6 +109,39 @@ def test_a_bias_beside_the_matrices_is_merged_or_refused(name: str, tmp_path: Pa
         expected = theirs.eval()(input_ids=tokens).logits
         torch.testing.assert_close(module(input_ids=tokens).logits, expected)
         torch.testing.assert_close(plain(input_ids=tokens).logits, expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lm_head", "embed_tokens", "resized"])
+def test_embeddings_that_peft_saves_along_are_taken(kind: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """Where it adapts them they are the base's own; where tokens were added they make another base, which is not trained on."""
+    folder, plain = base(), load_model(base())
+    if kind == "resized":
+        plain.resize_token_embeddings(VOCABULARY.size + 3, mean_resizing=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", *([] if kind == "resized" else [kind])], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that embeddings are saved along
+        theirs: Any = get_peft_model(plain, config)
+        theirs.peft_config["default"].base_model_name_or_path = str(folder)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        theirs.save_pretrained(tmp_path / "theirs")
+    saved = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert any(name.endswith(("embed_tokens.weight", "lm_head.weight", "base_layer.weight")) for name in saved)
+    tokens = make_batch(2, seed=2).tokens
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=tokens).logits
+        for is_merged in (False, True):
+            again = open_model(tmp_path / "theirs", torch.float32, base=str(folder), is_merged=is_merged)
+            torch.testing.assert_close(again(input_ids=tokens).logits, expected, atol=5e-5, rtol=1e-4)
+        module, load = load_model(folder), AdapterConfig("load", {"path": str(tmp_path / "theirs")})
+        if kind == "resized":
+            with pytest.raises(StoreError, match=r"brings an embedding or head of its own(?s:.*)kajiya merge"):
+                transform(module, load, "none", 0)
+            return
+        transform(module, load, "none", 0)
+        torch.testing.assert_close(module.eval()(input_ids=tokens).logits, expected)
 
 
 def _trainable(kind: str, base: Path) -> list[torch.Tensor]:
