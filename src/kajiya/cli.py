@@ -447,7 +447,9 @@ def merge(
     targets: Annotated[
         list[str], typer.Argument(help="A run or folder with an adapter; or several models to make into one.")
     ],
-    into: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else as the base is stored.")] = None,
+    into: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; else as the base, or the first model, is stored.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base, where it is not found or not named.")] = None,
     method: Annotated[str, typer.Option(help="Of several models: linear, slerp, ties, dare.")] = "linear",
     weights: Annotated[str | None, typer.Option(help="Of several models: 0.7,0.3; else equal.")] = None,
@@ -455,6 +457,7 @@ def merge(
         float, typer.Option(help="ties, dare: share of each difference that is kept.", min=0.001, max=1)
     ] = 0.2,
     scale: Annotated[float, typer.Option(help="ties, dare: factor of the joint difference.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="dare: of what is kept.")] = 0,
     data: Annotated[
         str | None, typer.Option(help="Recipe whose held-out text is compared on; else the run's own.")
     ] = None,
@@ -467,7 +470,7 @@ def merge(
     from kajiya.listings import merge_lines
     from kajiya.run.store import default_store
 
-    joining = Joining(method, weights, density, scale)
+    joining = Joining(method, weights, density, scale, seed)
     model, certificate = merge_targets(
         targets, default_store(store), into=into, base=base, joining=joining, recipe=data, config_dir=config_dir
     )

@@ -212,7 +212,8 @@ def test_other_names_by_a_map(tmp_path: Path) -> None:
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "score": 1},
             {"columns": {"label": "score"}},
-            r"data.columns.label: preference rows of chosen, rejected have no such column \(known: prompt, system, tools\)\n"
+            r"data.columns.label: preference rows of chosen, rejected have no such column "
+            r"\(known: margin, prompt, system, tools\)\n"
             "Leave it out, or set data.format",
         ),
         (

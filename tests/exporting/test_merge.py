@@ -8,17 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training.conftest import VOCABULARY
+from transformers import PreTrainedTokenizerFast
 
 from kajiya.config.schema import AdapterConfig, ModelConfig
+from kajiya.data.tokenizer import train_bpe
 from kajiya.errors import ConfigError, ParityError
 from kajiya.exporting import merge as merging
 from kajiya.exporting import parity
-from kajiya.exporting.merge import merge_adapter
+from kajiya.exporting.merge import merge_adapter, merge_models
+from kajiya.exporting.mixing import Mixing
 from kajiya.listings import merge_lines
 from kajiya.models.adapt import has_adapter, transform
-from kajiya.models.build import build_model
+from kajiya.models.build import build_model, vocabulary_of
 from kajiya.models.load import load_model
 from kajiya.models.open import open_model
+from kajiya.models.save import save_model
 from kajiya.models.tasks import CAUSAL, Task, auto_class
 from kajiya.models.trained import save_trained
 
@@ -197,3 +201,37 @@ def test_heads_of_other_kinds_are_merged_and_compared_by_what_they_say(
     if task.name == "classes":
         assert again.config.id2label == {0: "ham", 1: "spam", 2: "eggs"}
         assert again.config.pad_token_id is not None
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_a_tied_and_an_untied_model_are_mixed_tensor_by_tensor(
+    order: tuple[bool, bool], base: Callable[..., Path], small_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The joint model's head is apart, and neither of the two is written over the other."""
+    folders = [base(tied, seed) for seed, tied in enumerate(order)]
+    for folder in folders:
+        small_tokenizer.save_pretrained(folder)
+    facts = merge_models(
+        folders, tmp_path / "joint", ROWS[:2], mixing=Mixing("linear", (1.0, 3.0)), base=None, into="bf16"
+    )
+    assert facts["dtype"] == "bfloat16"
+    one, two = (load_model(folder) for folder in folders)
+    joint = load_model(tmp_path / "joint")
+    assert joint.get_output_embeddings().weight is not joint.get_input_embeddings().weight
+    for name, tensor in joint.state_dict().items():
+        expected = one.state_dict()[name] / 4 + two.state_dict()[name] * 3 / 4
+        assert torch.equal(tensor, expected.bfloat16().float()), name
+
+
+def test_models_of_other_tokens_are_not_mixed(tmp_path: Path) -> None:
+    folders = []
+    for words in ("aa bb\n", "zz qq\n"):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=train_bpe(iter([words] * 20), 270, 2), eos_token="<|eos|>", pad_token="<|pad|>"
+        )
+        module = build_model(ModelConfig(n_params="40k", max_positions=64), vocabulary_of(tokenizer), 0).module
+        folders.append(tmp_path / words[0])
+        save_model(module, tokenizer, folders[-1])
+    with pytest.raises(ConfigError, match=r"have other tokens: '.*' is number [0-9]+ in one of them alone"):
+        merge_models(folders, tmp_path / "joint", ROWS, mixing=Mixing("linear", (1.0, 1.0)), base=None)
+    assert not (tmp_path / "joint").exists()

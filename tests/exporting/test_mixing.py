@@ -69,6 +69,10 @@ def test_one_model_alone_is_itself(method: str) -> None:
         (Mixing("average", (1.0, 1.0)), "is not one of"),
         (Mixing("linear", (1.0,)), "1 weights are given for 2 models"),
         (Mixing("ties", (1.0, 1.0)), "differences to the base"),
+        (Mixing("linear", (1.0, -1.0)), "--weights: -1 is no share"),
+        (Mixing("slerp", (0.0, 0.0)), "--weights: 0 is no share"),
+        (Mixing("linear", (1.0, float("nan"))), "--weights: nan"),
+        (Mixing("dare", (1.0, 1.0), density=0.0), "--density: 0 is no share"),
     ],
 )
 def test_mistakes_are_named(mixing: Mixing, words: str) -> None:

@@ -14,10 +14,11 @@ from tests.data.families import MORE, SAYS, USER, tokenizer_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kajiya.config.compose import compose
-from kajiya.config.schema import Config, DataConfig, SourceConfig
+from kajiya.config.schema import Config, DataConfig, LossConfig, SourceConfig
 from kajiya.data.loader import Feed
 from kajiya.data.progress import silent
 from kajiya.data.render import Refusal
+from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, DataError
 from kajiya.flows import feeding
 from kajiya.flows.feeding import Feeding, open_feeding, rendering_of, require_isolation
@@ -68,6 +69,35 @@ def test_too_many_long_rows_stop_the_work_behind_the_packing(
     assert begun(config, Store(tmp_path / "store"), words) == ["corpus", "tokenizer", "shards", "packing"]
     allowed = replace(config, data=replace(config.data, max_lost_fraction=1.0))
     assert prepare_data(allowed, Store(tmp_path / "store"), Stages(silent)).packing is not None
+
+
+def test_the_margin_of_a_preference_reaches_the_loss(small_config: Callable[..., Config], tmp_path: Path) -> None:
+    """Under the name that the data give it; a row that says none has 0."""
+    given = [None if number % 3 == 0 else number / 4 - 2 for number in range(40)]
+    lines = [
+        json.dumps({"prompt": f"Q {number}", "chosen": f"yes {number}", "rejected": f"no {number}"} | ({} if m is None else {"by": m}))
+        for number, m in enumerate(given)
+    ]  # fmt: skip
+    data = rows(tmp_path / "rows.jsonl", lines, columns={"margin": "by"})
+    data = replace(data, row_tokens=128)
+    config = replace(small_config(), data=data)
+    config = replace(config, train=replace(config.train, loss=LossConfig("reward")))
+    made = prepare_data(config, Store(tmp_path / "store"), Stages(silent))
+    vocabulary = load_tokenizer(made.tokenizer.path)
+    loader = open_feeding(config, made, None).loader(batch=4)
+    found = {}
+    while loader.row < loader.rows_per_epoch:
+        batch = loader.next()
+        assert batch.labels.dtype == torch.float32
+        for example, margin in enumerate(batch.labels.tolist()):
+            text = vocabulary.decode(batch.rows.tokens[batch.owner == 2 * example])
+            found[int(text.split("yes ")[1].split("<")[0])] = margin
+    assert len(found) > 30
+    assert all(margin == (given[number] or 0) for number, margin in found.items())
+    lines[0] = lines[1].replace("-1.75", '"much"')
+    broken = replace(config, data=rows(tmp_path / "rows.jsonl", lines, columns={"margin": "by"}))
+    with pytest.raises(DataError, match="margin='much', which is no finite number"):
+        prepare_data(broken, Store(tmp_path / "store"), Stages(silent))
 
 
 def test_a_setting_that_changes_nothing_stops_the_work_behind_the_corpus(

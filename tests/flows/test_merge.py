@@ -17,6 +17,8 @@ from kajiya.flows.merge import Joining, merge_targets
 from kajiya.models.adapt import transform
 from kajiya.models.adapter_files import Base, save_adapter
 from kajiya.models.load import load_model
+from kajiya.models.save import save_model
+from kajiya.models.tasks import Task
 from kajiya.models.weights_digest import weights_digest
 
 
@@ -93,6 +95,31 @@ def test_several_models_are_joined_and_measured(finished: Finished, recipe: str,
     AutoModelForCausalLM.from_pretrained(model.path)
     with pytest.raises(ConfigError, match="numbers between commas"):
         merge_targets(adapters, finished.store, joining=Joining("linear", "a,b"), recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("joining", "n", "base", "words"),
+    [
+        (Joining("ties"), 1, False, "--method: changes nothing where one adapter"),
+        (Joining(weights="9,9"), 1, False, "--weights: changes nothing where one adapter"),
+        (Joining("average"), 2, False, "--method: 'average' is not one of linear"),
+        (Joining(density=0.5), 2, False, "--density: changes nothing for --method linear"),
+        (Joining("ties", seed=1), 2, True, "--seed: changes nothing for --method ties"),
+        (Joining("slerp"), 2, True, "--base: changes nothing for --method slerp"),
+    ],
+)
+def test_what_changes_nothing_is_refused(joining: Joining, n: int, base: bool, words: str, finished: Finished) -> None:
+    path = str(finished.trained.model.path)
+    with pytest.raises(ConfigError, match=words):
+        merge_targets([path] * n, finished.store, joining=joining, base=path if base else None)
+
+
+def test_classifiers_are_not_mixed(finished: Finished, tmp_path: Path) -> None:
+    base = finished.trained.model.path
+    module = load_model(base, task=Task("classes", ("x", "y")))
+    save_model(module, load_tokenizer(base), tmp_path / "classifier")
+    with pytest.raises(ConfigError, match="is a classifier: it writes no text"):
+        merge_targets([str(tmp_path / "classifier"), str(base)], finished.store)
 
 
 def test_a_whole_model_has_nothing_to_merge(finished: Finished) -> None:

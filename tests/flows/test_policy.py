@@ -17,6 +17,7 @@ from kajiya.api import load
 from kajiya.config.compose import compose
 from kajiya.config.schema import ModelConfig
 from kajiya.config.validate import CHECKS
+from kajiya.data.batch import NO_TARGET
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, DataError
 from kajiya.flows.targets import find_model
@@ -27,6 +28,7 @@ from kajiya.models.tasks import Task
 from kajiya.run.events import read_events
 from kajiya.run.folder import find_run
 from kajiya.run.store import Store
+from kajiya.training.probe import measure_steps
 
 SMALL = (
     "model.hidden_size=32",
@@ -71,8 +73,20 @@ def _train(text: str, store: Path, *more: str) -> tuple[Trained, list[tuple[str,
 
 
 @pytest.mark.parametrize("more", [FULL, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "qlora"])
-def test_a_policy_is_proven_trained_evaluated_and_loads(text: str, more: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_policy_is_proven_trained_evaluated_and_loads(
+    text: str, more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+
+    def measure(setup: Any, enough_s: float, heaviest: Any) -> Any:
+        measured.append(heaviest)
+        return measure_steps(setup, enough_s, heaviest)
+
+    monkeypatch.setattr("kajiya.flows.planning.measure_steps", measure)
     trained, heard = _train(text, tmp_path, *more)
+    # Memory is that of answers as long as they may be, whatever the model writes.
+    most = trained.run.manifest()["config"]["train"]["loss"]["options"]["max_tokens"]
+    assert {int(n) for each in measured for n in (each.rows.targets != NO_TARGET).sum(dim=1)} == {most}
     assert trained.model is not None
     manifest = trained.run.manifest()
     findings = {each["name"]: each for each in manifest["proof"]["findings"]}

@@ -66,6 +66,9 @@ def test_a_verdict_is_kept_until_settings_or_own_code_change(
     assert proven() == "reused"
     assert proven("seed=7", "train.steps=40", "train.eval_every=5") == "reused"
     assert proven("optim.lr=1e-3") == "done"
+    with monkeypatch.context() as patch:
+        patch.setattr("kajiya.flows.prove.package_versions", lambda: {"transformers": "another"})
+        assert proven() == "done"
     source.write_text(_OWN.format(factor=2.0))
     assert proven() == "done"
     source.write_text(_OWN.format(factor=1.0))
@@ -247,6 +250,29 @@ def test_a_template_without_an_end_is_found(tmp_path: Path) -> None:
     config = _chat_config(tmp_path, _only("targets"), f"data.render.template={template}", "data.render.train_on=last")
     with pytest.raises(ProofError, match="template ends an answer with no token"):
         prove_recipe(config, Store(tmp_path / "store"))
+
+
+_CHANGING = (
+    "{{%- for message in messages -%}}<|im_start|>{{{{ message.role }}}}\n{{{{ message.content | {filter} }}}}<|eos|>\n"
+    "{{%- endfor -%}}"
+    "{{%- if add_generation_prompt -%}}<|im_start|>assistant\n{{% endif -%}}"
+)
+
+
+@pytest.mark.parametrize("bug", [None, _inverted])
+@pytest.mark.parametrize("changed", ["upper", "replace(' ', '_')"])
+def test_a_template_that_changes_the_texts_leaves_them_unproven(
+    changed: str, bug: Callable[[pytest.MonkeyPatch], None] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no mistake, and nothing is said to be proven that is not."""
+    template = tmp_path / "changing.jinja"
+    template.write_text(_CHANGING.format(filter=changed))
+    if bug is not None:
+        bug(monkeypatch)
+    more = (f"data.render.template={template}", "tokenizer.add_special_tokens=['<|im_start|>']")
+    (found,) = prove_recipe(_chat_config(tmp_path, _only("targets"), *more), Store(tmp_path / "store"))["findings"][:1]
+    assert found["state"] == "skipped"
+    assert "the chat template changes the others" in found["text"]
 
 
 def test_texts_are_compared_whatever_a_template_does_with_them() -> None:

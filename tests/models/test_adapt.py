@@ -23,7 +23,7 @@ from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.models.injection import merge
 from kajiya.models.load import load_model
 from kajiya.models.open import open_model
-from kajiya.models.quantized import count_params, dequantize, plain_tensors, quantize, stored_bytes
+from kajiya.models.quantized import count_params, dequantize, left_out, plain_tensors, quantize, stored_bytes
 from kajiya.models.tasks import CLASS_HEADS, Task
 from kajiya.models.weights_digest import weights_digest
 from kajiya.training import cross_entropy
@@ -314,6 +314,30 @@ def test_an_nf4_base_takes_half_a_byte_a_parameter() -> None:
     assert count_params(module) == n_params
     before = module.model.layers[0].mlp.up_proj.weight  # type: ignore[union-attr,index]
     assert before.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_experts_that_stay_as_they_are_are_named(kind: str) -> None:
+    """A mixture's experts are one tensor, which neither model.quantize nor all-linear takes."""
+    sizes: Any = {"n_params": None, "hidden_size": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_size": 128}
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    module = build_model(ModelConfig(name="mixtral", options=options, **sizes), VOCABULARY, 0).module
+    n_experts = 2 * 4 * 3 * 64 * 128
+    n_all = count_params(module)
+    assert left_out(module) == ""
+    transform(module, AdapterConfig("lora", {"r": 4}), kind, seed=0)
+    n_all += count_params(module, trainable=True)
+    said = left_out(module)
+    assert said.startswith(
+        f"{100 * n_experts / n_all:.0f} % of them are experts (model.layers.0.mlp.experts.gate_up_proj and 3 more)"
+    )
+    assert left_out(transformed_llama(kind)) == ""
+
+
+def transformed_llama(kind: str) -> torch.nn.Module:
+    module = build_model(ModelConfig(n_params="40k"), VOCABULARY, 0).module
+    transform(module, AdapterConfig("lora", {"r": 4}), kind, seed=0)
+    return module
 
 
 def test_the_weights_digest_is_of_the_weights_alone(base: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from tests.training.conftest import make_batch
+from safetensors.torch import load_file
+from tests.training.conftest import VOCABULARY, make_batch
 
-from kajiya.config.schema import AdapterConfig
+from kajiya.config.schema import AdapterConfig, ModelConfig
+from kajiya.errors import ConfigError, StoreError
 from kajiya.models.adapt import rate_ratios, transform
+from kajiya.models.build import build_model
 from kajiya.models.hidden import all_logits
+from kajiya.models.injection import merge
 from kajiya.models.load import load_model
+from kajiya.models.merged import merged_tensors
 from kajiya.models.open import open_model
 
 _LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -75,6 +80,68 @@ def test_an_adapter_of_plain_peft_gives_pefts_own_logits(kind: str, base: Callab
     trained = {name for name, each in module.named_parameters() if each.requires_grad}
     theirs = sum(each.numel() for each in _trainable(kind, folder))
     assert sum(each.numel() for name, each in module.named_parameters() if name in trained) == theirs
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_a_bias_beside_the_matrices_is_merged_or_refused(name: str, tmp_path: Path) -> None:
+    """Layers of Qwen2 have a bias that it can be added to, those of Llama have none."""
+    made = build_model(ModelConfig(name=name, n_params="40k", max_positions=64), VOCABULARY, 0).module
+    made.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be merged into Llama's layers
+        config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+        theirs: Any = get_peft_model(load_model(tmp_path / "base"), config)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        theirs.save_pretrained(tmp_path / "theirs")
+        module = open_model(tmp_path / "theirs", torch.float32, base=str(tmp_path / "base"))
+    if name == "llama":
+        for merged in (lambda: merged_tensors(module, torch.float32), lambda: merge(module)):
+            with pytest.raises(ConfigError, match="lora_bias"):
+                merged()
+        return
+    plain = load_model(tmp_path / "base")
+    plain.load_state_dict(merged_tensors(module, torch.float32))
+    tokens = make_batch(2, seed=2).tokens
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=tokens).logits
+        torch.testing.assert_close(module(input_ids=tokens).logits, expected)
+        torch.testing.assert_close(plain(input_ids=tokens).logits, expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lm_head", "embed_tokens", "resized"])
+def test_embeddings_that_peft_saves_along_are_taken(kind: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """Where it adapts them they are the base's own; where tokens were added they make another base, which is not trained on."""
+    folder, plain = base(), load_model(base())
+    if kind == "resized":
+        plain.resize_token_embeddings(VOCABULARY.size + 3, mean_resizing=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", *([] if kind == "resized" else [kind])], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that embeddings are saved along
+        theirs: Any = get_peft_model(plain, config)
+        theirs.peft_config["default"].base_model_name_or_path = str(folder)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        theirs.save_pretrained(tmp_path / "theirs")
+    saved = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert any(name.endswith(("embed_tokens.weight", "lm_head.weight", "base_layer.weight")) for name in saved)
+    tokens = make_batch(2, seed=2).tokens
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=tokens).logits
+        for is_merged in (False, True):
+            again = open_model(tmp_path / "theirs", torch.float32, base=str(folder), is_merged=is_merged)
+            torch.testing.assert_close(again(input_ids=tokens).logits, expected, atol=5e-5, rtol=1e-4)
+        module, load = load_model(folder), AdapterConfig("load", {"path": str(tmp_path / "theirs")})
+        if kind == "resized":
+            with pytest.raises(StoreError, match=r"brings an embedding or head of its own(?s:.*)kajiya merge"):
+                transform(module, load, "none", 0)
+            return
+        transform(module, load, "none", 0)
+        torch.testing.assert_close(module.eval()(input_ids=tokens).logits, expected)
 
 
 def _trainable(kind: str, base: Path) -> list[torch.Tensor]:

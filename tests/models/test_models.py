@@ -1,5 +1,6 @@
 """Models: one dial to a shape, logits that survive a save, documents that do not see each other."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,22 @@ def test_tied_weights_stay_tied(tmp_path: Path, small_tokenizer: Any) -> None:
     assert stored_dtype(tmp_path) == torch.bfloat16
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert count_params(loaded) == count_params(module)
+
+
+def test_the_stored_dtype_is_that_of_the_weights_whatever_the_config_calls_it(tmp_path: Path) -> None:
+    """Configs of the hub say `torch_dtype`, those that Transformers writes now say `dtype`."""
+    module: Any = build_model(ModelConfig(n_params="40k"), VOCABULARY, 0).module.bfloat16()
+    module.model.norm.weight.data = module.model.norm.weight.data.float()
+    module.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = config.pop("dtype")
+    for more in ({"dtype": said}, {"torch_dtype": said}, {}, {"dtype": "float32"}):
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        assert stored_dtype(tmp_path) == torch.bfloat16
+    module.double().save_pretrained(tmp_path / "double")
+    with pytest.raises(StoreError, match="stored as F64, not one of F32, BF16, F16"):
+        stored_dtype(tmp_path / "double")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])

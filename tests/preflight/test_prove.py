@@ -20,6 +20,9 @@ from kajiya.models.build import build_model
 from kajiya.models.save import save_model
 from kajiya.preflight.joining import joined, with_fewer
 from kajiya.preflight.prove import require_proven
+from kajiya.preflight.prove_run import available_bytes
+from kajiya.run.provenance import machine_facts
+from kajiya.run.usage import resident_memory
 from kajiya.training.losses import load_loss, load_measure
 
 # ---------------------------------------------------------------- no false alarm
@@ -472,6 +475,14 @@ def test_the_schedule_says_how_long_the_run_is(corpus: Corpus) -> None:
     found = finding(verdict, "schedule")
     assert "64.0k tokens, 1.50 epochs" in found.text
     assert (found.figures["tokens"], found.figures["epochs"]) == (64_000, 1.5)
+
+
+def test_memory_that_others_hold_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = resident_memory()
+    monkeypatch.setattr("kajiya.preflight.prove_run.free_bytes", lambda: 2**20)
+    assert 2**20 + own / 2 < available_bytes(torch.device("cpu")) < 2**20 + 2 * own
+    monkeypatch.setattr("kajiya.preflight.prove_run.free_bytes", lambda: None)
+    assert available_bytes(torch.device("cpu")) == machine_facts()["memory_bytes"]
 
 
 def test_there_are_bugs_enough() -> None:

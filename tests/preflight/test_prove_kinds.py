@@ -314,6 +314,29 @@ class Blind(nn.Module):
         return self.table(tokens) @ self.table.weight.T
 
 
+@pytest.mark.parametrize("is_packed_right", [True, False])
+def test_documents_that_are_read_from_both_sides_are_kept_apart_too(is_packed_right: bool, corpus: Corpus) -> None:
+    parts = only(with_loss(make_parts(), "text", "masked_lm", chunk_tokens=None), "isolation")
+    config = ModelConfig(name="bert", n_params="40k", max_positions=64)
+    parts.model = build_model(config, VOCABULARY, 0, Task("masked")).module.train()
+    parts.batches = [replace(each, is_causal=False) for each in parts.batches]
+    if not is_packed_right:
+        parts.batches = [replace(each, segments=torch.zeros_like(each.segments)) for each in parts.batches]
+    found = finding(verdict_of(parts, corpus)[0], "isolation")
+    assert found.state == ("passed" if is_packed_right else "failed"), found.text
+
+
+def test_a_masked_model_that_sees_the_whole_row_leaks(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kajiya.models.outputs.isolation_inputs", lambda *given, **named: {})
+    parts = only(with_loss(make_parts(), "text", "masked_lm", chunk_tokens=None), "isolation")
+    config = ModelConfig(name="bert", n_params="40k", max_positions=64)
+    parts.model = build_model(config, VOCABULARY, 0, Task("masked")).module.train()
+    parts.batches = [replace(each, is_causal=False) for each in parts.batches]
+    found = finding(verdict_of(parts, corpus)[0], "isolation")
+    assert found.state == "failed"
+    assert "moves the logits behind it" in found.text
+
+
 @pytest.mark.parametrize(
     ("module", "state", "word"),
     [(Own(), "passed", "moves"), (Own(True), "failed", "moves"), (Blind(), "skipped", "takes no `segments`")],

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import VOCABULARY, NoTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kajiya.config.rewards import check_rewards
@@ -149,3 +150,29 @@ def test_a_reward_model_judges_what_it_was_trained_to(style: str, adapter: bool,
             expected = float(model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
         assert value == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert len(set(got)) == 3
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter", "classes"])
+def test_a_model_without_a_head_for_a_number_is_no_reward_model(kind: str, tmp_path: Path) -> None:
+    """A head that it lacks would be drawn at random, another in each process."""
+    from kajiya.config.schema import AdapterConfig, ModelConfig
+    from kajiya.models.adapt import transform
+    from kajiya.models.build import build_model
+    from kajiya.models.save import save_model
+    from kajiya.models.tasks import CAUSAL, Task
+    from kajiya.models.trained import save_trained
+
+    config = ModelConfig(n_params="40k", max_positions=64)
+    task = Task("classes", ("a", "b", "c")) if kind == "classes" else CAUSAL
+    save_model(build_model(config, VOCABULARY, 0, task).module, NoTokenizer(), tmp_path / "model")
+    if kind == "adapter":
+        config = ModelConfig(path=str(tmp_path / "model"))
+        model = build_model(config, VOCABULARY, 0, CAUSAL).module
+        transform(model, AdapterConfig("lora", {"r": 2}), "none", 0)
+        save_trained(config, model, NoTokenizer(), tmp_path / "adapter", lambda: model)
+    folder = tmp_path / ("adapter" if kind == "adapter" else "model")
+    with pytest.raises(
+        ConfigError, match=r"rewards\[…\]\.options\.path: .* is no reward model(?s:.*)train\.loss\.name=reward"
+    ) as raised:
+        load_rewards([{"name": "model", "options": {"path": str(folder)}}], CPU)
+    assert "score.weight" in str(raised.value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.conftest import VOCABULARY
+from tests.training.conftest import VOCABULARY, NoTokenizer, make_batch
 from tests.training.test_fit import make_setup
 
 from kajiya.config.options import GRPOLoss
@@ -15,9 +15,13 @@ from kajiya.config.schema import AdapterConfig, LossConfig
 from kajiya.data.batch import NO_TARGET, RolloutBatch
 from kajiya.data.prompts import Prompt
 from kajiya.errors import ConfigError, StoreError
+from kajiya.flows.rolling import _reference
 from kajiya.models.adapt import adapter_off, transform
+from kajiya.models.adapter_files import Base, save_adapter
 from kajiya.models.injection import merge
+from kajiya.models.load import load_model
 from kajiya.models.merged import merged_tensors
+from kajiya.models.weights_digest import weights_digest
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
 from kajiya.training.fit import Setup, fit
 from kajiya.training.losses import load_loss
@@ -297,9 +301,59 @@ def test_an_answer_ends_with_a_token_that_holds_a_stop_string(tiny_model: Make) 
     ended = [each for each in group if not each.is_cut]
     assert len(ended) > 8
     for each in ended:
-        assert 40 <= each.tokens[-1] < 60 or each.tokens[-1] == 2
+        assert 40 <= each.tokens[-1] < 60 or each.tokens[-1] in roller.policy.end_ids
         assert not any(240 <= ord(character) < 260 for character in each.text)
         assert len(each.text) == sum(token > 2 for token in each.tokens[:-1])
+
+
+def test_an_answer_ends_where_it_does_when_served(tiny_model: Make) -> None:
+    """At each end that the model's generation config names (Gemma's end of turn beside its end of text), which is no part of it."""
+    model: Any = tiny_model()
+    ends = list(range(40, 60))
+    model.generation_config.eos_token_id = ends
+    options = GRPOLoss(group_size=16, max_tokens=20)
+    policy = Policy(model, Letters(), 40, torch.float32)
+    roller = Roller(policy, Rewards(("even",), (1.0,), (_even,)), options, Letters(), (), None, None)
+    policy.renew()
+    (group,) = roller.roll(PROMPTS[:1], [list(range(16))])
+    ended = [each for each in group if not each.is_cut]
+    assert len(ended) > 8
+    for each in group:
+        assert not {2, *ends} & set(each.tokens[:-1])
+        assert each.is_cut != (each.tokens[-1] in {2, *ends})
+        assert len(each.text) == sum(token > 2 for token in each.tokens[: None if each.is_cut else -1])
+
+
+@pytest.mark.parametrize("name", ["load", "lora"])
+def test_the_reference_of_a_policy_is_the_model_before_training(name: str, tiny_model: Make, tmp_path: Path) -> None:
+    """Of an adapter that is gone on with, too: not the bare base."""
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)  # type: ignore[operator]
+    model: Any = load_model(base)
+    adapter = AdapterConfig("lora", {"r": 4})
+    if name == "load":
+        transform(model, AdapterConfig("lora", {"r": 4}), "none", 0)
+        _move(model)
+        save_adapter(model, NoTokenizer(), tmp_path / "a", Base(str(base), weights_digest(base), "none"))
+        model, adapter = load_model(base), AdapterConfig("load", {"path": str(tmp_path / "a")})
+    transform(model, adapter, "none", 0)
+    reference = _reference(model, adapter, torch.no_grad, CPU, GRPOLoss(beta=0.1))
+    own = own_log_probs(model, torch.no_grad, CPU, 64)
+    rows = make_batch(2, seed=2)
+    before = own(rows)
+    torch.testing.assert_close(reference(rows), before)
+    _move(model)
+    after = own(rows)
+    assert float((after - before).abs().max()) > 0.05
+    torch.testing.assert_close(reference(rows), before)
+    assert torch.equal(own(rows), after)
+
+
+def _move(model: Any) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
 
 
 def test_the_heaviest_batch_has_the_longest_prompt_and_whole_answers(tiny_model: Make) -> None:

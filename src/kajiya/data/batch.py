@@ -114,7 +114,8 @@ class ExampleBatch:
     examples: torch.Tensor
     """Number of each example within its split, int64 [E]."""
     labels: torch.Tensor | None = None
-    """Label of each example [E]: int64 class, float32 value of a regression, or 1 and 0 for good and bad feedback."""
+    """Label of each example [E]: int64 class, float32 value of a regression, 1 and 0 for good and bad feedback, or float32 margin
+    of a preference (0: the row says none)."""
     reference: torch.Tensor | None = None
     """Log-probability of each sequence's targets under the reference model, float32 [S], nats."""
     mismatched: "ExampleBatch | None" = None

@@ -22,4 +22,4 @@ class Example:
     segments: tuple[Segment, ...]
     """text, instruction, chat, feedback, labelled: 1; preference: 2 (chosen, rejected); seq2seq: 2 (input, target)."""
     label: float | int | None = None
-    """Class or value of a labelled row; 1 or 0 of feedback."""
+    """Class or value of a labelled row; 1 or 0 of feedback; margin of a preference, 0 where the row says none."""

@@ -4,13 +4,15 @@ Canonical forms (JSON; a text stays a plain text):
 
     instruction   {"prompt": text | [message …], "completion": text | [message …], "system"?: text, "tools"?: [tool …]}
     chat          {"messages": [message …], "tools"?: [tool …], "n_prompt"?: how many messages an instruction's prompt were}
-    preference    {"prompt": text | [message …], "chosen": …, "rejected": … (as the prompt), "system"?, "tools"?}
+    preference    {"prompt": text | [message …], "chosen": …, "rejected": … (as the prompt), "margin"?: number,
+                  "system"?, "tools"?}
     feedback      {"prompt": text | [message …], "completion": …, "label": 0 or 1, "system"?, "tools"?}
     labelled      {"text": text, "label": class name (text or integer) or value (float)}
     seq2seq       {"input": text, "target": text}
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +92,7 @@ def _preference(row: Columns) -> dict[str, Any]:
         made = _text_pair(prompt, text_of(chosen, "chosen"), text_of(rejected, "rejected"))
     if made["chosen"] == made["rejected"]:
         raise RowError("has the same answer under 'chosen' and 'rejected'")
-    return _with_system(made, row) | _tools(row)
+    return _with_system(made, row) | _tools(row) | _margin(row)
 
 
 def _conversation_pair(prompt: Any, chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
@@ -141,6 +143,20 @@ def _word_start(text: str, at: int) -> int:
     return len(text[:at].rstrip())
 
 
+def _margin(row: Columns) -> dict[str, Any]:
+    """By how much the chosen one is better, where the row says it."""
+    given = row.get("margin")
+    if given is None or given == "":
+        return {}
+    try:
+        margin = float("nan") if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        margin = float("nan")
+    if not math.isfinite(margin):
+        raise RowError(f"has margin={given!r}, which is no finite number")
+    return {"margin": margin}
+
+
 def _feedback(row: Columns) -> dict[str, Any]:
     made = _prompt_and_completion(row) | {"label": _truth(row["label"])}
     return _with_system(made, row) | _tools(row)
@@ -175,7 +191,7 @@ FORMATS: Mapping[str, Format] = {
         _instruction,
     ),
     "chat": Format({frozenset({"messages"}): _ASIDE, frozenset({"conversations"}): _ASIDE}, _chat),
-    "preference": Format({frozenset({"chosen", "rejected"}): _ASIDE | {"prompt"}}, _preference),
+    "preference": Format({frozenset({"chosen", "rejected"}): _ASIDE | {"prompt", "margin"}}, _preference),
     "feedback": Format({frozenset({"prompt", "completion", "label"}): _ASIDE}, _feedback),
     "labelled": Format({frozenset({"text", "label"}): _NONE}, _labelled),
     "seq2seq": Format({frozenset({"input", "target"}): _NONE}, _seq2seq),

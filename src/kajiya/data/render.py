@@ -158,8 +158,9 @@ class Renderer:
         train_on = self._config.train_on if self.kind == "instruction" else "assistant"
         return [self._answered(row, row["completion"], train_on)], label
 
-    def _draft_preference(self, row: Mapping[str, Any]) -> tuple[list[Draft], None]:
-        return [self._answered(row, row[key], "assistant") for key in ("chosen", "rejected")], None
+    def _draft_preference(self, row: Mapping[str, Any]) -> tuple[list[Draft], float]:
+        margin = row.get("margin", 0.0)
+        return [self._answered(row, row[key], "assistant") for key in ("chosen", "rejected")], margin
 
     def _answered(self, row: Mapping[str, Any], answer: Any, train_on: str) -> Draft:
         """A prompt and its answer, both texts or both messages; the answer is trained."""

@@ -11,7 +11,7 @@ from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, ParityError
 from kajiya.exporting.mixing import Mixing, mix
 from kajiya.exporting.parity import compare, perplexity, require_parity
-from kajiya.models.adapter_files import ADAPTER_CONFIG, adapter_task, base_folder, is_mergeable, read_base
+from kajiya.models.adapter_files import ADAPTER_CONFIG, adapter_task, base_folder, is_adapter, is_mergeable, read_base
 from kajiya.models.load import load_model
 from kajiya.models.open import model_dtype, open_model
 from kajiya.models.save import save_model
@@ -64,24 +64,62 @@ def merge_adapter(adapter: Path, folder: Path, rows: Rows, *, into: str | None, 
 
 
 def merge_models(
-    models: Sequence[Path], folder: Path, rows: Rows, *, mixing: Mixing, base: Path | None
+    models: Sequence[Path], folder: Path, rows: Rows, *, mixing: Mixing, base: Path | None, into: str | None = None
 ) -> dict[str, Any]:
-    """Write the joint model of several (adapters are added to their bases first) into `folder`; returns its figures.
+    """Write the joint model of several (adapters are added to their bases first) into `folder`, in the dtype `into` (`None`: the
+    first one's own); returns its figures.
 
     The perplexity of each and of the joint model on `rows` is measured: a joint model computes what none of them does, so there
-    is no parity to hold it to. Raises `ParityError` when its logits are no numbers.
+    is no parity to hold it to. Raises `ParityError` when its logits are no numbers, `ConfigError` for models whose tokens differ.
     """
+    stored = model_dtype(models[0]) if into is None else _dtype(into)
+    tokenizer = _one_tokenizer(models if base is None else (*models, base))
     opened = [open_model(path, torch.float32, is_merged=True) for path in models]
     origin = None if base is None else open_model(base, torch.float32, is_merged=True).state_dict()
     perplexities = [perplexity(each, rows) for each in opened]
-    joint = opened[0]
-    joint.load_state_dict(mix([each.state_dict() for each in opened], origin, mixing))
-    save_model(joint.to(model_dtype(models[0])), load_tokenizer(models[0]), folder)
+    mixed = mix([each.state_dict() for each in opened], origin, mixing)
+    # Into one whose head is apart from its embedding, where there is such: elsewhere one of the two would be lost.
+    joint = next((each for each in opened if not _is_tied(each)), opened[0])
+    joint.load_state_dict(mixed)
+    save_model(joint.to(stored), tokenizer, folder)
     again = load_model(folder, dtype=torch.float32)
     found = perplexity(again, rows)
     if not found < float("inf"):
         raise ParityError("the joint model's logits are no numbers.")
-    return {"mixing": to_plain(mixing), "perplexity": found, "parent_perplexities": perplexities}
+    return {
+        "mixing": to_plain(mixing),
+        "dtype": str(stored).removeprefix("torch."),
+        "perplexity": found,
+        "parent_perplexities": perplexities,
+    }
+
+
+def _one_tokenizer(models: Sequence[Path]) -> Any:
+    """The tokenizer of the first model (of an adapter without one its base's), which is to be that of all."""
+    first, *others = (load_tokenizer(path if _has_tokenizer(path) else base_folder(path)) for path in models)
+    mine = first.get_vocab()
+    for path, other in zip(models[1:], others, strict=True):
+        odd = sorted(mine.items() ^ other.get_vocab().items(), key=lambda each: (each[1], each[0]))
+        if odd:
+            token, number = odd[0]
+            raise ConfigError(
+                "merge",
+                f"{models[0]} and {path} have other tokens: {token!r} is number {number} in one of them alone",
+                "Only models of one tokenizer can be made into one.",
+            )
+    return first
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return not is_adapter(folder) or any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+
+
+def _is_tied(module: Any) -> bool:
+    """Whether the output head is the embedding itself."""
+    head = module.get_output_embeddings()
+    return head is not None and head.weight is module.get_input_embeddings().weight
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -32,6 +32,13 @@ def mix(models: Sequence[Tensors], base: Tensors | None, mixing: Mixing) -> dict
         raise ConfigError("--method", f"{mixing.method!r} is not one of {', '.join(METHODS)}")
     if len(mixing.weights) != len(models):
         raise ConfigError("--weights", f"{len(mixing.weights)} weights are given for {len(models)} models")
+    for weight in mixing.weights:
+        if not 0 < weight < float("inf"):
+            raise ConfigError(
+                "--weights", f"{weight:g} is no share of a whole", "Give a number above 0 for each model."
+            )
+    if not 0 < mixing.density <= 1:
+        raise ConfigError("--density", f"{mixing.density:g} is no share: above 0, at most 1")
     if mixing.method == "slerp" and len(models) != 2:
         raise ConfigError("--method", f"slerp goes from one model to a second; given: {len(models)}")
     if mixing.method in ("ties", "dare") and base is None:
@@ -77,7 +84,10 @@ def _slerp(
 def _ties(
     parts: list[torch.Tensor], base: torch.Tensor | None, mixing: Mixing, generator: torch.Generator
 ) -> torch.Tensor:
-    """Trim, elect the sign, average what agrees with it (arXiv:2306.01708, algorithm 1)."""
+    """Trim, elect the sign, average what agrees with it (arXiv:2306.01708, algorithm 1).
+
+    Each tensor is trimmed by itself, not the whole vector of differences as there: every tensor keeps its share.
+    """
     if base is None:
         raise AssertionError("mix() asks for the base")
     trimmed = torch.stack([_largest(part - base, mixing.density) for part in parts])

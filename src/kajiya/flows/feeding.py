@@ -23,6 +23,7 @@ from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
 from kajiya.flows.heldout import heldout_values
 from kajiya.models.adapt import has_adapter
+from kajiya.models.beginning import begins_as_base
 from kajiya.models.isolation import architecture_isolates, can_isolate
 from kajiya.models.tasks import Task
 from kajiya.models.weights_digest import tensors_digest
@@ -234,8 +235,7 @@ def build_reference(
     `None` where the loss compares with none, or with the model's own base (its adapter off).
     """
     row = loss_row(config.train.loss.name)
-    # An adapter that is gone on with changes its base from the start, so the reference is no base.
-    if not row.has_reference or (has_adapter(model) and config.adapter.name != "load"):
+    if not row.has_reference or (has_adapter(model) and begins_as_base(config.adapter)):
         return None
     options = check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
 

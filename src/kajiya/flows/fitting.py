@@ -30,7 +30,7 @@ from kajiya.models.fused import fuse_blocks
 from kajiya.models.future import add_future_heads, without_future_heads
 from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.outputs import decoder_start
-from kajiya.models.quantized import count_params
+from kajiya.models.quantized import count_params, left_out
 from kajiya.models.size import missed_words
 from kajiya.models.trained import save_trained
 from kajiya.preflight.plan import Plan, plan_facts, with_schedule
@@ -224,7 +224,10 @@ def _plan(config: Config, prepared: Prepared, data: Data, began: float, store: S
     """The plan. Processes that work together measure their steps together, so that nothing kept is taken then."""
     kept = store if prepared.ranks.n == 1 else None
     plan = plan_run(config, prepared.setup, prepared.feeding, data, compiled=prepared.compiled, began=began, store=kept)
-    return replace(plan, size_note=missed_words(config.model, prepared.derived["model.n_params"]))
+    said = [missed_words(config.model, prepared.derived["model.n_params"])]
+    if config.model.quantize != "none" or config.adapter.name not in ("prefix", "prompt"):
+        said.append(left_out(prepared.setup.model))
+    return replace(plan, size_note="; ".join(filter(None, said)))
 
 
 def fit_run(

@@ -11,8 +11,8 @@ from kajiya.data.documents import open_documents
 from kajiya.data.encode import encode_texts, open_encoder
 from kajiya.errors import ConfigError
 from kajiya.exporting.merge import merge_adapter, merge_models
-from kajiya.exporting.mixing import Mixing
-from kajiya.flows.targets import Target, find_model
+from kajiya.exporting.mixing import METHODS, Mixing
+from kajiya.flows.targets import Target, find_model, require_text
 from kajiya.models.adapter_files import is_adapter
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
@@ -31,6 +31,7 @@ class Joining:
     weights: str | None = None
     density: float = 0.2
     scale: float = 1.0
+    seed: int = 0
 
 
 def merge_targets(
@@ -46,9 +47,14 @@ def merge_targets(
     """The merged model and its certificate, both artifacts, made or found.
 
     One target is an adapter, which is added to its base; several are models, which `joining` makes into one. The certificate is
-    measured on held-out documents of the first target's own run, or of `recipe`. Raises `ParityError` past the tolerance.
+    measured on held-out documents of the first target's own run, or of `recipe`. Raises `ParityError` past the tolerance,
+    `ConfigError` for what cannot be merged and for a setting that changes nothing.
     """
+    joining = joining or Joining()
+    _require_effect(joining, len(targets), base)
     found = [find_model(target, store) for target in targets]
+    for each in found if found[1:] else ():
+        require_text(each, "merge")
     if len(found) == 1 and not is_adapter(found[0].model.path):
         raise ConfigError("merge", f"{targets[0]} is a whole model already", "Name an adapter, or several models.")
     corpus = _corpus(found[0], store, recipe, config_dir)
@@ -67,8 +73,8 @@ def merge_targets(
             given = None if origin is None else str(origin.path)
             facts = merge_adapter(paths[0], folder, rows, into=into, base=given)
         else:
-            mixing = _mixing(joining or Joining(), len(paths))
-            facts = merge_models(paths, folder, rows, mixing=mixing, base=None if origin is None else origin.path)
+            start = None if origin is None else origin.path
+            facts = merge_models(paths, folder, rows, mixing=_mixing(joining, len(paths)), base=start, into=into)
         return {"merged": [each.model.reference() for each in found], "n_rows": len(rows), "certificate": facts}
 
     code = code_revision("kajiya.exporting.merge")
@@ -95,7 +101,42 @@ def _mixing(joining: Joining, n_models: int) -> Mixing:
         weights = tuple(float(each) for each in joining.weights.split(",")) if joining.weights else (1.0,) * n_models
     except ValueError as error:
         raise ConfigError("--weights", f"{joining.weights!r} are not numbers between commas") from error
-    return Mixing(joining.method, weights, joining.density, joining.scale)
+    return Mixing(joining.method, weights, joining.density, joining.scale, joining.seed)
+
+
+_READ_BY = {
+    "weights": tuple(METHODS),
+    "density": ("ties", "dare"),
+    "scale": ("ties", "dare"),
+    "seed": ("dare",),
+}
+"""Methods that a setting of `Joining` has an effect in."""
+
+
+def _require_effect(joining: Joining, n_models: int, base: str | None) -> None:
+    """Raise `ConfigError` for a setting that is not at its default and changes nothing."""
+    plain = Joining()
+    if n_models == 1:
+        odd = next((name for name in ("method", *_READ_BY) if getattr(joining, name) != getattr(plain, name)), None)
+        if odd is not None:
+            raise ConfigError(
+                f"--{odd}",
+                "changes nothing where one adapter is added to its base",
+                "Leave it out, or name several models.",
+            )
+        return
+    if joining.method not in METHODS:
+        raise ConfigError("--method", f"{joining.method!r} is not one of {', '.join(METHODS)}")
+    odd = next(
+        (
+            name
+            for name, methods in _READ_BY.items()
+            if getattr(joining, name) != getattr(plain, name) and joining.method not in methods
+        ),
+        "base" if base is not None and joining.method in ("linear", "slerp") else None,
+    )
+    if odd is not None:
+        raise ConfigError(f"--{odd}", f"changes nothing for --method {joining.method}", "Leave it out.")
 
 
 def _corpus(found: Target, store: Store, recipe: str | None, config_dir: Path | None) -> Artifact:

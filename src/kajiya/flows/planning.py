@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from kajiya.config.schema import Config
-from kajiya.config.tables import loss_row
 from kajiya.data.shards import open_split
 from kajiya.flows.feeding import Data, Feeds
 from kajiya.flows.prove import proof_section
@@ -41,10 +40,8 @@ def plan_run(
 
     def measure() -> StepCost:
         loader: Any = setup.loader
-        # Answers that are drawn are as long as the model makes them.
-        is_drawn = loss_row(config.train.loss.name).takes == "prompts"
-        enough_s = _ENOUGH_S["by time" if is_by_time else "by steps"]
-        return measure_steps(setup, enough_s, None if is_drawn else loader.heaviest())
+        # Of answers that are drawn it is one of the longest that they may be, which no model needs to write for it.
+        return measure_steps(setup, _ENOUGH_S["by time" if is_by_time else "by steps"], loader.heaviest())
 
     cost = measure() if store is None or is_by_time else _kept_cost(config, setup, data, store, measure)
     return make_plan(

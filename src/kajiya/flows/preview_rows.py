@@ -180,7 +180,8 @@ def _examples(batch: ExampleBatch, reader: Reader, first: int, names: Sequence[s
         groups = []
         for example in examples:
             name = names[example] if example < len(names) else f"example {int(batch.examples[example])}"
-            label = "" if batch.labels is None else f" · label {batch.labels[example].item():g}"
+            value = None if batch.labels is None else batch.labels[example].item()
+            label = "" if value is None or (k == 2 and not value) else f" · {'margin' if k == 2 else 'label'} {value:g}"
             strands = []
             for j, role in enumerate(roles):
                 at_row, span = _sequence(batch, example * k + j)

@@ -24,6 +24,7 @@ from kajiya.preflight.subject import Finding, Subject
 from kajiya.run.code import code_revision, own_code
 from kajiya.run.events import finite
 from kajiya.run.files import write_json
+from kajiya.run.provenance import package_versions
 from kajiya.run.store import Artifact, Store, artifact_key, produce
 from kajiya.training.fit import Setup
 
@@ -41,14 +42,21 @@ def prove_run(
     rebuild: Rebuild,
     hear: OnEvent,
 ) -> Artifact:
-    """The proof of the run that `setup` is about to begin, made or found under its config without seed and length.
+    """The proof of the run that `setup` is about to begin, made or found under its config without seed and length,
+    the data, the device and the versions of the libraries.
 
     The findings go to `hear` as a `proof` event. Raises `ProofError` for checks that fail; a failed proof is not kept.
     `setup` has its schedule, `plan` are the facts of the plan; `rebuild` makes the untrained model again.
     """
     subject = _subject(config, setup, data, plan, rebuild)
     code = code_revision("kajiya.preflight.prove", "kajiya.flows.fitting", "kajiya.flows.prove")
-    section, parents = proof_section(config), data.artifacts()
+    # What is proven of masks, attention and gradients is proven of these libraries on this kind of device.
+    with_what = {
+        "precision": setup.precision.name,
+        "device": setup.strategy.device.type,
+        "libraries": package_versions(),
+    }
+    section, parents = proof_section(config) | with_what, data.artifacts()
     found = store.find("proof", artifact_key("proof", code, section, parents))
     hear("stage", name="prove", state="begun", seconds=0.0, text="")
     verdict = _with_own_schedule(found, subject) if found is not None else prove(subject)

@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from kajiya.config.options import GRPOLoss
-from kajiya.config.schema import Config
+from kajiya.config.schema import AdapterConfig, Config
 from kajiya.config.tables import check_choice
 from kajiya.data.prompts import Prompts
 from kajiya.data.tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ from kajiya.errors import ConfigError
 from kajiya.flows.feeding import Data, Evaluation
 from kajiya.flows.heldout import Sums
 from kajiya.models.adapt import adapter_off, has_adapter
+from kajiya.models.beginning import begins_as_base, keep_beginning
 from kajiya.training.fit import Setup
 from kajiya.training.policy import Policy
 from kajiya.training.portions import rows_at_once, rows_of_step
@@ -149,20 +151,23 @@ def open_rollouts(config: Config, data: Data, model: Any, precision: Precision, 
         vocabulary=vocabulary,
         stop_ids=stop_tokens(vocabulary, options.stop),
         old=own_log_probs(model, context, device, options.chunk_tokens) if options.inner_epochs > 1 else None,
-        reference=_reference(model, context, device, options) if options.beta else None,
+        reference=_reference(model, config.adapter, context, device, options) if options.beta else None,
     )
     return RolloutFeeding(prompts, roller, config.seed, rows_at_once(config.train), rows_of_step(config.train))
 
 
-def _reference(model: Any, context: Any, device: torch.device, options: GRPOLoss) -> LogProbs:
-    """With an adapter the base, which is there anyway; otherwise a copy of the whole model."""
+def _reference(model: Any, adapter: AdapterConfig, context: Any, device: torch.device, options: GRPOLoss) -> LogProbs:
+    """The model before training: of a new adapter the base, which is there anyway; of one that is gone on with a copy of it;
+    otherwise a copy of the whole model."""
     if not has_adapter(model):
         frozen = copy.deepcopy(model).requires_grad_(False)
         return own_log_probs(frozen, context, device, options.chunk_tokens)
     own = own_log_probs(model, context, device, options.chunk_tokens)
 
+    before = partial(adapter_off, model) if begins_as_base(adapter) else keep_beginning(model)
+
     def log_probs(rows: Any) -> torch.Tensor:
-        with adapter_off(model):
+        with before():
             return own(rows)
 
     return log_probs

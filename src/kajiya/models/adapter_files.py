@@ -20,6 +20,8 @@ from kajiya.run.files import read_json, write_json
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _BASE = "base.json"
+_WHOLE = ("embed_tokens", "embed_tokens.base_layer", "lm_head", "lm_head.base_layer", "wte", "wte.base_layer")
+"""Ends of the names of embeddings and heads in PEFT's files."""
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's own modules."""
 
@@ -93,6 +95,11 @@ def adapter_task(folder: Path, base: Path) -> Task:
         # As Transformers calls classes that nobody has named; of a head that is the base's own, the base names them.
         return Task("classes", labels or tuple(f"LABEL_{number}" for number in range(n_outputs)))
     return Task("seq2seq") if kind == "SEQ_2_SEQ_LM" else CAUSAL
+
+
+def brings_head(folder: Path) -> bool:
+    """Whether the adapter's own tensors hold a head over whole texts."""
+    return _n_outputs(folder) > 0
 
 
 def _n_outputs(folder: Path) -> int:
@@ -198,14 +205,51 @@ def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained
         module.peft_config = {name: config}
         module._modules[ATTRIBUTE].requires_grad_(is_trained)
         return
+    embeddings = _embeddings(tensors, tuple(config.modules_to_save or ()))
+    if embeddings:
+        _take_embeddings(module, embeddings, folder, is_alone=not is_trained and "peft_config" not in vars(module))
     inject(module, config, name)
     expected = set(_tensors(module, name, with_prefix=False))
+    tensors = {key: tensor for key, tensor in tensors.items() if key in expected or key not in embeddings}
     if expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())[0]
         raise StoreError(
             f"{folder}: the tensor {odd!r} is in the adapter or in the model's layers for it, but not in both"
         )
     set_peft_model_state_dict(module, tensors, name)
+
+
+def _embeddings(tensors: dict[str, torch.Tensor], trained: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Whole embeddings and heads among an adapter's tensors, which PEFT saves along where it adapts or has resized them; not those
+    that the adapter has `trained` whole."""
+    named = {key: key.removesuffix(".weight") for key in tensors}
+    return {key: tensors[key] for key, path in named.items() if path.endswith(_WHOLE) and not path.endswith(trained)}
+
+
+def _take_embeddings(module: Any, found: dict[str, torch.Tensor], folder: Path, *, is_alone: bool) -> None:
+    """Give the model's own embedding and head the values of those in the adapter's file, and as many rows.
+
+    Those that it has already are nothing new. Others make it another base, which no second adapter may stand beside and none
+    that is trained on: `StoreError`, unless `is_alone`.
+    """
+    for key, tensor in found.items():
+        path = key.removesuffix(".weight").removesuffix(".base_layer")
+        layers = {name: part for name, part in module.named_modules() if name == path}
+        if not layers:
+            continue  # named as what is in one of the two alone
+        part: Any = layers[path]
+        own = part.get_base_layer().weight if "base_layer" in part._modules else part.weight
+        if own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+            continue
+        if not is_alone:
+            raise StoreError(
+                f"{folder}: it brings an embedding or head of its own ({key}, {len(tensor)} rows beside {len(own)}), and so another "
+                "base.\nMake one model of both first (kajiya merge), and train or serve that."
+            )
+        if len(own) != len(tensor):
+            module.resize_token_embeddings(len(tensor), mean_resizing=False)
+        with torch.no_grad():
+            module.get_submodule(path).weight.copy_(tensor)
 
 
 def _tensors(module: Any, name: str, *, with_prefix: bool = True) -> dict[str, torch.Tensor]:

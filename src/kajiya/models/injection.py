@@ -56,6 +56,20 @@ def is_wrapper(part: nn.Module) -> bool:
     return type(part).__name__ == "ModulesToSaveWrapper"
 
 
+def lora_bias(part: Any, name: str) -> bool:
+    """Whether the adapter of that name adds a bias behind its matrices (PEFT's `lora_bias`).
+
+    Raises `ConfigError` where the layer has none that it could be added to.
+    """
+    if not getattr(part, "lora_bias", {}).get(name):
+        return False
+    if part.get_base_layer().bias is None:
+        raise ConfigError(
+            "adapter", "has a bias (lora_bias) beside a layer without one, so it cannot be merged into it"
+        )
+    return True
+
+
 def merge(module: Any) -> None:
     """Add the adapter in force to the weights, in place, and take its layers out.
 
@@ -72,6 +86,7 @@ def merge(module: Any) -> None:
         raise ConfigError("merge", "the weights are quantized; an adapter merges into dequantized ones")
     for name, part in list(module.named_modules()):
         if isinstance(part, BaseTunerLayer):
+            lora_bias(part, part.active_adapters[0])  # type: ignore[index]
             part.merge(safe_merge=True)  # type: ignore[operator]
             module.set_submodule(name, part.get_base_layer())
         elif is_wrapper(part):

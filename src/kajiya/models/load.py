@@ -1,5 +1,7 @@
 """Load weights that Transformers knows, from a folder or the hub; safetensors only."""
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ def load_model(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     task: Task = CAUSAL,
+    needs_head: bool = False,
 ) -> Any:
     """A model with the task's head, in `dtype` on the CPU, in evaluation mode, from a folder or a hub name.
 
-    A head over a whole text that the weights lack begins at random, from torch's generator. Raises `ConfigError` when there is
-    no such model, `StoreError` when its weights are not safetensors or do not fit.
+    A head over a whole text that the weights lack begins at random, from torch's generator, unless `needs_head`. Raises
+    `ConfigError` when there is no such model or head, `StoreError` when its weights are not safetensors or do not fit.
     """
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -44,6 +47,8 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            # They are in the report, and an error below.
+            ignore_mismatched_sizes=True,
         )
     except OSError as error:
         raise _not_loaded(path, error) from error
@@ -52,9 +57,14 @@ def load_model(
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[kind])
         if task.has_new_head:
             # Of a model of text, what lies outside its body is the old head or the new one.
-            names = [
-                name for name in names if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
-            ]
+            heads = [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
+            if needs_head and heads and kind != "unexpected_keys":
+                raise ConfigError(
+                    "model.path",
+                    f"{str(path)!r} has no such head over a whole text: no {heads[0]} that fits is in its weights",
+                )
+            heads = heads if kind != "mismatched_keys" else []
+            names = [name for name in names if name not in heads and ".pooler." not in name]
         if names:
             listed = ", ".join(names[:3])
             raise StoreError(
@@ -91,8 +101,28 @@ def _head_fields(task: Task, architecture: Any) -> dict[str, Any]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that the folder's config says its weights are stored in; float32 where it says nothing."""
-    from kajiya.run.files import read_json
+    """The dtype of most of the weights in `folder`, as its files say it, whatever its config does.
 
-    name = read_json(folder / "config.json").get("dtype") or "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    Raises `StoreError` for one that Kajiya does not compute in (8 bits, float64).
+    """
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # a safetensors file is no mapping
+                held = tensors.get_slice(name)
+                counts[held.get_dtype()] += math.prod(held.get_shape())
+    if not counts:
+        raise StoreError(f"{folder}: has no weights; only safetensors are loaded")
+    most = counts.most_common(1)[0][0]
+    if most not in _DTYPES:
+        raise StoreError(
+            f"{folder}: its weights are stored as {most}, not one of {', '.join(_DTYPES)}.\n"
+            "Load them with Transformers and save them in one of these."
+        )
+    return _DTYPES[most]
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By the names that safetensors files give them."""

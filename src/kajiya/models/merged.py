@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError
-from kajiya.models.injection import is_wrapper, layers
+from kajiya.models.injection import is_wrapper, layers, lora_bias
 from kajiya.models.quantized import is_quantized, weight_values
 from kajiya.models.virtual_tokens import virtual_tokens
 
@@ -59,6 +59,8 @@ def _of_layer(part: Any) -> dict[str, torch.Tensor]:
             tensors["bias"] = tensors["bias"].float() * factor.reshape(-1)
         return tensors | {"weight": weight * (factor.T if part.fan_in_fan_out else factor)}
     weight = weight + part.get_delta_weight(name).float()
+    if lora_bias(part, name):
+        tensors["bias"] = tensors["bias"].float() + part.lora_B[name].bias.float() * part.scaling[name]
     magnitude = getattr(part, "lora_magnitude_vector", None) or {}
     if name in magnitude:
         # DoRA, equation 5: each output's direction, scaled to its own length. GPT-2's layers keep weights [in, out].

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kajiya.data.tokenizer import load_tokenizer
-from kajiya.models.adapter_files import adapter_task, base_folder, is_adapter, load_adapter, read_base
+from kajiya.models.adapter_files import adapter_task, base_folder, brings_head, is_adapter, load_adapter, read_base
 from kajiya.models.injection import merge
 from kajiya.models.load import load_model, stored_dtype
 from kajiya.models.origin import Origin, set_origin
@@ -23,16 +23,18 @@ def open_model(
     base: str | None = None,
     is_merged: bool = False,
     task: Task | None = None,
+    needs_head: bool = False,
 ) -> Any:
     """The model with the task's head in `folder`, in `dtype`, on the CPU, in evaluation mode.
 
     An adapter is put beside its base, whose digest is checked; a base that was quantized is taken as the exact weights that the
     adapter was trained beside. With `is_merged` it is added to them. `base` names one in the place of that which the folder
-    names. `task` is that of the adapter unless given, and causal for whole weights.
+    names. `task` is that of the adapter unless given, and causal for whole weights. With `needs_head` a head over whole texts must
+    be in the weights or the adapter: otherwise `ConfigError`.
     """
     if not is_adapter(folder):
-        return load_model(folder, dtype=dtype, attention=attention, task=task or CAUSAL)
-    module = open_base(folder, dtype, attention, base, task)
+        return load_model(folder, dtype=dtype, attention=attention, task=task or CAUSAL, needs_head=needs_head)
+    module = open_base(folder, dtype, attention, base, task, needs_head=needs_head and not brings_head(folder))
     load_adapter(module, folder)
     if is_merged:
         merge(module)
@@ -41,7 +43,13 @@ def open_model(
 
 
 def open_base(
-    folder: Path, dtype: torch.dtype, attention: str = "sdpa", base: str | None = None, task: Task | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    base: str | None = None,
+    task: Task | None = None,
+    *,
+    needs_head: bool = False,
 ) -> Any:
     """The base of the adapter in `folder`: the weights beside which it was trained, dequantized where they were quantized.
 
@@ -49,7 +57,7 @@ def open_base(
     """
     found = base_folder(folder, base)
     task = task or adapter_task(folder, found)
-    module = open_model(found, torch.float32, attention, is_merged=True, task=task)
+    module = open_model(found, torch.float32, attention, is_merged=True, task=task, needs_head=needs_head)
     if task.has_new_head and module.config.pad_token_id is None and (folder / "tokenizer_config.json").is_file():
         # As in training: a head over whole texts is told where they end.
         module.config.pad_token_id = load_tokenizer(folder).pad_token_id

@@ -42,7 +42,11 @@ def _template_without_end(subject: Subject) -> Finding | None:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    behind = tokenizer.encode(text[text.rindex("answer") + len("answer") :], add_special_tokens=False)
+    # A template may write it in other letters; where it writes something else, its rows are looked at all the same.
+    at = text.lower().rfind("answer")
+    if at < 0:
+        return None
+    behind = tokenizer.encode(text[at + len("answer") :], add_special_tokens=False)
     if stops_of(subject) & set(behind):
         return None
     return failed(

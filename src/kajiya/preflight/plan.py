@@ -41,7 +41,7 @@ class Plan:
     lr_curve: list[tuple[int, float]]
     n_ranks: int = 1
     size_note: str = ""
-    """By what `model.n_params` was missed; empty where it was not."""
+    """By what `model.n_params` was missed, and what of the weights an adapter and `model.quantize` leave out; empty: nothing."""
 
 
 def plan_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

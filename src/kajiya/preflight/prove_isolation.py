@@ -8,6 +8,7 @@ import torch
 from kajiya.data.batch import Batch, RolloutBatch
 from kajiya.models.hidden import all_logits
 from kajiya.models.isolation import can_isolate
+from kajiya.models.outputs import masked_logits
 from kajiya.preflight.places import n_astray
 from kajiya.preflight.portion import windows
 from kajiya.preflight.prove_rows import HAS_ROWS, LOOKED_THROUGH
@@ -24,8 +25,8 @@ def check_isolation(subject: Subject) -> Finding:
     """Segments of a row are its documents; change those before the end of one: what the model says of the rest must not move."""
     setup, config = subject.setup, subject.config
     rows = _first_rows(setup)
-    if not rows or not rows[0].is_causal:
-        return skipped("rows of this kind hold one text each, or are read from both sides")
+    if not rows or not (rows[0].is_causal or subject.shards.is_text):
+        return skipped("rows of this kind hold one text each")
     if not config.data.isolate and subject.shards.is_text:
         return skipped("data.isolate=false: documents of a row see each other as the config says")
     astray = sum(n_astray(each, subject.shards) for each in rows)
@@ -98,7 +99,8 @@ def _moved(setup: Setup, probe: Batch, cut: int, vocabulary: int) -> tuple[float
     changed[:, :cut] = (changed[:, :cut] + 1 + vocabulary // 3) % vocabulary
     device = setup.strategy.device
     setup.model.eval()
+    logits = all_logits if probe.is_causal else masked_logits
     with setup.precision.context(device):
         pair = (probe, replace(probe, tokens=changed))
-        first, second = (all_logits(setup.model, each.to(device))[0].float() for each in pair)
+        first, second = (logits(setup.model, each.to(device))[0].float() for each in pair)
     return float((first[cut:] - second[cut:]).abs().max()), float((first[:cut] - second[:cut]).abs().max())

@@ -10,7 +10,7 @@ from kajiya.preflight.ends import ANSWERED, stops_of, unstoppable
 from kajiya.preflight.places import Place, are_last, places
 from kajiya.preflight.prove_pairs import check_pairs
 from kajiya.preflight.said import Said, compare, marked_text, row_named, texts_of
-from kajiya.preflight.subject import Finding, Subject, failed, passed
+from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 
 LOOKED_THROUGH = 12
 """Batches that are looked at before the first step."""
@@ -110,11 +110,13 @@ def _answers(rows: list[Batch], subject: Subject) -> Finding | str:
     if kind not in ANSWERED:
         return "of rows of this kind nothing more is known"
     stops = stops_of(subject)
-    n_texts = n_found = n_ends = n_endless = 0
+    n_texts = n_found = n_ends = n_endless = n_lost = n_whole = 0
     for row, place, said in _looked_at(rows, subject):
         text, trained = marked_text(row, place, subject.tokenizer)
         n, wrong = compare(said, text, trained, is_whole=place.is_whole)
         n_texts, n_found = n_texts + len(said), n_found + n
+        if place.is_whole:
+            n_whole, n_lost = n_whole + len(said), n_lost + len(said) - n
         if wrong is not None:
             should = "is to be trained, and is not" if wrong.is_trained else "is trained, and is not to be"
             return failed(
@@ -129,6 +131,13 @@ def _answers(rows: list[Batch], subject: Subject) -> Finding | str:
         return failed(
             f"{n_endless} of the first {n_ends} answers have no end among their targets: the model would not stop",
             "Look at the chat template and at data.render.append_eos.",
+        )
+    if not n_found or 2 * n_lost > n_whole:
+        return skipped(
+            f"{n_found} of the {n_texts} texts of the first rows stand in them as they are: the chat template changes the others, so "
+            "that nothing tells whether they are trained as their rows say; look at some with `kajiya preview`",
+            n_texts=n_texts,
+            n_found=n_found,
         )
     where = f"{n_found} of {n_texts} texts of the rows found, each trained or not as it should be"
     return f"{where}; an end is learnt in each of {n_ends} whole answers"

@@ -3,12 +3,13 @@
 import math
 import os
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from kajiya.config.quantities import format_bytes, format_count
 from kajiya.preflight.subject import Finding, Subject, failed, passed
+from kajiya.run.usage import resident_memory
+from kajiya.training.memory import free_bytes
 
 _MARKS = "▁▂▃▄▅▆▇█"
 _DRAWN = 24
@@ -56,11 +57,10 @@ def check_memory(subject: Subject) -> Finding:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory of the device, or of this machine as far as its control group lets a process have it, bytes."""
+    """Memory that this process has and can still have, on the device or on this machine (or what its control group lets it
+    have): what others hold is not there. Bytes."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        return min(whole, int(text))
-    return whole
+    free = free_bytes()
+    return whole if free is None else min(whole, free + resident_memory())

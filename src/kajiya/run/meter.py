@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kajiya.run.usage import resident_memory
+
 _MB = 1e6
 
 
@@ -45,7 +47,7 @@ def _memory() -> dict[str, float]:
     """Memory of this process and of the machine, where /proc tells."""
     if sys.platform != "linux":
         return {}
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = resident_memory()
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     known = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines}
     used = 1 - known["MemAvailable"] / known["MemTotal"]

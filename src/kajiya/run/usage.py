@@ -1,6 +1,7 @@
 """What a process has used up: processor time, the most memory, GPUs' energy; added up over the attempts of a run."""
 
 import ctypes
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -74,6 +75,12 @@ def recent_peak() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """Resident memory of this process now, bytes; the highest so far where the system does not tell."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.is_file() else peak_memory()
 
 
 def oom_kills() -> int | None:

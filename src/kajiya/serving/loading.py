@@ -52,7 +52,7 @@ def load_engine(
         driven = drive(smaller, opts, runner)
         drafter = DraftModel(driven.runner, opts.guesses, driven.context_tokens, n_tokens)
     model = _open(folder, dtype).to(device)
-    return engine_of(model, end_tokens(folder, model), opts, runner, drafter)
+    return engine_of(model, end_tokens(load_tokenizer(folder), model), opts, runner, drafter)
 
 
 def _proven_engine(folder: Path, opts: EngineOptions, runner: str, dtype: torch.dtype, proofs: Proofs) -> Engine:
@@ -68,7 +68,7 @@ def _proven_engine(folder: Path, opts: EngineOptions, runner: str, dtype: torch.
                 driven, proven.eos_ids, opts, drafter, proven.reference.shapes, Origin(str(folder.resolve()))
             )
     model = _open(folder, dtype)
-    eos_ids = end_tokens(folder, model)
+    eos_ids = end_tokens(load_tokenizer(folder), model)
     driven = drive(model, opts, runner)
     if driven.reference is not None and is_stored_plainly(folder, driven.reference):
         try:
@@ -157,9 +157,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
-def end_tokens(folder: Path, model: Any) -> frozenset[int]:
+def end_tokens(tokenizer: Any, model: Any) -> frozenset[int]:
     """Token ids that end an answer: the tokenizer's, and those the model's generation settings name."""
-    tokenizer = load_tokenizer(folder)
     named = model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)

@@ -8,7 +8,7 @@ import torch
 
 from kajiya.models.merged import merged_tensors
 from kajiya.serving.engine import Engine
-from kajiya.serving.loading import EngineOptions, engine_of
+from kajiya.serving.loading import EngineOptions, end_tokens, engine_of
 from kajiya.serving.sequence import Completion, SamplingParams
 
 _AT_ONCE = 64
@@ -24,7 +24,8 @@ class Policy:
         self.dtype = dtype
         self.version = 0
         """Times that weights were handed over; the prefix cache's keys hold it."""
-        self._vocabulary = vocabulary
+        self.end_ids = end_tokens(vocabulary, model)
+        """Tokens that end an answer, as they do where the model is served."""
         self._most_tokens = most_tokens
         self._engine: Engine | None = None
 
@@ -59,5 +60,4 @@ class Policy:
         plain.load_state_dict(tensors, strict=not config.tie_word_embeddings)
         tokens = -(-(self._most_tokens + 1) // _BLOCK) * _BLOCK
         options = EngineOptions(max_batch=_AT_ONCE, max_waiting=_AT_ONCE, cache_tokens=_AT_ONCE * tokens)
-        stops = frozenset({int(self._vocabulary.eos_token_id)})
-        return engine_of(plain.eval().to(device), stops, options)
+        return engine_of(plain.eval().to(device), self.end_ids, options)

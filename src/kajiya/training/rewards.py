@@ -133,7 +133,10 @@ def unit_test(samples: Sequence[Sample], options: UnitTestReward) -> list[float]
 
 
 def load_reward_model(options: ModelReward, device: torch.device) -> dict[str, Any]:
-    """The reward model of `options.path`, frozen, and what renders prompts and answers for it."""
+    """The reward model of `options.path`, frozen, and what renders prompts and answers for it.
+
+    Raises `ConfigError` for a model whose weights have no head that says a number.
+    """
     from kajiya.data.render import Renderer
     from kajiya.data.tokenizer import load_tokenizer
     from kajiya.models.adapter_files import hub_folder, is_adapter, is_mergeable
@@ -144,7 +147,14 @@ def load_reward_model(options: ModelReward, device: torch.device) -> dict[str, A
     if not folder.is_dir():
         folder = hub_folder(options.path, options.revision)
     is_merged = is_adapter(folder) and is_mergeable(folder)
-    model = open_model(folder, torch.float32, is_merged=is_merged, task=Task("score"))
+    try:
+        model = open_model(folder, torch.float32, is_merged=is_merged, task=Task("score"), needs_head=True)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{_FIELD}[…].options.path",
+            f"{options.path!r} is no reward model: {error.problem}",
+            "train.loss.name=reward makes one of a model and preference rows.",
+        ) from error
     renderer = Renderer(load_tokenizer(folder), RenderConfig(prompt_style=options.prompt_style), "instruction")
     return {"model": model.requires_grad_(False).to(device), "renderer": renderer}
 

@@ -90,8 +90,10 @@ class Roller:
         return [[next(rollouts) for _ in own] for own in seeds]
 
     def _text(self, prompt: Prompt, tokens: Sequence[int], reason: str) -> str:
-        """What the tokens say behind the prompt, without the end-of-text, and cut at a stop string."""
+        """What the tokens say behind the prompt, without the token that ends it, and cut at a stop string."""
         stream = TextStream(self.vocabulary, prompt.ids)
+        if tokens and tokens[-1] in self.policy.end_ids:
+            tokens = tokens[:-1]
         said = "".join(stream.push(token) for token in tokens)
         ends = [at for stop in self.options.stop if (at := said.find(stop)) >= 0] if reason == "stop" else []
         return said[: min(ends)] if ends else said
