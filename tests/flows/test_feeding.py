@@ -74,10 +74,9 @@ def test_too_many_long_rows_stop_the_work_behind_the_packing(
 def test_the_margin_of_a_preference_reaches_the_loss(small_config: Callable[..., Config], tmp_path: Path) -> None:
     """Under the name that the data give it; a row that says none has 0."""
     given = [None if number % 3 == 0 else number / 4 - 2 for number in range(40)]
-    lines = [
-        json.dumps({"prompt": f"Q {number}", "chosen": f"yes {number}", "rejected": f"no {number}"} | ({} if m is None else {"by": m}))
-        for number, m in enumerate(given)
-    ]  # fmt: skip
+    pairs = [{"prompt": f"Q {number}", "chosen": f"yes {number}", "rejected": f"no {number}"} for number in range(40)]
+    said = [{} if margin is None else {"by": margin} for margin in given]
+    lines = [json.dumps(pair | more) for pair, more in zip(pairs, said, strict=True)]
     data = rows(tmp_path / "rows.jsonl", lines, columns={"margin": "by"})
     data = replace(data, row_tokens=128)
     config = replace(small_config(), data=data)

@@ -205,7 +205,9 @@ def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained
         module.peft_config = {name: config}
         module._modules[ATTRIBUTE].requires_grad_(is_trained)
         return
-    embeddings = _embeddings(tensors, tuple(config.modules_to_save or ()))
+    # Where head and embedding are trained as one, both are the adapter's under either name.
+    is_tied = bool(vars(config).get("ensure_weight_tying"))
+    embeddings = {} if is_tied else _embeddings(tensors, tuple(config.modules_to_save or ()))
     if embeddings:
         _take_embeddings(module, embeddings, folder, is_alone=not is_trained and "peft_config" not in vars(module))
     inject(module, config, name)
@@ -243,8 +245,8 @@ def _take_embeddings(module: Any, found: dict[str, torch.Tensor], folder: Path, 
             continue
         if not is_alone:
             raise StoreError(
-                f"{folder}: it brings an embedding or head of its own ({key}, {len(tensor)} rows beside {len(own)}), and so another "
-                "base.\nMake one model of both first (kajiya merge), and train or serve that."
+                f"{folder}: it brings an embedding or head of its own ({key}, {len(tensor)} rows beside {len(own)}), and so "
+                "another base.\nMake one model of both first (kajiya merge), and train or serve that."
             )
         if len(own) != len(tensor):
             module.resize_token_embeddings(len(tensor), mean_resizing=False)

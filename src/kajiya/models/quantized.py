@@ -93,8 +93,8 @@ def left_out(module: nn.Module) -> str:
         return ""
     n_left, n_all = sum(each.numel() for each in experts.values()), count_params(module)
     return (
-        f"{100 * n_left / n_all:.0f} % of them are experts ({next(iter(experts))} and {len(experts) - 1} more), which are no linear "
-        "layers: they are neither quantized nor adapted"
+        f"{100 * n_left / n_all:.0f} % of them are experts ({next(iter(experts))} and {len(experts) - 1} more), which are no "
+        "linear layers: they are neither quantized nor adapted"
     )
 
 

@@ -134,8 +134,8 @@ def _answers(rows: list[Batch], subject: Subject) -> Finding | str:
         )
     if not n_found or 2 * n_lost > n_whole:
         return skipped(
-            f"{n_found} of the {n_texts} texts of the first rows stand in them as they are: the chat template changes the others, so "
-            "that nothing tells whether they are trained as their rows say; look at some with `kajiya preview`",
+            f"{n_found} of the {n_texts} texts of the first rows stand in them as they are: the chat template changes the others, "
+            "so that nothing tells whether they are trained as their rows say; look at some with `kajiya preview`",
             n_texts=n_texts,
             n_found=n_found,
         )
