@@ -1,6 +1,7 @@
 """Conversations as token ids: the plain default template, and a tokenizer's own."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tests.data.families import FAMILIES, tokenizer_of
@@ -113,12 +114,11 @@ def test_a_conversation_that_is_far_too_long_is_known_by_one_rendering(
     template = ChatTemplate(tokenizer)
     turns = [ASK, *[SAY, ASK] * 50]
     n_tokens = len(template.ids(turns))
-    rendered: list[int] = []
-    text = template.text
-    monkeypatch.setattr(template, "text", lambda *given: rendered.append(1) or text(*given))
+    text = Mock(wraps=template.text)
+    monkeypatch.setattr(template, "text", text)
     assert template.is_longer(turns, n_tokens // 3)
     assert not template.is_longer(turns, n_tokens)
     assert template.is_longer([{"role": "user", "content": " " * 6500}], 100)
-    assert len(rendered) == 3
+    assert text.call_count == 3
     # What is wrong with it is said by who renders it.
     assert not template.is_longer([SAY], 1)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import llguidance
@@ -69,14 +70,13 @@ def test_others_do_not_wait_for_what_takes_long(
 def test_a_conversation_far_too_long_is_refused_before_its_answers_are_looked_for(
     server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    laid_out: list[int] = []
-    lay_out = ChatTemplate.lay_out
-    monkeypatch.setattr(ChatTemplate, "lay_out", lambda *given: laid_out.append(1) or lay_out(*given))
+    lay_out = Mock(wraps=ChatTemplate.lay_out)
+    monkeypatch.setattr(ChatTemplate, "lay_out", lay_out)
     body = {"model": NAME, "messages": [*TURNS[:-1] * 20, TURNS[-1]]}
     reply = httpx.post(f"{server_url}/v1/chat/completions", json=body, timeout=60)
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "context_length_exceeded"
-    assert not laid_out
+    lay_out.assert_not_called()
     for path, field in (("completions", "prompt"), ("embeddings", "input")):
         reply = httpx.post(f"{server_url}/v1/{path}", json={"model": NAME, field: " " * 13_000}, timeout=60)
         assert reply.status_code == 400
