@@ -31,7 +31,7 @@ from .conftest import CONTEXT, NAME, is_greedy, open_engine, running, save_adapt
 
 N_CLIENTS = 8
 SOAK_S = 120
-MAX_GROWTH = 32 << 20
+MAX_GROWTH = 64 << 20
 """Bytes of the server's process between the first third and the end; its clients live in another."""
 MAX_BODY = 400_000
 TUNED = "tuned"
