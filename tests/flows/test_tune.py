@@ -267,7 +267,9 @@ def test_a_space_that_raises_in_the_search_fails_its_trial_and_not_the_study(
     done = _tune(own_finished, *words)
     assert done.counts == {"failed": 2, "finished": 2}
     told = [event for event in read_events(done.run.folder) if event["kind"] == "trial" and event["problem"]]
-    assert [event["problem"] for event in told] == ["ZeroDivisionError: not today"] * 2
+    assert [event["problem"] for event in told] == [
+        "tune.space: late_space:space raised ZeroDivisionError: not today"
+    ] * 2
 
 
 def test_figures_of_trials_are_told_in_the_order_in_which_they_end(tmp_path: Path) -> None:
