@@ -111,7 +111,7 @@ def test_memory_counts_descendants(throughput: ModuleType) -> None:
 
     taken = 96 * 2**20
     # The child takes a block and its own child another one at the same time; each prints a line when it has it.
-    hold = f"block = bytearray({taken}); block[::4096] = b'x' * len(block[::4096]); print('held', flush=True); input()"
+    hold = f"import os; block = bytearray({taken}); block[::4096] = b'x' * len(block[::4096]); os.write(1, b'held\\n'); input()"
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; p.wait()"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
