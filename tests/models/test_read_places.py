@@ -9,7 +9,7 @@ from tests.models.test_fused import CPU, assert_close, make_batch, make_model, s
 from torch.utils.flop_counter import FlopCounterMode
 
 from kajiya.config.options import NextTokenLoss
-from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.batch import NO_TARGET, Batch, target_places
 from kajiya.models import hidden
 from kajiya.models.fused import can_make_some_states, fuse_blocks
 from kajiya.models.future import add_future_heads
@@ -17,7 +17,7 @@ from kajiya.models.hidden import all_logits, hidden_at, last_hidden
 from kajiya.models.native.library import native_problem
 from kajiya.training.compile import compile_blocks
 from kajiya.training.losses.next_token import next_token
-from kajiya.training.losses.sequences import target_places, token_log_probs
+from kajiya.training.losses.sequences import token_log_probs
 from kajiya.training.recompute import recompute_activations
 
 pytestmark = pytest.mark.skipif(native_problem() is not None, reason="no C++ compiler")

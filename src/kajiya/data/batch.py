@@ -13,6 +13,11 @@ NO_TARGET = -100
 """Target of a position where nothing is predicted."""
 
 
+def target_places(targets: torch.Tensor) -> torch.Tensor:
+    """The places of the flattened targets, of any shape, where something is predicted, ascending, int64 [n]."""
+    return (targets.reshape(-1) != NO_TARGET).nonzero().squeeze(1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Packed text. All tensors are int64 [B, T]."""

@@ -4,7 +4,6 @@ A part is one shard file: the tokens of a run of whole documents, and beside it 
 its targets and its labels where it has such. Its `.json` is written last: a part without it is none.
 """
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import numpy as np
 from kajiya.data.documents import Documents
 from kajiya.data.progress import Progress
 from kajiya.errors import DataError, StoreError
-from kajiya.run.files import read_json, write_json
+from kajiya.run.files import is_full_disk, read_json, write_json
 
 MAX_WEIGHTS = 256
 """Different weights of targets that one part can hold: each is stored as one byte."""
@@ -122,7 +121,7 @@ def _make_part(path: Path, documents: Documents, chunks: Iterator[tuple[range, E
         beside.replace(path)
         write_json(path.with_suffix(".json"), meta)
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(problem):
             raise
         raise StoreError(
             f"{path.parent}: the disk is full.\n"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.batch import Batch, target_places
 from kajiya.models.hidden import all_logits, has_split_head, hidden_at
 from kajiya.models.native.library import LANES, fits, native_problem
 
@@ -27,7 +27,7 @@ def target_scores(model: Any, batch: Batch, *, is_greedy_asked: bool = True) -> 
     Only the states that predict a target pass through the head. Without `is_greedy_asked` the second may be left at false.
     """
     targets = batch.targets.reshape(-1)
-    wanted = (targets != NO_TARGET).nonzero().squeeze(1)
+    wanted = target_places(targets)
     logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     greedy = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
     split = has_split_head(model)

@@ -14,7 +14,7 @@ from kajiya.config.digest import digest, to_plain
 from kajiya.config.schema import TrackConfig
 from kajiya.config.sweep import Dimension, Value, check_grid, check_space, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
-from kajiya.errors import ConfigError, KajiyaError, StoreError
+from kajiya.errors import ConfigError, StoreError
 from kajiya.flows.launch import launch
 from kajiya.flows.report_settings import public_config, public_words
 from kajiya.flows.stages import Stages
@@ -162,13 +162,7 @@ def _probe_own_space(plan: StudyPlan) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(_PROBES):
-        try:
-            trial_config(plan, suggest(study.ask(), plan.dimensions, plan.base.tune.space))
-        except KajiyaError:
-            raise
-        except Exception as problem:
-            said = f"{plan.base.tune.space} raised {type(problem).__name__}: {problem}"
-            raise ConfigError("tune.space", said, "It was drawn from before the first trial.") from problem
+        trial_config(plan, suggest(study.ask(), plan.dimensions, plan.base.tune.space))
 
 
 # ---------------------------------------------------------------- the search

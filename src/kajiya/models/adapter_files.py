@@ -16,6 +16,7 @@ from kajiya.models.tasks import CAUSAL, CLASS_HEADS, Task
 from kajiya.models.virtual_tokens import ATTRIBUTE, attach, filled_config
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.files import read_json, write_json
+from kajiya.run.tensor_headers import read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -104,14 +105,11 @@ def brings_head(folder: Path) -> bool:
 
 def _n_outputs(folder: Path) -> int:
     """Outputs of the head over whole texts that the adapter brings along; 0 where it brings none."""
-    from safetensors import safe_open
-
-    with safe_open(folder / _WEIGHTS, "pt") as tensors:
-        heads = [
-            tensors.get_slice(name).get_shape()[0]
-            for name in tensors.keys()  # noqa: SIM118  # a safetensors file is no mapping
-            if name.endswith(".weight") and set(CLASS_HEADS) & set(name.split("."))
-        ]
+    heads = [
+        entry["shape"][0]
+        for name, entry in read_header(folder / _WEIGHTS)[1].items()
+        if name.endswith(".weight") and set(CLASS_HEADS) & set(name.split("."))
+    ]
     # Of a head of several layers the last is the narrowest.
     return min(heads, default=0)
 

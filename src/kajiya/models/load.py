@@ -12,6 +12,7 @@ from kajiya.models.attention import attention_name
 from kajiya.models.origin import Origin, set_origin
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.run.process import import_transformers, quiet_transformers
+from kajiya.run.tensor_headers import read_header
 
 
 def load_model(
@@ -105,14 +106,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
     Raises `StoreError` for one that Kajiya does not compute in (8 bits, float64).
     """
-    from safetensors import safe_open
-
     counts: Counter[str] = Counter()
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # a safetensors file is no mapping
-                held = tensors.get_slice(name)
-                counts[held.get_dtype()] += math.prod(held.get_shape())
+        for entry in read_header(path)[1].values():
+            counts[entry["dtype"]] += math.prod(entry["shape"])
     if not counts:
         raise StoreError(f"{folder}: has no weights; only safetensors are loaded")
     most = counts.most_common(1)[0][0]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from kajiya.errors import StoreError
 from kajiya.models.quantized import plain_tensors
+from kajiya.run.tensor_headers import read_header
 
 _CHUNK = 16 * 2**20
 
@@ -40,10 +40,8 @@ def _digest(files: tuple[tuple[str, int, int, int], ...]) -> str:
     """As files are written once and renamed, size, time and inode say whether one is the same as before."""
     places: dict[str, tuple[str, int, dict[str, Any]]] = {}
     for path, *_ in files:
-        with Path(path).open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
-        places |= {name: (path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+        begin, entries = read_header(Path(path))
+        places |= {name: (path, begin, entry) for name, entry in entries.items()}
     hasher = hashlib.sha256()
     for name in sorted(places):
         path, start, entry = places[name]

@@ -16,6 +16,7 @@ import torch
 
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, artifact_key, produce
+from kajiya.run.tensor_headers import read_header
 from kajiya.serving.native.architecture import Architecture, Rotary, architecture_of
 from kajiya.serving.proof import plain_logits
 
@@ -119,13 +120,11 @@ def is_stored_plainly(folder: Path, reference: Reference) -> bool:
 
     A head that is tied to the embedding need not be stored.
     """
-    from safetensors import safe_open
-
-    stored: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as tensors:
-            # A safetensors file is no mapping.
-            stored |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    stored = {
+        name: tuple(entry["shape"])
+        for path in folder.glob("*.safetensors")
+        for name, entry in read_header(path)[1].items()
+    }
     wanted = dict(reference.shapes)
     if reference.architecture.tie_word_embeddings and "lm_head.weight" not in stored:
         wanted.pop("lm_head.weight", None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kajiya.data.batch import NO_TARGET
+from kajiya.data.batch import NO_TARGET, target_places
 
 
 def chunked_cross_entropy(
@@ -31,7 +31,7 @@ def chunked_cross_entropy(
     """
     # On a GPU, to know how many there are would make the host wait.
     if hidden_ND.device.type == "cpu":
-        wanted = (targets_N != NO_TARGET).nonzero().squeeze(1)
+        wanted = target_places(targets_N)
         if len(wanted) < len(targets_N):
             hidden_ND, targets_N = hidden_ND.index_select(0, wanted), targets_N[wanted]
             weights_N = None if weights_N is None else weights_N[wanted]
@@ -52,7 +52,7 @@ def chunked_log_probs(
     At most `chunk_tokens` rows of logits (fewer of a large vocabulary: `rows_at_once`) are held at once, in both passes, and none
     for positions without a target.
     """
-    wanted = (targets_N != NO_TARGET).nonzero().squeeze(1)
+    wanted = target_places(targets_N)
     values: torch.Tensor = _ChunkedLogProbs.apply(
         hidden_ND.index_select(0, wanted), head_VD, targets_N[wanted], chunk_tokens
     )

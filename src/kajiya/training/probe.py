@@ -1,7 +1,6 @@
 """A few real steps, measured and then undone: what a step costs in time and memory on this machine."""
 
 import math
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +8,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from kajiya.run.usage import peak_memory
 from kajiya.training.fit import Setup, train_step
+from kajiya.training.generators import undisturbed
 from kajiya.training.state import TrainState
 
 _LEAST_STEPS = 3
@@ -47,26 +46,22 @@ def undone(setup: Setup, *, has_steps: bool = True) -> Iterator[None]:
     modes = [(module, module.training) for module in setup.model.modules()]
     buffers = {name: tensor.clone() for name, tensor in setup.model.named_buffers()}
     position, remembered = setup.loader.state(), setup.strategy.state()
-    devices = [setup.strategy.device.index or 0] if setup.strategy.device.type == "cuda" else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
+    with undisturbed():
+        try:
             yield
-    finally:
-        setup.optimizer.clear_grads()
-        if has_steps:
-            setup.optimizer.reset(before)
-        for module, is_training in modes:
-            module.training = is_training
-        with torch.no_grad():
-            for name, buffer in setup.model.named_buffers():
-                buffer.copy_(buffers[name])
-        setup.loader.load_state(position)
-        setup.strategy.load_state(remembered)
-        if setup.guard.shrink is not None:
-            setup.guard.shrink(0)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        finally:
+            setup.optimizer.clear_grads()
+            if has_steps:
+                setup.optimizer.reset(before)
+            for module, is_training in modes:
+                module.training = is_training
+            with torch.no_grad():
+                for name, buffer in setup.model.named_buffers():
+                    buffer.copy_(buffers[name])
+            setup.loader.load_state(position)
+            setup.strategy.load_state(remembered)
+            if setup.guard.shrink is not None:
+                setup.guard.shrink(0)
 
 
 def measure_steps(setup: Setup, enough_s: float = 2.0, heaviest: Any = None) -> StepCost:

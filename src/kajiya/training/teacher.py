@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.batch import Batch, target_places
 from kajiya.data.shards import map_array
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.hidden import all_logits, has_split_head
@@ -68,7 +68,7 @@ def cache_teacher(
             for batch in batches:
                 if batch.sources is None:
                     raise AssertionError("rows of text say where they are from")
-                wanted = (batch.targets.reshape(-1) != NO_TARGET).nonzero().squeeze(1)
+                wanted = target_places(batch.targets)
                 places = begin + batch.sources.reshape(-1)[wanted].numpy()
                 placed = batch.to(device)
                 states, head = (

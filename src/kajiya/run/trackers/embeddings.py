@@ -1,7 +1,5 @@
 """Input embeddings of a saved model, read without torch, for TensorBoard's projector."""
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import numpy as np
 
 from kajiya.errors import StoreError
 from kajiya.run.files import read_json
+from kajiya.run.tensor_headers import read_header
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -27,14 +26,14 @@ def read_embeddings(folder: Path, most: int) -> np.ndarray:
     Raises `StoreError` with the reason where there are none that can be read.
     """
     path, name = _find(folder)
+    begin, entries = read_header(path)
+    entry = entries[name]
+    if entry["dtype"] not in _DTYPES:
+        raise StoreError(f"{name} in {path} is of type {entry['dtype']}, not one of {', '.join(_DTYPES)}")
+    rows, width = min(entry["shape"][0], most), entry["shape"][1]
+    dtype = _DTYPES[entry["dtype"]]
     with path.open("rb") as handle:
-        (n_header,) = struct.unpack("<Q", handle.read(8))
-        entry = json.loads(handle.read(n_header))[name]
-        if entry["dtype"] not in _DTYPES:
-            raise StoreError(f"{name} in {path} is of type {entry['dtype']}, not one of {', '.join(_DTYPES)}")
-        rows, width = min(entry["shape"][0], most), entry["shape"][1]
-        dtype = _DTYPES[entry["dtype"]]
-        handle.seek(8 + n_header + entry["data_offsets"][0])
+        handle.seek(begin + entry["data_offsets"][0])
         raw = np.frombuffer(handle.read(rows * width * dtype.itemsize), dtype=dtype).reshape(rows, width)
     if entry["dtype"] == "BF16":
         return np.asarray((raw.astype(np.uint32) << 16).view(np.float32))
@@ -46,9 +45,7 @@ def _find(folder: Path) -> tuple[Path, str]:
     if (folder / _INDEX).is_file():
         files: dict[str, str] = read_json(folder / _INDEX)["weight_map"]
     elif (folder / _FILE).is_file():
-        with (folder / _FILE).open("rb") as handle:
-            (n_header,) = struct.unpack("<Q", handle.read(8))
-            files = dict.fromkeys(json.loads(handle.read(n_header)), _FILE)
+        files = dict.fromkeys(read_header(folder / _FILE)[1], _FILE)
     else:
         raise StoreError(f"{folder} holds neither {_FILE} nor {_INDEX}")
     name = next((each for each in files if each.endswith(_NAMES)), None)

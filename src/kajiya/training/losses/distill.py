@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from kajiya.config.options import DistillLoss
-from kajiya.data.batch import Batch
+from kajiya.data.batch import Batch, target_places
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import is_adapter, is_mergeable
 from kajiya.models.hidden import all_logits, has_split_head
@@ -22,7 +22,7 @@ from kajiya.models.open import open_model
 from kajiya.training.losses import Terms
 from kajiya.training.losses.next_token import unit_of
 from kajiya.training.losses.preference import log1mexp
-from kajiya.training.losses.sequences import split_head, target_places
+from kajiya.training.losses.sequences import split_head
 from kajiya.training.teacher import CachedTeacher
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from kajiya.config.options import NextTokenLoss
-from kajiya.data.batch import Batch
+from kajiya.data.batch import Batch, target_places
 from kajiya.models.future import future_heads
 from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.training.cross_entropy import chunked_cross_entropy
 from kajiya.training.losses import Terms
 from kajiya.training.losses.noise import noisy_embeddings
-from kajiya.training.losses.sequences import split_head, target_places
+from kajiya.training.losses.sequences import split_head
 
 
 def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms, Terms]:

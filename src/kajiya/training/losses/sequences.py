@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, target_places
 from kajiya.errors import TrainingError
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.adapt import adapter_off, has_adapter
@@ -25,11 +25,6 @@ def split_head(model: Any, batch: Batch, places_n: torch.Tensor | None = None) -
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
     return hidden.reshape(-1, hidden.shape[-1]).to(dtype), head.to(dtype)
-
-
-def target_places(targets_BT: torch.Tensor) -> torch.Tensor:
-    """The places of the flattened rows where something is predicted, ascending, int64 [n]."""
-    return (targets_BT.reshape(-1) != NO_TARGET).nonzero().squeeze(1)
 
 
 def token_log_probs(model: Any, batch: Batch, chunk_tokens: int) -> torch.Tensor:
