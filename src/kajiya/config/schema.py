@@ -509,3 +509,7 @@ class Config:
     """Search over settings."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     """Checks before the first step."""
+
+
+TRAINING_SECTIONS = ("data", "tokenizer", "model", "adapter", "optim", "schedule", "train")
+"""Sections that a training reads, beside its name and its seed."""

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from kajiya.config.digest import digest
-from kajiya.config.schema import Config, EvalConfig, PreflightConfig, ServeConfig, TrackConfig, TuneConfig
+from kajiya.config.schema import TRAINING_SECTIONS, Config, TuneConfig
 from kajiya.config.sweep import Value, as_override, check_grid, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError
@@ -64,7 +63,7 @@ def _refuse_same_training(configs: Sequence[Config], combinations: Sequence[dict
     known: dict[str, str] = {}
     for config, settings in zip(configs, combinations, strict=True):
         said = " ".join(as_override(key, value) for key, value in settings.items())
-        trained = digest(replace(config, **_NOT_TRAINED_BY))
+        trained = digest({part: getattr(config, part) for part in ("name", "seed", *TRAINING_SECTIONS)})
         if trained in known:
             raise ConfigError(
                 "-m",
@@ -72,16 +71,6 @@ def _refuse_same_training(configs: Sequence[Config], combinations: Sequence[dict
                 "Vary what is trained by, and evaluate one model in several ways with: kajiya eval",
             )
         known[trained] = said
-
-
-_NOT_TRAINED_BY: dict[str, Any] = {
-    "eval": EvalConfig(),
-    "serve": ServeConfig(),
-    "track": TrackConfig(),
-    "tune": TuneConfig(),
-    "preflight": PreflightConfig(),
-}
-"""Sections that no training reads, with something in their place."""
 
 
 def _job(config: Config, tune: TuneConfig, store: Store, number: int) -> Job:

@@ -7,6 +7,7 @@ import numpy as np
 
 from kajiya.config.digest import digest
 from kajiya.config.quantities import format_bytes, format_seconds
+from kajiya.config.schema import TRAINING_SECTIONS
 from kajiya.errors import StoreError
 from kajiya.evals.fingerprint import read_fingerprint
 from kajiya.evals.results import TaskResult, compare_results, compared_words
@@ -126,7 +127,7 @@ def _judged(run: RunFacts) -> dict[_Name, float]:
     return found
 
 
-_TRAINED_BY = ("data", "tokenizer", "model", "adapter", "optim", "schedule", "train", "eval")
+_TRAINED_BY = (*TRAINING_SECTIONS, "eval")
 """Sections of the config that a figure depends on, beside the seed."""
 
 _COMPARISON_COLUMNS = [
