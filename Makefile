@@ -18,7 +18,7 @@ test: .venv/.test  ## the suite, under 12 minutes on 2 cores (ARGS="-k name")
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations 10 $(ARGS)
 
 test-slow: .venv/.test  ## what takes minutes: matrices of kills, soaks
-	$(BIN)/python -m pytest -n 2 -m slow --durations 25 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow --timeout 800 --durations 25 $(ARGS)
 
 lint: .venv/.lint  ## ruff: style and mistakes
 	$(BIN)/ruff check src tests benchmarks
