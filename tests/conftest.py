@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from kajiya.config.compose import compose
@@ -17,6 +18,13 @@ from kajiya.config.schema import Config
 # Where tests share the cores, threads of several processes wait for each other at every product; small ones need but one.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples at every run, however slow the machine; `--hypothesis-profile=search` draws new ones.
+hypothesis.settings.register_profile(
+    "same", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("same")
 
 SMALL = (
     "tokenizer.vocab_size=512",
