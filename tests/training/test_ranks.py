@@ -181,6 +181,31 @@ def test_each_rank_goes_on_with_its_own_random_numbers(tiny_model: Make, tmp_pat
         assert same == {"its own": True, "the first's": False}
 
 
+def _leaves_before_its_model_is_gone(rank: int, folder: str) -> None:
+    for turn in range(6):
+        met = f"file://{folder}/{turn}"
+        torch.distributed.init_process_group("gloo", init_method=met, rank=rank, world_size=2)
+        _exchange_and_leave()
+
+
+def _exchange_and_leave() -> None:
+    replica = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    for _ in range(3):
+        replica(torch.ones(4, 64)).sum().backward()
+    leave()
+
+
+def test_a_group_is_left_before_the_model_is_gone(tmp_path: Path) -> None:
+    """The last gradients' exchange is then still being cleared away by a thread of the group."""
+    both = torch.multiprocessing.spawn(_leaves_before_its_model_is_gone, (str(tmp_path),), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not both.join(1):
+        if time.monotonic() > deadline:
+            for process in both.processes:
+                process.kill()
+            pytest.fail("a process never ended")
+
+
 def test_the_place_is_read_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
