@@ -189,7 +189,7 @@ def test_two_that_tokenize_the_same_into_one_store_take_turns(
     arguments = small.config, small.corpus, small.tokenizer, Store(tmp_path).heard_by(hear)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(build_shards, *arguments)
-        begun.wait()
+        assert begun.wait(60)
         second = pool.submit(build_shards, *arguments)
         (made, is_old), (found, is_reused) = first.result(), second.result()
     assert (is_old, is_reused, len(said)) == (False, True, 1)

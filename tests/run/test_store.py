@@ -157,8 +157,10 @@ def make(folder):
 produce(Store(place / "store"), "shards", code="c1", config={{}}, parents={{}}, make=make)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
     while not (tmp_path / "begun").exists():
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     return process
 
@@ -184,7 +186,7 @@ def test_who_wants_what_another_process_makes_waits_and_reuses_it(tmp_path: Path
     assert said == [
         f"note: shards: waiting for process {first.pid} on {platform.node()}, which makes the same right now"
     ]
-    assert first.wait() == 0
+    assert first.wait(60) == 0
 
 
 def test_a_killed_maker_lets_the_one_that_waits_make_it(tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_a_failed_maker_lets_the_one_that_waits_make_it(tmp_path: Path) -> None:
     first = holder(tmp_path, "raise RuntimeError")
     content, reused, said = second(tmp_path, (tmp_path / "go").touch)
     assert (content, reused, len(said)) == (b"0123456789", False, 1)
-    assert first.wait() == 1
+    assert first.wait(60) == 1
 
 
 def test_many_at_once_make_it_once(tmp_path: Path) -> None:
