@@ -337,16 +337,20 @@ def test_serve_answers_and_stops(finished: Finished, store: str) -> None:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    found = re.search(r"http://127\.0\.0\.1:\d+", line)
-    assert found, line
-    # Which runner drives the model, and why, where it is not the first choice.
-    assert process.stdout.readline().startswith(("Engine: native, ", "Engine: transformers: "))
-    with urllib.request.urlopen(f"{found[0]}/health", timeout=60) as answer:
-        assert answer.status == 200
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line
+        # Which runner drives the model, and why, where it is not the first choice.
+        assert process.stdout.readline().startswith(("Engine: native, ", "Engine: transformers: "))
+        with urllib.request.urlopen(f"{found[0]}/health", timeout=60) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0
     assert "torchao" not in err
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -118,12 +119,17 @@ def test_memory_counts_descendants(throughput: ModuleType) -> None:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    with measure.MemoryWatch(process.pid) as watch:
-        assert [process.stdout.readline() for _ in range(2)] == ["held\n", "held\n"]
-        alone = max(highest for _, highest in measure._family(process.pid))
-        while (watch.peak_bytes or 0) < 2 * taken:
-            assert process.poll() is None
-        process.communicate("\n\n")
+    deadline = time.monotonic() + 60
+    try:
+        with measure.MemoryWatch(process.pid) as watch:
+            assert [process.stdout.readline() for _ in range(2)] == ["held\n", "held\n"]
+            alone = max(highest for _, highest in measure._family(process.pid))
+            while (watch.peak_bytes or 0) < 2 * taken:
+                assert process.poll() is None
+                assert time.monotonic() < deadline, watch.peak_bytes
+                time.sleep(0.01)
+    finally:
+        process.communicate("\n\n", timeout=60)
     assert alone < 2 * taken
 
 

@@ -101,10 +101,14 @@ def test_a_process_at_its_first_stage(tmp_path: Path) -> None:
     """As a person's `kill` finds it: the whole standard library, which takes a while to read."""
     words = [sys.executable, "-u", "-m", "kajiya", "train", "stdlib-pretrain", "--store", str(tmp_path)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert "Reading" in process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        assert "Reading" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0, errors
     assert _says_how_to_go_on(errors, tmp_path)
     assert "Traceback" not in errors
