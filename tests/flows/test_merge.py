@@ -3,6 +3,7 @@
 import json
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, ParityError
 from kajiya.exporting import merge as merging
 from kajiya.exporting.evidence import gather
+from kajiya.flows import merge as flow
 from kajiya.flows.merge import Joining, held_rows, merge_targets
+from kajiya.flows.report_certificates import certificates_section, parity_blocks
+from kajiya.flows.report_facts import gather_run
+from kajiya.flows.report_page import Notice, Table
 from kajiya.flows.stages import Stages
 from kajiya.flows.targets import find_model
 from kajiya.flows.train import prepare_data
@@ -191,3 +196,44 @@ def test_a_merge_is_certified_on_rendered_rows(
     texts = [str(load_tokenizer(Path(adapter)).decode(row.ids)) for row in seen]
     assert len(texts) > 3
     assert all("what of" in text and '"messages"' not in text for text in texts)
+
+
+def test_the_run_lists_the_certificate_and_its_report_shows_it(
+    own_finished: Finished, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, run = own_finished.store, own_finished.trained.run
+    adapter = make_adapter(tmp_path / "adapter", own_finished.trained.model.path)
+    monkeypatch.setattr(flow, "find_model", lambda target, store: replace(find_model(target, store), run=run))
+    _, certificate = merge_targets([adapter], store, recipe=recipe)
+    assert run.manifest()["artifacts"]["merged float32"]["digest"] == certificate.digest
+    section = certificates_section([gather_run(run, "model")])
+    assert section is not None
+    table = next(block for block in section.blocks if isinstance(block, Table))
+    _, half = certificate.facts["parity"]
+    shown = {(row[0], row[1]): row[2:] for row in table.rows}
+    assert shown["float32", "largest difference of a logit"][1:] == ["0.0001", "\u2014", "0.0001"]
+    assert shown["bfloat16", "KL, nats per token"] == [
+        f"{each:.2g}" for each in (half["kl"], 1e-3, half["rounding"]["kl"], half["allowed"]["kl"])
+    ]
+    assert shown["bfloat16", "greedy continuation"][1] == "98.00%"
+    assert len(shown) == 7
+    reds = [block for block in section.blocks if isinstance(block, Notice) and block.level == "bad"]
+    is_past = half["kl"] > 1e-3 or half["top1"] < 0.995 or half["greedy"] < 0.98
+    assert len(reds) == is_past
+
+
+def test_what_only_the_parents_rounding_lets_pass_is_red() -> None:
+    parity = {
+        "dtype": "bfloat16", "max_difference": 0.2, "kl": 2e-3, "top1": 0.999, "greedy": None, "perplexity": 10.1,
+        "parent_perplexity": 10.0,
+        "rounding": {"max_difference": 0.2, "kl": 1.9e-3, "top1": 0.999, "greedy": None, "perplexity": 10.05},
+        "tolerance": {"max_difference": None, "kl": 1e-3, "top1": 0.995, "greedy": None, "perplexity": 0.02},
+        "allowed": {"max_difference": None, "kl": 2.9e-3, "top1": 0.99, "greedy": None, "perplexity": 0.025},
+    }  # fmt: skip
+    table, notice = parity_blocks([parity])
+    assert isinstance(table, Table)
+    assert [row[1] for row in table.rows] == ["KL, nats per token", "top-1", "change of the perplexity"]
+    assert table.rows[2][2:] == ["1.00%", "2.00%", "0.50%", "2.50%"]
+    assert isinstance(notice, Notice)
+    assert notice.level == "bad"
+    assert notice.text.endswith("bfloat16: KL, nats per token 0.002, tolerance 0.001.")

@@ -17,6 +17,7 @@ from kajiya.exporting.evidence import Row, halved
 from kajiya.exporting.merge import merge_adapter, merge_models, tokenizer_folder
 from kajiya.exporting.mixing import METHODS, Mixing
 from kajiya.flows.feeding import rendering_of
+from kajiya.flows.report_facts import MERGED
 from kajiya.flows.targets import Target, find_model, require_text
 from kajiya.models.adapter_files import is_adapter
 from kajiya.run.code import code_revision
@@ -97,6 +98,8 @@ def merge_targets(
         parents=parents | {"result": model, "corpus": corpus},
         make=lambda folder: _certify(folder, model),
     )
+    if len(found) == 1 and found[0].run is not None:
+        found[0].run.record_artifact(f"{MERGED}{certificate.facts['dtype']}", certificate)
     return model, certificate
 
 
