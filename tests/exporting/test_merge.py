@@ -1,5 +1,7 @@
 """Every adapter that is a change of weights is merged and certified, whatever its base is stored in and its head says."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,31 @@ def test_models_of_other_tokens_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"have other tokens: '.*' is number [0-9]+ in one of them alone"):
         merge_models(folders, tmp_path / "joint", ROWS, mixing=Mixing("linear", (1.0, 1.0)), base=None)
     assert not (tmp_path / "joint").exists()
+
+
+@pytest.mark.parametrize("quantized", ["none", "nf4"])
+def test_no_more_than_two_models_are_held_at_a_time(
+    quantized: str, sharp: Callable[..., Path], small_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = _adapter(sharp(), tmp_path / "adapter", small_tokenizer, ("lora", {}, quantized))
+    held: list[weakref.ref[Any]] = []
+    most = 0
+
+    def watched(opened: Callable[..., Any]) -> Callable[..., Any]:
+        def opens(*given: Any, **named: Any) -> Any:
+            nonlocal most
+            module = opened(*given, **named)
+            held.append(weakref.ref(module.get_input_embeddings().weight))
+            most = max(most, sum(each() is not None for each in held))
+            return module
+
+        return opens
+
+    monkeypatch.setattr(merging, "open_model", watched(open_model))
+    monkeypatch.setattr(merging, "load_model", watched(load_model))
+    gc.disable()  # what is let go is free at once, not when cycles are looked for
+    try:
+        merge_adapter(adapter, tmp_path / "merged", ROWS[:4], into=None, base=None)
+    finally:
+        gc.enable()
+    assert (len(held), most) == (5, 2)

@@ -58,6 +58,7 @@ CASES = [
     Case("lora", {"r": 4, "train_head": True}, tied=True),
     Case("lora", {"r": 4, "targets": r".*\.(q_proj|lm_head)|lm_head"}),
     Case("lora", {"init": "pissa", "r": 4}),
+    Case("lora", {"init": "pissa", "r": 32}),
     Case("lora", {"init": "olora", "r": 4, "rslora": True}),
     Case("dora", {"r": 4}),
     Case("ia3", {}),
@@ -354,6 +355,13 @@ def test_the_weights_digest_is_of_the_weights_alone(base: Callable[..., Path], t
     [
         ("lora", {"targets": "no_such_layer"}, "none", "matches no module"),
         ("lora", {"targets": "("}, "none", "no regular expression"),
+        (
+            "lora",
+            {"init": "pissa", "r": 33},
+            "none",
+            r"options\.r: is 33, and pissa .* of which model.*k_proj \[32, 64\] has 32",
+        ),
+        ("lora", {"init": "olora", "r": 64}, "none", "Set adapter.options.r=32 at most"),
         ("freeze", {"train": "no_such"}, "none", "found in no parameter"),
         ("freeze", {}, "none", "required"),
         ("lora", {"rank": 4}, "none", "unknown option"),

@@ -12,10 +12,17 @@ from kajiya.errors import ConfigError, ParityError
 from kajiya.exporting.evidence import Row, gather, perplexity
 from kajiya.exporting.mixing import Mixing, mix
 from kajiya.exporting.parity import compare, distance, require_parity
-from kajiya.models.adapter_files import ADAPTER_CONFIG, adapter_task, base_folder, is_adapter, is_mergeable, read_base
+from kajiya.models.adapter_files import (
+    ADAPTER_CONFIG,
+    adapter_task,
+    base_folder,
+    is_mergeable,
+    read_base,
+)
 from kajiya.models.load import load_model
 from kajiya.models.open import model_dtype, open_model
 from kajiya.models.save import save_model
+from kajiya.models.tokenizer_of import odd_token, tokenizer_folder
 from kajiya.run.files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,23 +111,15 @@ def merge_models(
 def _one_tokenizer(models: Sequence[Path]) -> Any:
     """The tokenizer of the first model (of an adapter without one its base's), which is to be that of all."""
     first, *others = (load_tokenizer(tokenizer_folder(path)) for path in models)
-    mine = first.get_vocab()
     for path, other in zip(models[1:], others, strict=True):
-        odd = sorted(mine.items() ^ other.get_vocab().items(), key=lambda each: (each[1], each[0]))
-        if odd:
-            token, number = odd[0]
+        odd = odd_token(first, other)
+        if odd is not None:
             raise ConfigError(
                 "merge",
-                f"{models[0]} and {path} have other tokens: {token!r} is number {number} in one of them alone",
+                f"{models[0]} and {path} have other tokens: {odd[0]!r} is number {odd[1]} in one of them alone",
                 "Only models of one tokenizer can be made into one.",
             )
     return first
-
-
-def tokenizer_folder(model: Path) -> Path:
-    """Where a model's tokenizer is: its own folder, or of an adapter without one its base's."""
-    has_one = any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return base_folder(model) if is_adapter(model) and not has_one else model
 
 
 def _is_tied(module: Any) -> bool:

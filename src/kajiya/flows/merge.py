@@ -14,12 +14,13 @@ from kajiya.data.examples import Example, Segment
 from kajiya.data.render import open_renderer
 from kajiya.errors import ConfigError, DataError
 from kajiya.exporting.evidence import Row, halved
-from kajiya.exporting.merge import merge_adapter, merge_models, tokenizer_folder
+from kajiya.exporting.merge import merge_adapter, merge_models
 from kajiya.exporting.mixing import METHODS, Mixing
 from kajiya.flows.feeding import rendering_of
 from kajiya.flows.report_facts import MERGED
 from kajiya.flows.targets import Target, find_model, require_text
 from kajiya.models.adapter_files import is_adapter
+from kajiya.models.tokenizer_of import tokenizer_folder
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
 from kajiya.run.store import Artifact, Store, open_artifact, produce

@@ -31,7 +31,7 @@ def _classes() -> tuple[type, type]:
 
         def __init__(self, kind: str) -> None:
             self.kind = kind
-            self.quant_method = _METHOD
+            self.quant_method = _METHOD  # type: ignore[assignment]
 
     class Quantize(ConversionOps):  # type: ignore[misc]
         """Puts a quantized layer in the place of the one whose weight was read."""
@@ -39,8 +39,8 @@ def _classes() -> tuple[type, type]:
         def __init__(self, quantizer: Any) -> None:
             self._quantizer = quantizer
 
-        def convert(self, input_dict: dict[str, Any], *, model: Any, **_: Any) -> dict[str, Any]:
-            return {name: self._quantizer.quantized(model, name, value) for name, value in input_dict.items()}
+        def convert(self, input_dict: dict[str, Any], *_: Any, **given: Any) -> dict[str, Any]:
+            return {name: self._quantizer.quantized(given["model"], name, value) for name, value in input_dict.items()}
 
     class Quantizer(HfQuantizer):  # type: ignore[misc]
         """Quantizes with the layers of `kajiya.models.quantized`, and leaves nothing of itself in the model."""
@@ -66,7 +66,7 @@ def _classes() -> tuple[type, type]:
                 return value  # type: ignore[no-any-return]
             layer.weight = nn.Parameter(value, requires_grad=False)
             bias = layer.bias
-            made = quantize_layer(layer, self.quantization_config.kind)
+            made = quantize_layer(layer, vars(self.quantization_config)["kind"])
             made.bias = bias  # which bears Transformers' mark of what has been read
             model.set_submodule(path, made)
             return made.weight  # type: ignore[no-any-return]
