@@ -134,6 +134,16 @@ def test_classifiers_are_not_mixed(finished: Finished, tmp_path: Path) -> None:
     save_model(module, load_tokenizer(base), tmp_path / "classifier")
     with pytest.raises(ConfigError, match="is a classifier: it writes no text"):
         merge_targets([str(tmp_path / "classifier"), str(base)], finished.store)
+    adapters = []
+    for seed in (1, 2):
+        module = load_model(base, task=Task("classes", ("x", "y")))
+        transform(module, AdapterConfig("lora", {"r": 4}), "none", seed)
+        adapters.append(tmp_path / f"adapter{seed}")
+        save_adapter(
+            module, load_tokenizer(base), adapters[-1], Base(str(base), weights_digest(base), "none", ("x", "y"))
+        )
+    with pytest.raises(ConfigError, match="adapter1 is a classifier: it writes no text"):
+        merge_targets([str(each) for each in adapters], finished.store)
 
 
 def test_a_whole_model_has_nothing_to_merge(finished: Finished) -> None:

@@ -1,5 +1,6 @@
 """Weights that are quantized as they are read are those that are quantized afterwards, and one alone is whole at a time."""
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from tests.training.conftest import VOCABULARY
 
 from kajiya.config.schema import ModelConfig
-from kajiya.errors import StoreError
+from kajiya.errors import ConfigError, StoreError
 from kajiya.models import quantized_loading
 from kajiya.models.build import build_model
 from kajiya.models.load import load_model
@@ -95,3 +96,13 @@ def test_a_new_head_begins_at_random_and_stays_whole(tmp_path: Path) -> None:
     assert heads[0].dtype == torch.float32
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
+
+
+def test_weights_that_are_stored_in_few_bits_are_not_quantized_again(tmp_path: Path) -> None:
+    module: Any = build_model(ModelConfig(n_params="60k", max_positions=64), VOCABULARY, 0).module
+    module.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"is nf4, and the weights of .* are stored in few bits already"):
+        load_model(tmp_path, quantized="nf4")

@@ -315,9 +315,15 @@ def _attach(module: Any, config: Any, weight: torch.Tensor) -> None:
 def _require_packed(module: Any, name: str) -> None:
     from transformers import PreTrainedModel
 
-    is_packed = isinstance(module, PreTrainedModel) and module.config._attn_implementation == PACKED_SDPA
-    if not is_packed or _task(module) != "CAUSAL_LM":
-        raise ConfigError("adapter.name", f"{name} needs a causal model of Transformers with model.attention=sdpa")
+    if not isinstance(module, PreTrainedModel) or _task(module) != "CAUSAL_LM":
+        raise ConfigError("adapter.name", f"{name} needs a causal model of Transformers", "Set adapter.name=lora.")
+    attention = module.config._attn_implementation
+    if attention != PACKED_SDPA:
+        raise ConfigError(
+            "adapter.name",
+            f"{name} needs attention by sdpa, and {type(module).__name__} is computed by {attention}",
+            "Set model.attention=sdpa; an architecture that has none of it takes adapter.name=lora.",
+        )
 
 
 def _task(module: nn.Module) -> str | None:

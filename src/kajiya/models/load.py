@@ -43,6 +43,12 @@ def load_model(
     architecture = read_architecture(path, revision, trust_remote_code)
     if not trust_remote_code:
         require_architecture(task, architecture, "model.path")
+    if quantized != "none" and "quantization_config" in vars(architecture):
+        raise ConfigError(
+            "model.quantize",
+            f"is {quantized}, and the weights of {str(path)!r} are stored in few bits already",
+            "Set model.quantize=none, or name the weights that they were made of.",
+        )
     try:
         loaded: Any = auto_class(task).from_pretrained(
             path,

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_AGAIN_S = 1.0
+"""Until it is stopped: what is raised where nobody hears it (a destructor) is raised anew."""
 Locate = Callable[[Iterator[dict[str, Any]]], str]
 """From the local variables of the stopped functions, the innermost first, what it hung at, in words."""
 
@@ -30,7 +32,7 @@ def time_limit(seconds: float, locate: Locate) -> Iterator[None]:
         raise LateError(locate(_locals(frame)))
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     try:
         yield
     finally:
