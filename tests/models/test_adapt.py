@@ -375,6 +375,15 @@ def test_mistakes_are_named(
         transform(load_model(base()), AdapterConfig(name, options), quantized, 0)
 
 
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_virtual_tokens_say_what_they_miss(name: str, base: Callable[..., Path]) -> None:
+    folder, config = base(), AdapterConfig(name, {"n_tokens": 2})
+    with pytest.raises(ConfigError, match=f"{name} needs attention by sdpa, and LlamaForCausalLM is computed by eager"):
+        transform(load_model(folder, attention="eager"), config, "none", 0)
+    with pytest.raises(ConfigError, match=f"{name} needs a causal model of Transformers"):
+        transform(load_model(folder, task=Task("classes", ("a", "b"))), config, "none", 0)
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_a_new_head_is_trained_whole_and_comes_back(name: str, architecture: str, tmp_path: Path) -> None:
