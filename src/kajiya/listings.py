@@ -193,15 +193,19 @@ def merge_lines(facts: Mapping[str, Any]) -> list[str]:
     if "parity" not in facts:
         parents = ", ".join(f"{each:.2f}" for each in facts["parent_perplexities"])
         return [f"perplexity {facts['perplexity']:.2f} (of what it was made of: {parents})"]
-    lines = [f"base: {facts['base']}"]
-    for row in facts["parity"]:
-        own = row["rounding"]
-        rounding = "" if own is None else f" (rounding alone: KL {own['kl']:.2g}, top-1 {own['top1']:.2%})"
-        greedy = "" if row["greedy"] is None else f", greedy {row['greedy']:.0%}"
-        if row["perplexity"] is not None:
-            greedy += f", perplexity {row['perplexity']:.2f} (adapter {row['parent_perplexity']:.2f})"
-        lines.append(
-            f"{row['dtype']}: largest difference of a logit {row['max_difference']:.2g}, KL {row['kl']:.2g}, "
-            f"top-1 {row['top1']:.2%}{rounding}{greedy}"
-        )
-    return lines
+    return [f"base: {facts['base']}", *(_parity_line(row) for row in facts["parity"])]
+
+
+def _parity_line(row: Mapping[str, Any]) -> str:
+    """What was measured in one dtype, and what the parent's own rounding was allowed on top of the tolerances."""
+    words = f"{row['dtype']}: largest difference of a logit {row['max_difference']:.2g}, {_distance_words(row)}"
+    if row["perplexity"] is not None:
+        words += f", perplexity {row['perplexity']:.2f} (adapter {row['parent_perplexity']:.2f})"
+    if row["rounding"] is None:
+        return words
+    return f"{words}; rounding alone, allowed on top of the tolerances: {_distance_words(row['rounding'])}"
+
+
+def _distance_words(row: Mapping[str, Any]) -> str:
+    greedy = "" if row["greedy"] is None else f", greedy {row['greedy']:.2%}"
+    return f"KL {row['kl']:.2g}, top-1 {row['top1']:.2%}{greedy}"

@@ -1,5 +1,6 @@
 """Metrics against the libraries they are named after; the sandbox."""
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,49 @@ def test_programs_are_held_to_their_limits() -> None:
     assert run("import os; assert set(os.environ) <= {'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}").is_passed
     assert run("import os; assert os.listdir('.') == []").is_passed
     assert "SIGKILL" in run("import os; os.kill(os.getpid(), 9)").reason
+
+
+@pytest.mark.parametrize("ending", ["", "while True: pass", "raise ValueError('wrong')"])
+def test_what_a_program_has_started_is_gone_behind_it(ending: str) -> None:
+    """Also what has left its session, and what that has started, whether the program ends by itself or runs out of time."""
+    mark = f"600.{secrets.randbelow(10**9):09d}"
+    started = (
+        "import os, time\n"
+        "for _ in range(2):\n"
+        "    if not os.fork():\n"
+        "        os.setsid()\n"
+        "        os.fork()\n"
+        f"        os.execv('/usr/bin/sleep', ['sleep', '{mark}'])\n"
+        "def is_one(process):\n"
+        "    try:\n"
+        f"        return '{mark}' in open(f'/proc/{{process}}/cmdline').read()\n"
+        "    except OSError:\n"
+        "        return False\n"
+        "while sum(map(is_one, filter(str.isdigit, os.listdir('/proc')))) < 4:\n"
+        f"    time.sleep(0.01)\n{ending}\n"
+    )
+    found = run_program(started, seconds=2 if ending.startswith("while") else 30, memory_mb=512)
+    assert found.is_passed == (not ending), found.reason
+    assert ("timed out" in found.reason) == ending.startswith("while")
+    assert ("ValueError: wrong" in found.reason) == ending.startswith("raise")
+    assert [each for each in Path("/proc").iterdir() if each.name.isdigit() and mark in _command(each)] == []
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_a_program_finds_names_of_its_own_alone() -> None:
+    own = "assert not [each for each in globals() if not each.startswith('__')] and '__file__' not in globals(), globals()"
+    assert run_program(own, seconds=10, memory_mb=512).reason == "passed"
+    annotated = (
+        "from __future__ import annotations\nimport dataclasses, typing\nclass B: pass\n"
+        "@dataclasses.dataclass\nclass A:\n    x: B\nassert typing.get_type_hints(A) == {'x': B}"
+    )
+    assert run_program(annotated, seconds=10, memory_mb=512).reason == "passed"
 
 
 @pytest.mark.parametrize("early", ["import sys\nsys.exit(0)", "raise SystemExit", "import os\nos._exit(0)"])

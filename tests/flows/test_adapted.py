@@ -282,6 +282,10 @@ def test_names_that_are_not_there_are_named(finished: Finished, small_config: Ca
         small_config("model.stand_in=true")
     with pytest.raises(ConfigError, match="quantize"):
         small_config("model.quantize=nf4")
+    with pytest.raises(
+        ConfigError, match=r"what adapter.name=freeze saves is a whole model, and nf4 weights cannot be saved"
+    ):
+        small_config("model.quantize=nf4", "adapter.name=freeze", "adapter.options.train=norm")
     manifests = [json.loads(path.read_bytes()) for path in finished.store.root.glob("runs/*/manifest.json")]
     of_recipe = [each for each in manifests if each["name"] == "stdlib-pretrain" and each["status"] == "finished"]
     known = {each["artifacts"]["model"]["digest"] for each in of_recipe}

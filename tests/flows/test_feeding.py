@@ -1,12 +1,15 @@
 """What a loss is fed with: rows prepared and measured, models that must keep texts apart, look-ups out of the step's way."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.conftest import Finished
@@ -20,7 +23,7 @@ from kajiya.data.progress import silent
 from kajiya.data.render import Refusal
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, DataError
-from kajiya.flows import feeding
+from kajiya.flows import balance, feeding
 from kajiya.flows.feeding import Feeding, open_feeding, rendering_of, require_isolation
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data, train
@@ -97,6 +100,78 @@ def test_the_margin_of_a_preference_reaches_the_loss(small_config: Callable[...,
     broken = replace(config, data=rows(tmp_path / "rows.jsonl", lines, columns={"margin": "by"}))
     with pytest.raises(DataError, match="margin='much', which is no finite number"):
         prepare_data(broken, Store(tmp_path / "store"), Stages(silent))
+
+
+def _feedback(folder: Path, labels: Iterable[bool], n_answers: int, **options: Any) -> Config:
+    """KTO of answers to questions, `n_answers` to each, with one word of its own for each question and each answer."""
+    lines = [
+        json.dumps({"prompt": f"what of q{k // n_answers}", "completion": f"a{k // n_answers}x{k}", "label": label})
+        for k, label in enumerate(labels)
+    ]
+    config = compose(
+        "stdlib-pretrain",
+        ["train.loss.name=kto", "train.row_growth=[]", "data.packing=bucketed", "tokenizer.vocab_size=300"],
+    )
+    data = replace(rows(folder / "rows.jsonl", lines), packing="bucketed")
+    return replace(config, data=data, train=replace(config.train, loss=LossConfig("kto", options)))
+
+
+@pytest.mark.parametrize("n_answers", [1, 2, 3])
+def test_ktos_mismatched_answers_are_to_other_prompts(n_answers: int, tmp_path: Path) -> None:
+    """Rows that were made of pairs have the same prompt twice, one behind the other."""
+    config = _feedback(tmp_path, [k % 2 == 0 for k in range(60)], n_answers)
+    data = prepare_data(config, Store(tmp_path / "store"), Stages(silent))
+    feeding = open_feeding(config, data, None)
+    tokenizer = load_tokenizer(data.tokenizer.path)
+    n_seen = 0
+    for batch in feeding.heldout():
+        other = batch.mismatched
+        for number in range(len(other.examples)):
+            text = str(tokenizer.decode(other.rows.tokens[other.owner == number], skip_special_tokens=True))
+            question, answer = re.search(r"what of q(\d+)", text), re.search(r"a(\d+)x", text)
+            assert question is not None
+            assert answer is not None, text
+            assert question[1] != answer[1], text
+            n_seen += 1
+    assert n_seen > 5
+
+
+@pytest.mark.parametrize(
+    ("n_good", "options", "words"),
+    [
+        (20, {}, None),
+        (20, {"desirable_weight": 0.95}, None),
+        (22, {}, None),
+        (18, {}, "18 good and 22 bad answers weigh 0.818 to 1"),
+        (36, {}, "36 good and 4 bad answers weigh 9 to 1 .*undesirable_weight between 6.75 and 9 balances them"),
+        (36, {"undesirable_weight": 8.0}, None),
+        (
+            4,
+            {"undesirable_weight": 2.0},
+            "weigh 0.0556 to 1 .*options.desirable_weight between 18 and 24 balances them",
+        ),
+        (40, {}, "all 40 answers are good ones"),
+    ],
+)
+def test_labels_out_of_proportion_are_said_with_the_weights_that_balance_them(
+    n_good: int, options: dict[str, float], words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.array([1] * n_good + [0] * (40 - n_good))
+    monkeypatch.setattr(balance, "open_split", lambda folder, split: SimpleNamespace(labels=labels))
+    said = balance.balance_words(LossConfig("kto", options), tmp_path)
+    assert said is None if words is None else re.search(words, str(said)), said
+
+
+def test_the_proportion_of_labels_is_heard_before_anything_is_trained(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    def hear(kind: str, **fields: Any) -> None:
+        if kind == "warning":
+            heard.append(fields["text"])
+
+    prepare_data(_feedback(tmp_path, [k % 10 != 0 for k in range(60)], 1), Store(tmp_path / "store"), Stages(hear))
+    assert len(heard) == 1
+    assert "train.loss.options.undesirable_weight between" in heard[0]
 
 
 def test_a_setting_that_changes_nothing_stops_the_work_behind_the_corpus(

@@ -58,6 +58,7 @@ CASES = [
     Case("lora", {"r": 4, "train_head": True}, tied=True),
     Case("lora", {"r": 4, "targets": r".*\.(q_proj|lm_head)|lm_head"}),
     Case("lora", {"init": "pissa", "r": 4}),
+    Case("lora", {"init": "pissa", "r": 32}),
     Case("lora", {"init": "olora", "r": 4, "rslora": True}),
     Case("dora", {"r": 4}),
     Case("ia3", {}),
@@ -354,6 +355,13 @@ def test_the_weights_digest_is_of_the_weights_alone(base: Callable[..., Path], t
     [
         ("lora", {"targets": "no_such_layer"}, "none", "matches no module"),
         ("lora", {"targets": "("}, "none", "no regular expression"),
+        (
+            "lora",
+            {"init": "pissa", "r": 33},
+            "none",
+            r"options\.r: is 33, and pissa .* of which model.*k_proj \[32, 64\] has 32",
+        ),
+        ("lora", {"init": "olora", "r": 64}, "none", "Set adapter.options.r=32 at most"),
         ("freeze", {"train": "no_such"}, "none", "found in no parameter"),
         ("freeze", {}, "none", "required"),
         ("lora", {"rank": 4}, "none", "unknown option"),
@@ -365,6 +373,15 @@ def test_mistakes_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         transform(load_model(base()), AdapterConfig(name, options), quantized, 0)
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_virtual_tokens_say_what_they_miss(name: str, base: Callable[..., Path]) -> None:
+    folder, config = base(), AdapterConfig(name, {"n_tokens": 2})
+    with pytest.raises(ConfigError, match=f"{name} needs attention by sdpa, and LlamaForCausalLM is computed by eager"):
+        transform(load_model(folder, attention="eager"), config, "none", 0)
+    with pytest.raises(ConfigError, match=f"{name} needs a causal model of Transformers"):
+        transform(load_model(folder, task=Task("classes", ("a", "b"))), config, "none", 0)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3"])

@@ -169,3 +169,19 @@ def test_what_is_trained_on_is_the_adapter(base: Callable[..., Path], tmp_path: 
     assert rate_ratios(module, AdapterConfig("load", {"path": "", "lr_ratio": 2.0})) == {
         name: 2.0 for name in trained if "lora_B" in name
     }
+
+
+def test_weights_in_a_pickle_are_refused_with_what_converts_them(base: Callable[..., Path], tmp_path: Path) -> None:
+    """The remedy is run as it stands."""
+    made = _theirs("lora", tmp_path / "adapter", base())
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"are in adapter_model.bin alone; only safetensors are loaded") as refused:
+        open_model(tmp_path / "adapter", torch.float32)
+    remedy = str(refused.value).partition('python -c "')[2].removesuffix('"')
+    exec(remedy, {})
+    batch = make_batch(1)
+    with torch.no_grad():
+        found = open_model(tmp_path / "adapter", torch.float32)(input_ids=batch.tokens).logits
+        torch.testing.assert_close(found, made(input_ids=batch.tokens).logits, atol=1e-5, rtol=0)

@@ -183,7 +183,7 @@ def student(teacher: Any = None, loss: Callable[..., Any] = distill, shift: int 
     if bound.top_k is not None:
         known = kept_of(known, parts.batches, bound.top_k, bound.temperature, shift)
     parts.config = replace(parts.config, train=replace(parts.config.train, loss=LossConfig("distill", given)))
-    parts.setup_changes["loss"] = partial(loss, options=bound, teacher=known)
+    parts.setup_changes["loss"] = partial(loss, options=bound, teacher=known, n_tokens=None)
     return parts
 
 
@@ -246,23 +246,24 @@ def test_a_student_whose_teacher_is_not_at_hand_is_no_pass(corpus: Corpus) -> No
     assert "theory says nothing here: the teacher is not at hand" in found.text
 
 
-def _not_squared(model: Any, batch: Any, options: Any, teacher: Any) -> Any:
-    terms, metrics = distill(model, batch, options, teacher)
+def _not_squared(model: Any, batch: Any, options: Any, teacher: Any, n_tokens: int | None) -> Any:
+    terms, metrics = distill(model, batch, options, teacher, n_tokens)
     return {name: (value / options.temperature**2, unit) for name, (value, unit) in terms.items()}, metrics
 
 
-def _the_other_way(model: Any, batch: Any, options: Any, teacher: Any) -> Any:
-    return distill(model, batch, replace(options, divergence="reverse"), teacher)
+def _the_other_way(model: Any, batch: Any, options: Any, teacher: Any, n_tokens: int | None) -> Any:
+    return distill(model, batch, replace(options, divergence="reverse"), teacher, n_tokens)
 
 
-def _share_left_out(model: Any, batch: Any, options: Any, teacher: Any) -> Any:
-    return distill(model, batch, replace(options, teacher_weight=1.0), teacher)
+def _share_left_out(model: Any, batch: Any, options: Any, teacher: Any, n_tokens: int | None) -> Any:
+    return distill(model, batch, replace(options, teacher_weight=1.0), teacher, n_tokens)
 
 
-def _others_left_out(model: Any, batch: Any, options: Any, teacher: CachedTeacher) -> Any:
+def _others_left_out(model: Any, batch: Any, options: Any, teacher: CachedTeacher, n_tokens: int | None) -> Any:
     """The kept tokens as though they were all."""
     norm = np.log(np.exp(teacher.log_p).sum(axis=1, keepdims=True))
-    return distill(model, batch, options, replace(teacher, log_p=(teacher.log_p - norm).astype(np.float32)))
+    alone = replace(teacher, log_p=(teacher.log_p - norm).astype(np.float32))
+    return distill(model, batch, options, alone, n_tokens)
 
 
 _KNOWS = "no better than guessing"

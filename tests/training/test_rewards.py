@@ -1,6 +1,8 @@
 """Rewards: what each gives, their weighted sum, one's own, and what is refused."""
 
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +85,41 @@ def test_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_rewards([own | {"options": {"mots": 4}}], "train.loss.options.rewards")
 
 
+def test_a_pattern_that_takes_forever_is_stopped_and_its_row_told() -> None:
+    samples = [_sample("aab", prompt="one"), _sample("a" * 40 + "c", prompt="two"), _sample("ab", prompt="three")]
+    part = {"name": "regex", "seconds": 0.2, "options": {"pattern": "(a+)+b"}}
+    with pytest.raises(
+        TrainingError, match=r"regex has not judged 3 answers within 0\.2 s.*'a{40}c' to the prompt 'two'"
+    ):
+        _judge(samples, part)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert _judge(samples[:1], part) == [(1.0, 1.0)]
+
+
+def test_ones_own_that_waits_forever_is_stopped_though_it_catches_what_is_raised() -> None:
+    def waits(samples: Any) -> list[float]:
+        for each in samples:
+            while each.answer == "b":
+                try:
+                    threading.Event().wait(60)
+                except Exception:
+                    continue
+        return [0.0 for _ in samples]
+
+    rewards = Rewards(("waits",), (1.0,), (waits,), (0.2,))
+    assert rewards.judge([_sample("a")]) == [(0.0, 0.0)]
+    with pytest.raises(TrainingError, match="'b' to the prompt 'p'"):
+        rewards.judge([_sample("a"), _sample("b", prompt="p")])
+    blind = Rewards(("blind",), (1.0,), (lambda _: threading.Event().wait(60),), (0.2,))  # type: ignore[arg-type,return-value]
+    with pytest.raises(TrainingError, match="one of 1 answers, the first to the prompt 'p'"):
+        blind.judge([_sample("a", prompt="p")])
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ([], "names no reward"),
+        ([{"name": "regex", "seconds": 0}], r"\[0\]\.seconds"),
         ([{"name": "exact_mach"}], "exact_match"),
         ([{"weight": 1.0}], r"\[0\]\.name: is required"),
         ([{"name": "regex", "wight": 2}], "weight"),
@@ -105,7 +138,7 @@ def test_a_reward_gives_a_finite_number_for_each_answer() -> None:
         (lambda samples: [0.0, float("nan")], "nan"),
     ):
         with pytest.raises(TrainingError, match=expected):
-            Rewards(("x",), (1.0,), (function,)).judge([_sample("a"), _sample("b")])  # type: ignore[arg-type]
+            Rewards(("x",), (1.0,), (function,), (60.0,)).judge([_sample("a"), _sample("b")])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("style", "adapter"), [("chat", False), ("plain", False), ("plain", True)])

@@ -69,7 +69,7 @@ def _roller(model: Any, **options: Any) -> Roller:
     own = own_log_probs(model, torch.no_grad, CPU, 64)
     return Roller(
         policy=Policy(model, Letters(), 30, torch.float32),
-        rewards=Rewards(("even",), (1.0,), (_even,)),
+        rewards=Rewards(("even",), (1.0,), (_even,), (60.0,)),
         options=given,
         vocabulary=Letters(),
         stop_ids=(),
@@ -293,7 +293,7 @@ def test_an_answer_ends_with_a_token_that_holds_a_stop_string(tiny_model: Make) 
     model = tiny_model()
     options = GRPOLoss(group_size=16, max_tokens=20, stop=[chr(200 + n) for n in range(40, 60)])
     roller = Roller(
-        Policy(model, Letters(), 40, torch.float32), Rewards(("even",), (1.0,), (_even,)), options, Letters(),
+        Policy(model, Letters(), 40, torch.float32), Rewards(("even",), (1.0,), (_even,), (60.0,)), options, Letters(),
         stop_tokens(Letters(), options.stop), None, None,
     )  # fmt: skip
     roller.policy.renew()
@@ -313,7 +313,7 @@ def test_an_answer_ends_where_it_does_when_served(tiny_model: Make) -> None:
     model.generation_config.eos_token_id = ends
     options = GRPOLoss(group_size=16, max_tokens=20)
     policy = Policy(model, Letters(), 40, torch.float32)
-    roller = Roller(policy, Rewards(("even",), (1.0,), (_even,)), options, Letters(), (), None, None)
+    roller = Roller(policy, Rewards(("even",), (1.0,), (_even,), (60.0,)), options, Letters(), (), None, None)
     policy.renew()
     (group,) = roller.roll(PROMPTS[:1], [list(range(16))])
     ended = [each for each in group if not each.is_cut]

@@ -15,14 +15,15 @@ from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.errors import ConfigError
 from kajiya.models.build import build_model
 from kajiya.models.hidden import all_logits
-from kajiya.training.losses.distill import distill
+from kajiya.training.losses.distill import distill, open_teacher
 from kajiya.training.teacher import CachedTeacher, Keeping, cache_teacher, open_cached_teacher
 
 T = 16
 
 
-def _model(seed: int) -> Any:
-    module = build_model(ModelConfig(n_params="30k", max_positions=64, init_std=0.3), VOCABULARY, seed).module
+def _model(seed: int, n_tokens: int = VOCABULARY.size) -> Any:
+    known = replace(VOCABULARY, size=n_tokens)
+    module = build_model(ModelConfig(n_params="30k", max_positions=64, init_std=0.3), known, seed).module
     return module.eval()
 
 
@@ -33,12 +34,14 @@ def _rows() -> list[Batch]:
     return [replace(batch, sources=own) for batch, own in zip(batches, places, strict=True)]
 
 
-def _cached(teacher: Any, folder: Path, top_k: int, temperature: float = 1.0) -> CachedTeacher:
+def _cached(
+    teacher: Any, folder: Path, top_k: int, temperature: float = 1.0, n_tokens: int | None = None
+) -> CachedTeacher:
     rows = _rows()
     # The last batch is of the other split, whose places begin behind the first's.
     splits = ((0, rows[:2]), (100, rows[2:]))
     folder.mkdir(exist_ok=True)
-    size = cache_teacher(teacher, splits, 100 + 6 * T, Keeping(top_k, temperature, 7), folder)
+    size = cache_teacher(teacher, splits, 100 + 6 * T, Keeping(top_k, temperature, 7, n_tokens), folder)
     return open_cached_teacher(folder, size)
 
 
@@ -94,3 +97,41 @@ def test_another_vocabulary_is_named(tmp_path: Path) -> None:
     other = CachedTeacher(kept.ids, kept.log_p, 50)
     with pytest.raises(ConfigError, match="vocabulary of 50"):
         distill(_model(2), _rows()[0], DistillLoss(teacher="someone"), other)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_heads_that_are_filled_up_otherwise_are_compared_over_the_tokens_that_there_are(
+    is_kept: bool, tmp_path: Path
+) -> None:
+    """Those of one tokenizer, as Qwen2.5's of 0.5B and of 7B."""
+    teacher, student = _model(1, VOCABULARY.size + 31), _model(2, VOCABULARY.size + 7)
+    batch, n = _rows()[0], VOCABULARY.size
+    with pytest.raises(ConfigError, match="vocabulary of 128 tokens, the student of 104"):
+        distill(student, batch, DistillLoss(teacher="t"), teacher)
+    source = _cached(teacher, tmp_path / "kept", n, n_tokens=n) if is_kept else teacher
+    _, metrics = distill(student, batch, DistillLoss(chunk_tokens=5), source, n)
+    wanted = batch.targets != NO_TARGET
+    with torch.no_grad():
+        log_p, log_q = (all_logits(each, batch)[wanted][:, :n].double().log_softmax(1) for each in (teacher, student))
+    expected = float((log_p.exp() * (log_p - log_q)).sum())
+    assert float(metrics["divergence"][0]) == pytest.approx(expected, rel=1e-4)
+    nll = -float(log_q.gather(1, batch.targets[wanted][:, None]).sum())
+    assert float(metrics["nll"][0]) == pytest.approx(nll, rel=1e-4)
+
+
+def test_more_tokens_are_not_kept_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"options\.top_k: is 1,000, and the teacher knows 97 tokens"):
+        _cached(_model(1), tmp_path / "kept", 1000)
+
+
+def test_a_teacher_is_held_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    _model(1).save_pretrained(tmp_path)
+    divergences = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        options = DistillLoss(teacher=str(tmp_path), teacher_dtype=name)
+        teacher = open_teacher(options, torch.device("cpu"))
+        assert {each.dtype for each in teacher.parameters()} == {dtype}
+        assert not any(each.requires_grad for each in teacher.parameters())
+        divergences[name] = float(distill(_model(2), _rows()[0], options, teacher)[1]["divergence"][0])
+    assert divergences["bf16"] != divergences["fp32"]
+    assert divergences["bf16"] == pytest.approx(divergences["fp32"], rel=0.03)

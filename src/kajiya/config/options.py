@@ -238,9 +238,11 @@ class DistillLoss:
     """Next token, learnt from a teacher's distribution."""
 
     teacher: str = setting("")
-    """Run, recipe, artifact, folder or hub name of the teacher, which has the same vocabulary."""
+    """Run, recipe, artifact, folder or hub name of the teacher, which reads the same tokens."""
     teacher_revision: str | None = None
     """Commit, tag or branch of the teacher on the hub."""
+    teacher_dtype: str = setting("fp32", choices=("fp32", "bf16", "fp16"))
+    """Of the teacher's weights in memory, and of its computing where the run's precision does not say another."""
     top_k: int | None = setting(None, ge=1)
     """Most probable tokens of the teacher that are kept for each place of the text, computed once before training; all others
     count as one. `None`: the teacher runs beside the student, and gives all."""
@@ -295,6 +297,8 @@ class RewardPart:
     """exact_match, regex, unit_test, model, or `my_pkg.mod:fn`."""
     weight: float = 1.0
     """Factor in the sum; a negative one punishes."""
+    seconds: float = setting(600.0, gt=0)
+    """Longest time for the answers that are judged at once; a reward that takes longer ends the run, and its row is told."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of that reward."""
 

@@ -216,7 +216,9 @@ def _check_adapter(config: Config) -> None:
     if quantize != "none" and adapter.name in ("none", "freeze"):
         raise ConfigError(
             "model.quantize",
-            f"{quantize} weights are frozen, and adapter.name={adapter.name} trains them",
+            f"{quantize} weights are frozen, and adapter.name=none trains them"
+            if adapter.name == "none"
+            else f"what adapter.name=freeze saves is a whole model, and {quantize} weights cannot be saved as one",
             "Set adapter.name=lora, or model.quantize=none.",
         )
     takes_a_part = adapter.options.get("init") in ("pissa", "olora")

@@ -15,9 +15,11 @@ from kajiya.data.shards import Split
 
 
 def add_mismatched(split: Split, packing: Packing, row_tokens: int) -> Callable[[ExampleBatch], ExampleBatch]:
-    """What adds to a batch each of its prompts with the answer to the next example of the split; always the same one.
+    """What adds to a batch each of its prompts with the answer of an example behind it in the split; always the same one.
 
-    A prompt ends before the first target. Prompt and answer together are cut to `row_tokens`.
+    It is the first of the next, the second, the fourth … behind it whose prompt is another, since rows made of pairs have the same
+    one twice; of a split with one prompt alone, the next. A prompt ends before the first target. Prompt and answer together
+    are cut to `row_tokens`.
     """
     by_number = np.argsort(packing.examples, kind="stable")
     numbers = np.asarray(packing.examples)[by_number]
@@ -32,12 +34,23 @@ def add_mismatched(split: Split, packing: Packing, row_tokens: int) -> Callable[
         n_prompt = int(is_target.argmax()) if is_target.any() else stop - start
         return split.read(start, stop).astype(np.int64), n_prompt
 
+    def other(place: int, prompt: np.ndarray) -> np.ndarray:
+        """The answer to another prompt."""
+        n = len(numbers)
+        for step in (2**k for k in range(n.bit_length())):
+            ids, n_prompt = sequence((place + step) % n)
+            if not np.array_equal(ids[:n_prompt], prompt):
+                return ids[n_prompt:]
+        ids, n_prompt = sequence((place + 1) % n)
+        return ids[n_prompt:]
+
     def add(batch: ExampleBatch) -> ExampleBatch:
         pairs = []
         for place in np.searchsorted(numbers, batch.examples.numpy()).tolist():
-            (ids, n_prompt), (others, n_other) = sequence(place), sequence((place + 1) % len(numbers))
+            ids, n_prompt = sequence(place)
+            answer = other(place, ids[:n_prompt])
             n_prompt = min(n_prompt, row_tokens - 1)
-            pairs.append((np.concatenate([ids[:n_prompt], others[n_other:]])[:row_tokens], n_prompt))
+            pairs.append((np.concatenate([ids[:n_prompt], answer])[:row_tokens], n_prompt))
         return replace(batch, mismatched=_one_a_row(pairs, batch.examples, split.pad_id))
 
     return add

@@ -12,7 +12,7 @@ from pathlib import Path
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """Numbers of the system calls, the same on every architecture but Alpha (landlock(7))."""
 _VERSION_FLAG, _RULE_PATH_BENEATH = 1, 1
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER = 38, 36
 _WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
 _CHANGES = _WRITE_FILE | sum(1 << bit for bit in range(4, 13))
 """Write to a file; remove and make entries of a folder, of each kind."""
@@ -56,6 +56,12 @@ def confinement(folder: Path) -> Iterator[Callable[[], None]]:
         yield confine
     finally:
         os.close(ruleset)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its descendants leave behind, in the place of the system's first process; on Linux."""
+    if sys.platform == "linux":
+        _library().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:

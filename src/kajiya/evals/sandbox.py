@@ -11,11 +11,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from kajiya.evals.confine import confinement
+from kajiya.evals.confine import adopt_orphans, confinement
 
 _MOST_OUTPUT = 2000
 _FILE_BYTES = 1 << 20
 _MOST_PROCESSES = 64
+_WATCHED = Path(__file__).with_name("watched_program.py")
+_SWEEP_S = 5.0
+"""Longest time in which all that a program has started is killed."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
     """Run Python source in isolated mode without site packages; passed when it comes to the end of its last line, with status 0.
 
     A program that exits before, with whatever status, has not run all of its tests and does not pass. Limits: wall time,
-    processor time, address space, files of 1 MiB, 64 processes more than the machine has (which root is not held to), no core
-    dumps; an empty environment and working folder, its own session, killed whole. Where the kernel has Landlock it changes
+    processor time, address space (of each process), files of 1 MiB, 64 processes more than the machine has (which root is not held
+    to), no core dumps; an empty environment and working folder. All that it has started is killed behind it, what has left its
+    session too. Where the kernel has Landlock it changes
     files in that folder alone; `kajiya.evals.confine.why_unconfined` says where not. It shares the network and the readable
     files of this machine: run what you do not trust at all within a container.
     """
@@ -46,6 +50,7 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if most_processes is not None:
             resource.setrlimit(resource.RLIMIT_NPROC, (most_processes, most_processes))
+        adopt_orphans()
         confine()
 
     with (
@@ -55,7 +60,7 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
         _Ending() as ending,
     ):
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", "-"],
+            [sys.executable, "-I", "-S", "-X", "utf8", str(_WATCHED)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -70,8 +75,12 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
         except subprocess.TimeoutExpired:
             return ProgramEnd(False, f"timed out after {seconds:g} s")
         finally:
+            if process.poll() is None:
+                process.terminate()  # which has it kill whatever it has started
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_SWEEP_S)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         is_at_end = ending.is_reached()
         output.seek(0)

@@ -9,24 +9,32 @@ import torch
 from kajiya.config.digest import to_plain
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError, ParityError
+from kajiya.exporting.evidence import Row, gather, perplexity
 from kajiya.exporting.mixing import Mixing, mix
-from kajiya.exporting.parity import compare, perplexity, require_parity
-from kajiya.models.adapter_files import ADAPTER_CONFIG, adapter_task, base_folder, is_adapter, is_mergeable, read_base
+from kajiya.exporting.parity import compare, distance, require_parity
+from kajiya.models.adapter_files import (
+    ADAPTER_CONFIG,
+    adapter_task,
+    base_folder,
+    is_mergeable,
+    read_base,
+)
 from kajiya.models.load import load_model
 from kajiya.models.open import model_dtype, open_model
 from kajiya.models.save import save_model
+from kajiya.models.tokenizer_of import odd_token, tokenizer_folder
 from kajiya.run.files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Rows = Sequence[Sequence[int]]
+Rows = Sequence[Row]
 
 
 def merge_adapter(adapter: Path, folder: Path, rows: Rows, *, into: str | None, base: str | None) -> dict[str, Any]:
     """Write the base of `adapter` with the adapter added into `folder`, in the dtype `into` (`None`: the base's own).
 
     What was written is loaded again and compared with the adapter beside its base on `rows`, in float32 and in 16 bits, each at
-    its tolerance of `parity`. Returns the certificate. Raises `ParityError` when one is past it, `ConfigError` for an adapter that
-    is no change of weights.
+    its tolerance of `parity`; no more than two models are held at a time. Returns the certificate. Raises `ParityError` when one
+    is past it, `ConfigError` for an adapter that is no change of weights.
     """
     if not is_mergeable(adapter):
         kind = read_json(adapter / ADAPTER_CONFIG)["peft_type"]
@@ -39,17 +47,23 @@ def merge_adapter(adapter: Path, folder: Path, rows: Rows, *, into: str | None, 
     stored = model_dtype(found) if into is None else _dtype(into)
     task = adapter_task(adapter, found)
     merged = open_model(adapter, torch.float32, base=base, is_merged=True, task=task)
-    save_model(merged.to(stored), load_tokenizer(adapter), folder)
+    save_model(merged.to(stored), load_tokenizer(tokenizer_folder(adapter)), folder)
     longest = getattr(merged.config, "max_position_embeddings", None)
-    rows = [row[:longest] for row in rows]
     del merged
     coarser = torch.bfloat16 if stored == torch.float32 else stored
-    parent, rounded = (open_model(adapter, dtype, base=base, task=task) for dtype in (torch.float32, coarser))
-    measured = []
-    for dtype in (torch.float32, coarser):
-        result = load_model(folder, dtype=dtype, task=task)
-        own = None if dtype == stored == torch.float32 else rounded
-        measured.append(compare(parent, result, rows, task=task, stored=stored, rounded=own))
+    parent = open_model(adapter, torch.float32, base=base, task=task)
+    evidence = gather(parent, rows, task, longest)
+    rounding = distance(parent, open_model(adapter, coarser, base=base, task=task), evidence, coarser)
+    measured = [
+        compare(
+            parent,
+            load_model(folder, dtype=dtype, task=task),
+            evidence,
+            stored=stored,
+            rounding=None if dtype == stored == torch.float32 else rounding,
+        )
+        for dtype in (torch.float32, coarser)
+    ]
     require_parity("the merged model", measured)
     named = read_base(adapter)
     return {
@@ -96,24 +110,16 @@ def merge_models(
 
 def _one_tokenizer(models: Sequence[Path]) -> Any:
     """The tokenizer of the first model (of an adapter without one its base's), which is to be that of all."""
-    first, *others = (load_tokenizer(path if _has_tokenizer(path) else base_folder(path)) for path in models)
-    mine = first.get_vocab()
+    first, *others = (load_tokenizer(tokenizer_folder(path)) for path in models)
     for path, other in zip(models[1:], others, strict=True):
-        odd = sorted(mine.items() ^ other.get_vocab().items(), key=lambda each: (each[1], each[0]))
-        if odd:
-            token, number = odd[0]
+        odd = odd_token(first, other)
+        if odd is not None:
             raise ConfigError(
                 "merge",
-                f"{models[0]} and {path} have other tokens: {token!r} is number {number} in one of them alone",
+                f"{models[0]} and {path} have other tokens: {odd[0]!r} is number {odd[1]} in one of them alone",
                 "Only models of one tokenizer can be made into one.",
             )
     return first
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return not is_adapter(folder) or any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
-    )
 
 
 def _is_tied(module: Any) -> bool:

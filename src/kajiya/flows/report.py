@@ -19,6 +19,7 @@ from kajiya.flows.figure_files import (
     standalone_svg,
 )
 from kajiya.flows.figures import BarsData, CurvesData, draw_bars, draw_curves
+from kajiya.flows.report_certificates import certificates_section
 from kajiya.flows.report_comparison import comparison_section, cost_section
 from kajiya.flows.report_course import asked_section, data_section, plan_section, time_section
 from kajiya.flows.report_evidence import curves_data, curves_section, documents_section, samples_section
@@ -174,6 +175,7 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str], others: Sequen
         ("result", "Result", lambda: result_section(runs)),
         ("comparison", "Paired comparison", lambda: comparison_section(runs)),
         ("tasks", "Tasks", lambda: tasks_section([*scored_runs(runs, with_text=bool(others)), *others])),
+        ("certificates", "Certificates of merges", lambda: certificates_section(runs)),
         ("curves", "Loss", lambda: curves_section(runs)),
         ("documents", "Held-out documents", lambda: documents_section(writing) if writing else None),
         ("data", "Data ledger", lambda: data_section(runs)),

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 ARTIFACTS = ("corpus", "tokenizer", "shards", "model", "baselines", "evaluation")
 """Names under which a finished run lists its artifacts."""
+MERGED = "merged "
+"""How the name begins under which it lists the certificate of a merge; the dtype that was written follows."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,11 @@ def _head(found: Target) -> str | None:
         task = loss_row(found.run.manifest()["config"]["train"]["loss"]["name"]).task
         return _HEADS.get(task)
     folder = found.model.path
+    if (folder / "adapter_config.json").is_file():
+        from kajiya.models.adapter_files import adapter_task
+
+        # What its own config calls its use: its base need not be at hand.
+        return _HEADS.get(adapter_task(folder, folder).name)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     names = " ".join(config["architectures"] or ()) if "architectures" in config else ""
     kinds = {"ForSequenceClassification": "classes", "ForMaskedLM": "masked"}

@@ -11,6 +11,7 @@ from kajiya.config.schema import Config
 from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
+from kajiya.flows.balance import balance_words
 from kajiya.flows.bases import find_bases, loss_without_place, without_places
 from kajiya.flows.feeding import Data, answer_tokens, packing_of, rendering_of
 from kajiya.flows.fitting import fit_run, follow_run, save_fitted
@@ -217,6 +218,9 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     shards = stages.produce(
         "shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell, rendering), _shards_words
     )
+    unbalanced = balance_words(config.train.loss, shards.path)
+    if unbalanced is not None:
+        tell("warning", text=unbalanced)
     packing = None
     if chosen.name != "concatenate":
         packing = stages.produce(

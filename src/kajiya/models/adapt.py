@@ -210,6 +210,8 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
             f"olora takes a part out of weights [out, in], and layers of {type(module).__name__} keep them the other way round",
             "Set adapter.options.init=pissa, which knows both, or default.",
         )
+    if options.init in ("pissa", "olora"):
+        _require_rank(module, targets, options)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
@@ -223,6 +225,19 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
         task_type=_task(module),
     )
     inject(module, config, "default")
+
+
+def _require_rank(module: nn.Module, targets: list[str], options: LoraOptions) -> None:
+    """Raise `ConfigError` where a layer's weights have fewer than `r` directions that could be taken out of them."""
+    shapes: dict[str, Any] = {name: module.get_submodule(name).weight.shape for name in targets}
+    least = min(shapes, key=lambda name: min(shapes[name]))
+    if min(shapes[least]) < options.r:
+        raise ConfigError(
+            "adapter.options.r",
+            f"is {options.r}, and {options.init} takes as many directions out of each layer's weights, of which {least} "
+            f"{list(shapes[least])} has {min(shapes[least])}",
+            f"Set adapter.options.r={min(shapes[least])} at most, or adapter.options.init=default.",
+        )
 
 
 def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
@@ -300,9 +315,15 @@ def _attach(module: Any, config: Any, weight: torch.Tensor) -> None:
 def _require_packed(module: Any, name: str) -> None:
     from transformers import PreTrainedModel
 
-    is_packed = isinstance(module, PreTrainedModel) and module.config._attn_implementation == PACKED_SDPA
-    if not is_packed or _task(module) != "CAUSAL_LM":
-        raise ConfigError("adapter.name", f"{name} needs a causal model of Transformers with model.attention=sdpa")
+    if not isinstance(module, PreTrainedModel) or _task(module) != "CAUSAL_LM":
+        raise ConfigError("adapter.name", f"{name} needs a causal model of Transformers", "Set adapter.name=lora.")
+    attention = module.config._attn_implementation
+    if attention != PACKED_SDPA:
+        raise ConfigError(
+            "adapter.name",
+            f"{name} needs attention by sdpa, and {type(module).__name__} is computed by {attention}",
+            "Set model.attention=sdpa; an architecture that has none of it takes adapter.name=lora.",
+        )
 
 
 def _task(module: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ from kajiya.run.tensor_headers import read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 _BASE = "base.json"
 _WHOLE = ("embed_tokens", "embed_tokens.base_layer", "lm_head", "lm_head.base_layer", "wte", "wte.base_layer")
 """Ends of the names of embeddings and heads in PEFT's files."""
@@ -193,6 +194,12 @@ def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained
     from safetensors.torch import load_file
 
     if not is_adapter(folder) or not (folder / _WEIGHTS).is_file():
+        if (folder / _PICKLE).is_file():
+            raise StoreError(
+                f"{folder}: its weights are in {_PICKLE} alone; only safetensors are loaded, since a pickle can run code.\n"
+                'Where you trust it, let PEFT write it anew: python -c "from peft import AutoPeftModelForCausalLM as A; '
+                f"A.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            )
         raise StoreError(f"{folder}: no adapter is there ({ADAPTER_CONFIG} and {_WEIGHTS})")
     check_origin(folder, origin_of(module))
     config = PeftConfig.from_pretrained(str(folder))

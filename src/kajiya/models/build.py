@@ -53,7 +53,10 @@ class BuiltModel:
 
 
 def build_model(config: ModelConfig, vocabulary: Vocabulary, seed: int, task: Task = CAUSAL) -> BuiltModel:
-    """The model with the task's head, in float32 on the CPU, its random weights a function of `seed` alone."""
+    """The model with the task's head, in float32 on the CPU, its random weights a function of `seed` alone.
+
+    Weights from a folder are quantized as they are read where `config.quantize` says so, so that they never lie there whole.
+    """
     quiet_transformers()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,7 +77,15 @@ def _from_weights(config: ModelConfig, task: Task) -> Any:
     path = str(config.path)
     if is_adapter(Path(path)):
         return open_model(Path(path), torch.float32, config.attention, is_merged=True, task=task)
-    return load_model(path, config.revision, torch.float32, config.attention, config.trust_remote_code, task)
+    return load_model(
+        path,
+        config.revision,
+        torch.float32,
+        config.attention,
+        config.trust_remote_code,
+        task,
+        quantized=config.quantize,
+    )
 
 
 def _own_module(config: ModelConfig) -> BuiltModel:

@@ -10,6 +10,8 @@ import torch
 from kajiya.errors import ConfigError, StoreError
 from kajiya.models.attention import attention_name
 from kajiya.models.origin import Origin, set_origin
+from kajiya.models.quantized import quantize
+from kajiya.models.quantized_loading import while_reading
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.run.process import import_transformers, quiet_transformers
 from kajiya.run.tensor_headers import read_header
@@ -23,8 +25,11 @@ def load_model(
     trust_remote_code: bool = False,
     task: Task = CAUSAL,
     needs_head: bool = False,
+    quantized: str = "none",
 ) -> Any:
     """A model with the task's head, in `dtype` on the CPU, in evaluation mode, from a folder or a hub name.
+
+    With `quantized` (`model.quantize`) each weight is quantized as soon as it is read.
 
     A head over a whole text that the weights lack begins at random, from torch's generator, unless `needs_head`. Raises
     `ConfigError` when there is no such model or head, `StoreError` when its weights are not safetensors or do not fit.
@@ -38,6 +43,12 @@ def load_model(
     architecture = read_architecture(path, revision, trust_remote_code)
     if not trust_remote_code:
         require_architecture(task, architecture, "model.path")
+    if quantized != "none" and "quantization_config" in vars(architecture):
+        raise ConfigError(
+            "model.quantize",
+            f"is {quantized}, and the weights of {str(path)!r} are stored in few bits already",
+            "Set model.quantize=none, or name the weights that they were made of.",
+        )
     try:
         loaded: Any = auto_class(task).from_pretrained(
             path,
@@ -48,6 +59,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            quantization_config=None if quantized == "none" else while_reading(quantized),
             # They are in the report, and an error below.
             ignore_mismatched_sizes=True,
         )
@@ -72,7 +84,7 @@ def load_model(
                 f"{path}: the weights do not fit the config: {len(names)} {kind.replace('_', ' ')} ({listed} …)"
             )
     set_origin(model, Origin(str(folder.resolve()) if folder.is_dir() else str(path), revision))
-    return model.eval()
+    return quantize(model, quantized).eval()
 
 
 def read_architecture(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

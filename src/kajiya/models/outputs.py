@@ -54,6 +54,16 @@ def decoder_start(model: Any) -> int | None:
     return int(model.config.pad_token_id if start is None else start)
 
 
+def named_ends(model: Any) -> set[int] | None:
+    """Ids at which the model's own settings end an answer; `None` where it has none."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.generation_config is None:
+        return None
+    named = model.generation_config.eos_token_id
+    return set(named) if isinstance(named, list) else set() if named is None else {int(named)}
+
+
 def sequence_logits(model: Any, batch: ExampleBatch) -> torch.Tensor:
     """The head's outputs [S, C] for each sequence, or those of a user's own `forward(tokens [S, L], mask [S, L])`.
 

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,20 +18,28 @@ def quantize(module: nn.Module, kind: str) -> nn.Module:
 
     nf4: 4-bit NormalFloat in blocks of 64, the blocks' scales in 8 bits (QLoRA, arXiv:2305.14314, sections 3 and 4); int8: LLM.int8
     with outlier columns of activations kept (arXiv:2208.07339); torchao-int8: weights alone, a scale a row. The layers compute in
-    the dtype of what they read. Raises `ConfigError` for a module without linear layers.
+    the dtype of what they read. Those that were quantized while they were read stay as they are. Raises `ConfigError` for a
+    module without linear layers.
     """
     if kind == "none":
         return module
-    found = list(_linear_layers(module))
-    if not found:
-        raise ConfigError("model.quantize", f"{type(module).__name__} has no linear layer to quantize")
-    for name, layer in found:
-        module.set_submodule(name, _KINDS[kind](layer))
+    if not any(map(is_quantized, module.parameters())):
+        found = quantized_layers(module)
+        if not found:
+            raise ConfigError("model.quantize", f"{type(module).__name__} has no linear layer to quantize")
+        while found:
+            name, layer = found.pop(0)  # so that nothing holds a layer whose place another has taken
+            module.set_submodule(name, quantize_layer(layer, kind))
     if kind in ("nf4", "int8"):
         # PEFT's layers look here for what they stand beside.
         setattr(module, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
     set_form(module, kind)
     return module
+
+
+def quantize_layer(layer: nn.Linear, kind: str) -> Any:
+    """A layer with the weights of another one in few bits, and its bias; as `quantize`."""
+    return _KINDS[kind](layer)
 
 
 def dequantize(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -109,16 +117,20 @@ def _bytes(tensor: torch.Tensor) -> int:
     return sum(each.numel() * each.element_size() for each in plain_tensors(tensor))
 
 
-def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """All but heads, and what Transformers says must stay in float32 (T5's `wo`, whose forward pass asks its weight's dtype)."""
+def quantized_layers(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that are quantized: all but heads, and what Transformers says must stay in float32 (T5's `wo`, whose
+    forward pass asks its weight's dtype).
+    """
     from transformers import PreTrainedModel
 
     known: Any = module if isinstance(module, PreTrainedModel) else None
     head = None if known is None else known.get_output_embeddings()
     whole = {*CLASS_HEADS, *(() if known is None else known._keep_in_fp32_modules or ())}
-    for name, part in module.named_modules():
-        if type(part) is nn.Linear and part is not head and not whole & set(name.split(".")):
-            yield name, part
+    return [
+        (name, part)
+        for name, part in module.named_modules()
+        if type(part) is nn.Linear and part is not head and not whole & set(name.split("."))
+    ]
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:

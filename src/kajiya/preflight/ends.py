@@ -1,7 +1,6 @@
 """Where the model stops, and whether the text that it learns from ends there."""
 
-from typing import Any
-
+from kajiya.models.outputs import named_ends
 from kajiya.preflight.subject import Finding, Subject, failed
 
 ANSWERED = ("chat", "instruction", "preference", "feedback")
@@ -10,7 +9,7 @@ ANSWERED = ("chat", "instruction", "preference", "feedback")
 
 def unstoppable(subject: Subject) -> Finding | None:
     """Where the model does not stop at what its text ends with."""
-    tokenizer, stops = subject.tokenizer, _named_stops(subject.setup.model)
+    tokenizer, stops = subject.tokenizer, named_ends(subject.setup.model)
     if stops is not None and tokenizer.eos_token_id not in stops:
         return failed(
             f"the model's generation config ends at {sorted(stops) or 'nothing'}, the text ends with {tokenizer.eos_token_id}",
@@ -21,17 +20,7 @@ def unstoppable(subject: Subject) -> Finding | None:
 
 def stops_of(subject: Subject) -> set[int]:
     """Ids at which the model ends an answer."""
-    return _named_stops(subject.setup.model) or {subject.tokenizer.eos_token_id}
-
-
-def _named_stops(model: Any) -> set[int] | None:
-    """Ids at which the model's own settings end an answer; `None` where it has none."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel) or model.generation_config is None:
-        return None
-    named = model.generation_config.eos_token_id
-    return set(named) if isinstance(named, list) else set() if named is None else {int(named)}
+    return named_ends(subject.setup.model) or {subject.tokenizer.eos_token_id}
 
 
 def _template_without_end(subject: Subject) -> Finding | None:

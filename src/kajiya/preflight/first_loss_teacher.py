@@ -89,7 +89,8 @@ def _logits(model: Any, batch: Batch, subject: Subject) -> torch.Tensor:
     """Of the positions that have a target, float32 [M, V] on the CPU."""
     device = subject.setup.strategy.device
     with evaluation_mode(model), subject.setup.precision.context(device):
-        return all_logits(model, batch.to(device))[(batch.targets != NO_TARGET).to(device)].float().cpu()
+        logits_MV = all_logits(model, batch.to(device))[(batch.targets != NO_TARGET).to(device)]
+    return logits_MV[:, : read_beside(subject.setup.loss)["n_tokens"]].float().cpu()
 
 
 _Compared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +19,10 @@ from kajiya.config.tables import TABLES, import_target, is_options, resolve
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
 from kajiya.errors import ConfigError, TrainingError
 from kajiya.evals.sandbox import run_program
+from kajiya.training.time_limit import LateError, time_limit
 
 _FIELD = "train.loss.options.rewards"
+_MOST_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,17 @@ class Rewards:
     names: tuple[str, ...]
     weights: tuple[float, ...]
     functions: tuple[Reward, ...]
+    seconds: tuple[float, ...]
+    """Longest time that each may take over the answers that it is given at once."""
 
     def judge(self, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
         """Of each sample the weighted sum, and behind it each reward by itself.
 
-        Raises `TrainingError` for a reward that gives something else than a finite number for each sample.
+        Raises `TrainingError` for a reward that gives something else than a finite number for each sample, or takes too long.
         """
         columns = [
-            _numbers(function(samples), len(samples), name)
-            for name, function in zip(self.names, self.functions, strict=True)
+            _numbers(_in_time(function, samples, name, seconds), len(samples), name)
+            for name, function, seconds in zip(self.names, self.functions, self.seconds, strict=True)
         ]
         rows = list(zip(*columns, strict=True))
         return [(math.fsum(w * x for w, x in zip(self.weights, row, strict=True)), *row) for row in rows]
@@ -76,7 +80,32 @@ def load_rewards(given: Sequence[Any], device: torch.device) -> Rewards:
             functions.append(partial(function, **options))
         name = part.name.rpartition(":")[2]
         names.append(name if name not in names else f"{name}_{number}")
-    return Rewards(tuple(names), tuple(part.weight for part in parts), tuple(functions))
+    weights, seconds = zip(*((part.weight, part.seconds) for part in parts), strict=True)
+    return Rewards(tuple(names), weights, tuple(functions), seconds)
+
+
+def _in_time(function: Reward, samples: Sequence[Sample], name: str, seconds: float) -> Sequence[float]:
+    """What the reward gives. Raises `TrainingError` that shows the answer that it hangs at."""
+
+    def locate(frames: Iterator[dict[str, Any]]) -> str:
+        found = next((each for frame in frames for each in frame.values() if isinstance(each, Sample)), None)
+        if found is None:
+            return f"one of {len(samples)} answers, the first to the prompt {_shown(samples[0].prompt)}"
+        words = f"the answer {_shown(found.answer)} to the prompt {_shown(found.prompt)}"
+        return f"{words} (completion {_shown(found.completion)})"
+
+    try:
+        with time_limit(seconds, locate):
+            return function(samples)
+    except LateError as late:
+        raise TrainingError(
+            f"the reward {name} has not judged {len(samples)} answers within {seconds:g} s; it is at {late}.\n"
+            "Mend the reward (a pattern like (a+)+b takes forever over some texts), or give it longer: its `seconds`."
+        ) from None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "…")
 
 
 def _numbers(given: Sequence[float], n: int, name: str) -> list[float]:

@@ -13,6 +13,7 @@ import torch
 
 from kajiya.data.batch import Batch, target_places
 from kajiya.data.shards import map_array
+from kajiya.errors import ConfigError
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.training.losses.sequences import split_head
@@ -47,6 +48,18 @@ class Keeping:
     top_k: int
     temperature: float
     chunk_tokens: int
+    n_tokens: int | None = None
+    """Tokens of the tokenizer; what the teacher's head has behind them is left out. `None`: all are the tokenizer's."""
+
+
+def require_top_k(top_k: int, n_tokens: int) -> None:
+    """Raise `ConfigError` where no teacher of so many tokens has so many most probable ones."""
+    if top_k > n_tokens:
+        raise ConfigError(
+            "train.loss.options.top_k",
+            f"is {top_k:,}, and the teacher knows {n_tokens:,} tokens",
+            "Set it far lower (64), or to null: the teacher then runs beside the student.",
+        )
 
 
 @torch.no_grad()
@@ -56,7 +69,7 @@ def cache_teacher(
     """Write the tables of `n_places` into `folder`; returns the vocabulary's size.
 
     `splits` are the place at which each begins and its rows, which together hold every place that can be a target's. A place is
-    read with what stands before it in its row.
+    read with what stands before it in its row. Raises `ConfigError` for more of each than there are tokens.
     """
     device = next(teacher.parameters()).device
     shape = (n_places, keeping.top_k)
@@ -78,9 +91,11 @@ def cache_teacher(
                 )
                 for part in torch.arange(len(wanted)).split(keeping.chunk_tokens):
                     own = states[wanted[part].to(device)]
-                    logits = (own if head is None else own @ head.T).float() / keeping.temperature
+                    logits = (own if head is None else own @ head[: keeping.n_tokens].T).float() / keeping.temperature
+                    logits = logits[:, : keeping.n_tokens]
                     vocab_size = logits.shape[1]
-                    found = logits.log_softmax(1).topk(min(keeping.top_k, vocab_size), dim=1)
+                    require_top_k(keeping.top_k, vocab_size)
+                    found = logits.log_softmax(1).topk(keeping.top_k, dim=1)
                     ids_NK[places[part]] = found.indices.cpu().numpy()
                     log_p_NK[places[part]] = found.values.cpu().numpy()
     ids_NK.flush()

@@ -25,36 +25,46 @@ from kajiya.training.losses.preference import log1mexp
 from kajiya.training.losses.sequences import split_head
 from kajiya.training.teacher import CachedTeacher
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def load_teacher(options: DistillLoss, device: torch.device, cached: CachedTeacher | None = None) -> dict[str, Any]:
-    """The teacher of `options.teacher`, frozen, in evaluation mode on the device, in float32; or what was `cached` of it."""
-    return {"teacher": open_teacher(options, device) if cached is None else cached}
+
+def load_teacher(
+    options: DistillLoss, device: torch.device, cached: CachedTeacher | None = None, n_tokens: int | None = None
+) -> dict[str, Any]:
+    """The teacher of `options.teacher`, frozen, in evaluation mode on the device; or what was `cached` of it.
+
+    `n_tokens`: tokens of the tokenizer that teacher and student share, where it is known to be one.
+    """
+    return {"teacher": open_teacher(options, device) if cached is None else cached, "n_tokens": n_tokens}
 
 
 def open_teacher(options: DistillLoss, device: torch.device) -> Any:
     """The teacher itself."""
     if not options.teacher:
         raise ConfigError("train.loss.options.teacher", "is not set", "Give the folder or hub name of the teacher.")
-    path = Path(options.teacher)
+    path, dtype = Path(options.teacher), _DTYPES[options.teacher_dtype]
     if is_adapter(path):
-        teacher = open_model(path, torch.float32, is_merged=is_mergeable(path))
+        teacher = open_model(path, dtype, is_merged=is_mergeable(path))
     else:
-        teacher = load_model(options.teacher, options.teacher_revision)
+        teacher = load_model(options.teacher, options.teacher_revision, dtype)
     return teacher.requires_grad_(False).to(device)
 
 
-def distill(model: Any, batch: Batch, options: DistillLoss, teacher: Any) -> tuple[Terms, Terms]:
+def distill(
+    model: Any, batch: Batch, options: DistillLoss, teacher: Any, n_tokens: int | None = None
+) -> tuple[Terms, Terms]:
     """teacher_weight · T² · divergence from the teacher + (1 − teacher_weight) · cross-entropy of the targets, in nats.
 
     Both distributions are softened by the temperature T, whose square keeps the gradient's scale (Hinton et al.,
     arXiv:1503.02531, section 2). Forward is KL(teacher ‖ student), reverse KL(student ‖ teacher), jsd the generalized
     Jensen–Shannon divergence of `jsd_teacher_share` (Agarwal et al., GKD, arXiv:2306.13649, equation 1). Of a teacher of which
-    the most probable tokens alone are known, all others are one outcome, in both distributions.
+    the most probable tokens alone are known, all others are one outcome, in both distributions. Both are distributions of the
+    `n_tokens` that their tokenizer has; what heads have behind these, to fill them up, is left out.
     """
     wanted_N = target_places(batch.targets)
     with torch.no_grad():
-        taught, n_taught = _taught(teacher, batch, wanted_N, options.temperature)
-    own = _states(model, batch, wanted_N)
+        taught, n_taught = _taught(teacher, batch, wanted_N, options.temperature, n_tokens)
+    own = _states(model, batch, wanted_N, n_tokens)
     if _vocab_size(own) != n_taught:
         raise ConfigError(
             "train.loss.options.teacher",
@@ -87,11 +97,11 @@ _Compare = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _taught(
-    teacher: Any, batch: Batch, wanted_N: torch.Tensor, temperature: float
+    teacher: Any, batch: Batch, wanted_N: torch.Tensor, temperature: float, n_tokens: int | None
 ) -> tuple[Callable[[slice], _Compare], int]:
     """What compares a part of the wanted positions with the teacher, and the size of the teacher's vocabulary."""
     if not isinstance(teacher, CachedTeacher):
-        states_ND, head_VD = _states(teacher, batch, wanted_N)
+        states_ND, head_VD = _states(teacher, batch, wanted_N, n_tokens)
 
         def beside(part: slice) -> _Compare:
             return lambda log_q_CV: (
@@ -117,11 +127,15 @@ def _with_rest(log_p_CK: torch.Tensor) -> torch.Tensor:
     return torch.cat([log_p_CK, rest_C1], dim=1)
 
 
-def _states(model: Any, batch: Batch, wanted_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden states of the wanted positions, and the head; of a module that has no such parts, its logits and `None`."""
+def _states(
+    model: Any, batch: Batch, wanted_N: torch.Tensor, n_tokens: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states of the wanted positions, and the head of the first `n_tokens` (`None`: all); of a module that has no such
+    parts, its logits and `None`."""
     if has_split_head(model):
-        return split_head(model, batch, wanted_N)
-    return all_logits(model, batch).flatten(0, 1).index_select(0, wanted_N), None
+        states_ND, head_VD = split_head(model, batch, wanted_N)
+        return states_ND, head_VD[:n_tokens]
+    return all_logits(model, batch).flatten(0, 1).index_select(0, wanted_N)[:, :n_tokens], None
 
 
 def _vocab_size(states: tuple[torch.Tensor, torch.Tensor | None]) -> int:
