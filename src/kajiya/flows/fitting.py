@@ -142,8 +142,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
         row_growth=config.train.row_growth,
     )
     portions = _share_out(config, setup, loader, ranks, settled)
-    guard = Guard(shrink=shrinker(loader, portions) if ranks.n == 1 else None)
-    setup = replace(setup, accumulate=portions.accumulate, guard=guard)
+    setup = replace(setup, accumulate=portions.accumulate, guard=Guard(shrink=shrinker(loader, portions)))
     derived = (
         built.derived
         | adapted

@@ -61,7 +61,7 @@ def take_snapshot(
     """
     generators = generators or [read_generators()]
     drawn = {f"generator/{rank}/{k}": t for rank, each in enumerate(generators) for k, t in each.tensors.items()}
-    tensors = _buffers(model) | optimizer.state_tensors() | drawn
+    tensors = state_buffers(model) | optimizer.state_tensors() | drawn
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     plain: dict[str, Any] = {"state": asdict(state), "loader": loader, "run_key": run_key}
     plain |= {"generators": [each.numbers for each in generators], "frozen": frozen}
@@ -132,7 +132,7 @@ def _restore_weights(
     if plain["frozen"] != frozen_digest(model):
         raise StoreError(f"{folder}: the frozen weights are not those that this checkpoint was trained beside")
     held = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
-    expected = {name.removeprefix("model/") for name in _buffers(model)}
+    expected = {name.removeprefix("model/") for name in state_buffers(model)}
     if expected != held.keys():
         odd = sorted(expected ^ held.keys())[0]
         raise StoreError(f"{folder}: the tensor {odd!r} is in the model or in the checkpoint, but not in both")
@@ -174,7 +174,7 @@ def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None
 def frozen_digest(model: nn.Module) -> str | None:
     """SHA-256 of the weights that are not trained, which a checkpoint names and does not hold; `None` where there are none."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    held = _buffers(model)
+    held = state_buffers(model)
     frozen = [
         (name, tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -183,7 +183,7 @@ def frozen_digest(model: nn.Module) -> str | None:
     return tensors_digest(frozen) if frozen else None
 
 
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def state_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that belong to the model's state, by their name in a checkpoint; shared ones once."""
     kept = {}
     for path, module in model.named_modules():
