@@ -35,7 +35,7 @@ from kajiya.models.size import missed_words
 from kajiya.models.trained import save_trained
 from kajiya.preflight.plan import Plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
-from kajiya.run.process import collect_as_usual, import_transformers
+from kajiya.run.process import collect_as_usual, import_transformers, use_gpu
 from kajiya.run.store import Artifact, Store
 from kajiya.training.compile import compile_where_it_pays
 from kajiya.training.fit import Setup, fit
@@ -97,6 +97,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     """
     ranks = find_ranks(config.train.strategy)
     device = resolve_device(config.train.device, "train.device", ranks.local)
+    use_gpu(device)
     join(ranks, device)
     import_transformers()
     collect_as_usual()
@@ -347,7 +348,7 @@ def _keeper(config: Config, run: Run, prepared: Prepared, settled: dict[str, Any
         on_spike=train.on_spike,
         rollback=lambda _state: keeper.go_back(settled["train.save_every"]),
     )
-    writer = CheckpointWriter(run.checkpoints, train.keep_last)
+    writer = CheckpointWriter(run.checkpoints, train.keep_last, settled["train.save_every"])
     watches = (norms_watch(train.layer_norms_every, hear), histograms_watch(train.histograms_every, hear))
     setup = replace(setup, guard=guard, watches=tuple(each for each in watches if each is not None))
     keeper = Keeper(run, setup, key, hear, writer, prepared.ranks)

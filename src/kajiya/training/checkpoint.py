@@ -155,16 +155,31 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob("step-*/" + _MANIFEST))
 
 
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was taken."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def of_rhythm(checkpoints: Sequence[Path], save_every: int) -> list[Path]:
+    """Those that an uninterrupted run would have too: none that a signal or an evaluation caused."""
+    return [folder for folder in checkpoints if step_of(folder) % save_every == 0]
+
+
 def disown_checkpoint(folder: Path) -> None:
     """Take the manifest away: the folder is no checkpoint any more, and the next save of its step replaces it."""
     (folder / _MANIFEST).unlink()
 
 
-def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the last `keep_last` and the one of `best_step`."""
+def prune_checkpoints(root: Path, keep_last: int, best_step: int | None, save_every: int = 1) -> None:
+    """Delete all but the last `keep_last`, the one of `best_step`, and the last one of the run's own rhythm, to which it rolls
+    back: those that a signal or an evaluation caused may be newer."""
     whole = list_checkpoints(root)
-    for folder in whole[:-keep_last]:
-        if best_step is None or folder.name != checkpoint_name(best_step):
+    wanted = {folder.name for folder in whole[-keep_last:]}
+    wanted |= {folder.name for folder in of_rhythm(whole, save_every)[-1:]}
+    if best_step is not None:
+        wanted.add(checkpoint_name(best_step))
+    for folder in whole:
+        if folder.name not in wanted:
             disown_checkpoint(folder)
             shutil.rmtree(folder)
     for leftover in root.glob(".step-*"):
