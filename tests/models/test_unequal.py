@@ -11,7 +11,7 @@ from torch.nn import functional
 from kajiya.data.batch import Batch
 from kajiya.models import unequal
 from kajiya.models.attention import PACKED_SDPA, packed_sdpa, segment_mask
-from kajiya.models.isolation import isolation_inputs
+from kajiya.models.isolation import isolation_inputs, packed_words
 from kajiya.models.unequal import bounds_problem, by_bounds, distance_from_masked, filled_up, takes_bounds
 
 CPU = torch.device("cpu")
@@ -113,4 +113,16 @@ def test_the_kernel_is_compared_before_it_is_taken(calls: list[int], monkeypatch
 
     monkeypatch.setattr(unequal, "by_bounds", leaking)
     assert distance_from_masked(CPU, torch.float32) > 0.1
-    assert bounds_problem(CPU, torch.bfloat16) == "it is one for bf16 and fp16 on a GPU"
+    assert bounds_problem(CPU, torch.bfloat16) == "the kernel is one for bf16 and fp16 on a GPU"
+
+
+def test_the_plan_says_how_packed_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gpu = make_model(), torch.device("cuda")
+    assert packed_words(model, CPU, torch.bfloat16) == ""
+    for problem, words in (
+        (None, "; packed rows by bounds"),
+        ("it is late", "; packed rows under a mask: by bounds, it is late"),
+    ):
+        monkeypatch.setattr("kajiya.models.isolation.bounds_problem", lambda *_, problem=problem: problem)
+        assert packed_words(model, gpu, torch.bfloat16) == words
+    assert packed_words(make_model(attention="eager"), gpu, torch.bfloat16) == ""

@@ -29,6 +29,7 @@ from kajiya.models.build import BuiltModel, build_model, vocabulary_of
 from kajiya.models.fused import fuse_blocks
 from kajiya.models.future import add_future_heads, without_future_heads
 from kajiya.models.induction_init import begin_with_induction
+from kajiya.models.isolation import packed_words
 from kajiya.models.outputs import decoder_start
 from kajiya.models.quantized import count_params, left_out
 from kajiya.models.size import missed_words
@@ -114,6 +115,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     model = strategy.prepare(built.module)
     fused = fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
     compiled = compile_where_it_pays(config.train, model, device, fused)
+    compiled += packed_words(model, device, precision.autocast or precision.weights)
     if not ranks.is_first:
         wait_for_all(ranks)  # the first computes the reference and what is kept of a teacher, the others find it
     made = build_reference(config, data, model, precision, store)

@@ -54,6 +54,18 @@ def _packed_inputs(model: Any, batch: Batch) -> dict[str, Any]:
     return {"attention_mask": first_keys(segments), "cu_seq_lens_q": filled_up(layout.bounds)}
 
 
+def packed_words(model: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """How packed rows are read on a GPU where `packed_sdpa` reads them, and why, for the plan; nothing elsewhere."""
+    from transformers import PreTrainedModel
+
+    if device.type != "cuda" or not isinstance(model, PreTrainedModel):
+        return ""
+    if model.config._attn_implementation != PACKED_SDPA:
+        return ""
+    problem = bounds_problem(device, dtype)
+    return "; packed rows by bounds" if problem is None else f"; packed rows under a mask: by bounds, {problem}"
+
+
 def sequence_bounds(segments: torch.Tensor, layout: Layout | None = None) -> dict[str, Any]:
     """Of segments [B, T], the rows one behind the other: where each segment begins, and the end, int32; and the longest."""
     bounds = segment_bounds(segments) if layout is None else layout.bounds

@@ -71,12 +71,12 @@ def filled_up(bounds: torch.Tensor) -> torch.Tensor:
 def bounds_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel is not taken, in words; `None` where it gives what a mask gives, on a few tokens."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return "it is one for bf16 and fp16 on a GPU"
+        return "the kernel is one for bf16 and fp16 on a GPU"
     try:
         apart = distance_from_masked(device, dtype)
     except (ImportError, RuntimeError) as problem:
         return f"{problem}".partition("\n")[0] or type(problem).__name__
-    return None if apart <= _TOLERANCE else f"it is {apart:.2g} apart from a mask's result"
+    return None if apart <= _TOLERANCE else f"the kernel's result is {apart:.2g} apart"
 
 
 def distance_from_masked(device: torch.device, dtype: torch.dtype) -> float:

@@ -51,9 +51,9 @@ def sequence_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> tu
         weights_BT = weights_BT * rows.weights
     # What belongs to no sequence is owned by −1, and added up before the first.
     owner_N = batch.owner.reshape(-1) + 1
-    sums = values_BT.new_zeros(2, 1 + len(batch.last))
-    sums = sums.index_add(1, owner_N, torch.stack([values_BT * weights_BT, weights_BT]).reshape(2, -1))
-    return sums[0, 1:], sums[1, 1:]
+    zeros = values_BT.new_zeros(1 + len(batch.last))
+    sums, lengths = (zeros.index_add(0, owner_N, each.reshape(-1)) for each in (values_BT * weights_BT, weights_BT))
+    return sums[1:], lengths[1:]
 
 
 def reference_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> torch.Tensor:
