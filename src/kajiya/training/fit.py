@@ -266,21 +266,21 @@ def _measured(setup: Setup, group: list[Any], totals: Mapping[str, float]) -> li
     """The group, each batch with the means over all of it (and all ranks) that the loss asked for."""
     if setup.measure is None:
         return group
-    strategy = setup.strategy
-    sums: dict[str, float] = {}
+    strategy, measure = setup.strategy, setup.measure
+    sums = Sums()
     units: dict[str, str] = {}
-    measure = setup.measure
 
     def look() -> None:
         for batch in group:
             with setup.precision.context(strategy.device):
                 terms = measure(setup.model, batch.to(strategy.device))
-            for name, (total, count) in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(total)
-                units[name] = unit_of_term(name, count, batch.counts)
+            sums.add({name: (total.detach(), 0.0) for name, (total, _) in terms.items()})
+            units.update({name: unit_of_term(name, count, batch.counts) for name, (_, count) in terms.items()})
 
     _on_all(strategy, look)
-    means = {name: total / totals[units[name]] for name, total in _over_ranks(strategy, sums).items()}
+    # The device is waited for once.
+    read = strategy.sum(sums.stacked()).tolist()
+    means = {name: total / totals[units[name]] for name, total in zip(sums.names, read, strict=False)}
     return [replace(batch, measured=means) for batch in group]
 
 
