@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import random
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,17 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Weights and noise that a test draws are the same at every run, whichever tests ran before it."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
 
 SMALL = (
     "tokenizer.vocab_size=512",

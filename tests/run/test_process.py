@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from kajiya.run.process import default_threads
+from kajiya.run.process import default_threads, use_gpu
 from kajiya.run.provenance import _cpu_limits, usable_cores
 
 
@@ -35,6 +36,14 @@ def test_the_users_own_number_of_threads_comes_first(
         if value is not None:
             monkeypatch.setenv(name, value)
     assert default_threads() == threads
+
+
+def test_a_ranks_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        use_gpu(torch.device(name))
+    assert taken == [torch.device("cuda:1")]
 
 
 def test_a_training_process_keeps_to_it() -> None:

@@ -14,15 +14,16 @@ from kajiya.models.build import Vocabulary, build_model
 VOCABULARY = Vocabulary(97, 0, 1, 2)
 
 
+def make_model(seed: int = 0, **settings: object) -> torch.nn.Module:
+    """A Llama of a few thousand parameters, float32."""
+    sizes = {"n_params": None, "hidden_size": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "ffn_size": 48}
+    return build_model(ModelConfig(**{**sizes, "max_positions": 64, **settings}), VOCABULARY, seed).module.train()  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., torch.nn.Module]:
-    """`tiny_model(seed=0, **model settings)`: a Llama of a few thousand parameters, float32."""
-
-    def make(seed: int = 0, **settings: object) -> torch.nn.Module:
-        sizes = {"n_params": None, "hidden_size": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "ffn_size": 48}
-        return build_model(ModelConfig(**{**sizes, "max_positions": 64, **settings}), VOCABULARY, seed).module.train()  # type: ignore[arg-type]
-
-    return make
+    """`tiny_model(seed=0, **model settings)`: `make_model`."""
+    return make_model
 
 
 def make_batch(rows: int, tokens: int = 16, seed: int = 0, keep: float = 0.7) -> Batch:

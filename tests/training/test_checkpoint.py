@@ -12,7 +12,7 @@ from tests.training.test_fit import make_setup
 
 from kajiya.config.tables import TABLES
 from kajiya.errors import StoreError
-from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint, step_of
 from kajiya.training.fit import Setup, fit
 from kajiya.training.state import TrainState
 
@@ -104,6 +104,15 @@ def test_pruning_keeps_the_last_and_the_best(tiny_model: Make, tmp_path: Path) -
     prune_checkpoints(tmp_path, keep_last=2, best_step=2)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000005", "step-00000006"]
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_pruning_keeps_what_a_rollback_goes_to(tmp_path: Path) -> None:
+    """Ten and twenty are the run's own; the others a signal or an evaluation caused."""
+    for step in (10, 20, 22, 24):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    prune_checkpoints(tmp_path, keep_last=1, best_step=None, save_every=10)
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [20, 24]
 
 
 def test_no_pickle_in_a_checkpoint(tiny_model: Make, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.training.test_guard import RowLoader
 
 from kajiya.config.schema import LossConfig, OptimConfig
 from kajiya.config.tables import TABLES
+from kajiya.models.unequal import bounds_problem
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
 from kajiya.training.fit import Hook, Setup, fit, train_step
 from kajiya.training.guard import Guard
@@ -168,3 +169,11 @@ def test_a_resumed_state_is_on_the_device_and_goes_on(
         assert torch.equal(a, b), name
     fit(rest, state, [], lambda: False)
     assert state.step == 6
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="this GPU has no flash kernel"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_rows_are_read_without_a_mask(dtype: torch.dtype) -> None:
+    assert bounds_problem(torch.device("cuda"), dtype) is None

@@ -1,5 +1,7 @@
 """Steps that go wrong: not finite, a leap of the loss, no memory; what is kept of them, and what a run does then."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +231,38 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tiny_model: Mak
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
     with pytest.raises(TrainingError, match="cannot be made smaller"):
         train_step(replace(setup, loss=_with_memory_for(0, setup.loss)), state)
+
+
+def test_what_the_failed_passes_held_is_free_when_they_are_tried_again(tiny_model: Make) -> None:
+    """An error's frames hold the activations; the collector of garbage is off, as where the loop is timed."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    setup = make_setup(tiny_model(), [make_batch(2)])
+
+    def loss(model: Any, batch: Any) -> Any:
+        terms, metrics = setup.loss(model, batch)
+        if not held:
+            held.append(weakref.ref(terms["loss"][0]))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert held[0]() is None
+        return terms, metrics
+
+    gc.disable()
+    try:
+        train_step(replace(setup, loss=loss, guard=Guard(shrink=lambda _times: 1)), state := TrainState())
+    finally:
+        gc.enable()
+    assert (state.halvings, state.step) == (1, 1)
+
+
+def test_no_memory_for_the_update_is_told_as_that(tiny_model: Make) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)])
+
+    def step(_lr: float) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    setup.optimizer.step = step  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"step 1: out of memory in the update.*\n.*optim\.offload=true"):
+        train_step(setup, TrainState())
 
 
 def test_a_micro_batch_of_odd_size_becomes_its_next_smaller_divisor() -> None:

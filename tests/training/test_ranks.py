@@ -1,44 +1,38 @@
-"""Two processes over gloo: loss, gradients and weights are those of one; the flow under torchrun; what only the first writes."""
+"""Two processes over gloo: loss, gradients and weights are those of one, where one of them runs out of memory too."""
 
-import copy
-import json
-import os
+import math
 import random
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.conftest import small_overrides
-from tests.training.conftest import ListLoader, make_batch
+from tests.training.conftest import ListLoader, make_batch, make_model
 from tests.training.test_fit import make_setup
+from tests.training.test_guard import RowLoader
+from tests.training.two_ranks import as_two
 
 from kajiya.config.schema import LossConfig
-from kajiya.errors import ConfigError
-from kajiya.models.attention import register_packed_sdpa
-from kajiya.run.events import read_events
-from kajiya.run.folder import find_run
-from kajiya.run.hashing import hash_file
-from kajiya.run.store import Store
+from kajiya.data.batch import Batch
+from kajiya.flows.fitting import shrinker
 from kajiya.training.checkpoint import list_checkpoints, load_checkpoint, ranks_behind, take_snapshot, write_snapshot
+from kajiya.training.exchange import Exchange
 from kajiya.training.fit import Hook, Setup, fit
 from kajiya.training.generators import gather_generators
+from kajiya.training.guard import Guard
 from kajiya.training.losses import load_loss
-from kajiya.training.portions import share_out
+from kajiya.training.memory import _largest_on_gpu, largest_micro_batch
+from kajiya.training.portions import Portions
 from kajiya.training.precision import resolve_precision
-from kajiya.training.ranks import Ranks, find_ranks, join, leave, wait_for_all
+from kajiya.training.ranks import Ranks, wait_for_all
 from kajiya.training.state import TrainState
 from kajiya.training.strategy import DataParallel
 from kajiya.training.terms import drain_window
 
-Make = Callable[..., torch.nn.Module]
 STEPS = 4
 BATCHES = [make_batch(2, seed=seed, keep=0.15 if seed % 2 else 1.0) for seed in range(4 * STEPS)]
 """Four micro-batches a step with very different numbers of targets: a mean over ranks would show."""
@@ -56,115 +50,145 @@ def _train(setup: object, state: TrainState) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-def _join_as(rank: int, folder: str) -> Ranks:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
-    torch.set_num_threads(1)
-    register_packed_sdpa()
-    ranks = find_ranks("ddp")
-    join(ranks, torch.device("cpu"))
-    return ranks
-
-
-def _one_of_two(rank: int, folder: str, precision: str, model: torch.nn.Module) -> None:
-    """Runs in a process of its own: micro-batches rank, rank + 2, … of the same list."""
-    ranks = _join_as(rank, folder)
+def _setup(ranks: Ranks, model: torch.nn.Module, precision: str = "fp32", **more: Any) -> Setup:
+    """This rank's half of a run over `BATCHES`: micro-batches rank, rank + 2, … of the same list."""
     cpu = torch.device("cpu")
-    chosen = resolve_precision(precision, cpu)
-    strategy = DataParallel(cpu, chosen, ranks)
-    setup = make_setup(
-        strategy.prepare(copy.deepcopy(model)),  # what comes from the parent is memory that both share
-        [],
-        precision=precision,
-        strategy=strategy,
-        loader=ListLoader(BATCHES[rank::2]),
-        accumulate=2,
-        steps=STEPS,
-    )
+    strategy = DataParallel(cpu, resolve_precision(precision, cpu), ranks)
+    settings: dict[str, Any] = {"loader": ListLoader(BATCHES[ranks.rank :: 2]), "accumulate": 2, "steps": STEPS}
+    prepared = strategy.prepare(model)
+    return make_setup(prepared, [], precision=precision, strategy=strategy, **{**settings, **more})
+
+
+def _facts(setup: Setup) -> dict[str, Any]:
+    """Train to the end; all that must not depend on the number of ranks."""
     state = TrainState()
     losses, norms = _train(setup, state)
     weights = {name: tensor.detach().tolist() for name, tensor in setup.model.named_parameters()}
-    facts = {"losses": losses, "norms": norms, "weights": weights, "tokens": state.tokens, "targets": state.targets}
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(facts))
-    leave()
+    counts = {"tokens": state.tokens, "targets": state.targets, "halvings": state.halvings}
+    return {"losses": losses, "norms": norms, "weights": weights} | counts
 
 
-def _free_port(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
+def _trained(precision: str, ranks: Ranks, _folder: Path) -> dict[str, Any]:
+    """The second rank's model begins with other weights, which must not matter."""
+    return _facts(_setup(ranks, make_model(seed=ranks.rank), precision))
 
 
-@pytest.mark.parametrize(
-    ("precision", "tolerance", "apart_at_most"),
-    [("fp32", 1e-5, 0.01), pytest.param("bf16", 5e-3, 0.1, marks=pytest.mark.slow)],
-)
-def test_two_ranks_equal_one(
-    precision: str, tolerance: float, apart_at_most: float, tiny_model: Make, tmp_path: Path
-) -> None:
-    _free_port(tmp_path)
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path), precision, tiny_model()), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second, "every rank sees the same sums and holds the same weights"
-
-    alone = make_setup(tiny_model(), BATCHES, precision=precision, accumulate=4, steps=STEPS)
-    state = TrainState()
-    losses, norms = _train(alone, state)
-    assert first["losses"] == pytest.approx(losses, rel=tolerance)
-    assert first["norms"] == pytest.approx(norms, rel=2 * tolerance)
-    assert (first["tokens"], first["targets"]) == (state.tokens, state.targets)
-    start = dict(tiny_model().named_parameters())
-    for name, tensor in alone.model.named_parameters():
-        moved = (tensor.detach().float() - start[name].detach()).norm()
-        apart = (torch.tensor(first["weights"][name]) - tensor.detach().float()).norm()
-        assert float(apart) <= apart_at_most * float(moved) + 1e-7, name
-
-
-# ---------------------------------------------------------------- resume
-
-
-def _noisy(ranks: Ranks, model: torch.nn.Module, steps: int) -> Setup:
-    """Training with noise on the embeddings, other numbers on each rank."""
-    cpu = torch.device("cpu")
-    strategy = DataParallel(cpu, resolve_precision("fp32", cpu), ranks)
-    return make_setup(
-        strategy.prepare(copy.deepcopy(model)),
-        [],
-        loss=load_loss(LossConfig(options={"neftune_alpha": 20.0})),
-        strategy=strategy,
-        loader=ListLoader(BATCHES[ranks.rank :: 2]),
-        steps=steps,
+def _short_of_memory(ranks: Ranks, _folder: Path) -> dict[str, Any]:
+    """The second rank has no memory for the backward pass of two rows from its second step on."""
+    heard: list[str] = []
+    mine = BATCHES[ranks.rank :: 2]
+    rows = Batch(
+        *(torch.cat([getattr(each, name) for each in mine]) for name in ("tokens", "targets", "positions", "segments")),
+        n_targets=sum(each.n_targets for each in mine),
     )
+    loader = RowLoader(rows, 2)
+    guard = Guard(tell=heard.append, shrink=shrinker(loader, Portions(2, 2, 2)))
+    setup = _setup(ranks, make_model(), loader=loader, guard=guard)
+    n_passes = 0
+
+    def loss(model: Any, batch: Any) -> Any:
+        nonlocal n_passes
+        n_passes += 1
+        terms, metrics = setup.loss(model, batch)
+        if ranks.rank == 1 and n_passes > 2 and len(batch.tokens) > 1:
+            terms["loss"][0].register_hook(_no_memory)
+        return terms, metrics
+
+    return _facts(replace(setup, loss=loss)) | {"heard": heard, "rows": loader.batch}
 
 
-def _resumed_of_two(rank: int, folder: str, model: torch.nn.Module) -> None:
-    """Four steps; then two, a checkpoint, other random numbers, and two more. Leaves whether the weights are the same."""
-    ranks = _join_as(rank, folder)
-    _seed(rank)
-    whole = _noisy(ranks, model, 4)
+def _no_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _searched(ranks: Ranks, _folder: Path) -> dict[str, Any]:
+    """A search for the largest micro-batch where the first rank has room for 2 rows in its update, the second for 4 in a pass."""
+    asked: list[int] = []
+    setup = _setup(ranks, make_model(), loader=ListLoader([make_batch(8)]))
+    optimizer = setup.optimizer.optimizers[0]
+    update = optimizer.step
+
+    def loss(model: Any, batch: Any) -> Any:
+        return _no_memory() if ranks.rank == 1 and asked[-1] > 4 else setup.loss(model, batch)
+
+    def step() -> None:
+        if ranks.rank == 0 and asked[-1] > 2:
+            # As where there was memory for the first of a parameter's slots.
+            optimizer.state[next(iter(setup.optimizer.masters.values()))]["step"] = torch.zeros(())
+            _no_memory()
+        update()
+
+    optimizer.step = step  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kajiya.training.memory._largest_on_cpu", _largest_on_gpu)
+        found = largest_micro_batch(replace(setup, loss=loss), asked.append, 8)
+    return {"found": found, "asked": asked, "slots": len(setup.optimizer.state_tensors())}
+
+
+def _uneven(ranks: Ranks, _folder: Path) -> dict[str, Any]:
+    """One step of a model with a tensor that no rank's loss depends on, one that the first's does, and a buffer that counts."""
+    model = make_model()
+    model.register_parameter("of_none", torch.nn.Parameter(torch.zeros(3)))
+    model.register_parameter("of_first", torch.nn.Parameter(torch.zeros(3)))
+    model.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    model.register_buffer("flag", torch.zeros(3, dtype=torch.bool))
+    setup = _setup(ranks, model, steps=1)
+
+    def loss(model: Any, batch: Any) -> Any:
+        model.count += 1 + ranks.rank
+        model.flag |= ranks.is_first
+        terms, metrics = setup.loss(model, batch)
+        total, count = terms["loss"]
+        return {"loss": (total + model.of_first.sum() if ranks.is_first else total, count)}, metrics
+
+    fit(replace(setup, loss=loss), TrainState(), [], lambda: False)
+    return {name: getattr(setup.model, name).tolist() for name in ("of_none", "of_first", "count", "flag")}
+
+
+def _sums(ranks: Ranks, _folder: Path) -> bool:
+    """Tensors of all shapes through a buffer of ten numbers; whether the sums are right."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kajiya.training.exchange._AT_ONCE", 10)
+        shapes = [(3, 7), (2,), (), (25, 1), (4, 4)]
+        tensors = [(ranks.rank + 1) * torch.arange(float(math.prod(shape))).reshape(shape) for shape in shapes]
+        tensors += [tensors[0].T.contiguous().T, torch.full((40,), float(ranks.rank + 1))[::2]]
+        expected = [3 / (ranks.rank + 1) * each for each in tensors]
+        Exchange(torch.device("cpu")).add_up(tensors)
+    return all(torch.allclose(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+def _noisy(ranks: Ranks, steps: int) -> Setup:
+    """Training with noise on the embeddings, other numbers on each rank."""
+    loss = load_loss(LossConfig(options={"neftune_alpha": 20.0}))
+    return _setup(ranks, make_model(), loss=loss, accumulate=1, steps=steps)
+
+
+def _resumed(ranks: Ranks, folder: Path) -> dict[str, bool]:
+    """Four steps; then two, a checkpoint, other random numbers, and two more. Whether the weights are the same."""
+    _seed(ranks.rank)
+    whole = _noisy(ranks, 4)
     fit(whole, TrainState(), [], lambda: False)
 
-    _seed(rank)
-    half, state = _noisy(ranks, model, 2), TrainState()
+    _seed(ranks.rank)
+    half, state = _noisy(ranks, 2), TrainState()
     fit(half, state, [], lambda: False)
     generators = gather_generators(ranks)
     if ranks.is_first:
         snapshot = take_snapshot(state, half.model, half.optimizer, half.loader.state(), "key", generators, frozen=None)
-        write_snapshot(Path(folder) / "checkpoints", snapshot)
+        write_snapshot(folder / "checkpoints", snapshot)
     wait_for_all(ranks)
-    (written,) = list_checkpoints(Path(folder) / "checkpoints")
+    (written,) = list_checkpoints(folder / "checkpoints")
     assert ranks_behind(written) == 2
     same = {}
-    for whose, as_rank in (("its own", rank), ("the first's", 0)):
+    for whose, as_rank in (("its own", ranks.rank), ("the first's", 0)):
         _seed(99)
-        rest = _noisy(ranks, model, 4)
+        rest = _noisy(ranks, 4)
         state, position = load_checkpoint(written, rest.model, rest.optimizer, "key", as_rank)
         rest.loader.load_state(position)
         fit(rest, state, [], lambda: False)
         pairs = zip(whole.model.parameters(), rest.model.parameters(), strict=True)
         same[whose] = all(torch.equal(a, b) for a, b in pairs)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(same))
-    leave()
+    return same
 
 
 def _seed(number: int) -> None:
@@ -173,159 +197,81 @@ def _seed(number: int) -> None:
     torch.manual_seed(number)
 
 
-def test_each_rank_goes_on_with_its_own_random_numbers(tiny_model: Make, tmp_path: Path) -> None:
-    _free_port(tmp_path)
-    torch.multiprocessing.spawn(_resumed_of_two, (str(tmp_path), tiny_model()), nprocs=2)
-    for rank in range(2):
-        same = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert same == {"its own": True, "the first's": False}
+SCENES: dict[str, Callable[[Ranks, Path], Any]] = {
+    "fp32": partial(_trained, "fp32"),
+    "bf16": partial(_trained, "bf16"),
+    "resumed": _resumed,
+    "short of memory": _short_of_memory,
+    "searched": _searched,
+    "uneven": _uneven,
+    "sums": _sums,
+}
 
 
-def _leaves_before_its_model_is_gone(rank: int, folder: str) -> None:
-    for turn in range(6):
-        met = f"file://{folder}/{turn}"
-        torch.distributed.init_process_group("gloo", init_method=met, rank=rank, world_size=2)
-        _exchange_and_leave()
+def _all_scenes(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    return {name: scene(ranks, folder) for name, scene in SCENES.items()}
 
 
-def _exchange_and_leave() -> None:
-    replica = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
-    for _ in range(3):
-        replica(torch.ones(4, 64)).sum().backward()
-    leave()
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks has to say of each scene; to start them takes longer than all scenes."""
+    return as_two(_all_scenes, tmp_path_factory.mktemp("ranks"))
 
 
-def test_a_group_is_left_before_the_model_is_gone(tmp_path: Path) -> None:
-    """The last gradients' exchange is then still being cleared away by a thread of the group."""
-    both = torch.multiprocessing.spawn(_leaves_before_its_model_is_gone, (str(tmp_path),), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    while not both.join(1):
-        if time.monotonic() > deadline:
-            for process in both.processes:
-                process.kill()
-            pytest.fail("a process never ended")
+def _require_same(found: dict[str, Any], alone: Setup, tolerance: float, apart: float) -> None:
+    """The same course, and weights that are apart by no more than that share of their way."""
+    expected = _facts(alone)
+    # The first step's gradient is a sum that nothing was rounded before.
+    assert (found["losses"][0], found["norms"][0]) == pytest.approx(
+        (expected["losses"][0], expected["norms"][0]), rel=1e-5
+    )
+    assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=10 * tolerance)
+    assert (found["tokens"], found["targets"]) == (expected["tokens"], expected["targets"])
+    start = dict(make_model().named_parameters())
+    for name, tensor in alone.model.named_parameters():
+        moved = (tensor.detach().float() - start[name].detach()).norm()
+        distance = (torch.tensor(found["weights"][name]) - tensor.detach().float()).norm()
+        assert float(distance) <= apart * float(moved), name
 
 
-def test_the_place_is_read_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert find_ranks("auto") == find_ranks("single") == Ranks()
-    with pytest.raises(ConfigError, match="torchrun"):
-        find_ranks("ddp")
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert find_ranks("auto") == find_ranks("ddp") == Ranks(3, 4, 1)
-    with pytest.raises(ConfigError, match="single"):
-        find_ranks("single")
+@pytest.mark.parametrize(("precision", "tolerance", "apart"), [("fp32", 1e-5, 1e-3), ("bf16", 1e-3, 3e-2)])
+def test_two_ranks_equal_one(precision: str, tolerance: float, apart: float, by_two: list[dict[str, Any]]) -> None:
+    """Sums are float32 in bf16 too; behind the first update a weight between two numbers of bf16 may have become the other."""
+    first, second = (each[precision] for each in by_two)
+    assert first == second, "every rank sees the same sums and holds the same weights"
+    alone = make_setup(make_model(), BATCHES, precision=precision, accumulate=4, steps=STEPS)
+    _require_same(first, alone, tolerance, apart)
 
 
-@pytest.mark.parametrize(
-    ("rows", "micro", "n", "expected"), [(8, 8, 1, (8, 1)), (8, 8, 2, (4, 1)), (24, 8, 2, (6, 2)), (12, 5, 3, (4, 1))]
-)
-def test_rows_are_shared_out(rows: int, micro: int, n: int, expected: tuple[int, int]) -> None:
-    portions = share_out(rows, micro, n)
-    assert (portions.micro_batch, portions.accumulate) == expected
-    assert portions.batch_rows == rows
+def test_each_rank_goes_on_with_its_own_random_numbers(by_two: list[dict[str, Any]]) -> None:
+    for each in by_two:
+        assert each["resumed"] == {"its own": True, "the first's": False}
 
 
-def test_an_uneven_share_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"9 rows.*2 processes"):
-        share_out(9, 4, 2)
+def test_where_one_rank_runs_out_of_memory_all_take_smaller_micro_batches(by_two: list[dict[str, Any]]) -> None:
+    first, second = (each["short of memory"] for each in by_two)
+    assert first == second
+    assert (first["halvings"], first["rows"]) == (1, 1)
+    assert len(first["heard"]) == 1
+    assert "step 2: out of memory; micro-batches are 2 times smaller from here on, 4 in a step" in first["heard"][0]
+    _require_same(first, make_setup(make_model(), BATCHES, accumulate=4, steps=STEPS), 1e-5, 1e-3)
 
 
-def _kajiya(store: Path, *before: str) -> Path:
-    overrides = small_overrides("train.steps=6", "eval.samples=0", "train.compile=off")
-    command = [*before, "-m", "kajiya", "train", "stdlib-pretrain", *overrides, "--store", str(store)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Run:") == 1, "one process speaks"
-    return find_run(Store(store), "latest").folder
+def test_the_micro_batch_is_one_that_every_rank_has_room_for(by_two: list[dict[str, Any]]) -> None:
+    """One rank fails within the passes, the other in the update: both try the next size together."""
+    n_masters = len(dict(make_model().named_parameters()))
+    for each in by_two:
+        assert each["searched"] == {"found": 2, "asked": [8, 4, 2], "slots": n_masters}
 
 
-@pytest.mark.slow
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
-    """The same recipe in one process and in two: the same losses, one set of events, one model."""
-    alone = _kajiya(tmp_path / "alone", sys.executable)
-    both = _kajiya(tmp_path / "both", sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    curves = [
-        {
-            e["step"]: e["values"]["train/nll"]
-            for e in read_events(f)
-            if e["kind"] == "metrics" and "train/nll" in e["values"]
-        }
-        for f in (alone, both)
-    ]
-    assert curves[0].keys() == curves[1].keys()
-    for step, loss in curves[0].items():
-        assert curves[1][step] == pytest.approx(loss, rel=1e-3)
-    assert sum(event["kind"] == "opened" for event in read_events(both)) == 1
-    # The first of the two proves the run.
-    proofs = [event["facts"]["findings"] for event in read_events(both) if event["kind"] == "proof"]
-    assert [len(findings) for findings in proofs] == [10]
-    assert {each["state"] for each in proofs[0]} == {"passed"}
-    assert json.loads((both / "manifest.json").read_text())["artifacts"]["proof"]
+def test_a_tensor_that_only_one_rank_learns_moves_on_all(by_two: list[dict[str, Any]]) -> None:
+    first, second = (each["uneven"] for each in by_two)
+    assert first == second
+    assert first["of_none"] == [0.0] * 3
+    assert all(value < 0 for value in first["of_first"])
+    assert (first["count"], first["flag"]) == ([2] * 3, [True] * 3), "the first rank's buffers"
 
 
-@pytest.mark.slow
-def test_a_failed_proof_stops_every_rank(tmp_path: Path) -> None:
-    overrides = small_overrides("optim=adamw", "optim.lr=3", "eval.samples=0", "train.compile=off")
-    command = [*_TWO, "-m", "kajiya", "train", "stdlib-pretrain", *overrides, "--store", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
-    assert done.returncode != 0
-    assert done.stderr.count("error: learning: ") == 1
-    assert not list(tmp_path.glob("runs/*/checkpoints/*"))
-
-
-def _start(store: Path, *before: str) -> subprocess.Popen[bytes]:
-    """The recipe with dropout and noise."""
-    command = [*before, "-m", "kajiya", "train", "stdlib-pretrain", *small_overrides(*_DROPPING), "--store", str(store)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (store.parent / f"{store.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-
-_DROPPING = (
-    "train.steps=16",
-    "eval.samples=0",
-    "train.compile=off",
-    "model.options.attention_dropout=0.1",
-    "train.loss.options.neftune_alpha=5",
-)
-_TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-
-
-def _events(store: Path) -> list[dict[str, Any]]:
-    return [event for log in store.glob("runs/*/events.jsonl") for event in read_events(log.parent)]
-
-
-@pytest.mark.slow
-def test_two_processes_with_dropout_go_on_after_a_kill_bit_for_bit(tmp_path: Path) -> None:
-    """One pair is never interrupted; the other is killed, asked to stop, and then finishes."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert _start(whole, *_TWO).wait(300) == 0, (tmp_path / "whole.log").read_text()
-    for step, how in ((10, signal.SIGKILL), (14, signal.SIGTERM)):  # a save waits for the one before it
-        process = _start(broken, *_TWO)
-        while not any(event["kind"] == "metrics" and event["step"] >= step for event in _events(broken)):
-            assert process.poll() is None, (tmp_path / "broken.log").read_text()
-            time.sleep(0.005)
-        # torchrun passes SIGTERM on to its workers; they outlive its own death.
-        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-        assert len(workers) == 2
-        for pid in [process.pid, *(workers if how == signal.SIGKILL else ())]:
-            os.kill(pid, how)
-        process.wait(300)
-        for pid in workers:
-            while Path(f"/proc/{pid}").exists():
-                time.sleep(0.01)
-    assert _start(broken, *_TWO).wait(300) == 0, (tmp_path / "broken.log").read_text()
-    resumed = [event["resumed_from"] for event in _events(broken) if event["kind"] == "started"]
-    assert len(resumed) == 3
-    assert all(resumed[1:])
-    digests = []
-    for store in (whole, broken):
-        run = find_run(Store(store), "latest")
-        assert run.manifest()["status"] == "finished"
-        digests.append(hash_file(store / run.manifest()["artifacts"]["model"]["path"] / "model.safetensors"))
-    assert digests[0] == digests[1]
+def test_sums_of_all_shapes(by_two: list[dict[str, Any]]) -> None:
+    assert [each["sums"] for each in by_two] == [True, True]

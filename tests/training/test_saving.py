@@ -4,6 +4,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.training.test_fit import make_setup
 
 from kajiya.config.schema import Config
 from kajiya.errors import StoreError
+from kajiya.flows.keeping import Keeper
 from kajiya.run.events import read_events
 from kajiya.run.files import hash_folder, read_json, write_json
 from kajiya.run.store import Store
@@ -21,12 +23,14 @@ from kajiya.training.checkpoint import (
     Snapshot,
     list_checkpoints,
     load_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
     take_snapshot,
     write_snapshot,
 )
 from kajiya.training.fit import fit
 from kajiya.training.pieces import read_pieces
+from kajiya.training.ranks import Ranks
 from kajiya.training.saving import CheckpointWriter
 from kajiya.training.state import TrainState
 
@@ -83,6 +87,31 @@ def test_a_full_disk_keeps_the_last_good_one_and_is_told(tiny_model: Make, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     (third,) = save(3)
     assert list_checkpoints(tmp_path) == [good.folder, third.folder]
+
+
+def test_a_save_whose_pruning_fails_is_written(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)])
+    run = SimpleNamespace(folder=tmp_path, checkpoints=tmp_path / "checkpoints")
+    heard: list[tuple[str, dict[str, Any]]] = []
+    writer = CheckpointWriter(run.checkpoints, keep_last=1)
+    where: Any = run
+    keeper = Keeper(where, setup, "key", lambda kind, **said: heard.append((kind, said)), writer, Ranks())
+
+    def stuck(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    for step, prune in ((1, prune_checkpoints), (2, stuck), (3, prune_checkpoints)):
+        monkeypatch.setattr("kajiya.training.saving.prune_checkpoints", prune)
+        keeper.save(TrainState(step=step))
+        writer.wait()
+    keeper.finish()
+    kinds = [kind for kind, _ in heard]
+    assert kinds == ["checkpoint", "checkpoint", "warning", "checkpoint"]
+    assert "step 2 was written, but older ones could not be deleted. [Errno 5]" in heard[2][1]["text"]
+    assert len({said["bytes"] for kind, said in heard if kind == "checkpoint"}) == 1, "one that is gone has its size"
+    assert list_checkpoints(run.checkpoints) == [run.checkpoints / "step-00000003"]
 
 
 def test_an_error_of_our_own_is_raised_and_not_told(

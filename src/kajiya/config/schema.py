@@ -298,7 +298,7 @@ class TrainConfig:
     final: str = setting("last", choices=("last", "best"))
     """Whether the model is that of the last step, or of the best evaluation."""
     keep_last: int = setting(2, ge=1)
-    """Most recent checkpoints that are kept, beside the best."""
+    """Most recent checkpoints that are kept, beside the best and the last of `save_every`, to which a rollback goes."""
 
 
 @dataclass(frozen=True)

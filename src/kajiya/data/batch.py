@@ -19,6 +19,39 @@ def target_places(targets: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What the host knows of a batch's rows, so that the device need not be asked, which would make the host wait."""
+
+    places: torch.Tensor
+    """`target_places`."""
+    bounds: torch.Tensor
+    """Where each segment begins, the rows one behind the other, and where the last one ends, int32 [n + 1]."""
+    longest: int
+    """Tokens of the longest segment."""
+    is_split: bool
+    """Whether any row has two segments."""
+    weight: float | None
+    """Sum of the weights of the targets, where they have some."""
+
+    def to(self, device: torch.device | str, *, is_pinned: bool) -> "Layout":
+        """The same on another device, through page-locked memory where the batch is in such."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.pin_memory() if is_pinned else tensor).to(device, non_blocking=True)
+
+        return replace(self, places=moved(self.places), bounds=moved(self.bounds))
+
+
+def segment_bounds(segments: torch.Tensor) -> torch.Tensor:
+    """`Layout.bounds` of segments [B, T]."""
+    is_first = torch.ones_like(segments, dtype=torch.bool)
+    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = is_first.flatten().nonzero().flatten()
+    end = torch.tensor([segments.numel()], device=segments.device)
+    return torch.cat([starts, end]).to(torch.int32)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Packed text. All tensors are int64 [B, T]."""
 
@@ -41,6 +74,8 @@ class Batch:
 
     future: tuple[float, ...] = ()
     """Of the tokens behind the next one that are learnt too, how many there are (the sum of their weights), one further each."""
+    layout: Layout | None = None
+    """Comes with a batch that was moved off the host; whoever changes such a batch's rows leaves it out."""
 
     @property
     def n_tokens(self) -> int:
@@ -48,9 +83,36 @@ class Batch:
         return self.tokens.numel()
 
     @property
+    def places(self) -> torch.Tensor:
+        """`target_places`, on the batch's device."""
+        return target_places(self.targets) if self.layout is None else self.layout.places
+
+    @property
+    def tells_places(self) -> bool:
+        """Whether nobody waits for a device that is asked for the `places`."""
+        return self.layout is not None or self.targets.device.type == "cpu"
+
+    def laid_out(self) -> "Batch":
+        """The same with its layout."""
+        bounds = segment_bounds(self.segments)
+        n_rows = self.segments.shape[0]
+        layout = Layout(
+            places=target_places(self.targets),
+            bounds=bounds,
+            longest=int(bounds.diff().max()),
+            is_split=len(bounds) > n_rows + 1,
+            weight=self._weight(),
+        )
+        return replace(self, layout=layout)
+
+    def _weight(self) -> float | None:
+        return None if self.weights is None else float(self.weights[self.targets != NO_TARGET].sum())
+
+    @property
     def counts(self) -> dict[str, float]:
         """What a loss can be a sum over, by unit; the loop divides by the sum of it over a group and all ranks."""
-        weighed = {} if self.weights is None else {"loss": float(self.weights[self.targets != NO_TARGET].sum())}
+        weight = self._weight() if self.layout is None else self.layout.weight
+        weighed = {} if weight is None else {"loss": weight}
         further = {f"future_{k}": n for k, n in enumerate(self.future, start=1)}
         return {"targets": self.n_targets} | weighed | further
 
@@ -91,7 +153,9 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """The same batch on another device; off the host it brings its layout."""
+        if self.layout is None and self.tokens.device.type == "cpu" and torch.device(device).type != "cpu":
+            return self.laid_out().to(device)
         return Batch(
             tokens=self.tokens.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
@@ -102,6 +166,7 @@ class Batch:
             is_causal=self.is_causal,
             sources=self.sources,
             future=self.future,
+            layout=None if self.layout is None else self.layout.to(device, is_pinned=self.tokens.is_pinned()),
         )
 
 

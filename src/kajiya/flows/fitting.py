@@ -29,13 +29,14 @@ from kajiya.models.build import BuiltModel, build_model, vocabulary_of
 from kajiya.models.fused import fuse_blocks
 from kajiya.models.future import add_future_heads, without_future_heads
 from kajiya.models.induction_init import begin_with_induction
+from kajiya.models.isolation import packed_words
 from kajiya.models.outputs import decoder_start
 from kajiya.models.quantized import count_params, left_out
 from kajiya.models.size import missed_words
 from kajiya.models.trained import save_trained
 from kajiya.preflight.plan import Plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
-from kajiya.run.process import collect_as_usual, import_transformers
+from kajiya.run.process import collect_as_usual, import_transformers, use_gpu
 from kajiya.run.store import Artifact, Store
 from kajiya.training.compile import compile_where_it_pays
 from kajiya.training.fit import Setup, fit
@@ -97,6 +98,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     """
     ranks = find_ranks(config.train.strategy)
     device = resolve_device(config.train.device, "train.device", ranks.local)
+    use_gpu(device)
     join(ranks, device)
     import_transformers()
     collect_as_usual()
@@ -113,6 +115,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     model = strategy.prepare(built.module)
     fused = fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
     compiled = compile_where_it_pays(config.train, model, device, fused)
+    compiled += packed_words(model, device, precision.autocast or precision.weights)
     if not ranks.is_first:
         wait_for_all(ranks)  # the first computes the reference and what is kept of a teacher, the others find it
     made = build_reference(config, data, model, precision, store)
@@ -142,8 +145,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
         row_growth=config.train.row_growth,
     )
     portions = _share_out(config, setup, loader, ranks, settled)
-    guard = Guard(shrink=shrinker(loader, portions) if ranks.n == 1 else None)
-    setup = replace(setup, accumulate=portions.accumulate, guard=guard)
+    setup = replace(setup, accumulate=portions.accumulate, guard=Guard(shrink=shrinker(loader, portions)))
     derived = (
         built.derived
         | adapted
@@ -348,7 +350,7 @@ def _keeper(config: Config, run: Run, prepared: Prepared, settled: dict[str, Any
         on_spike=train.on_spike,
         rollback=lambda _state: keeper.go_back(settled["train.save_every"]),
     )
-    writer = CheckpointWriter(run.checkpoints, train.keep_last)
+    writer = CheckpointWriter(run.checkpoints, train.keep_last, settled["train.save_every"])
     watches = (norms_watch(train.layer_norms_every, hear), histograms_watch(train.histograms_every, hear))
     setup = replace(setup, guard=guard, watches=tuple(each for each in watches if each is not None))
     keeper = Keeper(run, setup, key, hear, writer, prepared.ranks)

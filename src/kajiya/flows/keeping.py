@@ -13,7 +13,9 @@ from kajiya.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_weights,
+    of_rhythm,
     ranks_behind,
+    step_of,
     take_snapshot,
 )
 from kajiya.training.fit import Setup
@@ -55,7 +57,7 @@ class Keeper:
         checkpoints = list_checkpoints(self.run.checkpoints)
         for folder in reversed(checkpoints):
             try:
-                return self._load(int(folder.name.removeprefix("step-")))
+                return self._load(step_of(folder))
             except StoreError as problem:
                 if folder == checkpoints[0]:
                     raise
@@ -97,9 +99,11 @@ class Keeper:
                 text = f"the checkpoint of step {outcome.step} was not written; {last}. {outcome.problem}"
                 self.hear("warning", text=text)
                 continue
-            size = sum(path.stat().st_size for path in outcome.folder.iterdir())
             path = str(outcome.folder.relative_to(self.run.folder))
-            self.hear("checkpoint", step=outcome.step, path=path, bytes=size)
+            self.hear("checkpoint", step=outcome.step, path=path, bytes=outcome.n_bytes)
+            if outcome.problem:
+                text = f"the checkpoint of step {outcome.step} was written, but older ones could not be deleted. "
+                self.hear("warning", text=text + outcome.problem)
 
     def take(self, step: int) -> None:
         """The weights of that step's checkpoint, in place of the last ones."""
@@ -118,8 +122,8 @@ class Keeper:
         step = _NONE
         if self.ranks.is_first:
             self.writer.wait()
-            steps = [int(folder.name.removeprefix("step-")) for folder in list_checkpoints(self.run.checkpoints)]
-            step = float(max((each for each in steps if each % every == 0), default=_NONE))
+            found = of_rhythm(list_checkpoints(self.run.checkpoints), every)
+            step = float(step_of(found[-1])) if found else _NONE
         step = self.setup.strategy.from_first(step)
         if step < 0:
             return False

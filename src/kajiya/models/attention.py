@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from kajiya.models.tasks import CAUSAL, Task, auto_class
+from kajiya.models.unequal import by_bounds, takes_bounds
 
 PACKED_SDPA = "kajiya_packed_sdpa"
 """Name under which Transformers finds `packed_sdpa`; it builds no mask of its own for it."""
@@ -51,7 +52,8 @@ def packed_sdpa(
 
     `attention_mask` is `None` (plain causal), the first key that each query sees, int32 [B, 1, 1, T] (`first_keys`), or a boolean
     [B, 1, T, T] that is true where a query may look (`segment_mask`). A length-1 query with a longer key is one decoding step
-    and sees all of the keys. First keys go to the C++ operator, which holds no scores, where it takes these heads.
+    and sees all of the keys. First keys go to the C++ operator, which holds no scores, where it takes these heads; on a GPU, where
+    `cu_seq_lens_q` comes with them, to torch's kernel for sequences of unequal length.
     """
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
@@ -59,6 +61,9 @@ def packed_sdpa(
     window = kwargs.get("sliding_window")
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         first_BT = attention_mask[:, 0, 0]
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is not None and not dropout and takes_bounds(query, key, value):
+            return by_bounds(query, key, value, bounds, scaling, window), None
         if not dropout and _takes(query, key, value):
             if window is not None:
                 first_BT = first_BT.maximum(_window_starts(first_BT, window))

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from kajiya.config.schema import ModelConfig
-from kajiya.data.batch import Batch
+from kajiya.data.batch import Batch, Layout, segment_bounds
 from kajiya.models.adapter_files import is_adapter
-from kajiya.models.attention import PACKED_SDPA, first_keys, segment_mask
+from kajiya.models.attention import PACKED_SDPA, first_keys, segment_mask, visible
 from kajiya.models.load import read_architecture
 from kajiya.models.native.library import native_problem
+from kajiya.models.unequal import bounds_problem, filled_up
 
 
 def isolation_inputs(model: Any, batch: Batch, *, is_causal: bool = True) -> dict[str, Any]:
@@ -29,23 +30,46 @@ def isolation_inputs(model: Any, batch: Batch, *, is_causal: bool = True) -> dic
     """
     implementation = model.config._attn_implementation
     if implementation.startswith("flash_attention"):
-        return sequence_bounds(batch.segments)
+        return sequence_bounds(batch.segments, batch.layout)
     if implementation == PACKED_SDPA:
-        can_point = batch.segments.device.type == "cpu" and native_problem() is None
-        return {"attention_mask": first_keys(batch.segments) if can_point else segment_mask(batch.segments)}
+        return _packed_inputs(model, batch)
     if is_causal:
         return {}
     return {"attention_mask": _TWO_WAY[implementation](batch.segments, model.dtype)}
 
 
-def sequence_bounds(segments: torch.Tensor) -> dict[str, Any]:
+def _packed_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """What `packed_sdpa` is told: first keys for the C++ operator, bounds besides for the kernel of a GPU, else a mask."""
+    segments, layout = batch.segments, batch.layout
+    if segments.device.type == "cpu" and native_problem() is None:
+        return {"attention_mask": first_keys(segments)}
+    if layout is None:
+        return {"attention_mask": segment_mask(segments)}
+    if not layout.is_split:
+        return {"attention_mask": None}
+    kind = segments.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    if bounds_problem(segments.device, dtype) is not None:
+        return {"attention_mask": visible(segments)}
+    return {"attention_mask": first_keys(segments), "cu_seq_lens_q": filled_up(layout.bounds)}
+
+
+def packed_words(model: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """How packed rows are read on a GPU where `packed_sdpa` reads them, and why, for the plan; nothing elsewhere."""
+    from transformers import PreTrainedModel
+
+    if device.type != "cuda" or not isinstance(model, PreTrainedModel):
+        return ""
+    if model.config._attn_implementation != PACKED_SDPA:
+        return ""
+    problem = bounds_problem(device, dtype)
+    return "; packed rows by bounds" if problem is None else f"; packed rows under a mask: by bounds, {problem}"
+
+
+def sequence_bounds(segments: torch.Tensor, layout: Layout | None = None) -> dict[str, Any]:
     """Of segments [B, T], the rows one behind the other: where each segment begins, and the end, int32; and the longest."""
-    is_first = torch.ones_like(segments, dtype=torch.bool)
-    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = is_first.flatten().nonzero().flatten()
-    end = torch.tensor([segments.numel()], device=segments.device)
-    bounds = torch.cat([starts, end]).to(torch.int32)
-    longest = int(bounds.diff().max())
+    bounds = segment_bounds(segments) if layout is None else layout.bounds
+    longest = int(bounds.diff().max()) if layout is None else layout.longest
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 

@@ -115,6 +115,14 @@ def collect_as_usual() -> None:
         gc.freeze()
 
 
+def use_gpu(device: Any) -> None:
+    """Make a GPU that has a number the current one: what names none (events, kernels of libraries) would go to the first."""
+    if device.type == "cuda" and device.index is not None:
+        import torch
+
+        torch.cuda.set_device(device)
+
+
 def has_bf16_instructions() -> bool:
     """Whether this CPU may multiply bf16 by instructions of its own: known of x86, elsewhere a measurement tells."""
     import torch

@@ -61,7 +61,7 @@ def take_snapshot(
     """
     generators = generators or [read_generators()]
     drawn = {f"generator/{rank}/{k}": t for rank, each in enumerate(generators) for k, t in each.tensors.items()}
-    tensors = _buffers(model) | optimizer.state_tensors() | drawn
+    tensors = state_buffers(model) | optimizer.state_tensors() | drawn
     copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     plain: dict[str, Any] = {"state": asdict(state), "loader": loader, "run_key": run_key}
     plain |= {"generators": [each.numbers for each in generators], "frozen": frozen}
@@ -132,7 +132,7 @@ def _restore_weights(
     if plain["frozen"] != frozen_digest(model):
         raise StoreError(f"{folder}: the frozen weights are not those that this checkpoint was trained beside")
     held = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
-    expected = {name.removeprefix("model/") for name in _buffers(model)}
+    expected = {name.removeprefix("model/") for name in state_buffers(model)}
     if expected != held.keys():
         odd = sorted(expected ^ held.keys())[0]
         raise StoreError(f"{folder}: the tensor {odd!r} is in the model or in the checkpoint, but not in both")
@@ -155,16 +155,31 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob("step-*/" + _MANIFEST))
 
 
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was taken."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def of_rhythm(checkpoints: Sequence[Path], save_every: int) -> list[Path]:
+    """Those that an uninterrupted run would have too: none that a signal or an evaluation caused."""
+    return [folder for folder in checkpoints if step_of(folder) % save_every == 0]
+
+
 def disown_checkpoint(folder: Path) -> None:
     """Take the manifest away: the folder is no checkpoint any more, and the next save of its step replaces it."""
     (folder / _MANIFEST).unlink()
 
 
-def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the last `keep_last` and the one of `best_step`."""
+def prune_checkpoints(root: Path, keep_last: int, best_step: int | None, save_every: int = 1) -> None:
+    """Delete all but the last `keep_last`, the one of `best_step`, and the last one of the run's own rhythm, to which it rolls
+    back: those that a signal or an evaluation caused may be newer."""
     whole = list_checkpoints(root)
-    for folder in whole[:-keep_last]:
-        if best_step is None or folder.name != checkpoint_name(best_step):
+    wanted = {folder.name for folder in whole[-keep_last:]}
+    wanted |= {folder.name for folder in of_rhythm(whole, save_every)[-1:]}
+    if best_step is not None:
+        wanted.add(checkpoint_name(best_step))
+    for folder in whole:
+        if folder.name not in wanted:
             disown_checkpoint(folder)
             shutil.rmtree(folder)
     for leftover in root.glob(".step-*"):
@@ -174,7 +189,7 @@ def prune_checkpoints(root: Path, keep_last: int, best_step: int | None) -> None
 def frozen_digest(model: nn.Module) -> str | None:
     """SHA-256 of the weights that are not trained, which a checkpoint names and does not hold; `None` where there are none."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    held = _buffers(model)
+    held = state_buffers(model)
     frozen = [
         (name, tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -183,7 +198,7 @@ def frozen_digest(model: nn.Module) -> str | None:
     return tensors_digest(frozen) if frozen else None
 
 
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def state_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that belong to the model's state, by their name in a checkpoint; shared ones once."""
     kept = {}
     for path, module in model.named_modules():

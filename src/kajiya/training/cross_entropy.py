@@ -21,16 +21,18 @@ def chunked_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     weights_N: torch.Tensor | None = None,
+    all_wanted: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ weight · (smoothed −log p(target) + z_loss · log²Z) over the targets, and Σ weight · −log p alone (without gradient).
 
     `hidden_ND` [N, D] and `head_VD` [V, D] are in the compute dtype, `targets_N` int64 with `NO_TARGET` where nothing is
     predicted, `weights_N` float32 [N] (`None`: all 1). Both sums are scalars in nats, float32 (float64 for float64 inputs).
     Smoothing puts that share of the target evenly on the whole vocabulary (Szegedy et al., arXiv:1512.00567, section 7);
-    Z is the softmax's denominator (PaLM, arXiv:2204.02311, section 5). On a CPU, no logits are made where nothing is predicted.
+    Z is the softmax's denominator (PaLM, arXiv:2204.02311, section 5). On a CPU, no logits are made where nothing is predicted;
+    `all_wanted` says that something is predicted everywhere.
     """
     # On a GPU, to know how many there are would make the host wait.
-    if hidden_ND.device.type == "cpu":
+    if not all_wanted and hidden_ND.device.type == "cpu":
         wanted = target_places(targets_N)
         if len(wanted) < len(targets_N):
             hidden_ND, targets_N = hidden_ND.index_select(0, wanted), targets_N[wanted]
@@ -45,13 +47,20 @@ def chunked_cross_entropy(
 
 
 def chunked_log_probs(
-    hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, chunk_tokens: int
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    chunk_tokens: int,
+    *,
+    all_wanted: bool = False,
 ) -> torch.Tensor:
     """log p of each target [N], nats, float32 (float64 for float64 inputs), 0 where there is none; differentiable.
 
     At most `chunk_tokens` rows of logits (fewer of a large vocabulary: `rows_at_once`) are held at once, in both passes, and none
-    for positions without a target.
+    for positions without a target; `all_wanted` says that there is no such.
     """
+    if all_wanted:
+        return _ChunkedLogProbs.apply(hidden_ND, head_VD, targets_N, chunk_tokens)  # type: ignore[no-any-return]
     wanted = target_places(targets_N)
     values: torch.Tensor = _ChunkedLogProbs.apply(
         hidden_ND.index_select(0, wanted), head_VD, targets_N[wanted], chunk_tokens
@@ -178,8 +187,7 @@ def _torch_entropy(
     if smoothing:
         grad -= smoothing / grad.shape[1]
     grad.scatter_add_(1, index, torch.full_like(weight, smoothing - 1))
-    if not bool((weight == 1).all()):
-        grad *= weight
+    grad *= weight  # to ask first whether all are 1 would make the host wait for a GPU
     return grad.to(dtype), nll, more
 
 

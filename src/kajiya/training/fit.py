@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from kajiya.training.state import TrainState
 from kajiya.training.strategy import Strategy
 from kajiya.training.terms import Sums, gather, numbered, total_of, unit_of_term
 from kajiya.training.timing import Stopwatch, add_times
+
+T = TypeVar("T")
 
 
 class Loader(Protocol):
@@ -99,7 +101,7 @@ def fit(setup: Setup, state: TrainState, hooks: Sequence[Hook], should_stop: Cal
     strategy = setup.strategy
     strategy.load_state(state.strategy)
     watch = Stopwatch(strategy.device)
-    while state.step < setup.steps and not strategy.sum(torch.tensor(float(should_stop()))).item():
+    while state.step < setup.steps and not strategy.any(should_stop()):
         began = time.perf_counter()
         norm = take_step(setup, state, watch)
         state.seconds += time.perf_counter() - began
@@ -165,23 +167,42 @@ def _gradients(setup: Setup, state: TrainState, group: list[Any], watch: Stopwat
     if not any(totals[unit] for unit in units):
         raise TrainingError(f"step {state.step + 1}: the group of micro-batches has no target to learn from")
     group = _measured(setup, group, totals)
+    sums = _on_all(strategy, lambda: _passes(setup, state, group, totals, watch))
+    strategy.exchange(setup.optimizer)
+    watch.lap("backward")
+    return totals, sums
+
+
+def _passes(setup: Setup, state: TrainState, group: list[Any], totals: Mapping[str, float], watch: Stopwatch) -> Sums:
+    """This rank's part of `_gradients`, which waits for no other."""
+    strategy = setup.strategy
     pieces = pieces_at(setup.row_growth, state.step / setup.steps)
     sums = Sums()
-    for number, host_batch in enumerate(group, start=1):
-        batch = (host_batch.cut(pieces) if pieces > 1 else host_batch).to(strategy.device)
+    for host_batch in group:
+        batch, counts = (host_batch.cut(pieces) if pieces > 1 else host_batch).to(strategy.device), host_batch.counts
         watch.lap("data")
-        terms, metrics = strategy.forward(setup.model, setup.loss, batch, is_last=number == len(group))
-        parts = [
-            value / total_of(name, count, batch.counts, totals, state.step) for name, (value, count) in terms.items()
-        ]
+        terms, metrics = strategy.forward(setup.model, setup.loss, batch)
+        parts = [value / total_of(name, count, counts, totals, state.step) for name, (value, count) in terms.items()]
         objective = torch.stack(parts).sum()
         watch.lap("forward")
         strategy.backward(objective)
-        if len(group) > 1:
-            strategy.add_up(setup.optimizer)
+        strategy.add_up(setup.optimizer, len(group))
         watch.lap("backward")
-        sums.add({"objective": (objective.detach(), 0.0)} | numbered(metrics or terms, batch.counts))
-    return totals, sums
+        sums.add({"objective": (objective.detach(), 0.0)} | numbered(metrics or terms, counts))
+    return sums
+
+
+def _on_all(strategy: Strategy, work: Callable[[], T]) -> T:
+    """What `work` gives on this rank. Where memory runs out on any rank, an `OutOfMemoryError` on all, behind the work of all."""
+    done: list[T] = []
+    said = "another process of the run has run out of memory"
+    try:
+        done.append(work())
+    except torch.OutOfMemoryError as problem:
+        said = str(problem)  # the error itself would keep what its frames hold
+    if strategy.any(not done):
+        raise torch.OutOfMemoryError(said)
+    return done[0]
 
 
 def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str], values: list[float]) -> None:
@@ -204,7 +225,13 @@ def _update(setup: Setup, state: TrainState, group: list[Any], names: list[str],
     for watch in setup.watches:
         if state.step % watch.every == 0:
             watch.look(setup, state)
-    strategy.step(setup.optimizer, setup.lr(state.step))
+    try:
+        strategy.step(setup.optimizer, setup.lr(state.step))
+    except torch.OutOfMemoryError as problem:
+        raise TrainingError(
+            f"step {state.step}: out of memory in the update of the weights, where smaller micro-batches are no help: "
+            f"{str(problem).splitlines()[0]}\nSet optim.offload=true, optim=adamw_8bit or adapter=lora."
+        ) from problem
     gather(state, names[1:], [*values[2 : 1 + len(names)], *values[2 + len(names) :]])
 
 
@@ -239,16 +266,21 @@ def _measured(setup: Setup, group: list[Any], totals: Mapping[str, float]) -> li
     """The group, each batch with the means over all of it (and all ranks) that the loss asked for."""
     if setup.measure is None:
         return group
-    strategy = setup.strategy
-    sums: dict[str, float] = {}
+    strategy, measure = setup.strategy, setup.measure
+    sums = Sums()
     units: dict[str, str] = {}
-    for batch in group:
-        with setup.precision.context(strategy.device):
-            terms = setup.measure(setup.model, batch.to(strategy.device))
-        for name, (total, count) in terms.items():
-            sums[name] = sums.get(name, 0.0) + float(total)
-            units[name] = unit_of_term(name, count, batch.counts)
-    means = {name: total / totals[units[name]] for name, total in _over_ranks(strategy, sums).items()}
+
+    def look() -> None:
+        for batch in group:
+            with setup.precision.context(strategy.device):
+                terms = measure(setup.model, batch.to(strategy.device))
+            sums.add({name: (total.detach(), 0.0) for name, (total, _) in terms.items()})
+            units.update({name: unit_of_term(name, count, batch.counts) for name, (_, count) in terms.items()})
+
+    _on_all(strategy, look)
+    # The device is waited for once.
+    read = strategy.sum(sums.stacked()).tolist()
+    means = {name: total / totals[units[name]] for name, total in zip(sums.names, read, strict=False)}
     return [replace(batch, measured=means) for batch in group]
 
 

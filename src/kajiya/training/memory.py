@@ -58,15 +58,26 @@ class _Heaviest:
 def _largest_on_gpu(trial: Setup, resize: Callable[[int], None], sizes: list[int]) -> int:
     for rows in reversed(sizes):
         resize(rows)
-        try:
-            train_step(trial, TrainState())
-        except TrainingError as problem:
-            if not isinstance(problem.__cause__, torch.OutOfMemoryError):
-                raise
+        has_room = _has_room(trial)
+        # A size is too large for all where it is too large for one: they go on to the next together.
+        if not trial.strategy.any(not has_room):
+            return rows
+        if trial.strategy.device.type == "cuda":
             torch.cuda.empty_cache()
-            continue
-        return rows
     raise TrainingError("not even one row fits into the GPU's memory: set train.gradient_checkpointing=full")
+
+
+def _has_room(trial: Setup) -> bool:
+    try:
+        train_step(trial, TrainState())
+    except TrainingError as problem:
+        if not isinstance(problem.__cause__, torch.OutOfMemoryError):
+            raise
+        trial.optimizer.clear_grads()
+        for optimizer in trial.optimizer.optimizers:
+            optimizer.state.clear()  # half of a parameter's slots may be there
+        return False
+    return True
 
 
 def _largest_on_cpu(trial: Setup, resize: Callable[[int], None], sizes: list[int]) -> int:

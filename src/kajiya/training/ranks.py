@@ -62,15 +62,9 @@ def join(ranks: Ranks, device: torch.device) -> None:
         torch.distributed.init_process_group(backend, timeout=_PATIENCE)
 
 
-_left: list[object] = []
-"""Groups that were left, held to the end of the process. Where DistributedDataParallel is the last to hold one, PyTorch waits,
-with Python's lock in hand, for threads of the group, which may be waiting for that lock."""
-
-
 def leave() -> None:
     """Leave the group, if there is one."""
     if torch.distributed.is_initialized():
-        _left.append(torch.distributed.group.WORLD)
         torch.distributed.destroy_process_group()
 
 

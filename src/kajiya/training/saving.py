@@ -5,7 +5,7 @@ from pathlib import Path
 from threading import Thread
 
 from kajiya.errors import StoreError
-from kajiya.training.checkpoint import Snapshot, list_checkpoints, prune_checkpoints, write_snapshot
+from kajiya.training.checkpoint import Snapshot, list_checkpoints, prune_checkpoints, step_of, write_snapshot
 
 
 @dataclass(frozen=True)
@@ -14,15 +14,19 @@ class Outcome:
 
     step: int
     folder: Path | None
+    n_bytes: int = 0
+    """Size of the folder, which may have been deleted since."""
     problem: str = ""
+    """Why there is no folder; where there is one, why older ones could not be deleted."""
 
 
 class CheckpointWriter:
     """Writes one snapshot at a time on a thread of its own, and prunes behind it. The last good one stays when a write fails."""
 
-    def __init__(self, root: Path, keep_last: int) -> None:
+    def __init__(self, root: Path, keep_last: int, save_every: int = 1) -> None:
         self.root = root
         self._keep_last = keep_last
+        self._save_every = save_every
         self._thread: Thread | None = None
         self._step = 0
         self._outcomes: list[Outcome] = []
@@ -39,7 +43,7 @@ class CheckpointWriter:
         """Whether this step's checkpoint is written, or being written."""
         if self._thread is not None and self._step == step:
             return True
-        return any(folder.name.endswith(f"-{step:08d}") for folder in list_checkpoints(self.root))
+        return any(step_of(folder) == step for folder in list_checkpoints(self.root))
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -58,10 +62,18 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
-            folder = write_snapshot(self.root, snapshot)
-            prune_checkpoints(self.root, self._keep_last, best_step)
-            self._outcomes.append(Outcome(snapshot.step, folder))
-        except (OSError, StoreError) as problem:
-            self._outcomes.append(Outcome(snapshot.step, None, " ".join(str(problem).split())))
+            self._outcomes.append(self._outcome(snapshot, best_step))
         except BaseException as problem:
             self._error = problem
+
+    def _outcome(self, snapshot: Snapshot, best_step: int | None) -> Outcome:
+        try:
+            folder = write_snapshot(self.root, snapshot)
+            n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        except (OSError, StoreError) as problem:
+            return Outcome(snapshot.step, None, problem=" ".join(str(problem).split()))
+        try:
+            prune_checkpoints(self.root, self._keep_last, best_step, self._save_every)
+        except OSError as problem:
+            return Outcome(snapshot.step, folder, n_bytes, " ".join(str(problem).split()))
+        return Outcome(snapshot.step, folder, n_bytes)

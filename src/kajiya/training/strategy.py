@@ -5,6 +5,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from kajiya.models.quantized import plain_tensors
+from kajiya.training.checkpoint import state_buffers
+from kajiya.training.exchange import Exchange, fill_gradients, take_first_ranks
 from kajiya.training.loss_scale import LossScale
 from kajiya.training.losses import Loss, Terms
 from kajiya.training.masters import MasterOptimizer
@@ -25,20 +28,28 @@ class Strategy(Protocol):
         """The values summed over all ranks, the same on each."""
         ...
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank; no device is waited for."""
+        ...
+
     def from_first(self, value: float) -> float:
         """The first rank's value, on every rank."""
         ...
 
-    def forward(self, model: nn.Module, loss: Loss, batch: Any, *, is_last: bool) -> tuple[Terms, Terms]:
-        """The loss of a micro-batch; `is_last` of its group."""
+    def forward(self, model: nn.Module, loss: Loss, batch: Any) -> tuple[Terms, Terms]:
+        """The loss of a micro-batch."""
         ...
 
     def backward(self, value: torch.Tensor) -> None:
         """Add the gradient of `value`, this rank's part of the loss, to the parameters'."""
         ...
 
-    def add_up(self, optimizer: MasterOptimizer) -> None:
-        """The gradient of one of several micro-batches of a step is complete."""
+    def add_up(self, optimizer: MasterOptimizer, n: int) -> None:
+        """The gradient of one of a step's `n` micro-batches is complete. Nothing up to here waits for another rank."""
+        ...
+
+    def exchange(self, optimizer: MasterOptimizer) -> None:
+        """The gradient of the step is complete on every rank: each gets the sum. Takes no memory but for tensors without one."""
         ...
 
     def clip(self, optimizer: MasterOptimizer, max_norm: float | None) -> torch.Tensor:
@@ -78,11 +89,15 @@ class SingleProcess:
         """One process sees everything."""
         return values
 
+    def any(self, flag: bool) -> bool:
+        """This is the only one."""
+        return flag
+
     def from_first(self, value: float) -> float:
         """This is the first."""
         return value
 
-    def forward(self, model: nn.Module, loss: Loss, batch: Any, *, is_last: bool) -> tuple[Terms, Terms]:
+    def forward(self, model: nn.Module, loss: Loss, batch: Any) -> tuple[Terms, Terms]:
         """The loss under autocast where the precision has it."""
         with self.precision.context(self.device):
             return loss(model, batch)
@@ -91,9 +106,13 @@ class SingleProcess:
         """Add the gradient of `value`, times the loss scale."""
         (value * self.scale.factor if self.scale.is_on else value).backward()
 
-    def add_up(self, optimizer: MasterOptimizer) -> None:
+    def add_up(self, optimizer: MasterOptimizer, n: int) -> None:
         """Sums are float32."""
-        optimizer.add_up()
+        if n > 1:
+            optimizer.add_up()
+
+    def exchange(self, optimizer: MasterOptimizer) -> None:
+        """One process has it all."""
 
     def clip(self, optimizer: MasterOptimizer, max_norm: float | None) -> torch.Tensor:
         """Global norm in float32, without the loss scale; scales in place."""
@@ -127,24 +146,27 @@ class SingleProcess:
 
 
 class DataParallel:
-    """The same model on every rank, each with its own micro-batches; torch's DistributedDataParallel adds the gradients up.
+    """The same model on every rank, each with its own micro-batches; their gradients are added up once a step.
 
-    What one rank does by itself is a `SingleProcess`'s. The group of ranks must have been joined.
+    What one rank does by itself is a `SingleProcess`'s. The group of ranks must have been joined. A rank adds its micro-batches
+    up in float32, and so are the ranks' sums: the result is that of one process. Nothing is exchanged within a backward pass
+    (as DistributedDataParallel does it, in the gradients' own dtype), so that a rank that runs out of memory leaves no other
+    waiting, and a tensor without a gradient is no error.
     """
 
     def __init__(self, device: torch.device, precision: Precision, ranks: Ranks) -> None:
         self.device = device
         self.ranks = ranks
         self._own = SingleProcess(device, precision)
-        self._replica: nn.parallel.DistributedDataParallel | None = None
+        self._exchange = Exchange(device)
+        self._model: nn.Module | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on the device, its weights the first rank's."""
+        """The model on the device, its weights and buffers the first rank's."""
         prepared = self._own.prepare(model)
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        self._replica = nn.parallel.DistributedDataParallel(
-            _Call(prepared), device_ids=device_ids, gradient_as_bucket_view=True
-        )
+        for tensor in (*prepared.parameters(), *prepared.buffers()):
+            take_first_ranks(plain_tensors(tensor.detach()))
+        self._model = prepared
         return prepared
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -153,27 +175,36 @@ class DataParallel:
         torch.distributed.all_reduce(total)
         return total
 
+    def any(self, flag: bool) -> bool:
+        """One all-reduce, on the CPU."""
+        return bool(self.sum(torch.tensor(float(flag))))
+
     def from_first(self, value: float) -> float:
         """One broadcast, on the CPU."""
         shared = torch.tensor(value, dtype=torch.float64)
         torch.distributed.broadcast(shared, 0)
         return float(shared)
 
-    def forward(self, model: nn.Module, loss: Loss, batch: Any, *, is_last: bool) -> tuple[Terms, Terms]:
-        """The loss through the replica; the ranks exchange gradients in the backward pass of the group's last micro-batch."""
-        if self._replica is None:
-            raise AssertionError("prepare() makes the replica")
-        self._replica.require_backward_grad_sync = is_last
-        with self._own.precision.context(self.device):
-            result: tuple[Terms, Terms] = self._replica(loss, batch)
-        return result
+    def forward(self, model: nn.Module, loss: Loss, batch: Any) -> tuple[Terms, Terms]:
+        """As one process does."""
+        return self._own.forward(model, loss, batch)
 
     def backward(self, value: torch.Tensor) -> None:
-        """Add the gradient; DistributedDataParallel takes the mean over ranks, and the sum is wanted."""
-        self._own.backward(value * self.ranks.n)
+        """As one process does."""
+        self._own.backward(value)
 
-    def add_up(self, optimizer: MasterOptimizer) -> None:
-        """The replica adds up itself, in the gradients' own dtype, what the ranks exchange at the last micro-batch."""
+    def add_up(self, optimizer: MasterOptimizer, n: int) -> None:
+        """In float32, a single micro-batch too; the memory of the exchange is taken."""
+        optimizer.add_up()
+        self._exchange.reserve(sum(master.numel() for master in optimizer.masters.values()))
+
+    def exchange(self, optimizer: MasterOptimizer) -> None:
+        """The sum over ranks, in float32; buffers of the model's state, which a forward pass may change, are the first's."""
+        masters = list(optimizer.masters.values())
+        fill_gradients(masters)
+        self._exchange.add_up([master.grad for master in masters if master.grad is not None])
+        if self._model is not None:
+            take_first_ranks(list(state_buffers(self._model).values()))
 
     def clip(self, optimizer: MasterOptimizer, max_norm: float | None) -> torch.Tensor:
         """As one process does: every rank has the whole gradient."""
@@ -194,17 +225,6 @@ class DataParallel:
     def load_state(self, state: dict[str, Any]) -> None:
         """The same on every rank."""
         self._own.load_state(state)
-
-
-class _Call(nn.Module):
-    """A forward pass that is the loss, as DistributedDataParallel wants one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, loss: Loss, batch: Any) -> tuple[Terms, Terms]:
-        return loss(self.model, batch)
 
 
 def open_strategy(device: torch.device, precision: Precision, ranks: Ranks) -> Strategy:

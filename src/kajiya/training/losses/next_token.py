@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kajiya.config.options import NextTokenLoss
-from kajiya.data.batch import Batch, target_places
+from kajiya.data.batch import Batch
 from kajiya.models.future import future_heads
 from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.training.cross_entropy import chunked_cross_entropy
@@ -25,7 +25,7 @@ def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms,
     chunked head; any other module returns logits [B, T, V] from the tokens [B, T].
     """
     heads = future_heads(model)
-    places_n = target_places(batch.targets) if heads is None and batch.targets.device.type == "cpu" else None
+    places_n = batch.places if heads is None and batch.tells_places else None
     targets_N = batch.targets.reshape(-1)
     weights_N = None if batch.weights is None else batch.weights.reshape(-1)
     with noisy_embeddings(model, batch.segments, options.neftune_alpha):
@@ -47,6 +47,7 @@ def next_token(model: Any, batch: Batch, options: NextTokenLoss) -> tuple[Terms,
                 options.z_loss,
                 label_smoothing=options.label_smoothing,
                 weights_N=weights_N,
+                all_wanted=places_n is not None,
             )
     else:
         total, nll = _whole(hidden_ND, targets_N, weights_N, options)

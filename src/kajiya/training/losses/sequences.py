@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, target_places
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
 from kajiya.errors import TrainingError
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.adapt import adapter_off, has_adapter
@@ -31,10 +31,10 @@ def token_log_probs(model: Any, batch: Batch, chunk_tokens: int) -> torch.Tensor
     """log p of each target, nats, float32 [B, T], 0 where there is none; all logits are never held at once."""
     targets_N = batch.targets.reshape(-1)
     if has_split_head(model):
-        wanted_n = target_places(batch.targets)
+        wanted_n = batch.places
         hidden_nD, head_VD = split_head(model, batch, wanted_n)
         with torch.autocast(hidden_nD.device.type, enabled=False):
-            values_n = chunked_log_probs(hidden_nD, head_VD, targets_N[wanted_n], chunk_tokens)
+            values_n = chunked_log_probs(hidden_nD, head_VD, targets_N[wanted_n], chunk_tokens, all_wanted=True)
         result_N = values_n.new_zeros(targets_N.shape).index_copy(0, wanted_n, values_n)
     else:
         logits_NV = all_logits(model, batch).flatten(0, 1).float()
@@ -49,12 +49,11 @@ def sequence_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> tu
     weights_BT = (rows.targets != NO_TARGET).to(values_BT.dtype)
     if rows.weights is not None:
         weights_BT = weights_BT * rows.weights
-    is_sequence_BT = batch.owner >= 0
-    owner_M, weights_M = batch.owner[is_sequence_BT], weights_BT[is_sequence_BT]
-    zeros_S = values_BT.new_zeros(len(batch.last))
-    return zeros_S.index_add(0, owner_M, values_BT[is_sequence_BT] * weights_M), zeros_S.index_add(
-        0, owner_M, weights_M
-    )
+    # What belongs to no sequence is owned by −1, and added up before the first.
+    owner_N = batch.owner.reshape(-1) + 1
+    zeros = values_BT.new_zeros(1 + len(batch.last))
+    sums, lengths = (zeros.index_add(0, owner_N, each.reshape(-1)) for each in (values_BT * weights_BT, weights_BT))
+    return sums[1:], lengths[1:]
 
 
 def reference_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> torch.Tensor:
