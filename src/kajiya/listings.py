@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kajiya.config.quantities import format_bytes, format_seconds
+from kajiya.run.status import RunStatus
 
 if TYPE_CHECKING:
     from kajiya.preflight.doctor import Finding
@@ -112,9 +113,7 @@ def runs_table(rows: Sequence["RunRow"]) -> Table:
     for row in rows:
         figures = [row.metrics.get(name) for name in ("train/nll", "eval/nll", "test/bits_per_byte")]
         step = "" if row.step is None else f"{row.step:,}"
-        table.add_row(
-            row.id, row.problem or row.status, _time(row.created), step, *(_number(figure) for figure in figures)
-        )
+        table.add_row(row.id, row.words, _time(row.created), step, *(_number(figure) for figure in figures))
     return table
 
 
@@ -122,7 +121,8 @@ def show_run(console: Console, facts: "RunFacts") -> None:
     """All facts of a run, as short tables."""
     table = _table("", "", header=False)
     table.add_row("run", facts.id)
-    table.add_row("status", f"{facts.status}, {facts.attempts} attempt(s), begun {_time(facts.created)}")
+    status = RunStatus(facts.status, facts.since).words
+    table.add_row("status", f"{status}, {facts.attempts} attempt(s), begun {_time(facts.created)}")
     table.add_row("folder", f"{escape(facts.folder)} ({format_bytes(facts.bytes)})")
     table.add_row("command", escape(" ".join(facts.command)))
     for name, value in facts.history.metrics.items():

@@ -11,14 +11,8 @@ from kajiya.config.schema import TRAINING_SECTIONS
 from kajiya.errors import StoreError
 from kajiya.evals.fingerprint import read_fingerprint
 from kajiya.evals.results import TaskResult, compare_results, compared_words
-from kajiya.evals.statistics import (
-    Comparison,
-    compare,
-    compare_seeds,
-    comparison_words,
-    noise_floor,
-    ratio_scores,
-)
+from kajiya.evals.seeds import compare_seeds, noise_floor
+from kajiya.evals.statistics import Comparison, compare, comparison_words, ratio_scores
 from kajiya.flows.report_facts import RunFacts
 from kajiya.flows.report_page import Block, Column, Notice, Section, Table, Text
 from kajiya.flows.report_results import of_run, run_title, why_missing

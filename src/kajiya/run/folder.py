@@ -10,10 +10,11 @@ from typing import Any
 from kajiya.config.digest import digest, to_plain
 from kajiya.config.schema import Config
 from kajiya.errors import RunBusyError, StoreError
-from kajiya.run.alive import BEAT, is_alive, process_facts
+from kajiya.run.alive import process_facts
 from kajiya.run.events import EventLog
 from kajiya.run.files import read_json, write_json
 from kajiya.run.provenance import collect_provenance
+from kajiya.run.status import run_status
 from kajiya.run.store import Artifact, Store
 
 _MANIFEST = "manifest.json"
@@ -118,7 +119,7 @@ def _later_provenance(manifest: dict[str, Any], now: dict[str, Any]) -> list[dic
 def _refuse_second(run: Run) -> None:
     manifest = run.manifest()
     owner = manifest["owner"]
-    if manifest["status"] == "running" and owner["pid"] != os.getpid() and is_alive(owner, run.folder / BEAT):
+    if owner["pid"] != os.getpid() and run_status(manifest, run.folder).word == "running":
         raise RunBusyError(
             f"Run {run.id} is in progress in process {owner['pid']} on {owner['host']}.\n"
             "Wait for it or stop it; another seed or config is another run."
@@ -159,8 +160,7 @@ def runs_of(study: Run) -> list[Run]:
     found = []
     for run in list_runs(study.store):
         manifest = run.manifest()
-        is_at_work = manifest["status"] == "running" and is_alive(manifest["owner"], run.folder / BEAT)
-        if manifest.get("study") == study.id and not is_at_work:
+        if manifest.get("study") == study.id and run_status(manifest, run.folder).word != "running":
             found.append(run)
     return found
 
