@@ -201,12 +201,13 @@ def _manifests(store: Store) -> list[Path]:
 
 
 def _unfinished(store: Store) -> list[Path]:
-    """What processes that are gone have left beside its final place."""
+    """What processes that are gone have left beside its final place, and what endpoints answered to evaluations that broke off."""
     places = [*store.root.glob("artifacts/*/*/.*"), *store.root.glob("runs/*/.*")]
     places += [*store.root.glob("runs/*/*/.*"), *store.root.glob(".*")]
     beside = [path for path in store.root.glob("artifacts/*/.*") if is_free(_lock_of(path))]
     left = [path for path in beside if _MAKERS.fullmatch(path.name)]
     left += [path for path in [*places, *beside] if _is_left(path)]
+    left += [path for path in store.root.glob("replies/*") if is_free(_lock_of(path))]
     return sorted(path for path in left if path.parent not in left)
 
 
@@ -219,8 +220,8 @@ def _is_left(path: Path) -> bool:
 
 
 def _lock_of(path: Path) -> Path:
-    """The lock of the artifact that `.<key>.…` belongs to."""
-    return path.with_name(f".{path.name[1:].partition('.')[0]}.lock")
+    """The lock of what `.<key>.…` or `<key>.…` belongs to."""
+    return path.with_name(f".{path.name.removeprefix('.').partition('.')[0]}.lock")
 
 
 def _remove_unfinished(path: Path) -> bool:
