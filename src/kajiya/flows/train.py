@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kajiya.config.quantities import format_bytes, format_count
 from kajiya.config.schema import Config
 from kajiya.config.validate import require_format
@@ -27,9 +29,9 @@ from kajiya.run.inspect import moved_words
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
 from kajiya.run.trackers.dispatch import Trackers, start_trackers
-from kajiya.run.usage import usage_with
+from kajiya.run.usage import forget_notes, note_usage, noted_usage, usage_with, with_others
 from kajiya.training.precision import resolve_device
-from kajiya.training.ranks import Ranks, find_ranks, gpus_of, join, leave, wait_for_all
+from kajiya.training.ranks import Ranks, find_ranks, join, leave, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Scope:
 
 
 _WHOLE = Scope()
+_PATIENCE_S = 10.0
+"""Longest wait for what the other ranks note of their use, when their steps are over."""
 
 
 def train(
@@ -117,6 +121,14 @@ def train(
     stages.on_event = hear_and_watch
     store = store.heard_by(hear_and_watch)
     used, gpus = run.manifest().get("usage"), dict[str, int | None]()
+    forget_notes(run.folder)
+
+    def usage(patience_s: float) -> dict[str, Any]:
+        """Of all attempts and ranks so far."""
+        others = noted_usage(run.folder, ranks.n - 1, patience_s)
+        total = {"n_uncounted_ranks": 0} | with_others(usage_with(used, gpus), others)
+        return total | {"n_uncounted_ranks": total["n_uncounted_ranks"] + ranks.n - 1 - len(others)}
+
     status = "failed"
     error: str | None = None
     model: Artifact | None = None
@@ -124,7 +136,7 @@ def train(
     try:
         meet(ranks, config)
         device = resolve_device(config.train.device, "train.device", ranks.local)
-        gpus = read_energy(gpu_names(gpus_of(device, ranks)))
+        gpus = _energy_of(device)
         can_report = scope.is_reported and _can_report(hear)
         run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
         run.record(command=list(command) or run.manifest()["command"], **scope.facts)
@@ -135,7 +147,7 @@ def train(
             if scope.is_evaluated:
                 _evaluation(config, store, run, data, model, stages)
             timings = run.manifest().get("timings", {}) | stages.timings
-            run.record(timings=timings, status="finished", usage=usage_with(used, gpus))
+            run.record(timings=timings, status="finished", usage=usage(_PATIENCE_S))
             if can_report:
                 report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
                 hear("report", path=str(report))
@@ -145,14 +157,18 @@ def train(
         error = f"{type(problem).__name__}: {problem}"
         raise
     finally:
-        run.record(
-            status=status, timings=run.manifest().get("timings", {}) | stages.timings, usage=usage_with(used, gpus)
-        )
+        timings = run.manifest().get("timings", {}) | stages.timings
+        run.record(status=status, timings=timings, usage=usage(_PATIENCE_S if error is None else 0.0))
         followers = trackers()
         run.events.emit("ended", status=status, error=error)
         warnings = followers.finish()
         beat.stop()
     return Trained(run, model, report, tuple(warnings))
+
+
+def _energy_of(device: torch.device) -> dict[str, int | None]:
+    """The counter of the GPU that this process computes on; none of a CPU."""
+    return read_energy(gpu_names([device.index or 0] if device.type == "cuda" else []))
 
 
 def meet(ranks: Ranks, config: Config) -> None:
@@ -172,9 +188,13 @@ def _follow(config: Config, store: Store, ranks: Ranks) -> Trained:
     data = replace(prepare_data(config, store, Stages(silent)), bases=based.parents)
     key = training_key(config, data)
     run = find_run(store, run_name(config.name, key))
-    if store.find("model", key) is None:
-        with stop_on_signals() as stop:
-            follow_run(config, run, data, key, stop)
+    gpus = _energy_of(resolve_device(config.train.device, "train.device", ranks.local))
+    try:
+        if store.find("model", key) is None:
+            with stop_on_signals() as stop:
+                follow_run(config, run, data, key, stop)
+    finally:
+        note_usage(run.folder, ranks.rank, gpus)
     leave()
     return Trained(run, None, None)
 
