@@ -108,12 +108,15 @@ def _asked(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def runs_table(rows: Sequence["RunRow"]) -> Table:
-    """One line a run."""
-    table = _table("run", "status", "begun", "step", "train nll", "held-out nll", "bits per byte")
+    """One line a run; where some belong to a search, which one."""
+    in_study = any(row.study is not None for row in rows)
+    titles = ("run", "status", "begun", "step", "train nll", "held-out nll", "bits per byte")
+    table = _table(*titles, *(("study",) if in_study else ()))
     for row in rows:
         figures = [row.metrics.get(name) for name in ("train/nll", "eval/nll", "test/bits_per_byte")]
         step = "" if row.step is None else f"{row.step:,}"
-        table.add_row(row.id, row.words, _time(row.created), step, *(_number(figure) for figure in figures))
+        numbers = (_number(figure) for figure in figures)
+        table.add_row(row.id, row.words, _time(row.created), step, *numbers, *((row.study or "",) if in_study else ()))
     return table
 
 

@@ -13,6 +13,7 @@ import pytest
 from kajiya.config.schema import Config, OptimConfig
 from kajiya.flows.report_facts import gather
 from kajiya.flows.report_results import why_missing
+from kajiya.listings import runs_table
 from kajiya.run.alive import BEAT, process_facts
 from kajiya.run.events import EVENTS_FILE
 from kajiya.run.folder import Run, open_run
@@ -78,6 +79,7 @@ def test_a_run_that_has_only_begun_is_shown(store: Store) -> None:
 
 def test_rows_are_in_order_and_an_unreadable_run_hides_no_other(store: Store) -> None:
     first, second = write_run(store, "a"), write_run(store, "b")
+    second.record(study="search-1")
     broken = open_run(store, Config(name="broken"), "c" * 10, [])
     (broken.folder / "manifest.json").write_text('{"created": 1')
     torn = open_run(store, Config(name="torn"), "d" * 10, [])
@@ -85,6 +87,9 @@ def test_rows_are_in_order_and_an_unreadable_run_hides_no_other(store: Store) ->
     rows = {row.id: row for row in run_rows(store)}
     assert [row.id for row in run_rows(store) if row.status == "finished"] == [first.id, second.id]
     assert rows[first.id].step == 2
+    assert [rows[run.id].study for run in (first, second)] == [None, "search-1"]
+    assert [column.header for column in runs_table(list(rows.values())).columns][-1] == "study"
+    assert "study" not in [column.header for column in runs_table([rows[first.id]]).columns]
     assert rows[broken.id].status == rows[torn.id].status == "unreadable"
     assert "broken JSON" in (rows[broken.id].problem or "")
     assert "broken line" in (rows[torn.id].problem or "")

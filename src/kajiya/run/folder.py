@@ -127,7 +127,7 @@ def _refuse_second(run: Run) -> None:
 
 
 def find_run(store: Store, name: str) -> Run:
-    """A run by its id, an unambiguous beginning of it, its folder, or `latest`."""
+    """A run by its id, an unambiguous beginning of it, its folder, or `latest`, which is none of a search's."""
     return _find(store, name, ("runs",))
 
 
@@ -155,6 +155,11 @@ def is_study(run: Run) -> bool:
     return run.folder.parent.name == "studies"
 
 
+def is_of_study(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run is a trial of a search or a repeat of one, which nobody asked for by itself."""
+    return "study" in manifest
+
+
 def runs_of(study: Run) -> list[Run]:
     """Runs that belong to a study and that no process works on, oldest first."""
     found = []
@@ -170,9 +175,9 @@ def _find(store: Store, name: str, kinds: tuple[str, ...]) -> Run:
     if (folder / _MANIFEST).is_file() and folder.parent.name in kinds:
         return Run(folder, Store(folder.parent.parent), EventLog(folder))
     found = [run for kind in kinds for run in _list(store, kind)]
-    runs = [run for run in found if not is_study(run)]
-    if name == "latest" and runs:
-        return runs[-1]
+    asked = [run for run in found if not is_study(run) and not is_of_study(run.manifest())]
+    if name == "latest" and asked:
+        return asked[-1]
     matches = [run for run in found if run.id.startswith(name)]
     exact = [run for run in matches if run.id == name]
     if len(exact or matches) == 1:

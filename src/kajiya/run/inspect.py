@@ -31,6 +31,8 @@ class RunRow:
     """Last value of each metric."""
     since: float | None = None
     """Of a silent run, when it was last heard of, Unix seconds."""
+    study: str | None = None
+    """The search of `kajiya tune` that it belongs to."""
     problem: str | None = None
     """Why the run is unreadable."""
 
@@ -114,7 +116,7 @@ def run_rows(store: Store) -> list[RunRow]:
             manifest = read_json(path)
             history, status = summarize(path.parent), run_status(manifest, path.parent)
             about = (run_id, manifest["name"], status.word, manifest["created"])
-            rows.append(RunRow(*about, history.step, history.metrics, status.since))
+            rows.append(RunRow(*about, history.step, history.metrics, status.since, manifest.get("study")))
         except (StoreError, KeyError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
             rows.append(RunRow(run_id, run_id, "unreadable", path.stat().st_mtime, None, {}, problem=problem))
