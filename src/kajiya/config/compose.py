@@ -1,11 +1,12 @@
 """Compose a recipe and its overrides into a frozen `Config`; OmegaConf stops at this door."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from kajiya.config.choices import drop_options
@@ -89,6 +90,16 @@ def from_plain(plain: dict[str, Any]) -> Config:
     config: Config = _tuples(built)
     validate(config)
     return config
+
+
+def recompose(plain: Mapping[str, Any], overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """The config that a manifest holds, with Hydra overrides on top. Raises as `compose`."""
+    import yaml
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "recorded.yaml"
+        path.write_text(yaml.safe_dump(dict(plain), allow_unicode=True), encoding="utf-8")
+        return compose(str(path), overrides, config_dir)
 
 
 def find_recipe(recipe: str, config_dir: str | Path | None = None) -> Path:

@@ -173,7 +173,7 @@ def _varied(entry: Mapping[str, Any], where: str, key: str) -> str:
 
 def _own_space(entry: Mapping[str, Any], where: str, key: str) -> str:
     """How to draw a parameter in a function of one's own: a quantile by Optuna, and its value there."""
-    given = _SHAPE | {name: entry[name] for name in _SHAPE if name in entry}
+    given: dict[str, Any] = dict(_SHAPE) | {name: entry[name] for name in _SHAPE if name in entry}
     try:  # YAML reads 1e-4 as text
         shape = {name: float(number) if isinstance(number, str) else number for name, number in given.items()}
         value = _QUANTILES[entry["distribution"]].format(**shape)

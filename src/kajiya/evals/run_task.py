@@ -68,8 +68,8 @@ def evaluate_task(
     code, asked = task_revision(task), {"task": asdict(task) | {"folder": None}, "fingerprint": asdict(fingerprint)}
     if isinstance(respondent, Endpoint):
         with kept_replies(store, asked) as replies:
-            config = asked | {"asked_at": time.time_ns()}
             made = partial(make, respondent=respondent.remembering(replies))
+            config: dict[str, Any] = asked | {"asked_at": time.time_ns()}
             return produce(store, "task", code=code, config=config, parents={}, make=made)
     assert isinstance(model, Artifact)
     config = asked | {"asked_at": None}
