@@ -209,6 +209,17 @@ def test_a_recipe_of_ones_own_and_a_config_dir(tmp_path: Path) -> None:
     assert (config.name, config.optim.lr, config.train.micro_batch, config.seed) == ("mine", 1e-4, 3, 7)
 
 
+def test_off_in_a_recipe_is_the_word_and_no_boolean(tmp_path: Path) -> None:
+    (path := tmp_path / "mine.yaml").write_text(
+        "train: {compile: off, gradient_checkpointing: off, deterministic: on}\ndata: {duplicates: off}\n"
+    )
+    config = compose(str(path))
+    assert (config.train.compile, config.train.gradient_checkpointing, config.data.duplicates) == ("off",) * 3
+    assert config.train.deterministic is True
+    path.write_text("train: {compile: on}\n")
+    assert compose(str(path)).train.compile == "on"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

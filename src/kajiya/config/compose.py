@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kajiya.config.choices import drop_options
 from kajiya.config.mistakes import Given, find_mistake
 from kajiya.config.schema import Config
+from kajiya.config.setting import with_words
 from kajiya.config.tables import nearest, not_one_of
 from kajiya.config.validate import validate
 from kajiya.errors import ConfigError
@@ -39,7 +40,7 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
     from omegaconf.errors import OmegaConfBaseException
 
     path = find_recipe(recipe, config_dir)
-    body = _load_yaml(path)
+    body = with_words(_load_yaml(path), Config)
     groups = _group_files(config_dir)
     chosen = _chosen_groups(body, groups, path)
     own = {key: value for key, value in body.items() if key != "defaults"}
