@@ -49,6 +49,7 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
     checked = _checked_overrides(overrides, groups, chosen, given)
     for each in given:
         _check_key(each)
+    checked += _yielding(given)
     body.setdefault("name", path.stem)
 
     store = ConfigStore.instance()
@@ -264,6 +265,13 @@ def _checked_overrides(
         # The mapping as a whole too: its keys are new to the schema.
         checked.append(f"++{bare}" if _is_free(f"{key}.") else bare)
     return checked
+
+
+def _yielding(given: Sequence[Given]) -> Iterator[str]:
+    """The default length gives way to one in another unit; where both are said, `validate` refuses them."""
+    said = {each.key for each in given if each.value is not None}
+    if said & {"train.steps", "train.epochs"} and not any(each.key == "train.minutes" for each in given):
+        yield "train.minutes=null"
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
