@@ -93,7 +93,11 @@ def test_eval_of_a_run_and_of_a_folder(finished: Finished, store: str) -> None:
             "bits_per_byte"
         ]
     )
-    text = kajiya("eval", "latest", *small_overrides(), "--store", store, "--show-errors", "--n-errors", "2")
+    own = _json(kajiya("eval", finished.trained.run.id, "--store", store, "--json"))
+    assert own["fingerprint"] == by_run["fingerprint"], "of a run, the text that it held out"
+    assert own["bits_per_byte"] == by_run["bits_per_byte"]
+    text = kajiya("eval", finished.trained.run.id, "--store", store, "--show-errors", "--n-errors", "2")
+    assert "✓ stdlib-pretrain: " in text, "whose text it is"
     assert "bits per byte" in text
     shown = [float(line.split()[1]) for line in text.splitlines() if line.startswith("bits_per_byte: ")]
     assert len(shown) == 2, "as many as asked for"

@@ -233,7 +233,9 @@ def evaluate(
         ),
     ],
     overrides: Overrides = None,
-    data: Annotated[str, typer.Option(help="Recipe whose held-out text is scored.")] = DEFAULT_RECIPE,
+    data: Annotated[
+        str | None, typer.Option(help="Recipe whose held-out text is scored; else the run's own, or stdlib-pretrain's.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks, joined by commas: packaged names, paths of YAML files, lm-eval:NAME.")
     ] = None,
@@ -251,24 +253,26 @@ def evaluate(
 ) -> None:
     """Bits per byte and perplexity on held-out text, beside compressors on the same bytes; or --tasks, each with intervals.
 
-    The model of a run that writes no text (a classifier, say) is judged on its run's held-out rows."""
-    from kajiya.config.compose import compose
+    The model of a run that writes no text (a classifier, say), or has rows of another kind (chats, say), is judged on its run's
+    held-out rows."""
+    from kajiya.flows.evaluate import heldout_config
     from kajiya.flows.task_evaluation import Asked
+    from kajiya.run.store import default_store
 
     shown = Shown(show_errors or metric is not None, metric, as_json, n_errors)
     _refuse_unread(target, tasks, {"--limit": limit, "--model-name": model_name, "--api-key": api_key})
     if tasks is not None:
         asked = Asked(target, [name.strip() for name in tasks.split(",")], limit, model_name, api_key)
-        _evaluate_tasks(asked, compose(data, overrides or [], config_dir), store, shown)
+        config = heldout_config(target, data, overrides or [], default_store(store), config_dir, for_tasks=True)
+        _evaluate_tasks(asked, config, store, shown)
         return
     from kajiya.flows.evaluate import evaluate as evaluate_flow
     from kajiya.listings import evaluation_table, print_table
-    from kajiya.run.store import default_store
     from kajiya.screen import Screen
 
     console = open_console(to_stderr=as_json)
     with Screen(console) as screen:
-        config = compose(data, overrides or [], config_dir)
+        config = heldout_config(target, data, overrides or [], default_store(store), config_dir)
         evaluation, baselines = evaluate_flow(
             target,
             config,

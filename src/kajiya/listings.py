@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kajiya.config.quantities import format_bytes, format_seconds
+from kajiya.run.status import RunStatus
 
 if TYPE_CHECKING:
     from kajiya.preflight.doctor import Finding
@@ -107,14 +108,15 @@ def _asked(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def runs_table(rows: Sequence["RunRow"]) -> Table:
-    """One line a run."""
-    table = _table("run", "status", "begun", "step", "train nll", "held-out nll", "bits per byte")
+    """One line a run; where some belong to a search, which one."""
+    in_study = any(row.study is not None for row in rows)
+    titles = ("run", "status", "begun", "step", "train nll", "held-out nll", "bits per byte")
+    table = _table(*titles, *(("study",) if in_study else ()))
     for row in rows:
         figures = [row.metrics.get(name) for name in ("train/nll", "eval/nll", "test/bits_per_byte")]
         step = "" if row.step is None else f"{row.step:,}"
-        table.add_row(
-            row.id, row.problem or row.status, _time(row.created), step, *(_number(figure) for figure in figures)
-        )
+        numbers = (_number(figure) for figure in figures)
+        table.add_row(row.id, row.words, _time(row.created), step, *numbers, *((row.study or "",) if in_study else ()))
     return table
 
 
@@ -122,7 +124,8 @@ def show_run(console: Console, facts: "RunFacts") -> None:
     """All facts of a run, as short tables."""
     table = _table("", "", header=False)
     table.add_row("run", facts.id)
-    table.add_row("status", f"{facts.status}, {facts.attempts} attempt(s), begun {_time(facts.created)}")
+    status = RunStatus(facts.status, facts.since).words
+    table.add_row("status", f"{status}, {facts.attempts} attempt(s), begun {_time(facts.created)}")
     table.add_row("folder", f"{escape(facts.folder)} ({format_bytes(facts.bytes)})")
     table.add_row("command", escape(" ".join(facts.command)))
     for name, value in facts.history.metrics.items():

@@ -209,6 +209,29 @@ def test_a_recipe_of_ones_own_and_a_config_dir(tmp_path: Path) -> None:
     assert (config.name, config.optim.lr, config.train.micro_batch, config.seed) == ("mine", 1e-4, 3, 7)
 
 
+def test_the_default_length_gives_way_to_another_and_a_length_that_is_said_does_not(tmp_path: Path) -> None:
+    (path := tmp_path / "mine.yaml").write_text("train: {steps: 4}\n")
+    assert (compose(str(path)).train.steps, compose(str(path)).train.minutes) == (4, None)
+    path.write_text("seed: 1\n")
+    assert compose(str(path)).train.minutes is not None
+    assert compose(str(path), ["train.epochs=2"]).train.minutes is None
+    assert compose(str(path), ["train.steps=null"]).train.minutes is not None
+    path.write_text("train: {minutes: 2}\n")
+    with pytest.raises(ConfigError, match=r"given: train\.steps and train\.minutes"):
+        compose(str(path), ["train.steps=4"])
+
+
+def test_off_in_a_recipe_is_the_word_and_no_boolean(tmp_path: Path) -> None:
+    (path := tmp_path / "mine.yaml").write_text(
+        "train: {compile: off, gradient_checkpointing: off, deterministic: on}\ndata: {duplicates: off}\n"
+    )
+    config = compose(str(path))
+    assert (config.train.compile, config.train.gradient_checkpointing, config.data.duplicates) == ("off",) * 3
+    assert config.train.deterministic is True
+    path.write_text("train: {compile: on}\n")
+    assert compose(str(path)).train.compile == "on"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

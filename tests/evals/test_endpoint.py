@@ -14,14 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kajiya.config.schema import DataConfig, EvalConfig, SourceConfig
+from kajiya.data.corpus import build_corpus
 from kajiya.errors import ConfigError, KajiyaError
 from kajiya.evals import endpoint as endpoints
 from kajiya.evals.answers import Answer, Sampling
 from kajiya.evals.endpoint import Endpoint
-from kajiya.evals.evaluate_endpoint import score_text
+from kajiya.evals.evaluate_endpoint import evaluate_endpoint, score_text
 from kajiya.evals.judge import judge_pairs
 from kajiya.evals.results import figure_of, measure
-from kajiya.evals.tasks import JudgeConfig, load_task
+from kajiya.evals.run_task import Question, evaluate_task
+from kajiya.evals.tasks import JudgeConfig, load_task, read_rows
+from kajiya.run.holdings import collect_garbage
+from kajiya.run.store import Store
 
 
 class _Stub(BaseHTTPRequestHandler):
@@ -30,6 +35,10 @@ class _Stub(BaseHTTPRequestHandler):
     """Status and `Retry-After` of the next replies."""
     key: str | None
     """What every request must bear."""
+    echoes: bool
+    """Whether each letter is given back as a token of one nat."""
+    broken_at: str | None
+    """The prompt that is answered by 500."""
 
     def do_GET(self) -> None:
         self._reply({"data": [{"id": "stub"}]})
@@ -44,11 +53,16 @@ class _Stub(BaseHTTPRequestHandler):
         if stub.key is not None and self.headers["Authorization"] != f"Bearer {stub.key}":
             self._reply({"error": "no key"}, 401)
             return
+        if stub.broken_at is not None and body["prompt"] == stub.broken_at:
+            self._reply({"error": "broken"}, 500)
+            return
         stub.asked.append(body)
         if self.path == "/v1/embeddings":
             self._reply({"data": [{"embedding": [3.0, 4.0 * len(text)]} for text in body["input"]]})
         elif self.path == "/v1/completions" and "echo" in body:
-            self._reply({"choices": [{"text": body["prompt"], "logprobs": None}]})
+            tokens = list(body["prompt"])
+            echoed = {"tokens": tokens, "token_logprobs": [None, *[-1.0] * (len(tokens) - 1)]} if stub.echoes else None
+            self._reply({"choices": [{"text": body["prompt"], "logprobs": echoed}]})
         elif self.path == "/v1/completions":
             self._reply({"choices": [{"text": body["prompt"].upper() + "\nmore"}] * body["n"]})
         else:
@@ -80,7 +94,7 @@ class _Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    _Stub.asked, _Stub.busy, _Stub.key = [], [], None
+    _Stub.asked, _Stub.busy, _Stub.key, _Stub.broken_at, _Stub.echoes = [], [], None, None, False
     server = HTTPServer(("127.0.0.1", 0), _Stub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -245,3 +259,78 @@ def test_the_metric_judge_asks_with_the_key_of_the_environment(
     _Stub.key = "another"
     with pytest.raises(KajiyaError, match=r"answered 401"):
         measure(task, answers)
+
+
+def _asked_prompts() -> list[str]:
+    prompts = sorted(body["prompt"] for body in _Stub.asked)
+    _Stub.asked.clear()
+    return prompts
+
+
+def test_an_endpoint_that_breaks_is_asked_for_the_rest_alone(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints.time, "sleep", lambda _: None)
+    monkeypatch.setattr(endpoints, "AT_ONCE", 1)
+    rows = ["a", "b", "b", "c", "d"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": each}) + "\n" for each in rows))
+    body = {"rows": "rows.jsonl", "prompt": "{{ q }}", "target": "{{ q | upper }}", "metrics": ["exact_match"]}
+    (tmp_path / "task.yaml").write_text(json.dumps(body | {"stop": ["\n"]}))
+    task, said = load_task(tmp_path / "task.yaml"), list[str]()
+    store = Store(tmp_path / "store", lambda kind, text: said.append(f"{kind}: {text}"))
+    question = Question(task, read_rows(task, None, None), 0)
+
+    def evaluate() -> float:
+        artifact, was_there = evaluate_task(question, Endpoint(url), f"{url} stub", store)
+        assert not was_there
+        return float(artifact.facts["figures"]["exact_match"]["value"])
+
+    _Stub.broken_at = "d"
+    with pytest.raises(KajiyaError, match="answered 500"):
+        evaluate()
+    assert _asked_prompts() == ["a", "b", "b", "c"]
+    assert said.pop().startswith("note: 4 replies of the endpoint are kept in ")
+    (kept,) = (store.root / "replies").iterdir()
+    with kept.open("ab") as file:
+        file.write(b"a line cut sh")  # by a power cut
+    garbage = collect_garbage(store)
+    assert garbage.unfinished == [f"replies/{kept.name}"]
+    with pytest.raises(KajiyaError, match="answered 500"):
+        evaluate()
+    assert _asked_prompts() == []
+    _Stub.broken_at = None
+    assert evaluate() == 1.0
+    assert _asked_prompts() == ["d"]
+    assert "note: 4 replies of the endpoint are kept of an earlier attempt" in said[-1]
+    assert list((store.root / "replies").iterdir()) == []
+    assert evaluate() == 1.0
+    assert _asked_prompts() == rows, "it is asked anew when nothing was broken off"
+
+
+def test_held_out_text_goes_on_where_its_endpoint_broke(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints.time, "sleep", lambda _: None)
+    monkeypatch.setattr("kajiya.evals.evaluate_endpoint.AT_ONCE", 1)
+    texts = [" ".join(f"{n * word:x}" for word in range(30)) for n in range(1001, 1013)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = SourceConfig("jsonl", {"files": str(tmp_path / "texts.jsonl")})
+    store = Store(tmp_path / "store", lambda kind, text: None)
+    corpus, _ = build_corpus(DataConfig(source=source, heldout_every=2, row_tokens=32), store)
+    _Stub.echoes = True
+
+    def evaluate() -> Mapping[str, Any]:
+        return evaluate_endpoint(EvalConfig(), Endpoint(url), corpus, store, context_tokens=32)[0].facts
+
+    whole = evaluate()
+    last = _Stub.asked[-1]["prompt"]
+    prompts = _asked_prompts()
+    assert len(prompts) > 4
+    _Stub.broken_at = last
+    with pytest.raises(KajiyaError, match="answered 500"):
+        evaluate()
+    assert sorted([*_asked_prompts(), last]) == prompts
+    _Stub.broken_at = None
+    again = evaluate()
+    assert _asked_prompts() == [last]
+    assert again["nats"] == whole["nats"]

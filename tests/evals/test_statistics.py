@@ -11,6 +11,7 @@ from kajiya.errors import DataError
 from kajiya.evals import statistics as s
 from kajiya.evals.metrics import Measured
 from kajiya.evals.results import figure_of
+from kajiya.evals.seeds import compare_seeds, noise_floor
 from kajiya.evals.shift import embedding_shift, map_embeddings, measure_shift, population_stability
 
 
@@ -118,16 +119,16 @@ def test_rows_that_do_not_pair_up_are_refused() -> None:
 
 
 def test_noise_of_seeds() -> None:
-    floor = s.noise_floor([1.0, 1.2, 0.8])
+    floor = noise_floor([1.0, 1.2, 0.8])
     assert floor.spread == pytest.approx(0.2)
     assert floor.detectable == pytest.approx(stats.t.ppf(0.975, 4) * 0.2 * math.sqrt(2 / 3))
     a, b = [1.0, 1.1, 0.9, 1.05], [0.7, 0.75, 0.72, 0.69]
-    found = s.compare_seeds(a, b)
+    found = compare_seeds(a, b)
     assert found.p_value == pytest.approx(stats.ttest_ind(b, a, equal_var=False).pvalue)
     assert found.is_beyond_noise
-    assert not s.compare_seeds(a, [1.02, 0.95, 1.1, 0.97]).is_beyond_noise
+    assert not compare_seeds(a, [1.02, 0.95, 1.1, 0.97]).is_beyond_noise
     with pytest.raises(DataError, match="two seeds"):
-        s.noise_floor([1.0])
+        noise_floor([1.0])
 
 
 def test_shift_against_closed_forms() -> None:

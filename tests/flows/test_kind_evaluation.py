@@ -17,7 +17,7 @@ from kajiya.config.validate import CHECKS
 from kajiya.errors import ConfigError
 from kajiya.evals.results import TaskResult, compare_results
 from kajiya.evals.statistics import ratio_interval
-from kajiya.flows.evaluate import evaluate
+from kajiya.flows.evaluate import evaluate, heldout_config
 from kajiya.flows.kind_evaluation import source_of
 from kajiya.flows.report import report_targets, write_report
 from kajiya.flows.task_evaluation import Asked, evaluate_tasks
@@ -183,6 +183,12 @@ def test_other_losses_keep_their_rows_too(store: Store, tmp_path: Path) -> None:
     assert not figures["logps/chosen"]["is_judged"]
     result = TaskResult(artifact.path, artifact.facts)
     assert compare_results(result, result, "rewards/accuracies").difference == 0
+    again, baselines = evaluate(trained.run.id, heldout_config(trained.run.id, None, [], store), store)
+    assert (again.path, baselines) == (artifact.path, None), "judged on its own rows, which are no text"
+    assert heldout_config(trained.run.id, None, [], store, for_tasks=True).data.source.name == "stdlib"
+    assert heldout_config(trained.run.id, None, ["seed=9"], store).seed == 9
+    assert heldout_config(trained.run.id, "stdlib-pretrain", [], store) == compose("stdlib-pretrain")
+    assert heldout_config("http://nowhere/v1", None, [], store) == compose("stdlib-pretrain")
 
 
 def test_sources_are_files_of_code_and_lines_stand_alone() -> None:

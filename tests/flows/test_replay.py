@@ -20,12 +20,11 @@ from kajiya.flows.replay import _compare_weights, _store_of_replay, _verdict, re
 from kajiya.flows.report import write_report
 from kajiya.flows.report_comparison import _compare_documents
 from kajiya.flows.report_facts import gather
-from kajiya.flows.train import train
+from kajiya.flows.train import _energy_of, train
 from kajiya.run.folder import Run, find_run
 from kajiya.run.gpu_energy import joules_since, read_energy
 from kajiya.run.store import Store
-from kajiya.run.usage import usage_with
-from kajiya.training.ranks import Ranks, gpus_of
+from kajiya.run.usage import forget_notes, note_usage, noted_usage, usage_with, with_others
 
 
 def _recorded_with(own_finished: Finished, name: str, **optim: float) -> Run:
@@ -123,21 +122,39 @@ def test_the_energy_of_gpus_adds_up_and_is_in_the_report(
     assert second["gpu_joules"] == 7200.0
     assert usage_with(second)["gpu_joules"] == 7200.0, "a further attempt without one keeps it"
     assert usage_with(second, {"GPU-old": None})["gpu_joules"] is None
-    run = own_finished.trained.run
-    monkeypatch.setattr(Run, "manifest", lambda self, read=Run.manifest: read(self) | {"usage": second})
+    run, shown = own_finished.trained.run, second | {"n_uncounted_ranks": 3}
+    monkeypatch.setattr(Run, "manifest", lambda self, read=Run.manifest: read(self) | {"usage": shown})
     text = write_report([run], tmp_path).with_name("report.md").read_text()
+    assert "3 of its processes left no note of what they used" in text
     assert " Wh + 2.00 Wh of GPUs |" in text
     assert "| peak GPU memory |" in text
     assert "what their drivers counted" in text
 
 
-def test_the_gpus_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert list(gpus_of(torch.device("cpu"), Ranks())) == []
-    assert list(gpus_of(torch.device("cuda:2"), Ranks())) == [2]
-    assert list(gpus_of(torch.device("cuda"), Ranks())) == [0]
-    assert list(gpus_of(torch.device("cuda:1"), Ranks(rank=0, n=2))) == [0, 1]
-    assert list(gpus_of(torch.device("cuda:0"), Ranks(rank=0, n=16))) == [0, 1, 2, 3], "of several machines, this one's"
+def test_each_rank_reads_the_counter_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kajiya.flows.train.gpu_names", lambda indices: [f"GPU-{index}" for index in indices])
+    monkeypatch.setattr("kajiya.flows.train.read_energy", lambda names: dict.fromkeys(names, 1))
+    assert [_energy_of(torch.device(name)) for name in ("cpu", "cuda", "cuda:2")] == [{}, {"GPU-0": 1}, {"GPU-2": 1}]
+
+
+def test_what_other_ranks_used_is_noted_and_added(tmp_path: Path) -> None:
+    own = {"cpu_seconds": 3.0, "peak_bytes": 10, "gpu_joules": 5.0, "gpu_peak_bytes": 7}
+    unknown = own | {"gpu_joules": None}
+    assert with_others(own, []) == own
+    more = {"cpu_seconds": 1.5, "peak_bytes": 12, "gpu_joules": 1.0, "gpu_peak_bytes": 3}
+    assert with_others(own, [more, own]) == {
+        "cpu_seconds": 7.5, "peak_bytes": 12, "gpu_joules": 11.0, "gpu_peak_bytes": 7,
+    }  # fmt: skip
+    assert with_others(own, [more, unknown, own])["gpu_joules"] is None
+    assert noted_usage(tmp_path, 0, 60.0) == []
+    assert noted_usage(tmp_path, 1, 0.01) == [], "it waits no longer"
+    note_usage(tmp_path, 2)
+    (noted,) = noted_usage(tmp_path, 2, 0.0)
+    assert noted["cpu_seconds"] > 0
+    assert noted["peak_bytes"] > 2**20
+    forget_notes(tmp_path)
+    assert noted_usage(tmp_path, 2, 0.0) == []
+    forget_notes(tmp_path)  # of a run that had one process
 
 
 def test_without_a_driver_no_energy_is_known() -> None:

@@ -15,8 +15,8 @@ from tests.conftest import small_overrides
 
 from kajiya.config.compose import compose
 from kajiya.config.schema import TuneConfig
-from kajiya.flows import tune_jobs
-from kajiya.flows.tune_jobs import Job, TrialEnd, everything_goes_on, execute
+from kajiya.flows import jobs
+from kajiya.flows.jobs import Job, TrialEnd, everything_goes_on, execute
 from kajiya.run.events import read_events
 from kajiya.run.files import read_json
 from kajiya.run.usage import oom_kills
@@ -36,9 +36,7 @@ with open("child", "w") as file:
 def _end_of(code: str, monkeypatch: pytest.MonkeyPatch, folder: Path, minutes: float | None = None) -> TrialEnd:
     """How a process that runs `code` in the place of a trial is said to have ended."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(
-        tune_jobs, "_PROGRAM", ("-c", _PROGRAM + textwrap.indent(code, "    ") + "\nsys.exit(serve(work))")
-    )
+    monkeypatch.setattr(jobs, "_PROGRAM", ("-c", _PROGRAM + textwrap.indent(code, "    ") + "\nsys.exit(serve(work))"))
     job = Job(compose("stdlib-pretrain"), folder, TuneConfig(trial_minutes=minutes), folder / "log")
     return execute(job, everything_goes_on)
 
@@ -80,7 +78,7 @@ def test_a_kill_is_for_lack_of_memory_when_the_kernel_says_so(
     counts: list[int | None], status: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = iter(counts)
-    monkeypatch.setattr(tune_jobs, "oom_kills", lambda: next(said))
+    monkeypatch.setattr(jobs, "oom_kills", lambda: next(said))
     end = _end_of("os.kill(os.getpid(), 9)", monkeypatch, tmp_path)
     assert end.status == status
     assert words in str(end.problem)

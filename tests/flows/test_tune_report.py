@@ -15,8 +15,8 @@ from tests.conftest import Finished, small_overrides
 from tests.flows.test_tune import LAYERS, LR, RECIPE, Trials
 
 from kajiya.flows import tune_confirm, tune_figures, tune_jobs
+from kajiya.flows.jobs import Job, TrialEnd
 from kajiya.flows.tune import tune
-from kajiya.flows.tune_jobs import Job, TrialEnd
 from kajiya.run.store import Store
 
 
@@ -128,7 +128,7 @@ def test_every_figure_of_a_real_search_is_drawn_in_a_browser(tmp_path: Path, mon
     from selenium.webdriver.chrome.service import Service
 
     assert selenium.__version__
-    monkeypatch.setattr("kajiya.flows.tune_jobs.usable_cores", lambda: 1)
+    monkeypatch.setattr("kajiya.flows.jobs.usable_cores", lambda: 1)
     words = ("optim=adamw", "optim.lr=tag(log,interval(1e-5,1e-2))", "optim.weight_decay=interval(0,0.3)", "tune.trials=7",
              "tune.pruner.name=median", "tune.pruner.options.startup_trials=4", "tune.sampler.name=random",
              "train.eval_every=3", "tune.confirm_seeds=0")  # fmt: skip

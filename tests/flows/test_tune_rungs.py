@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tests.conftest import small_overrides
 
-from kajiya.flows.tune import plan_study, tune
-from kajiya.flows.tune_jobs import everything_goes_on, execute, trial_config
+from kajiya.flows.jobs import everything_goes_on, execute
+from kajiya.flows.tune import tune
+from kajiya.flows.tune_plan import plan_study, trial_config
 from kajiya.flows.tune_search import open_study
 from kajiya.run.events import read_events
 from kajiya.run.folder import Run, find_run
@@ -29,7 +30,7 @@ def _weights(run: Run) -> str:
 def test_a_promoted_trial_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kajiya.flows.tune_jobs.usable_cores", lambda: 1)
+    monkeypatch.setattr("kajiya.flows.jobs.usable_cores", lambda: 1)
     words = small_overrides(
         "optim=adamw", f"optim.lr=choice({','.join(map(str, RATES))})", f"train.steps={STEPS}", "train.eval_every=6",
         f"train.save_every={STEPS}", "train.log_every=1", "tune.sampler.name=grid", "tune.confirm_seeds=0",

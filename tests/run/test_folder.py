@@ -110,6 +110,9 @@ def test_find_run(store: Store) -> None:
     runs = [open_run(store, Config(name=name), key * 10, []) for name, key in (("a", "1"), ("a", "2"), ("ab", "3"))]
     assert list_runs(store) == runs
     assert find_run(store, "latest") == runs[-1]
+    runs[-1].record(study="search-1")
+    assert find_run(store, "latest") == runs[-2], "no trial of a search"
+    assert find_run(store, runs[-1].id) == runs[-1]
     assert find_run(store, "a-1") == runs[0]
     assert find_run(store, "ab") == runs[2]
     assert find_run(store, runs[1].id) == runs[1]

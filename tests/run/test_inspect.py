@@ -2,17 +2,24 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from kajiya.config.schema import Config, OptimConfig
-from kajiya.run.alive import process_facts
+from kajiya.flows.report_facts import gather
+from kajiya.flows.report_results import why_missing
+from kajiya.listings import runs_table
+from kajiya.run.alive import BEAT, process_facts
 from kajiya.run.events import EVENTS_FILE
 from kajiya.run.folder import Run, open_run
-from kajiya.run.inspect import differences, run_diff, run_facts, run_rows, run_status, summarize
+from kajiya.run.holdings import collect_garbage
+from kajiya.run.inspect import differences, run_diff, run_facts, run_rows, summarize
+from kajiya.run.status import RunStatus, run_status
 from kajiya.run.store import Store, produce
 from kajiya.run.trackers.position import Position, position_file, save_position
 
@@ -72,6 +79,7 @@ def test_a_run_that_has_only_begun_is_shown(store: Store) -> None:
 
 def test_rows_are_in_order_and_an_unreadable_run_hides_no_other(store: Store) -> None:
     first, second = write_run(store, "a"), write_run(store, "b")
+    second.record(study="search-1")
     broken = open_run(store, Config(name="broken"), "c" * 10, [])
     (broken.folder / "manifest.json").write_text('{"created": 1')
     torn = open_run(store, Config(name="torn"), "d" * 10, [])
@@ -79,19 +87,39 @@ def test_rows_are_in_order_and_an_unreadable_run_hides_no_other(store: Store) ->
     rows = {row.id: row for row in run_rows(store)}
     assert [row.id for row in run_rows(store) if row.status == "finished"] == [first.id, second.id]
     assert rows[first.id].step == 2
+    assert [rows[run.id].study for run in (first, second)] == [None, "search-1"]
+    assert [column.header for column in runs_table(list(rows.values())).columns][-1] == "study"
+    assert "study" not in [column.header for column in runs_table([rows[first.id]]).columns]
     assert rows[broken.id].status == rows[torn.id].status == "unreadable"
     assert "broken JSON" in (rows[broken.id].problem or "")
     assert "broken line" in (rows[torn.id].problem or "")
     assert run_rows(Store(store.root / "none")) == []
 
 
-def test_a_run_whose_process_is_gone_was_interrupted() -> None:
+def test_a_run_whose_process_is_gone_was_interrupted(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     gone = process_facts() | {"pid": child.pid}
-    assert run_status({"status": "running", "owner": gone}) == "interrupted"
-    assert run_status({"status": "running", "owner": process_facts()}) == "running"
-    assert run_status({"status": "failed", "owner": gone}) == "failed"
+    assert run_status({"status": "running", "owner": gone}, tmp_path) == RunStatus("interrupted")
+    assert run_status({"status": "running", "owner": process_facts()}, tmp_path) == RunStatus("running")
+    assert run_status({"status": "failed", "owner": gone}, tmp_path) == RunStatus("failed")
+
+
+def test_a_silent_run_of_another_machine_is_shown_as_such_with_since_when(store: Store) -> None:
+    run = open_run(store, Config(name="far"), "f" * 10, [])
+    run.record(owner={"pid": 1, "begun": 1, "host": "elsewhere"})
+    (run.folder / BEAT).touch()
+    assert run_rows(store)[0].words == run_facts(run).status == "running"
+    since = datetime(2026, 1, 2, 3, 4).timestamp()
+    os.utime(run.folder / BEAT, (since, since))
+    assert run_status(run.manifest(), run.folder) == RunStatus("silent", since)
+    (row,) = run_rows(store)
+    assert row.status == "silent"
+    assert row.words.startswith("silent since 2026-01-02 03:04")
+    assert (run_facts(run).status, run_facts(run).since) == ("silent", since)
+    assert gather([run])[0].status_words == row.words
+    assert f"the run is {row.words}" in why_missing(gather([run])[0], "model")
+    collect_garbage(store, dry_run=False)  # which it does not hold up
 
 
 def test_steps_logged_twice_count_once_and_idle_time_not_at_all(tmp_path: Path) -> None:

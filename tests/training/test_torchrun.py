@@ -79,7 +79,15 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     proofs = [event["facts"]["findings"] for event in read_events(both) if event["kind"] == "proof"]
     assert [len(findings) for findings in proofs] == [10]
     assert {each["state"] for each in proofs[0]} == {"passed"}
-    assert json.loads((both / "manifest.json").read_text())["artifacts"]["proof"]
+    manifest = json.loads((both / "manifest.json").read_text())
+    assert manifest["artifacts"]["proof"]
+    noted, total = json.loads((both / "usage" / "rank-1.json").read_text()), manifest["usage"]
+    assert noted["cpu_seconds"] > 1
+    # The first rank's is a process of its own: it loads torch and takes as many steps.
+    assert total["cpu_seconds"] > noted["cpu_seconds"] + 1
+    assert total["peak_bytes"] >= noted["peak_bytes"]
+    assert total["n_uncounted_ranks"] == 0
+    assert not (alone / "usage").exists()
 
 
 @pytest.mark.slow

@@ -1,16 +1,18 @@
 """Compose a recipe and its overrides into a frozen `Config`; OmegaConf stops at this door."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from kajiya.config.choices import drop_options
 from kajiya.config.mistakes import Given, find_mistake
 from kajiya.config.schema import Config
+from kajiya.config.setting import with_words
 from kajiya.config.tables import nearest, not_one_of
 from kajiya.config.validate import validate
 from kajiya.errors import ConfigError
@@ -38,7 +40,7 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
     from omegaconf.errors import OmegaConfBaseException
 
     path = find_recipe(recipe, config_dir)
-    body = _load_yaml(path)
+    body = with_words(_load_yaml(path), Config)
     groups = _group_files(config_dir)
     chosen = _chosen_groups(body, groups, path)
     own = {key: value for key, value in body.items() if key != "defaults"}
@@ -47,6 +49,7 @@ def compose(recipe: str, overrides: Sequence[str] = (), config_dir: str | Path |
     checked = _checked_overrides(overrides, groups, chosen, given)
     for each in given:
         _check_key(each)
+    checked += _yielding(given)
     body.setdefault("name", path.stem)
 
     store = ConfigStore.instance()
@@ -89,6 +92,16 @@ def from_plain(plain: dict[str, Any]) -> Config:
     config: Config = _tuples(built)
     validate(config)
     return config
+
+
+def recompose(plain: Mapping[str, Any], overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """The config that a manifest holds, with Hydra overrides on top. Raises as `compose`."""
+    import yaml
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "recorded.yaml"
+        path.write_text(yaml.safe_dump(dict(plain), allow_unicode=True), encoding="utf-8")
+        return compose(str(path), overrides, config_dir)
 
 
 def find_recipe(recipe: str, config_dir: str | Path | None = None) -> Path:
@@ -252,6 +265,13 @@ def _checked_overrides(
         # The mapping as a whole too: its keys are new to the schema.
         checked.append(f"++{bare}" if _is_free(f"{key}.") else bare)
     return checked
+
+
+def _yielding(given: Sequence[Given]) -> Iterator[str]:
+    """The default length gives way to one in another unit; where both are said, `validate` refuses them."""
+    said = {each.key for each in given if each.value is not None}
+    if said & {"train.steps", "train.epochs"} and not any(each.key == "train.minutes" for each in given):
+        yield "train.minutes=null"
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:

@@ -236,7 +236,8 @@ class TrainConfig:
     epochs: float | None = setting(None, gt=0)
     """Passes over the training rows."""
     minutes: float | None = setting(3.0, gt=0)
-    """Time for training, minutes; the number of steps is derived from the measured speed and recorded."""
+    """Time for training, minutes; the number of steps is derived from the measured speed and recorded. The default gives way to
+    `steps` or `epochs`."""
     micro_batch: int | str = 8
     """Rows that pass through the model at once; auto: the most that memory holds, found by measuring."""
     accumulate: int = setting(1, ge=1)

@@ -1,6 +1,7 @@
 """A documented, range-checked field of a config section."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any
 
@@ -27,6 +28,19 @@ def setting(
     """A dataclass field with the bounds or the choices that `check_bounds` holds it to."""
     bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
     return field(default=default, default_factory=factory, metadata={"bounds": bounds, "choices": choices})
+
+
+def with_words(given: Mapping[str, Any], section: Any) -> dict[str, Any]:
+    """What a YAML file sets of a section, with `on` and `off` where a choice has these words: YAML reads them as booleans."""
+    items = {item.name: item for item in fields(section)}
+    said = dict(given)
+    for name in items.keys() & given.keys():
+        value, kind = given[name], items[name].type
+        if isinstance(value, bool) and "off" in (items[name].metadata.get("choices") or ()):
+            said[name] = "on" if value else "off"
+        elif isinstance(value, Mapping) and is_dataclass(kind):
+            said[name] = with_words(value, kind)
+    return said
 
 
 def bounds_words(item: Field[Any]) -> str:

@@ -34,19 +34,22 @@ _DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "inv_log_uniform_values": _ENDS,
 }
 """Distributions that Optuna has too, and the fields of each."""
-_OWN_DRAW = "draw it in a function of your own (tune.space) and take the parameter out of the sweep: "
-_NO_COUNTERPART: Mapping[str, str] = {
-    "normal": _OWN_DRAW + "statistics.NormalDist(mu, sigma).inv_cdf(trial.suggest_float('u', 1e-9, 1 - 1e-9))",
-    "q_normal": _OWN_DRAW
-    + "round(statistics.NormalDist(mu, sigma).inv_cdf(trial.suggest_float('u', 1e-9, 1 - 1e-9)) / q) * q",
-    "log_normal": _OWN_DRAW + "math.exp of a normal draw, or take log_uniform_values over the range that matters",
-    "q_log_normal": _OWN_DRAW
-    + "math.exp of a normal draw, rounded to q, or take log_uniform_values over the range that matters",
-    "beta": _OWN_DRAW + "scipy.stats.beta(a, b).ppf(trial.suggest_float('u', 0, 1))",
-    "q_beta": _OWN_DRAW + "round(scipy.stats.beta(a, b).ppf(trial.suggest_float('u', 0, 1)) / q) * q",
-    "q_log_uniform": "take q_log_uniform_values, whose min and max are the values themselves, with q: 1",
+_NORMAL = "statistics.NormalDist({mu!r}, {sigma!r}).inv_cdf(u)"
+_BETA = "float(scipy.stats.beta({a!r}, {b!r}).ppf(u))"
+_QUANTILES: Mapping[str, str] = {
+    "normal": _NORMAL,
+    "q_normal": f"round({_NORMAL} / {{q!r}}) * {{q!r}}",
+    "log_normal": f"math.exp({_NORMAL})",
+    "q_log_normal": f"round(math.exp({_NORMAL}) / {{q!r}}) * {{q!r}}",
+    "beta": _BETA,
+    "q_beta": f"round({_BETA} / {{q!r}}) * {{q!r}}",
 }
-"""W&B's other distributions, and what to do instead."""
+"""W&B's distributions that Optuna has not: the value at the quantile `u`, in Python, which a space of one's own draws by."""
+_SHAPE: Mapping[str, float] = {"mu": 0.0, "sigma": 1.0, "a": 1.0, "b": 1.0, "q": 1}
+"""What W&B takes where their fields are not given."""
+_INSTEAD: Mapping[str, str] = {
+    "q_log_uniform": "Take q_log_uniform_values, whose min and max are the values themselves, with q: 1."
+}
 
 
 def read_wandb_sweep(path: Path) -> tuple[list[str], list[str]]:
@@ -141,16 +144,15 @@ def _parameters(parameters: Mapping[str, Any], prefix: str, path: Path) -> Itera
             _check_fields(entry, ("parameters",), f"{where}.")
             yield from _parameters(entry["parameters"], f"{key}.", path)
         else:
-            yield f"{key}={_varied(entry, where)}"
+            yield f"{key}={_varied(entry, where, key)}"
 
 
-def _varied(entry: Mapping[str, Any], where: str) -> str:
+def _varied(entry: Mapping[str, Any], where: str, key: str) -> str:
     """The value of one parameter's override."""
     kind = entry["distribution"] if "distribution" in entry else _implied(entry, where)
-    if kind in _NO_COUNTERPART:
-        raise ConfigError(
-            f"{where}.distribution", f"{kind!r} has no counterpart in Optuna", f"{_NO_COUNTERPART[kind]}."
-        )
+    if kind in _QUANTILES or kind in _INSTEAD:
+        remedy = _own_space(entry, where, key) if kind in _QUANTILES else _INSTEAD[kind]
+        raise ConfigError(f"{where}.distribution", f"{kind!r} has no counterpart in Optuna", remedy)
     if kind not in _DISTRIBUTIONS:
         known = ", ".join(_DISTRIBUTIONS)
         raise ConfigError(f"{where}.distribution", f"{kind!r} has no counterpart in Optuna; there are {known}")
@@ -167,6 +169,24 @@ def _varied(entry: Mapping[str, Any], where: str) -> str:
         alternatives = ",".join(_text(value) for value in entry["values"])
         return alternatives if None in entry["values"] else f"choice({alternatives})"  # which takes no null
     return _between(kind, entry, where)
+
+
+def _own_space(entry: Mapping[str, Any], where: str, key: str) -> str:
+    """How to draw a parameter in a function of one's own: a quantile by Optuna, and its value there."""
+    given: dict[str, Any] = dict(_SHAPE) | {name: entry[name] for name in _SHAPE if name in entry}
+    try:  # YAML reads 1e-4 as text
+        shape = {name: float(number) if isinstance(number, str) else number for name, number in given.items()}
+        value = _QUANTILES[entry["distribution"]].format(**shape)
+    except ValueError as error:
+        raise ConfigError(where, f"{', '.join(_SHAPE)} are numbers") from error
+    needs = [name for name in ("math", "scipy.stats", "statistics") if f"{name}." in value]
+    return (
+        "Take the parameter out of the sweep, write this as own_space.py beside it, and add tune.space=own_space:space\n"
+        f"import {', '.join(needs)}\n\n"
+        "def space(trial, values):\n"
+        f"    u = trial.suggest_float({f'{key}: quantile'!r}, 1e-9, 1 - 1e-9)\n"
+        f"    return {{{key!r}: {value}}}"
+    )
 
 
 def _implied(entry: Mapping[str, Any], where: str) -> str:

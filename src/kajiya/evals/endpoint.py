@@ -1,5 +1,6 @@
 """A model behind the OpenAI API, wherever it runs: it answers, and scores given texts where it echoes their log-probabilities."""
 
+import copy
 import email.utils
 import http.client
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from kajiya.errors import KajiyaError
 from kajiya.evals.answers import Sampling, cut_at
 from kajiya.evals.echo import Echo, read_echo
+from kajiya.evals.replies import Replies
 
 AT_ONCE = 8
 """Requests under way together."""
@@ -40,7 +42,14 @@ class Endpoint:
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._api_key = api_key
+        self._replies: Replies | None = None
         self.model = model or self._first_model()
+
+    def remembering(self, replies: Replies) -> "Endpoint":
+        """The same endpoint, whose replies are kept, and which is not asked again for what is kept already."""
+        same = copy.copy(self)
+        same._replies = replies
+        return same
 
     def dtype(self, kind: str) -> str:
         """An endpoint does not say in what it computes."""
@@ -53,7 +62,13 @@ class Endpoint:
         return str(models[0]["id"])
 
     def post(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The answer's JSON; `body` `None` is a GET.
+        """The answer's JSON, of an earlier attempt where it is kept; `body` `None` is a GET. Raises as `send`."""
+        if self._replies is None or body is None:
+            return self.send(path, body)
+        return self._replies.of(path, body, lambda: self.send(path, body))
+
+    def send(self, path: str, body: dict[str, Any] | None) -> Any:
+        """The answer's JSON.
 
         Where it says that it is busy or in trouble (408, 429, 5xx), it is asked again, as it wishes; where it does not answer
         in time or breaks off, too, longer apart each time. Raises `KajiyaError` with the address and what it said,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kajiya.errors import ConfigError, DataError, KajiyaError
 from kajiya.evals.echo import Echo, Piece, is_letter_end
 from kajiya.evals.endpoint import AT_ONCE, Endpoint, RefusedError
 from kajiya.evals.fingerprint import Fingerprint, heldout_digest
+from kajiya.evals.replies import Replies, kept_replies
 from kajiya.evals.results import write_text_rows
 from kajiya.run.code import code_revision
 from kajiya.run.files import write_json
@@ -41,7 +43,8 @@ _MOST_REFUSALS = 8
 def evaluate_endpoint(
     config: EvalConfig, endpoint: Endpoint, corpus: Artifact, store: Store, *, context_tokens: int
 ) -> tuple[Artifact, bool]:
-    """The evaluation of the model behind `endpoint` on the held-out documents of `corpus`, which is always asked anew.
+    """The evaluation of the model behind `endpoint` on the held-out documents of `corpus`, which is always asked anew,
+    but for the replies to an earlier attempt that broke off.
 
     Files: `evaluation.json`, `documents.jsonl` and `rows.parquet`, as `evaluate_model`'s. A document's end is not scored, for it
     is no text; nor are its first bytes where the endpoint puts no start token in front: neither figure nor bytes count them.
@@ -59,10 +62,10 @@ def evaluate_endpoint(
         model=f"{endpoint.url} {endpoint.model}",
     )
 
-    def make(folder: Path) -> dict[str, Any]:
+    def make(folder: Path, replies: Replies) -> dict[str, Any]:
         began = time.perf_counter()
         documents = open_documents(corpus.path, "heldout")
-        scores = _score_all(endpoint.echo, documents, context, stride)
+        scores = _score_all(endpoint.remembering(replies).echo, documents, context, stride)
         nats, n_bytes, n_targets, n_unscored_bytes = np.array([each.sums for each in scores]).reshape(-1, 4).T
         if not n_bytes.sum():
             raise DataError(f"{endpoint.url} gives no log-probability of a single byte of the held-out text.")
@@ -76,14 +79,16 @@ def evaluate_endpoint(
         note = "no samples: an endpoint's model is scored alone"
         return figures | {"n_samples": 0, "note": note, "fingerprint": asdict(fingerprint)}
 
-    return produce(
-        store,
-        "evaluation",
-        code=code_revision("kajiya.evals.evaluate_endpoint"),
-        config={"eval": config, "fingerprint": asdict(fingerprint), "asked_at": time.time_ns()},
-        parents={"corpus": corpus},
-        make=make,
-    )
+    code, asked = code_revision("kajiya.evals.evaluate_endpoint"), {"eval": config, "fingerprint": asdict(fingerprint)}
+    with kept_replies(store, asked) as replies:
+        return produce(
+            store,
+            "evaluation",
+            code=code,
+            config=asked | {"asked_at": time.time_ns()},
+            parents={"corpus": corpus},
+            make=partial(make, replies=replies),
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from kajiya.config.digest import digest
 from kajiya.config.tables import TABLES, import_target
 from kajiya.errors import DataError
 from kajiya.evals.answers import Answer, Respondent, Sampling
+from kajiya.evals.endpoint import Endpoint
 from kajiya.evals.fingerprint import Fingerprint
+from kajiya.evals.replies import kept_replies
 from kajiya.evals.results import answer_columns, figure_of, measure, write_rows
 from kajiya.evals.tasks import Row, Task, choices_of, render, rows_digest
 from kajiya.run.code import code_revision, own_code
@@ -38,7 +41,9 @@ class Question:
 def evaluate_task(
     question: Question, respondent: Respondent, model: Artifact | str, store: Store
 ) -> tuple[Artifact, bool]:
-    """The artifact of a task under a model, and whether it was there already; an endpoint (a string) is always asked anew.
+    """The artifact of a task under a model, and whether it was there already.
+
+    An endpoint (its `model` a string) is always asked anew, but for the replies to an earlier attempt that broke off.
 
     Files: `result.json` (figures, intervals, signatures, fingerprint), `rows.parquet` (every prompt and answer, and what the
     figures are made of, for paired tests).
@@ -54,21 +59,22 @@ def evaluate_task(
         model=model if isinstance(model, str) else model.digest,
     )
 
-    def make(folder: Path) -> dict[str, Any]:
+    def make(folder: Path, respondent: Respondent) -> dict[str, Any]:
         result = measure_task(question, respondent, folder)
         result |= {"fingerprint": asdict(fingerprint), "settings": task.settings()}
         write_json(folder / "result.json", result)
         return result
 
-    asked_at = time.time_ns() if isinstance(model, str) else None
-    return produce(
-        store,
-        "task",
-        code=task_revision(task),
-        config={"task": asdict(task) | {"folder": None}, "fingerprint": asdict(fingerprint), "asked_at": asked_at},
-        parents={} if isinstance(model, str) else {"model": model},
-        make=make,
-    )
+    code, asked = task_revision(task), {"task": asdict(task) | {"folder": None}, "fingerprint": asdict(fingerprint)}
+    if isinstance(respondent, Endpoint):
+        with kept_replies(store, asked) as replies:
+            made = partial(make, respondent=respondent.remembering(replies))
+            config: dict[str, Any] = asked | {"asked_at": time.time_ns()}
+            return produce(store, "task", code=code, config=config, parents={}, make=made)
+    assert isinstance(model, Artifact)
+    config = asked | {"asked_at": None}
+    made = partial(make, respondent=respondent)
+    return produce(store, "task", code=code, config=config, parents={"model": model}, make=made)
 
 
 def task_revision(task: Task) -> str:

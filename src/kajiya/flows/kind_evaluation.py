@@ -48,10 +48,10 @@ _LABELS = {
 """What is measured of answers beside what the loss tells, by loss."""
 
 
-def is_judged_by_bits(config: Config, data: Data) -> bool:
+def is_judged_by_bits(config: Config, corpus: Artifact) -> bool:
     """Whether the model is one of plain text, whose figure is bits per byte."""
     row = loss_row(config.train.loss.name)
-    return row.takes == "tokens" and data.corpus.facts["format"] == "text"
+    return row.takes == "tokens" and corpus.facts["format"] == "text"
 
 
 def evaluate_kind(

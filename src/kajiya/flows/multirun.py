@@ -10,10 +10,10 @@ from kajiya.config.schema import TRAINING_SECTIONS, Config, TuneConfig
 from kajiya.config.sweep import Value, as_override, check_grid, grid, split_sweep
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError
+from kajiya.flows.jobs import Job, TrialEnd, everything_goes_on, execute
 from kajiya.flows.launch import launch
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data
-from kajiya.flows.tune_jobs import Job, TrialEnd, everything_goes_on, execute
 from kajiya.run.store import Store
 
 

@@ -203,7 +203,9 @@ def build_page(runs: Sequence[RunFacts], recipes: dict[str, str], others: Sequen
     return Page(
         title=", ".join(names),
         status=runs[0].status if len(statuses) == 1 else "mixed",
-        status_words=", ".join(f"{n} {status}" if len(runs) > 1 else status for status, n in statuses.items()),
+        status_words=", ".join(f"{n} {each}" for each, n in statuses.items())
+        if len(runs) > 1
+        else runs[0].status_words,
         subtitle=f"{', '.join(run.id for run in runs)} · begun {when}",
         verdict=[*_paired_verdicts(sections), *(verdict(run, runs) for run in runs)],
         blocks=top,

@@ -11,14 +11,8 @@ from kajiya.config.schema import TRAINING_SECTIONS
 from kajiya.errors import StoreError
 from kajiya.evals.fingerprint import read_fingerprint
 from kajiya.evals.results import TaskResult, compare_results, compared_words
-from kajiya.evals.statistics import (
-    Comparison,
-    compare,
-    compare_seeds,
-    comparison_words,
-    noise_floor,
-    ratio_scores,
-)
+from kajiya.evals.seeds import compare_seeds, noise_floor
+from kajiya.evals.statistics import Comparison, compare, comparison_words, ratio_scores
 from kajiya.flows.report_facts import RunFacts
 from kajiya.flows.report_page import Block, Column, Notice, Section, Table, Text
 from kajiya.flows.report_results import of_run, run_title, why_missing
@@ -209,6 +203,10 @@ def cost_section(runs: Sequence[RunFacts]) -> Section:
             energy += f" + {gpu_joules / 3600:.2f} Wh of GPUs"
         elif device != "cpu":
             energy += f", {device} not known"
+        n_uncounted = usage.get("n_uncounted_ranks", 0)
+        if n_uncounted:
+            words = f"{n_uncounted} of its processes left no note of what they used, which is not counted."
+            blocks.append(Notice(f"{of_run(run, runs)}{words}", "warn"))
         rows.append([
             run_title(run, runs), format_seconds(timings.get("train", 0.0)), format_seconds(sum(timings.values())),
             format_seconds(usage["cpu_seconds"]), energy, format_bytes(usage["peak_bytes"]),
@@ -222,8 +220,8 @@ def cost_section(runs: Sequence[RunFacts]) -> Section:
                 "That of GPUs is what their drivers counted while the run worked, others' work on them included. "
                 * has_gpu
             )
-            + "Times and processor time are of all attempts and the processes that they began; memory is the most that one "
-            "process held."
+            + "Times and processor time are of all attempts, their ranks and the processes that they began; memory is the most "
+            "that one process held."
         )
         blocks.append(Text(words, is_aside=True))
     return Section("cost", "Cost", blocks)

@@ -12,7 +12,7 @@ from kajiya.errors import StoreError
 from kajiya.flows.run_history import RunHistory, read_history
 from kajiya.run.folder import Run
 from kajiya.run.hashing import hash_file
-from kajiya.run.inspect import run_status
+from kajiya.run.status import RunStatus, run_status
 from kajiya.run.store import read_manifest
 
 T = TypeVar("T")
@@ -60,6 +60,8 @@ class RunFacts:
     id: str
     manifest: dict[str, Any]
     status: str
+    status_words: str
+    """The status as it is shown: of a silent run, since when."""
     history: RunHistory
     parts: dict[str, Part]
     evaluation: dict[str, Any] | None
@@ -121,6 +123,7 @@ def gather_run(run: Run, label: str) -> RunFacts:
             return otherwise
 
     history = attempt(lambda: read_history(run.folder), RunHistory())
+    status = attempt(lambda: run_status(manifest, run.folder), RunStatus(str(manifest["status"])))
     listed: dict[str, dict[str, Any]] = manifest["artifacts"]
     opened = {name: attempt(partial(_open, run.store.root, entry), None) for name, entry in listed.items()}
     parts = {name: part for name, part in opened.items() if part is not None}
@@ -139,7 +142,8 @@ def gather_run(run: Run, label: str) -> RunFacts:
         label=label,
         id=run.id,
         manifest=manifest,
-        status=attempt(lambda: run_status(manifest), str(manifest["status"])),
+        status=status.word,
+        status_words=status.words,
         history=history,
         parts=parts,
         evaluation=evaluation,

@@ -120,7 +120,7 @@ class Page:
 
     title: str
     status: str
-    """finished, running, interrupted, failed; mixed of several runs."""
+    """One of `STATUSES` of `kajiya.run.status`; mixed of several runs."""
     status_words: str
     subtitle: str
     verdict: Sequence[str]

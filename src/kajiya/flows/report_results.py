@@ -81,6 +81,7 @@ def why_missing(run: RunFacts, name: str) -> str:
     return {
         "finished": f"the run lists no {name}",
         "running": f"the run is still going on{where}",
+        "silent": f"the run is {run.status_words}{where}; the same command goes on from there",
         "interrupted": f"the run was interrupted{where}; the same command goes on from there",
         "failed": f"the run failed{where}" + (f" ({error})" if error else ""),
     }.get(run.status, f"the run is {run.status}")

@@ -228,7 +228,7 @@ def attempts_section(runs: Sequence[RunFacts]) -> Section:
             if attempt.resumed_from is not None:
                 started = f"the checkpoint of step {attempt.resumed_from:,}"
             # The report of a run is written before its last event.
-            ended = attempt.ended or (run.status if is_last else "ended without a word (killed, or a power cut)")
+            ended = attempt.ended or (run.status_words if is_last else "ended without a word (killed, or a power cut)")
             words = ended + (f": {attempt.error}" if attempt.error else "")
             span = format_seconds(max(0.0, attempt.latest - attempt.began))
             rows.append([str(number), moment(attempt.began), span, started, words])

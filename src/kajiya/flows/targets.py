@@ -9,7 +9,7 @@ from kajiya.config.schema import ServeConfig
 from kajiya.config.tables import loss_row
 from kajiya.errors import ConfigError, StoreError
 from kajiya.run.files import hash_folder, read_json
-from kajiya.run.folder import Run, find_run, list_runs
+from kajiya.run.folder import Run, find_run, is_of_study, list_runs
 from kajiya.run.store import Artifact, Store, open_artifact
 
 
@@ -55,6 +55,16 @@ def find_model(target: str, store: Store, *, from_hub: bool = True) -> Target:
     if entry is None:
         raise StoreError(f"{run.id} has no finished model.\nGo on with its training: the same command continues it.")
     return Target(open_artifact(store.root / entry["path"]), str(run.manifest()["name"]), run)
+
+
+def run_of(target: str, store: Store) -> Run | None:
+    """The run that a target names; `None` of a model that is no run's, and where there is none."""
+    if is_endpoint(target):
+        return None
+    try:
+        return find_model(target, store, from_hub=False).run
+    except StoreError:
+        return None
 
 
 def writes_text(found: Target) -> bool:
@@ -117,11 +127,13 @@ def with_folders(cfg: ServeConfig, store: Store) -> ServeConfig:
 
 
 def _newest_of_recipe(name: str, store: Store) -> Run | None:
-    """The newest run of the recipe of that name that has a model."""
+    """The newest run of the recipe of that name that has a model and is none of a search's."""
     runs = [
         run
         for run in list_runs(store)
-        if (manifest := run.manifest())["name"] == name and "model" in manifest["artifacts"]
+        if (manifest := run.manifest())["name"] == name
+        and "model" in manifest["artifacts"]
+        and not is_of_study(manifest)
     ]
     return runs[-1] if runs else None
 

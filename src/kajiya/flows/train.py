@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kajiya.config.quantities import format_bytes, format_count
+import torch
+
 from kajiya.config.schema import Config
 from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
@@ -17,6 +18,16 @@ from kajiya.flows.feeding import Data, answer_tokens, packing_of, rendering_of
 from kajiya.flows.fitting import fit_run, follow_run, save_fitted
 from kajiya.flows.own_module import own_names
 from kajiya.flows.report import write_report
+from kajiya.flows.stage_words import (
+    baseline_words,
+    corpus_words,
+    evaluation_words,
+    figures_words,
+    model_words,
+    packing_words,
+    shards_words,
+    tokenizer_words,
+)
 from kajiya.flows.stages import Stages
 from kajiya.flows.stopping import stop_on_signals
 from kajiya.models.build import check_architecture
@@ -28,9 +39,9 @@ from kajiya.run.inspect import moved_words
 from kajiya.run.process import set_up_process
 from kajiya.run.store import Artifact, Store, artifact_key, open_artifact, produce
 from kajiya.run.trackers.dispatch import Trackers, start_trackers
-from kajiya.run.usage import usage_with
+from kajiya.run.usage import forget_notes, note_usage, noted_usage, usage_with, with_others
 from kajiya.training.precision import resolve_device
-from kajiya.training.ranks import Ranks, find_ranks, gpus_of, join, leave, wait_for_all
+from kajiya.training.ranks import Ranks, find_ranks, join, leave, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class Scope:
 
 
 _WHOLE = Scope()
+_PATIENCE_S = 10.0
+"""Longest wait for what the other ranks note of their use, when their steps are over."""
 
 
 def train(
@@ -118,6 +131,14 @@ def train(
     stages.on_event = hear_and_watch
     store = store.heard_by(hear_and_watch)
     used, gpus = run.manifest().get("usage"), dict[str, int | None]()
+    forget_notes(run.folder)
+
+    def usage(patience_s: float) -> dict[str, Any]:
+        """Of all attempts and ranks so far."""
+        others = noted_usage(run.folder, ranks.n - 1, patience_s)
+        total = {"n_uncounted_ranks": 0} | with_others(usage_with(used, gpus), others)
+        return total | {"n_uncounted_ranks": total["n_uncounted_ranks"] + ranks.n - 1 - len(others)}
+
     status = "failed"
     error: str | None = None
     model: Artifact | None = None
@@ -125,7 +146,7 @@ def train(
     try:
         meet(ranks, config)
         device = resolve_device(config.train.device, "train.device", ranks.local)
-        gpus = read_energy(gpu_names(gpus_of(device, ranks)))
+        gpus = _energy_of(device)
         can_report = scope.is_reported and _can_report(hear)
         run.record(ledger=next(fields["facts"] for kind, fields in early if kind == "ledger"))
         run.record(command=list(command) or run.manifest()["command"], **scope.facts)
@@ -136,7 +157,7 @@ def train(
             if scope.is_evaluated:
                 _evaluation(config, store, run, data, model, stages)
             timings = run.manifest().get("timings", {}) | stages.timings
-            run.record(timings=timings, status="finished", usage=usage_with(used, gpus))
+            run.record(timings=timings, status="finished", usage=usage(_PATIENCE_S))
             if can_report:
                 report = stages.produce("report", lambda: (write_report([run], run.folder / "report"), False), str)
                 hear("report", path=str(report))
@@ -146,14 +167,18 @@ def train(
         error = f"{type(problem).__name__}: {problem}"
         raise
     finally:
-        run.record(
-            status=status, timings=run.manifest().get("timings", {}) | stages.timings, usage=usage_with(used, gpus)
-        )
+        timings = run.manifest().get("timings", {}) | stages.timings
+        run.record(status=status, timings=timings, usage=usage(_PATIENCE_S if error is None else 0.0))
         followers = trackers()
         run.events.emit("ended", status=status, error=error)
         warnings = followers.finish()
         beat.stop()
     return Trained(run, model, report, tuple(warnings))
+
+
+def _energy_of(device: torch.device) -> dict[str, int | None]:
+    """The counter of the GPU that this process computes on; none of a CPU."""
+    return read_energy(gpu_names([device.index or 0] if device.type == "cuda" else []))
 
 
 def meet(ranks: Ranks, config: Config) -> None:
@@ -173,9 +198,13 @@ def _follow(config: Config, store: Store, ranks: Ranks) -> Trained:
     data = replace(prepare_data(config, store, Stages(silent)), bases=based.parents)
     key = training_key(config, data)
     run = find_run(store, run_name(config.name, key))
-    if store.find("model", key) is None:
-        with stop_on_signals() as stop:
-            follow_run(config, run, data, key, stop)
+    gpus = _energy_of(resolve_device(config.train.device, "train.device", ranks.local))
+    try:
+        if store.find("model", key) is None:
+            with stop_on_signals() as stop:
+                follow_run(config, run, data, key, stop)
+    finally:
+        note_usage(run.folder, ranks.rank, gpus)
     leave()
     return Trained(run, None, None)
 
@@ -204,7 +233,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     check_architecture(config.model)
     tell = stages.on_event
     store = store.heard_by(tell)
-    corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), _corpus_words)
+    corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), corpus_words)
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
     require_format(config.train.loss.name, corpus.facts["format"], "data.format")
     chosen = packing_of(config, corpus.facts["format"])
@@ -212,11 +241,11 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     tokenizer = stages.produce(
         "tokenizer",
         lambda: build_tokenizer(config.tokenizer, corpus, store, tell, config.data.render, config.data.memory_mib),
-        _tokenizer_words,
+        tokenizer_words,
     )
     rendering = rendering_of(config, corpus, tokenizer)
     shards = stages.produce(
-        "shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell, rendering), _shards_words
+        "shards", lambda: build_shards(config.data, corpus, tokenizer, store, tell, rendering), shards_words
     )
     unbalanced = balance_words(config.train.loss, shards.path)
     if unbalanced is not None:
@@ -226,7 +255,7 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
         packing = stages.produce(
             "packing",
             lambda: build_packing(config.data, shards, store, answer_tokens(config)),
-            lambda made: f"{_packing_words(made)}; {chosen.name}: {chosen.why}",
+            lambda made: f"{packing_words(made)}; {chosen.name}: {chosen.why}",
         )
     ledger = data_ledger(corpus.facts, shards.facts, None if packing is None else packing.facts)
     require_kept(ledger, config.data.max_lost_fraction)
@@ -277,7 +306,7 @@ def _model(
             make=lambda folder: save_fitted(config, fitted, data, folder),
         )
     else:
-        made = stages.produce("train", lambda: (found, True), _model_words)
+        made = stages.produce("train", lambda: (found, True), model_words)
     run.record_artifact("model", made)
     return made
 
@@ -295,11 +324,11 @@ def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artif
     from kajiya.flows.own_module import rebuild_own_module
 
     step = model.facts["steps"]
-    if not is_judged_by_bits(config, data):
+    if not is_judged_by_bits(config, data.corpus):
         listed = run.manifest()["artifacts"]
         reference = open_artifact(store.root / listed["reference"]["path"]) if "reference" in listed else None
         judged = stages.produce(
-            "evaluation", lambda: evaluate_kind(config, model, data, reference, store), _figures_words
+            "evaluation", lambda: evaluate_kind(config, model, data, reference, store), figures_words
         )
         run.record_artifact("evaluation", judged)
         known = {name: row["value"] for name, row in judged.facts["figures"].items() if row["value"] is not None}
@@ -307,7 +336,7 @@ def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artif
         run.events.emit("metrics", step=step, values=values)
         return
     baselines = stages.produce(
-        "baselines", lambda: measure_baselines(config.eval.baselines, data.corpus, store), _baseline_words
+        "baselines", lambda: measure_baselines(config.eval.baselines, data.corpus, store), baseline_words
     )
     run.record_artifact("baselines", baselines)
     evaluation = stages.produce(
@@ -321,59 +350,8 @@ def _evaluation(config: Config, store: Store, run: Run, data: Data, model: Artif
             seed=config.seed,
             module=rebuild_own_module(config, model, data.tokenizer),
         ),
-        _evaluation_words,
+        evaluation_words,
     )
     run.record_artifact("evaluation", evaluation)
     figures = {name: evaluation.facts[name] for name in ("bits_per_byte", "perplexity")}
     run.events.emit("metrics", step=step, values={f"test/{name}": value for name, value in figures.items()})
-
-
-def _figures_words(evaluation: Artifact) -> str:
-    figures = {name: row["value"] for name, row in evaluation.facts["figures"].items()}
-    return "held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
-
-
-def _corpus_words(corpus: Artifact) -> str:
-    ledger = corpus.facts["ledger"]
-    reasons = ", ".join(f"{part['documents']:,} {reason}" for reason, part in ledger["dropped"].items())
-    return (
-        f"{ledger['entered']['documents']:,} documents ({format_bytes(ledger['entered']['bytes'])}): "
-        f"{ledger['train']['documents']:,} to train on, {ledger['heldout']['documents']:,} held out "
-        f"({ledger['heldout']['bytes']:,} bytes)" + (f", {reasons}" if reasons else "")
-    )
-
-
-def _tokenizer_words(tokenizer: Artifact) -> str:
-    return f"vocabulary {tokenizer.facts['vocab_size']:,}"
-
-
-def _shards_words(shards: Artifact) -> str:
-    train = shards.facts["train"]
-    return (
-        f"{format_count(train['tokens'])} tokens, {train['bytes'] / train['tokens']:.2f} bytes a token, by "
-        f"{shards.facts['encoder']}; {format_bytes(shards.facts['peak_memory_bytes'])} of memory at most"
-    )
-
-
-def _packing_words(packing: Artifact) -> str:
-    train = packing.facts["train"]
-    return f"{train['examples']:,} examples in {train['rows']:,} rows, {train['fill']:.1%} full"
-
-
-def _model_words(model: Artifact) -> str:
-    size = sum(path.stat().st_size for path in model.path.iterdir())
-    return f"{format_count(model.facts['n_params'])} parameters, {model.facts['steps']:,} steps, {format_bytes(size)}"
-
-
-def _baseline_words(baselines: Artifact) -> str:
-    return ", ".join(f"{name} {row['bits_per_byte']:.3f}" for name, row in baselines.facts["baselines"].items())
-
-
-def _evaluation_words(evaluation: Artifact) -> str:
-    facts = evaluation.facts
-    bounds = facts["bits_per_byte_interval"]
-    interval = "" if bounds is None else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
-    return (
-        f"{facts['bits_per_byte']:.3f} bits per byte{interval} over {facts['n_bytes']:,} held-out bytes, "
-        f"perplexity {facts['perplexity']:.1f}"
-    )

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kajiya.config.compose import find_recipe
-from kajiya.config.digest import digest, to_plain
+from kajiya.config.digest import to_plain
 from kajiya.config.schema import TrackConfig
-from kajiya.config.sweep import Dimension, Value, check_grid, check_space, grid, split_sweep
+from kajiya.config.sweep import grid
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import ConfigError, StoreError
 from kajiya.flows.launch import launch
@@ -20,13 +19,13 @@ from kajiya.flows.report_settings import public_config, public_words
 from kajiya.flows.stages import Stages
 from kajiya.flows.train import prepare_data
 from kajiya.flows.tune_confirm import confirm, recall
-from kajiya.flows.tune_jobs import Outcome, StudyPlan, beat_of, go_on, promote, run_ticket, trial_config
+from kajiya.flows.tune_jobs import Outcome, beat_of, go_on, promote, run_ticket
+from kajiya.flows.tune_plan import StudyPlan, grid_of, plan_study
 from kajiya.flows.tune_report import write_study_report
 from kajiya.flows.tune_results import count_trials, finished, write_best
-from kajiya.flows.tune_search import open_study, suggest
+from kajiya.flows.tune_search import open_study
 from kajiya.flows.tune_trial import UNKNOWN_METRIC
-from kajiya.run.alive import is_alive, process_facts
-from kajiya.run.code import own_code
+from kajiya.run.alive import BEAT, Beat, is_alive, process_facts
 from kajiya.run.events import EventLog, read_events
 from kajiya.run.files import write_json
 from kajiya.run.folder import Run, runs_of
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 _TRIALS = 20
 """Of a search without end, where `tune.trials` does not say."""
-_PROBES = 8
-"""Draws of a space with a function of the user's that are composed before the first trial."""
 
 
 @dataclass(frozen=True)
@@ -72,97 +69,45 @@ def tune(
     """
     quiet_torchao()
     plan = plan_study(recipe, overrides, store, config_dir)
-    run = _open(plan, store, list(command))
+    with _alone(plan.folder):
+        return _searched(plan, store, list(command), on_event)
+
+
+def _searched(plan: StudyPlan, store: Store, command: list[str], on_event: OnEvent) -> Tuned:
+    """The whole study, by the one process that works on it."""
+    run = _open(plan, store, command)
     hear = _teller(run, on_event)
-    with _alone(run):
-        trackers = start_trackers(run, plan.base.track)
-        status = "failed"
-        try:
-            prepare_data(plan.base, store, Stages(hear))
-            _search(plan, hear)
-            study = open_study(plan.base.tune, plan.folder, plan.id, plan.base.seed)
-            best = write_best(plan, study)
-            is_confirmed = best is not None and plan.base.tune.confirm_seeds and len(study.directions) == 1
-            confirmed = confirm(plan, study, hear) if is_confirmed else recall(run, study)
-            run.record(confirmed=confirmed)
-            if confirmed is not None:
-                best = write_best(plan, study, confirmed["chosen"])
-            run.record(status="finished")
-            report = write_study_report(run, study, plan.metrics)
-            hear("report", path=str(report))
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            run.record(status=status)
-            run.events.emit("ended", status=status, error=None)
-            if status == "finished":
-                # The followers have the trials to deliver too, each within the time that a run's tracker has.
-                warnings = trackers.finish(plan.base.track.timeout_s * (1 + len(runs_of(run))))
-                warnings += deliver_rest(run, plan.base.track)
-            else:
-                warnings = trackers.finish()
-            for text in warnings:
-                on_event("warning", text=text)
+    trackers = start_trackers(run, plan.base.track)
+    status = "failed"
+    try:
+        prepare_data(plan.base, store, Stages(hear))
+        _search(plan, hear)
+        study = open_study(plan.base.tune, plan.folder, plan.id, plan.base.seed)
+        best = write_best(plan, study)
+        is_confirmed = best is not None and plan.base.tune.confirm_seeds and len(study.directions) == 1
+        confirmed = confirm(plan, study, hear) if is_confirmed else recall(run, study)
+        run.record(confirmed=confirmed)
+        if confirmed is not None:
+            best = write_best(plan, study, confirmed["chosen"])
+        run.record(status="finished")
+        report = write_study_report(run, study, plan.metrics)
+        hear("report", path=str(report))
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        run.record(status=status)
+        run.events.emit("ended", status=status, error=None)
+        if status == "finished":
+            # The followers have the trials to deliver too, each within the time that a run's tracker has.
+            warnings = trackers.finish(plan.base.track.timeout_s * (1 + len(runs_of(run))))
+            warnings += deliver_rest(run, plan.base.track)
+        else:
+            warnings = trackers.finish()
+        for text in warnings:
+            on_event("warning", text=text)
     return Tuned(run, best, report, count_trials(study))
-
-
-def plan_study(recipe: str, overrides: Sequence[str], store: Store, config_dir: Path | None) -> StudyPlan:
-    """The study of these words, its space checked against the schema; nothing runs."""
-    fixed, dimensions = split_sweep(overrides)
-    base = check_space(recipe, fixed, dimensions, config_dir)
-    if not dimensions and base.tune.space is None:
-        raise ConfigError(
-            "tune", "nothing varies", "For example: kajiya tune RECIPE 'optim.lr=tag(log,interval(1e-4,1e-2))'"
-        )
-    if any(each.key.startswith("tune.") for each in dimensions):
-        raise ConfigError("tune", "the settings of the search itself cannot be searched")
-    if base.tune.sampler.name == "grid":
-        check_grid(recipe, fixed, _grid(dimensions, base.tune.trials), config_dir)
-    n_numbers = sum(not each.choices and each.low < each.high for each in dimensions)
-    if base.tune.sampler.name == "cmaes" and base.tune.space is None and n_numbers < 2:
-        raise ConfigError(
-            "tune.sampler.name",
-            f"cmaes models two or more numbers together, and {n_numbers or 'none'} varies",
-            "Use tpe or gp.",
-        )
-    section = to_plain(base)
-    asked = section.pop("tune")
-    key = digest(
-        {
-            "recipe": section,
-            "dimensions": to_plain(dimensions),
-            "search": {name: asked[name] for name in ("objectives", "value", "sampler", "pruner", "space")},
-            "own_code": own_code((base.tune.space,)) if base.tune.space else {},
-        }
-    )
-    name = f"{base.name}-{key[:10]}"
-    path = find_recipe(recipe, config_dir)
-    plan = StudyPlan(
-        id=name,
-        folder=store.root / "studies" / name,
-        store=store.root,
-        recipe=str(path.resolve()) if recipe.endswith((".yaml", ".yml")) else recipe,
-        config_dir=None if config_dir is None else str(config_dir.resolve()),
-        fixed=tuple(fixed),
-        dimensions=dimensions,
-        base=base,
-        deadline=None if base.tune.minutes is None else time.time() + 60 * base.tune.minutes,
-    )
-    if base.tune.space is not None:
-        _probe_own_space(plan)
-    return plan
-
-
-def _probe_own_space(plan: StudyPlan) -> None:
-    """Draw from the user's function and compose what it returns, so that its mistakes show before the first trial."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for _ in range(_PROBES):
-        trial_config(plan, suggest(study.ask(), plan.dimensions, plan.base.tune.space))
 
 
 # ---------------------------------------------------------------- the search
@@ -193,13 +138,8 @@ def _search(plan: StudyPlan, hear: OnEvent) -> None:
 def _n_wanted(plan: StudyPlan) -> int:
     tune = plan.base.tune
     if tune.sampler.name == "grid":
-        return len(_grid(plan.dimensions, tune.trials))
+        return len(grid_of(plan.dimensions, tune.trials))
     return _TRIALS if tune.trials is None else tune.trials
-
-
-def _grid(dimensions: Sequence[Dimension], trials: int | None) -> list[dict[str, Value]]:
-    """The combinations that are tried: all of them, or the first `trials`."""
-    return grid(dimensions)[:trials]
 
 
 def _n_tried(study: "Study") -> int:
@@ -213,7 +153,7 @@ def _n_tried(study: "Study") -> int:
 
 
 def _queue_grid(study: "Study", plan: StudyPlan, hear: OnEvent) -> None:
-    n_all, wanted = len(grid(plan.dimensions)), _grid(plan.dimensions, plan.base.tune.trials)
+    n_all, wanted = len(grid(plan.dimensions)), grid_of(plan.dimensions, plan.base.tune.trials)
     if len(wanted) < n_all:
         left = n_all - len(wanted)
         hear("warning", text=f"tune.trials={len(wanted)} leaves out {left:,} of the grid's {n_all:,} combinations")
@@ -291,7 +231,6 @@ def deliver_rest(run: Run, track: TrackConfig) -> list[str]:
 
 def _open(plan: StudyPlan, store: Store, command: list[str]) -> Run:
     run = Run(plan.folder, store, EventLog(plan.folder))
-    plan.folder.mkdir(parents=True, exist_ok=True)
     config, command = public_config(to_plain(plan.base)), public_words(command)
     if not (plan.folder / "manifest.json").is_file():
         run.events.emit("config", config=config)
@@ -324,16 +263,21 @@ def _open(plan: StudyPlan, store: Store, command: list[str]) -> Run:
 
 
 @contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """Hold the study's lock, which falls with the process. Raises `StoreError` while another search has it."""
-    with (run.folder / "lock").open("w") as handle:
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the study's lock, which falls with the process, and give signs of life; `StoreError` while another search has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StoreError(
-                f"Study {run.id} is being searched by another process.\nWait for it or stop it."
+                f"Study {folder.name} is being searched by another process.\nWait for it or stop it."
             ) from error
-        yield
+        beat = Beat(folder / BEAT).start()
+        try:
+            yield
+        finally:
+            beat.stop()
 
 
 def _teller(run: Run, on_event: OnEvent) -> OnEvent:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from kajiya.config.schema import Config
 from kajiya.data.progress import OnEvent
-from kajiya.evals.statistics import compare_seeds, noise_floor
+from kajiya.evals.seeds import compare_seeds, noise_floor
+from kajiya.flows.jobs import TrialEnd, everything_goes_on, execute
 from kajiya.flows.launch import launch
-from kajiya.flows.tune_jobs import StudyPlan, TrialEnd, everything_goes_on, execute, trimmed
+from kajiya.flows.tune_plan import StudyPlan, trimmed
 from kajiya.flows.tune_results import THE_RECIPE, best_trials, config_of, recipe_of, trial_name
 from kajiya.run.folder import Run
 

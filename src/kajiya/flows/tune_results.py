@@ -8,7 +8,7 @@ from kajiya.config.digest import to_plain
 from kajiya.config.schema import Config
 from kajiya.config.sweep import Value, as_override
 from kajiya.flows.report_settings import public_config
-from kajiya.flows.tune_jobs import StudyPlan
+from kajiya.flows.tune_plan import StudyPlan
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from kajiya.config import options as o
 from kajiya.config.schema import TuneConfig
 from kajiya.config.sweep import Dimension, Value
@@ -261,4 +263,4 @@ def _own_values(trial: "Trial", values: Mapping[str, Value], space: str) -> dict
         raise ConfigError("tune.space", f"{space} raised {type(problem).__name__}: {problem}") from problem
     if not isinstance(given, Mapping):
         raise ConfigError("tune.space", f"{space} returned {type(given).__name__}, not a mapping of settings")
-    return dict(given)
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}

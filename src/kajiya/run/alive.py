@@ -3,6 +3,7 @@
 import os
 import platform
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def is_alive(process: dict[str, Any], beat: Path | None = None) -> bool:
     Where there is no such file nobody here knows, and it counts as running.
     """
     if process["host"] != platform.node():
-        return beat is None or not _is_silent(beat)
+        return beat is None or silent_since(process, beat) is None
     return is_running(process["pid"]) and process["begun"] in (None, _begun(process["pid"]))
 
 
@@ -56,18 +57,28 @@ class Beat:
                 continue
 
 
-def _is_silent(beat: Path) -> bool:
-    """Whether the file was last touched long ago, by the clock of its own file system, which both machines share."""
+def silent_since(process: dict[str, Any], beat: Path) -> float | None:
+    """When a process of another machine last touched its file, Unix seconds, if that is long ago; else `None`."""
+    if process["host"] == platform.node():
+        return None
     try:
         touched = beat.stat().st_mtime
     except FileNotFoundError:
-        return False
-    now = beat.with_name(f".{beat.name}-{os.getpid()}-{threading.get_ident()}")
-    now.touch()
+        return None
+    return touched if _now_at(beat) - touched > _SILENT_S else None
+
+
+def _now_at(beat: Path) -> float:
+    """Unix seconds by the clock of the file's own file system, which both machines share."""
+    probe = beat.with_name(f".{beat.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        return now.stat().st_mtime - touched > _SILENT_S
+        probe.touch()
+    except OSError:  # who may only read the folder, or finds its disk full, looks at their own clock
+        return time.time()
+    try:
+        return probe.stat().st_mtime
     finally:
-        now.unlink()
+        probe.unlink()
 
 
 def is_running(pid: int) -> bool:

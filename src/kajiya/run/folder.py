@@ -10,10 +10,11 @@ from typing import Any
 from kajiya.config.digest import digest, to_plain
 from kajiya.config.schema import Config
 from kajiya.errors import RunBusyError, StoreError
-from kajiya.run.alive import BEAT, is_alive, process_facts
+from kajiya.run.alive import process_facts
 from kajiya.run.events import EventLog
 from kajiya.run.files import read_json, write_json
 from kajiya.run.provenance import collect_provenance
+from kajiya.run.status import run_status
 from kajiya.run.store import Artifact, Store
 
 _MANIFEST = "manifest.json"
@@ -118,7 +119,7 @@ def _later_provenance(manifest: dict[str, Any], now: dict[str, Any]) -> list[dic
 def _refuse_second(run: Run) -> None:
     manifest = run.manifest()
     owner = manifest["owner"]
-    if manifest["status"] == "running" and owner["pid"] != os.getpid() and is_alive(owner, run.folder / BEAT):
+    if owner["pid"] != os.getpid() and run_status(manifest, run.folder).word == "running":
         raise RunBusyError(
             f"Run {run.id} is in progress in process {owner['pid']} on {owner['host']}.\n"
             "Wait for it or stop it; another seed or config is another run."
@@ -126,7 +127,7 @@ def _refuse_second(run: Run) -> None:
 
 
 def find_run(store: Store, name: str) -> Run:
-    """A run by its id, an unambiguous beginning of it, its folder, or `latest`."""
+    """A run by its id, an unambiguous beginning of it, its folder, or `latest`, which is none of a search's."""
     return _find(store, name, ("runs",))
 
 
@@ -154,13 +155,17 @@ def is_study(run: Run) -> bool:
     return run.folder.parent.name == "studies"
 
 
+def is_of_study(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run is a trial of a search or a repeat of one, which nobody asked for by itself."""
+    return "study" in manifest
+
+
 def runs_of(study: Run) -> list[Run]:
     """Runs that belong to a study and that no process works on, oldest first."""
     found = []
     for run in list_runs(study.store):
         manifest = run.manifest()
-        is_at_work = manifest["status"] == "running" and is_alive(manifest["owner"], run.folder / BEAT)
-        if manifest.get("study") == study.id and not is_at_work:
+        if manifest.get("study") == study.id and run_status(manifest, run.folder).word != "running":
             found.append(run)
     return found
 
@@ -170,9 +175,9 @@ def _find(store: Store, name: str, kinds: tuple[str, ...]) -> Run:
     if (folder / _MANIFEST).is_file() and folder.parent.name in kinds:
         return Run(folder, Store(folder.parent.parent), EventLog(folder))
     found = [run for kind in kinds for run in _list(store, kind)]
-    runs = [run for run in found if not is_study(run)]
-    if name == "latest" and runs:
-        return runs[-1]
+    asked = [run for run in found if not is_study(run) and not is_of_study(run.manifest())]
+    if name == "latest" and asked:
+        return asked[-1]
     matches = [run for run in found if run.id.startswith(name)]
     exact = [run for run in matches if run.id == name]
     if len(exact or matches) == 1:

@@ -12,8 +12,8 @@ from kajiya.config.digest import digest
 from kajiya.errors import StoreError
 from kajiya.run.alive import is_running
 from kajiya.run.files import check_files, list_files, read_json, write_json
-from kajiya.run.inspect import run_status
 from kajiya.run.lock import is_free, locked_if_free
+from kajiya.run.status import run_status
 from kajiya.run.store import Artifact, Store, read_manifest, remove_artifact
 
 _PINS = "pins.json"
@@ -150,7 +150,9 @@ def collect_garbage(store: Store, keep: Iterable[str] = (), dry_run: bool = True
     What processes that are gone have left half-made goes too. With `dry_run`, only say which. Raises `StoreError` while a run
     is in progress, whose artifacts may not be listed yet, or when a manifest that could refer to something cannot be read.
     """
-    live = [path.parent.name for path in _run_manifests(store) if run_status(read_json(path)) == "running"]
+    live = [
+        path.parent.name for path in _run_manifests(store) if run_status(read_json(path), path.parent).word == "running"
+    ]
     if live and not dry_run:
         raise StoreError(f"{', '.join(live)} in progress: what it has made may not be listed yet.\nTry again after it.")
     artifacts = {name_of(artifact.path): artifact for artifact in store.artifacts()}
@@ -199,12 +201,13 @@ def _manifests(store: Store) -> list[Path]:
 
 
 def _unfinished(store: Store) -> list[Path]:
-    """What processes that are gone have left beside its final place."""
+    """What processes that are gone have left beside its final place, and what endpoints answered to evaluations that broke off."""
     places = [*store.root.glob("artifacts/*/*/.*"), *store.root.glob("runs/*/.*")]
     places += [*store.root.glob("runs/*/*/.*"), *store.root.glob(".*")]
     beside = [path for path in store.root.glob("artifacts/*/.*") if is_free(_lock_of(path))]
     left = [path for path in beside if _MAKERS.fullmatch(path.name)]
     left += [path for path in [*places, *beside] if _is_left(path)]
+    left += [path for path in store.root.glob("replies/*") if is_free(_lock_of(path))]
     return sorted(path for path in left if path.parent not in left)
 
 
@@ -217,8 +220,8 @@ def _is_left(path: Path) -> bool:
 
 
 def _lock_of(path: Path) -> Path:
-    """The lock of the artifact that `.<key>.…` belongs to."""
-    return path.with_name(f".{path.name[1:].partition('.')[0]}.lock")
+    """The lock of what `.<key>.…` or `<key>.…` belongs to."""
+    return path.with_name(f".{path.name.removeprefix('.').partition('.')[0]}.lock")
 
 
 def _remove_unfinished(path: Path) -> bool:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.errors import StoreError
-from kajiya.run.alive import is_alive
 from kajiya.run.events import Event, read_events
 from kajiya.run.files import list_files, read_json
 from kajiya.run.flatten import flatten
 from kajiya.run.folder import Run
+from kajiya.run.status import RunStatus, run_status
 from kajiya.run.store import Store
 from kajiya.run.trackers.position import load_position
 
@@ -22,15 +22,24 @@ class RunRow:
     id: str
     name: str
     status: str
-    """running, finished, interrupted, failed, or unreadable."""
+    """One of `STATUSES`, or unreadable."""
     created: float
     """Unix seconds."""
     step: int | None
     """Last step that was logged."""
     metrics: dict[str, Any]
     """Last value of each metric."""
+    since: float | None = None
+    """Of a silent run, when it was last heard of, Unix seconds."""
+    study: str | None = None
+    """The search of `kajiya tune` that it belongs to."""
     problem: str | None = None
     """Why the run is unreadable."""
+
+    @property
+    def words(self) -> str:
+        """The status as it is shown, or why there is none."""
+        return self.problem or RunStatus(self.status, self.since).words
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class RunFacts:
     id: str
     name: str
     status: str
+    since: float | None
+    """Of a silent run, when it was last heard of, Unix seconds."""
     created: float
     folder: str
     bytes: int
@@ -96,12 +107,6 @@ class RunDiff:
     """Last values, equal ones too: `{name: {first, second, difference}}`."""
 
 
-def run_status(manifest: dict[str, Any]) -> str:
-    """The status in the manifest; a run whose process is gone without saying so is `interrupted`."""
-    status = str(manifest["status"])
-    return "interrupted" if status == "running" and not is_alive(manifest["owner"]) else status
-
-
 def run_rows(store: Store) -> list[RunRow]:
     """Every run of the store, oldest first; one that cannot be read has the status `unreadable`, and says why."""
     rows = []
@@ -109,15 +114,12 @@ def run_rows(store: Store) -> list[RunRow]:
         run_id = path.parent.name
         try:
             manifest = read_json(path)
-            history = summarize(path.parent)
-            rows.append(
-                RunRow(
-                    run_id, manifest["name"], run_status(manifest), manifest["created"], history.step, history.metrics
-                )
-            )
+            history, status = summarize(path.parent), run_status(manifest, path.parent)
+            about = (run_id, manifest["name"], status.word, manifest["created"])
+            rows.append(RunRow(*about, history.step, history.metrics, status.since, manifest.get("study")))
         except (StoreError, KeyError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
-            rows.append(RunRow(run_id, run_id, "unreadable", path.stat().st_mtime, None, {}, problem))
+            rows.append(RunRow(run_id, run_id, "unreadable", path.stat().st_mtime, None, {}, problem=problem))
     return sorted(rows, key=lambda row: (row.created, row.id))
 
 
@@ -156,6 +158,7 @@ def _part(event: Event, *names: str) -> dict[str, Any]:
 def run_facts(run: Run) -> RunFacts:
     """Everything that the run's folder says."""
     manifest = run.manifest()
+    status = run_status(manifest, run.folder)
     trackers = {}
     for path in sorted((run.folder / "trackers").glob("*.json")):
         position = load_position(path)
@@ -167,7 +170,8 @@ def run_facts(run: Run) -> RunFacts:
     return RunFacts(
         id=run.id,
         name=manifest["name"],
-        status=run_status(manifest),
+        status=status.word,
+        since=status.since,
         created=manifest["created"],
         folder=str(run.folder),
         bytes=sum(path.stat().st_size for path in list_files(run.folder)),

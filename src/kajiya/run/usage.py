@@ -1,13 +1,16 @@
-"""What a process has used up: processor time, the most memory, GPUs' energy; added up over the attempts of a run."""
+"""What processes have used up: processor time, the most memory, GPUs' energy; added up over a run's attempts and ranks."""
 
 import ctypes
 import os
 import resource
+import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kajiya.run.files import read_json, write_json
 from kajiya.run.gpu_energy import joules_since
 
 
@@ -31,6 +34,47 @@ def usage_with(before: Mapping[str, Any] | None, gpus: Mapping[str, int | None] 
         "gpu_joules": None if now is None or so_far is None else so_far + now,
         "gpu_peak_bytes": max(known["gpu_peak_bytes"], _peak_gpu_memory()),
     }
+
+
+def with_others(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several processes have used together: times and energy are sums (of what one does not know, `None`), peaks the most."""
+    total = dict(own)
+    for other in others:
+        for name in ("cpu_seconds", "gpu_joules"):
+            known = [each[name] for each in (total, other) if name in each]
+            if known:
+                total[name] = None if None in known else sum(known)
+        for name in ("peak_bytes", "gpu_peak_bytes"):
+            known = [each[name] for each in (total, other) if name in each]
+            if known:
+                total[name] = max(known)
+    return total
+
+
+_NOTES = "usage"
+"""Folder of a run with what each rank but the first has used in the latest attempt: `rank-<n>.json`."""
+_POLL_S = 0.05
+
+
+def note_usage(run_folder: Path, rank: int, gpus: Mapping[str, int | None] | None = None) -> None:
+    """Leave for the first rank what this process has used."""
+    folder = run_folder / _NOTES
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"rank-{rank}.json", usage_with(None, gpus))
+
+
+def forget_notes(run_folder: Path) -> None:
+    """Take away what the ranks of an earlier attempt have left: its first rank has counted it."""
+    shutil.rmtree(run_folder / _NOTES, ignore_errors=True)
+
+
+def noted_usage(run_folder: Path, n: int, patience_s: float) -> list[dict[str, Any]]:
+    """What the ranks 1 … `n` have noted; for those that have not, it waits `patience_s` seconds together."""
+    paths = [run_folder / _NOTES / f"rank-{rank}.json" for rank in range(1, n + 1)]
+    deadline = time.monotonic() + patience_s
+    while not all(path.is_file() for path in paths) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return [read_json(path) for path in paths if path.is_file()]
 
 
 def _peak_gpu_memory() -> int:

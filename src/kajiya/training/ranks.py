@@ -27,13 +27,6 @@ class Ranks:
         return self.rank == 0
 
 
-def gpus_of(device: torch.device, ranks: Ranks) -> Sequence[int]:
-    """Numbers of this machine's GPUs that the run's processes compute on, of which `device` is this one's."""
-    if device.type != "cuda":
-        return ()
-    return [device.index or 0] if ranks.n == 1 else range(min(ranks.n, torch.cuda.device_count()))
-
-
 def find_ranks(strategy: str) -> Ranks:
     """The place of this process under `train.strategy`: auto is ddp where torchrun started several processes, else single.
 

@@ -99,6 +99,7 @@ def sync(
     import yaml
 
     from kajiya.run.folder import find_run_or_study, is_study, runs_of
+    from kajiya.run.status import run_status
     from kajiya.run.store import default_store
     from kajiya.run.trackers.dispatch import replay_all
     from kajiya.run.trackers.position import load_position, position_file
@@ -113,9 +114,10 @@ def sync(
         replay_all([each.folder for each in (found, *members)], name, options)
         for each in (found, *members):
             position = load_position(position_file(each.folder, name))
-            facts.append({"tracker": name, "run": each.id, "events": position.n_events, "status": position.status})
+            status = run_status(each.manifest(), each.folder)
+            facts.append({"tracker": name, "run": each.id, "events": position.n_events, "status": status.word})
             if not as_json:
-                words = f"{name}: {position.n_events:,} events of {each.id}, {position.status}"
+                words = f"{name}: {position.n_events:,} events of {each.id}, {status.words}"
                 open_console().print(words, highlight=False)
     if as_json:
         print_json(facts)
