@@ -121,12 +121,21 @@ def test_what_came_before_is_not_rendered_again(monkeypatch: pytest.MonkeyPatch)
     assert text.call_count == 1
     text.reset_mock()
     template.ids([*turns, USER, SAYS, USER])
-    # The whole, and as far as where the new answer begins and ends.
-    assert text.call_count == 3
+    # The whole, and as far as where the new answer ends; it begins where the whole ended before.
+    assert text.call_count == 2
     # Another first turn is another conversation.
     text.reset_mock()
     template.ids([{**USER, "content": "!"}, *turns[1:], USER])
     assert text.call_count == 1 + 2 * 40
+
+
+def test_a_conversation_as_it_was_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(tokenizer_of("qwen3"), remembers=True)
+    template.ids([USER, SAYS, *MORE, USER])
+    text = Mock(wraps=template.text)
+    monkeypatch.setattr(template, "text", text)
+    template.ids([USER, SAYS, *MORE, USER])
+    assert text.call_count == 1
 
 
 def test_a_template_that_asks_for_the_time_is_rendered_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

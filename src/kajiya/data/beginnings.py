@@ -48,7 +48,7 @@ def is_sure(source: str) -> bool:
 
 
 class Beginnings:
-    """The first messages of one conversation, any number of them, in its text.
+    """The first messages of one conversation, any number of them, in its text, which ends with the prompt of an answer or does not.
 
     `render` makes a text of so many messages, with the prompt of an answer or without, or says `None` where it cannot; `ending` is
     what it may close that text with and not each answer.
@@ -60,6 +60,7 @@ class Beginnings:
         messages: Sequence[Mapping[str, Any]],
         tools: Any,
         text: str,
+        is_prompt: bool,
         render: Callable[[int, bool], str | None],
         ending: str,
     ) -> None:
@@ -72,12 +73,17 @@ class Beginnings:
         for message in messages:
             running.update(_bytes(message) + b"\0")
             self._keys.append(running.digest())
+        # The next turn has it for a beginning.
+        memory.keep(self._key(len(messages), is_prompt), _rendered(text, ending))
+
+    def _key(self, n_messages: int, is_prompt: bool) -> bytes:
+        return self._keys[n_messages] + (b"p" if is_prompt else b"")
 
     def length(self, n_messages: int, is_prompt: bool) -> int | None:
         """Length of the text of the first `n_messages` where the whole text begins with it; `None` where it does not."""
         if not n_messages:
             return 0
-        key = self._keys[n_messages] + (b"p" if is_prompt else b"")
+        key = self._key(n_messages, is_prompt)
         rendered = self._memory.get(key)
         if rendered is None:
             text = self._render(n_messages, is_prompt)

@@ -214,7 +214,7 @@ class ChatTemplate:
         if tools and self.prefix(messages, None, text, add_generation_prompt) == len(text):
             raise TemplateRefusalError(_LOST.format("tools"))
         self._require_parts(messages, tools, add_generation_prompt)
-        length = self._beginnings(messages, tools, text)
+        length = self._beginnings(messages, tools, text, add_generation_prompt)
         answers = [
             self._answer(length, index, index + 1 == len(messages) and not add_generation_prompt, text)
             for index, message in enumerate(messages)
@@ -326,18 +326,20 @@ class ChatTemplate:
                 return end - len(further_on)
         return None
 
-    def _beginnings(self, messages: Messages, tools: Any, text: str) -> Callable[[int, bool], int | None]:
+    def _beginnings(
+        self, messages: Messages, tools: Any, text: str, is_prompt: bool
+    ) -> Callable[[int, bool], int | None]:
         """`prefix` of the first so many of the messages, with the prompt of an answer or without."""
         if self._memory is None:
-            return lambda n, is_prompt: self.prefix(messages[:n], tools, text, is_prompt)
+            return lambda n, is_asked: self.prefix(messages[:n], tools, text, is_asked)
 
-        def render(n: int, is_prompt: bool) -> str | None:
+        def render(n: int, is_asked: bool) -> str | None:
             try:
-                return self.text(messages[:n], tools, is_prompt)
+                return self.text(messages[:n], tools, is_asked)
             except TemplateRefusalError:
                 return None
 
-        return Beginnings(self._memory, messages, tools, text, render, self._eos).length
+        return Beginnings(self._memory, messages, tools, text, is_prompt, render, self._eos).length
 
     def _answer(self, length: Callable[[int, bool], int | None], index: int, is_last: bool, text: str) -> Answer:
         start = length(index, True)
