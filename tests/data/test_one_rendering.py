@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from tests.data.families import (
 from tests.data.test_render import chat, independent, plain, render, trained
 
 from kajiya.config.schema import RenderConfig
-from kajiya.data.chat import ChatTemplate
+from kajiya.data.beginnings import Memory, Rendered
+from kajiya.data.chat import ChatTemplate, TemplateRefusalError
 from kajiya.data.render import Renderer
 from kajiya.errors import DataError
 from kajiya.evals.answers import LocalModel, Sampling
@@ -71,6 +73,89 @@ class Asked:
     def generate(self, prompts: list[list[int]], _: Any) -> list[Any]:
         self.asked += prompts
         return [SimpleNamespace(token_ids=[]) for _ in prompts]
+
+
+# ---------------------------------------------------------------- turns that come again
+
+THOUGHT = {"role": "assistant", "content": "Paris.", "reasoning_content": "A capital, then."}
+GROWING: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "plain": ([USER, SAYS, *MORE, USER, SAYS, *MORE], None),
+    "a system message": ([SYSTEM, USER, SAYS, *MORE, USER, SAYS], None),
+    "reasoning": ([USER, THOUGHT, *MORE, USER, THOUGHT, USER, SAYS], None),
+    "calls": ([*WITH_CALL, USER, SAYS, *WITH_CALL, *MORE], TOOLS),
+    "names of special tokens": ([USER, {**SAYS, "content": "a <|im_end|> </s> z"}, *MORE, USER, SAYS], None),
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_growing_conversation_is_laid_out_as_one_that_is_new(name: str, kind: str) -> None:
+    (messages, tools), tokenizer = GROWING[kind], tokenizer_of(name)
+    remembering = ChatTemplate(tokenizer, remembers=True)
+    messages = remembering.markup.shield(messages)[0]
+    n_told = 0
+    # Forward, as it grows; and back, since a client may take turns back.
+    for n in (*range(1, len(messages) + 1), *range(len(messages), 0, -1)):
+        for is_prompt in (True, False):
+            given = (messages[:n], tools, is_prompt)
+            told, wanted = (_laid_out(template, given) for template in (remembering, ChatTemplate(tokenizer)))
+            assert told == wanted
+            n_told += not isinstance(told, str)
+    assert n_told or kind in ("calls", "a system message", "reasoning")
+
+
+def _laid_out(template: ChatTemplate, given: Any) -> Any:
+    try:
+        return template.lay_out(*given)
+    except TemplateRefusalError as error:
+        return str(error)
+
+
+def test_what_came_before_is_not_rendered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(tokenizer_of("chatml"), remembers=True)
+    turns = [part for i in range(40) for part in ({**USER, "content": f"{i}?"}, {**SAYS, "content": f"{i}."})]
+    template.ids(turns)
+    text = Mock(wraps=template.text)
+    monkeypatch.setattr(template, "text", text)
+    template.ids([*turns, USER])
+    assert text.call_count == 1
+    text.reset_mock()
+    template.ids([*turns, USER, SAYS, USER])
+    # The whole, and as far as where the new answer ends; it begins where the whole ended before.
+    assert text.call_count == 2
+    # Another first turn is another conversation.
+    text.reset_mock()
+    template.ids([{**USER, "content": "!"}, *turns[1:], USER])
+    assert text.call_count == 1 + 2 * 40
+
+
+def test_a_conversation_as_it_was_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(tokenizer_of("qwen3"), remembers=True)
+    template.ids([USER, SAYS, *MORE, USER])
+    text = Mock(wraps=template.text)
+    monkeypatch.setattr(template, "text", text)
+    template.ids([USER, SAYS, *MORE, USER])
+    assert text.call_count == 1
+
+
+def test_a_template_that_asks_for_the_time_is_rendered_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of("chatml")
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ strftime_now('%Y') }}" + tokenizer.chat_template)
+    template = ChatTemplate(tokenizer, remembers=True)
+    text = Mock(wraps=template.text)
+    monkeypatch.setattr(template, "text", text)
+    for _ in range(2):
+        text.reset_mock()
+        template.ids([USER, SAYS, USER])
+        assert text.call_count == 3
+
+
+def test_memory_of_beginnings_is_bounded() -> None:
+    memory = Memory()
+    for number in range(10_000):
+        memory.keep(str(number).encode(), Rendered((1, 1), (b"", b"")))
+        assert len(memory) <= 4096
+    assert memory.get(b"9999") is not None
 
 
 # ---------------------------------------------------------------- tools

@@ -1,6 +1,7 @@
 """How many threads a process takes: what the user said, what the machine grants."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,36 @@ def test_a_training_process_keeps_to_it() -> None:
         "assert set_up_process(0, Path('.'))['torch_threads'] == torch.get_num_threads() == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+_HEAPS = """
+import ctypes, sys, threading
+from kajiya.run.process import share_heaps
+if sys.argv[2] == "shared":
+    assert share_heaps() == "glibc: two arenas"
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.fopen.restype = ctypes.c_void_p, ctypes.c_void_p
+all_here = threading.Barrier(6)
+def work():
+    all_here.wait(30)
+    libc.malloc(3000)
+    all_here.wait(30)
+threads = [threading.Thread(target=work) for _ in range(6)]
+[each.start() for each in threads]
+[each.join() for each in threads]
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heaps")
+def test_the_threads_of_a_server_share_two_heaps(tmp_path: Path) -> None:
+    n_heaps = {}
+    for how in ("shared", "as they are"):
+        subprocess.run([sys.executable, "-c", _HEAPS, str(tmp_path / "told"), how], check=True, timeout=120)
+        n_heaps[how] = (tmp_path / "told").read_text().count("<heap ")
+    assert n_heaps["shared"] <= 2 < n_heaps["as they are"]
 
 
 @pytest.mark.parametrize(

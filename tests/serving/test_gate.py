@@ -5,12 +5,14 @@ import json
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from kajiya.config.schema import ServeConfig
 from kajiya.serving.api import create_app
@@ -55,6 +57,55 @@ def test_bodies_that_do_not_come_are_bounded(model_folder: Path, tokenizer: Any)
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
 
 
+def test_connections_that_say_nothing_or_half_a_head_are_closed(engine: Engine, tokenizer: Any) -> None:
+    cfg = ServeConfig(body_timeout_s=0.3)
+    with _served(create_app(engine, tokenizer, NAME, cfg), cfg) as (url, _), ExitStack() as stack:
+        host, port = url.removeprefix("http://").split(":")
+        asked = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        for before, said in ((b"", b""), (b"", b"POST /v1/comple"), (asked, b"GET /hea")):
+            raw = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            raw.sendall(before)
+            heard = b""
+            while before and not heard.endswith(b"}}"):
+                heard += raw.recv(4096)
+                assert heard.startswith(b"HTTP/1.1 200")
+            raw.sendall(said)
+            last = b""
+            while part := raw.recv(4096):
+                last += part
+            assert last.split()[1] == b"408"
+            assert json.loads(last.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
+        # An answer may take as long as it does, and a connection is used again.
+        engine.runner.run = _slowed(engine.runner.run, 0.05)  # type: ignore[method-assign]
+        with httpx.Client() as client:
+            body = {"model": NAME, "prompt": "x", "max_tokens": 12, "ignore_eos": True}
+            for _ in range(2):
+                assert client.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def _slowed(run: Any, seconds: float) -> Any:
+    def slow(plan: Any) -> Any:
+        time.sleep(seconds)
+        return run(plan)
+
+    return slow
+
+
+@contextmanager
+def _served(app: Any, cfg: ServeConfig) -> Iterator[tuple[str, uvicorn.Server]]:
+    """The server that `kajiya serve` has, in a thread; its URL."""
+    listener = bind("127.0.0.1", 0)
+    server = web_server(app, cfg)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        yield url_of(listener), server
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
 @pytest.mark.parametrize(
     ("header", "status"),
     [
@@ -73,27 +124,13 @@ def test_the_scheme_of_a_key_has_no_case(engine: Engine, tokenizer: Any, header:
 
 
 def test_a_stream_that_the_server_does_not_wait_for_ends_with_an_error(engine: Engine, tokenizer: Any) -> None:
-    real = engine.runner.run
-
-    def slow(plan: Any) -> Any:
-        time.sleep(0.02)
-        return real(plan)
-
-    engine.runner.run = slow  # type: ignore[method-assign]
-    listener = bind("127.0.0.1", 0)
+    engine.runner.run = _slowed(engine.runner.run, 0.02)  # type: ignore[method-assign]
     cfg = ServeConfig(drain_s=0)
-    server = web_server(create_app(engine, tokenizer, NAME, cfg), cfg)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    try:
+    with _served(create_app(engine, tokenizer, NAME, cfg), cfg) as (url, server):
         body = {"model": NAME, "prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url_of(listener)}/v1/completions", json=body, timeout=60) as reply:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
             server.should_exit = True
             last = [line for line in lines if line][-1]
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_stopping"

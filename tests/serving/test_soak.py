@@ -23,6 +23,7 @@ import pytest
 from safetensors.torch import load_file
 
 from kajiya.config.schema import ServeConfig
+from kajiya.run.process import share_heaps
 from kajiya.serving.api import create_app
 from kajiya.serving.sequence import SamplingParams
 from kajiya.serving.text import TextStream, byte_reader, token_text
@@ -32,7 +33,8 @@ from .conftest import CONTEXT, NAME, is_greedy, open_engine, running, save_adapt
 N_CLIENTS = 8
 SOAK_S = 120
 MAX_GROWTH = 64 << 20
-"""Bytes of the server's process between the first third and the end; its clients live in another."""
+"""Bytes of the server's process between the first third and the end; its clients live in another. What grows, where something does,
+is what the allocator cannot give back: free memory between blocks in use, whose sum stays."""
 MAX_BODY = 400_000
 TUNED = "tuned"
 """The adapter that is served beside the model."""
@@ -293,6 +295,7 @@ def test_mixed_traffic(
     tmp_path: Path, model_folder: Path, tokenizer: Any, reference: Any, settings: dict[str, Any], seconds: float
 ) -> None:
     """In fp32 every plain answer is the plain model's; else what the same engine says without guesses and company."""
+    share_heaps()  # as `serve` does
     alone = open_engine(model_folder, **settings | {"guesses": 0})
     adapter = save_adapter(tmp_path / "adapter")
     alone.load_adapter(TUNED, adapter)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kajiya.serving.answer import Answer
 from kajiya.serving.sequence import Output, TokenLogprob
-from kajiya.serving.text import StopMatcher, TextStream, byte_reader, token_text
+from kajiya.serving.text import StopMatcher, TextStream, byte_reader, decoder_of, token_text
 
 HARD = "naïve café — 日本語 𝔘𝔫𝔦 👩‍👩‍👧‍👦 ∑∞ \u200d ẹ̃"
 
@@ -37,6 +37,32 @@ def test_any_text_streams_to_itself(tokenizer: Any, text: str, cut: int) -> None
     before, after = ids[:cut], ids[cut:]
     if "\ufffd" not in tokenizer.decode(before):
         assert tokenizer.decode(before) + "".join(_stream(tokenizer, after, before)) == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(0, 600), max_size=12))
+def test_tokens_are_decoded_as_the_tokenizer_does(tokenizer: Any, ids: list[int]) -> None:
+    assert decoder_of(tokenizer)(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked_itself() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, *args: Any, **settings: Any) -> str:
+            return super()._decode(*args, **settings).upper()
+
+    pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "so": 1, "##me": 2, "!": 3}, unk_token="[UNK]"))
+    pieces.decoder = decoders.WordPiece(cleanup=False)
+    for kind, cleans, text in (
+        (PreTrainedTokenizerFast, False, "some !"),
+        (PreTrainedTokenizerFast, True, "some!"),
+        (Shouting, False, "SOME !"),
+    ):
+        tokenizer = kind(tokenizer_object=pieces, clean_up_tokenization_spaces=cleans)
+        assert tokenizer.decode([1, 2, 3]) == text
+        assert decoder_of(tokenizer)([1, 2, 3]) == text
 
 
 def test_an_unfinished_character_at_the_end_is_left_out(tokenizer: Any) -> None:
@@ -152,6 +178,18 @@ def test_held_text_comes_out_at_the_end_with_its_tokens(tokenizer: Any) -> None:
     assert "".join(piece.text for piece in pieces) == "so ST"
     assert [entry.token for piece in pieces for entry in piece.entries] == ids
     assert pieces[-1].finish_reason == "length"
+
+
+def test_an_answer_whose_tokens_are_not_asked_for_has_the_same_text(tokenizer: Any) -> None:
+    ids = tokenizer.encode(HARD + " STO and more")
+    texts = []
+    for with_entries in (True, False):
+        answer = Answer(tokenizer, ids[:9], ["STOP"], "echoed: ", with_entries)
+        pieces = [answer.take(output) for output in _outputs(ids, "length")]
+        assert any(piece.entries for piece in pieces) == with_entries
+        texts.append([piece.text for piece in pieces])
+    assert texts[0] == texts[1]
+    assert "".join(texts[0]).endswith(" STO and more")
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])

@@ -374,7 +374,7 @@ class ServeConfig:
     request_timeout_s: float | None = setting(None, gt=0)
     """Longest time for a request, its body's coming included, seconds; `None`: no limit."""
     body_timeout_s: float | None = setting(60.0, gt=0)
-    """Longest time for a request's body to come, seconds; past it 408. `None`: no limit."""
+    """Longest time for a request's head to come, and then for its body, seconds; past it 408. `None`: no limit."""
     drain_s: int = setting(20, ge=0)
     """Longest wait for running answers after SIGINT or SIGTERM, seconds."""
     access_log: bool = False

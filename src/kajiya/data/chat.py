@@ -7,7 +7,7 @@ what the whole conversation begins with. No string is searched for.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kajiya.config.schema import RenderConfig
+from kajiya.data.beginnings import Beginnings, Memory, is_sure
 from kajiya.data.markup import Chunk, Draft, Markup
 from kajiya.data.omissions import Place, parts_of, place_of
 from kajiya.errors import ConfigError, DataError
@@ -26,6 +27,7 @@ _ID = "probe0000"
 """Of a call; Mistral's template takes nine letters and digits."""
 TOKEN_CHARACTERS = 64
 """More than the tokens of any text have on average."""
+_MOST_PLACES = 10_000
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -108,8 +110,9 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     `template` goes before the tokenizer's own; `variables` are passed to it; `name` is what errors call it. With `is_timeless`,
-    a template that asks for the time is refused: rows rendered tomorrow would be others. Raises `DataError` for a syntax error
-    in the template.
+    a template that asks for the time is refused: rows rendered tomorrow would be others. With `remembers`, a conversation
+    that comes again with more turns is not rendered anew as far as each of its answers. Raises `DataError` for a syntax error in
+    the template.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         is_timeless: bool = False,
         name: str | None = None,
+        remembers: bool = False,
     ) -> None:
         self.markup = Markup(tokenizer)
         if template is None:
@@ -136,6 +140,7 @@ class ChatTemplate:
         if is_timeless:
             self._variables |= {"strftime_now": _refuse_time}
         self._knows_calls: dict[tuple[bool, str | None], bool] = {}
+        self._memory = Memory() if remembers and all(map(is_sure, self._sources.values())) else None
         self._rendered: set[Place] = set()
         """Parts that were found in the text, and where they stood in their conversation."""
 
@@ -158,7 +163,7 @@ class ChatTemplate:
     def is_longer(self, messages: Messages, n_tokens: int, *, tools: Any = None) -> bool:
         """Whether a conversation has far more than that many tokens, found by rendering it once.
 
-        `ids` renders it once more for each answer to find where that lies. `False` for what the template refuses.
+        `ids` renders it more often, to find where the answers lie. `False` for what the template refuses.
         """
         (messages, tools), names = self.markup.shield((messages, tools))
         try:
@@ -209,8 +214,9 @@ class ChatTemplate:
         if tools and self.prefix(messages, None, text, add_generation_prompt) == len(text):
             raise TemplateRefusalError(_LOST.format("tools"))
         self._require_parts(messages, tools, add_generation_prompt)
+        length = self._beginnings(messages, tools, text, add_generation_prompt)
         answers = [
-            self._answer(messages, tools, index, text, add_generation_prompt)
+            self._answer(length, index, index + 1 == len(messages) and not add_generation_prompt, text)
             for index, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
@@ -287,6 +293,8 @@ class ChatTemplate:
                     is_lost = False
                 if is_lost:
                     raise TemplateRefusalError(_LOST.format(f"{name} (message {index + 1})"))
+                if len(self._rendered) >= _MOST_PLACES:
+                    self._rendered = set()
                 self._rendered.add(place)
 
     def prefix(self, messages: Messages, tools: Any, text: str, add_generation_prompt: bool = False) -> int | None:
@@ -318,10 +326,24 @@ class ChatTemplate:
                 return end - len(further_on)
         return None
 
-    def _answer(self, messages: Messages, tools: Any, index: int, text: str, is_prompt: bool) -> Answer:
-        start = self.prefix(messages[:index], tools, text, add_generation_prompt=True)
-        is_last = index + 1 == len(messages) and not is_prompt
-        end = len(text) if is_last else self.prefix(messages[: index + 1], tools, text)
+    def _beginnings(
+        self, messages: Messages, tools: Any, text: str, is_prompt: bool
+    ) -> Callable[[int, bool], int | None]:
+        """`prefix` of the first so many of the messages, with the prompt of an answer or without."""
+        if self._memory is None:
+            return lambda n, is_asked: self.prefix(messages[:n], tools, text, is_asked)
+
+        def render(n: int, is_asked: bool) -> str | None:
+            try:
+                return self.text(messages[:n], tools, is_asked)
+            except TemplateRefusalError:
+                return None
+
+        return Beginnings(self._memory, messages, tools, text, is_prompt, render, self._eos).length
+
+    def _answer(self, length: Callable[[int, bool], int | None], index: int, is_last: bool, text: str) -> Answer:
+        start = length(index, True)
+        end = len(text) if is_last else length(index + 1, False)
         if start is None or end is None or end < start:
             return Answer(index, start, None)
         return self._closed(text, index, start, end)

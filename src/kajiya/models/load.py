@@ -12,6 +12,7 @@ from kajiya.models.attention import attention_name
 from kajiya.models.origin import Origin, set_origin
 from kajiya.models.quantized import quantize
 from kajiya.models.quantized_loading import while_reading
+from kajiya.models.stored_bits import as_plain, require_read, stored_by
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.run.process import import_transformers, quiet_transformers
 from kajiya.run.tensor_headers import read_header
@@ -29,10 +30,12 @@ def load_model(
 ) -> Any:
     """A model with the task's head, in `dtype` on the CPU, in evaluation mode, from a folder or a hub name.
 
-    With `quantized` (`model.quantize`) each weight is quantized as soon as it is read.
+    With `quantized` (`model.quantize`) each weight is quantized as soon as it is read. Weights that bitsandbytes has stored in few
+    bits become the plain ones that they stand for.
 
     A head over a whole text that the weights lack begins at random, from torch's generator, unless `needs_head`. Raises
-    `ConfigError` when there is no such model or head, `StoreError` when its weights are not safetensors or do not fit.
+    `ConfigError` when there is no such model or head, or it is stored in few bits otherwise, `StoreError` when its weights are
+    not safetensors or do not fit.
     """
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -49,6 +52,9 @@ def load_model(
             f"is {quantized}, and the weights of {str(path)!r} are stored in few bits already",
             "Set model.quantize=none, or name the weights that they were made of.",
         )
+    method = stored_by(architecture)
+    if method is not None:
+        require_read(method, path)
     try:
         loaded: Any = auto_class(task).from_pretrained(
             path,
@@ -62,6 +68,7 @@ def load_model(
             quantization_config=None if quantized == "none" else while_reading(quantized),
             # They are in the report, and an error below.
             ignore_mismatched_sizes=True,
+            **({} if method is None else {"device_map": "cpu"}),
         )
     except OSError as error:
         raise _not_loaded(path, error) from error
@@ -83,6 +90,8 @@ def load_model(
             raise StoreError(
                 f"{path}: the weights do not fit the config: {len(names)} {kind.replace('_', ' ')} ({listed} …)"
             )
+    if method is not None:
+        model = as_plain(model, dtype)
     set_origin(model, Origin(str(folder.resolve()) if folder.is_dir() else str(path), revision))
     return quantize(model, quantized).eval()
 

@@ -134,7 +134,7 @@ def quantized_layers(module: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
-    bnb = _bitsandbytes()
+    bnb = require_bitsandbytes("model.quantize")
     made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
     # On a CPU its layer would pack the weights anew for evaluation, and round there as it does not in training.
     made.support_avx512bf16_for_cpu = False
@@ -147,7 +147,7 @@ def _nf4(layer: nn.Linear) -> nn.Module:
 
 
 def _int8(layer: nn.Linear) -> nn.Module:
-    bnb = _bitsandbytes()
+    bnb = require_bitsandbytes("model.quantize")
     made = bnb.nn.Linear8bitLt(
         layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=6.0
     )
@@ -175,23 +175,25 @@ def _filled(made: Any, weight: torch.Tensor, layer: nn.Linear) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
-def _bitsandbytes() -> Any:
+def require_bitsandbytes(purpose: str) -> Any:
+    """The package bitsandbytes. Raises `MissingExtraError`, which names what it is for."""
     try:
         import bitsandbytes
     except ImportError as error:
-        raise MissingExtraError("bitsandbytes", "quant", "model.quantize") from error
+        raise MissingExtraError("bitsandbytes", "quant", purpose) from error
     # It says at every product that LLM.int8 reads activations in 16 bits.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
 
 
 def _values_nf4(weight: Any) -> torch.Tensor:
-    return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    return require_bitsandbytes("model.quantize").functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
 
 
 def _values_int8(weight: Any) -> torch.Tensor:
     # LLM.int8, equation 1: a row's largest absolute value stands for 127.
-    return weight.CB.float() * (weight.SCB / 127).unsqueeze(1)  # type: ignore[no-any-return]
+    rows = weight.data if weight.CB is None else weight.CB
+    return rows.float() * (weight.SCB / 127).unsqueeze(1)  # type: ignore[no-any-return]
 
 
 _KINDS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {"nf4": _nf4, "int8": _int8, "torchao-int8": _torchao_int8}

@@ -70,16 +70,29 @@ def keep_large_blocks() -> str:
 
     A training step frees and takes the same large blocks each time; handing them back to the kernel costs a page fault a page.
     """
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (m_arena_max, 1))
+    return _set_malloc(settings, "no mmap, no trim, one arena, 256 MiB top pad")
+
+
+def share_heaps() -> str:
+    """Have all threads of a server take their memory from two of glibc's heaps; returns what was set.
+
+    Each would have one of its own otherwise, and keep there what it has freed: for every thread, the most that requests ever took.
+    """
+    m_arena_max = -8
+    return _set_malloc(((m_arena_max, 2),), "two arenas")
+
+
+def _set_malloc(settings: tuple[tuple[int, int], ...], words: str) -> str:
     if sys.platform != "linux":
         return "left as it is"
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return "left as it is (not glibc)"
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
-    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (m_arena_max, 1))
     taken = sum(libc.mallopt(name, value) for name, value in settings)
-    return "glibc: no mmap, no trim, one arena, 256 MiB top pad" if taken == len(settings) else "glibc: refused in part"
+    return f"glibc: {words}" if taken == len(settings) else "glibc: refused in part"
 
 
 def load_torch_ahead() -> None:

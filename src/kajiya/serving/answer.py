@@ -32,15 +32,21 @@ class Answer:
     """Turns the outputs of one request into pieces of text.
 
     A token is released when the first of its characters is: tokens behind a stop string, or whose text is still held
-    back, are not.
+    back, are not. Without `with_entries` only text comes.
     """
 
     def __init__(
-        self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = (), echo: str | None = None
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stops: Sequence[str] = (),
+        echo: str | None = None,
+        with_entries: bool = True,
     ) -> None:
         self._prompt = prompt
         self._tokenizer = tokenizer
         self._echo = echo
+        self._with_entries = with_entries
         self._stream = TextStream(tokenizer, prompt)
         self._matcher = StopMatcher(stops)
         self._n_decoded = 0
@@ -62,7 +68,8 @@ class Answer:
             self.n_tokens += 1
             # The token that ends the answer is no part of its text.
             if finish_reason != FINISHED_STOP:
-                self._entries.append(Entry(output.token.token, output.token, self._n_decoded))
+                if self._with_entries:
+                    self._entries.append(Entry(output.token.token, output.token, self._n_decoded))
                 new = self._stream.push(output.token.token)
                 self._n_decoded += len(new)
                 text += self._matcher.push(new)
@@ -78,6 +85,8 @@ class Answer:
         self._is_begun = True
         if self._echo is None:
             return ""
+        if not self._with_entries:
+            return self._echo
         scored = output.prompt_logprobs or (None,) * len(self._prompt)
         stream = TextStream(self._tokenizer)
         for token, one in zip(self._prompt, scored, strict=True):
@@ -87,6 +96,8 @@ class Answer:
         return self._echo
 
     def _release(self, is_end: bool) -> tuple[Entry, ...]:
+        if not self._entries:
+            return ()
         if is_end and not self.is_stopped:
             released, self._entries = self._entries, []
         else:

@@ -76,7 +76,7 @@ class Service:
         self, body: CompletionBody | ChatBody, host: Host, shape: Any, prompts: list[Prompt], params: SamplingParams
     ) -> Generation:
         """Submit the requests of a call."""
-        generation = Generation(host.worker, self.metrics, shape, body.with_usage)
+        generation = Generation(host.worker, self.metrics, shape, bool(body.stream), body.with_usage)
         await generation.begin(prompts, body.n or 1, params, body.stops, host.tokenizer)
         return generation
 

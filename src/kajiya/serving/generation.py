@@ -3,8 +3,9 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -16,8 +17,13 @@ from kajiya.serving.answer import Answer, Piece
 from kajiya.serving.faults import CLIENT_GONE, error_body
 from kajiya.serving.metrics import Metrics
 from kajiya.serving.replies import Shape, joined, usage
-from kajiya.serving.sequence import FINISHED_ERROR, Request, SamplingParams, derive_seed
+from kajiya.serving.sequence import FINISHED_ERROR, Output, Request, SamplingParams, derive_seed
 from kajiya.serving.worker import Ticket, Worker
+
+_AT_ONCE = 32
+"""Tokens that are put together at a time for a reply that nobody reads before it is whole."""
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_NO_CHOICES = b'"choices":[]'
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class _Choice:
 class Generation:
     """One HTTP call: its choices, the ticket of their requests, and the shape of the reply."""
 
-    def __init__(self, worker: Worker, metrics: Metrics, shape: Shape, with_usage: bool) -> None:
+    def __init__(self, worker: Worker, metrics: Metrics, shape: Shape, is_stream: bool, with_usage: bool) -> None:
+        self._is_stream = is_stream
         self._worker = worker
         self._metrics = metrics
         self._shape = shape
@@ -65,13 +72,16 @@ class Generation:
                 index = len(requests)
                 seeded = replace(params, seed=derive_seed(params.seed, index % n))
                 request = Request(f"{uuid.uuid4().hex}-{index}", tuple(prompt.ids), seeded, prompt.adapter)
-                self._choices[request.id] = _Choice(index, Answer(tokenizer, prompt.ids, stops, prompt.echo))
+                answer = Answer(tokenizer, prompt.ids, stops, prompt.echo, self._shape.with_logprobs)
+                self._choices[request.id] = _Choice(index, answer)
                 requests.append(request)
         # Before the engine sees them: its first token may come before this coroutine goes on.
         for request in requests:
             self._metrics.begin(request.id)
+        # A whole reply is put together by the way, unless a stop string may end it at any token.
+        at_once = 1 if stops or self._is_stream else _AT_ONCE
         try:
-            self._ticket = await self._worker.submit(requests)
+            self._ticket = await self._worker.submit(requests, at_once)
         except BaseException:
             for request in requests:
                 self._metrics.forget(request.id)
@@ -97,10 +107,17 @@ class Generation:
             if choice.is_open:
                 self._end(choice, "cancelled")
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _next(self) -> list[Output]:
         assert self._ticket is not None
-        async for output in self._ticket:
+        return await self._ticket.next()
+
+    def _pieces(self, outputs: list[Output]) -> Iterator[tuple[int, Piece]]:
+        """The pieces that outputs bring to choices; behind those before it, raises the `RequestError` of what went wrong."""
+        assert self._ticket is not None
+        for output in outputs:
             choice = self._choices[output.id]
+            if not choice.is_open:
+                continue  # a stop string has ended it
             if output.finish_reason == FINISHED_ERROR:
                 self._end(choice, "error")
                 if output.is_refused:
@@ -116,31 +133,45 @@ class Generation:
 
     async def _collect(self) -> Response:
         pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self._choices.values()}
-        async for index, piece in self._pieces():
-            pieces[index].append(piece)
+        while outputs := await self._next():
+            for index, piece in self._pieces(outputs):
+                pieces[index].append(piece)
         choices = [self._shape.whole(index, joined(found)) for index, found in pieces.items()]
         return JSONResponse(self._shape.envelope(choices, self._usage(), is_stream=False))
 
     async def _events(self) -> AsyncIterator[bytes]:
+        """Events, those that a step brings together."""
         for choice in self._choices.values():
             opening = self._shape.opening(choice.index)
             if opening is not None:
-                yield self._event([opening])
-        try:
-            async for index, piece in self._pieces():
-                yield self._event([self._shape.part(index, piece)])
-        except RequestError as error:
-            yield _data(error_body(str(error), error.status, error.code, error.param))
-            return
+                yield self._event(opening)
+        while outputs := await self._next():
+            events = []
+            try:
+                for index, piece in self._pieces(outputs):
+                    events.append(self._event(self._shape.part(index, piece)))
+            except RequestError as error:
+                yield b"".join(events) + _data(error_body(str(error), error.status, error.code, error.param))
+                return
+            if events:
+                yield b"".join(events)
         if self._with_usage:
             yield _data(self._shape.envelope([], self._usage(), is_stream=True))
         yield b"data: [DONE]\n\n"
 
-    def _event(self, choices: list[dict[str, Any]]) -> bytes:
-        chunk = self._shape.envelope(choices, None, is_stream=True)
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        before, behind = self._around
+        return before + _json(choice) + behind
+
+    @cached_property
+    def _around(self) -> tuple[bytes, bytes]:
+        """What every chunk of a stream begins and ends with."""
+        chunk = self._shape.envelope([], None, is_stream=True)
         if not self._with_usage:
             del chunk["usage"]
-        return _data(chunk)
+        before, found, behind = _data(chunk).partition(_NO_CHOICES)
+        assert found
+        return before + _NO_CHOICES[:-1], b"]" + behind
 
     def _usage(self) -> dict[str, int]:
         return usage(self._n_prompt, sum(choice.answer.n_tokens for choice in self._choices.values()))
@@ -185,6 +216,8 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    return (
-        b"data: " + json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+    return b"data: " + _json(content) + b"\n\n"
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return _ENCODER.encode(content).encode()

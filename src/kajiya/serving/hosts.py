@@ -25,7 +25,7 @@ _LONG_TEXT = 20_000
 _TEXT_COST = 200
 """Characters that take as long as beginning with a text, or a message, at all."""
 _FEW_MESSAGES = 8
-"""Messages up to which a conversation is rendered on the event loop: it is, once for each answer."""
+"""Messages up to which a conversation is rendered on the event loop: it is, once for each answer that is new."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Host:
         self.name = name
         self.engine = engine
         self.tokenizer = tokenizer
-        self.chat = ChatTemplate(tokenizer)
+        self.chat = ChatTemplate(tokenizer, remembers=True)
         self.worker = Worker(engine, watcher)
         self.read_bytes = byte_reader(tokenizer)
         self.created = int(time.time())

@@ -15,6 +15,7 @@ import uvicorn
 
 from kajiya.config.schema import ServeConfig
 from kajiya.errors import ConfigError
+from kajiya.serving.connections import impatient
 
 
 class StopSignal:
@@ -37,6 +38,7 @@ def web_server(app: Any, cfg: ServeConfig) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            http="auto" if cfg.body_timeout_s is None else impatient(cfg.body_timeout_s),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=cfg.drain_s,

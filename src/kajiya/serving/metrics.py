@@ -61,6 +61,7 @@ class Metrics:
         """The engine has made a step."""
         self._count(engine)
         now = time.perf_counter()
+        self.generated_tokens.inc(sum(output.token is not None for output in outputs))
         for output in outputs:
             if output.token is not None:
                 self._token(output.id, now)
@@ -91,7 +92,6 @@ class Metrics:
         self._counted[engine] = counts
 
     def _token(self, request_id: str, now: float) -> None:
-        self.generated_tokens.inc()
         if request_id in self._last:
             self.inter_token.observe(now - self._last[request_id])
         elif request_id in self._begun:

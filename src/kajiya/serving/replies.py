@@ -18,6 +18,10 @@ _LOWEST_LOGPROB = -9999.0
 class Shape(Protocol):
     """How one of the APIs words its replies."""
 
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether tokens are told, with their log-probabilities, beside the text."""
+
     def opening(self, index: int) -> dict[str, Any] | None:
         """The choice of a stream's first chunk, if it has one before any text."""
 
@@ -39,6 +43,7 @@ class CompletionShape:
         self._model = model
         self._read_bytes = read_bytes
         self._n_top = n_top
+        self.with_logprobs = n_top is not None
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
@@ -98,7 +103,7 @@ class ChatShape:
         self._created = int(time.time())
         self._model = model
         self._read_bytes = read_bytes
-        self._with_logprobs = with_logprobs
+        self.with_logprobs = with_logprobs
 
     def opening(self, index: int) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": ""}
@@ -155,7 +160,7 @@ class ChatShape:
         }
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
+        if not self.with_logprobs:
             return None
         content = []
         for entry in entries:

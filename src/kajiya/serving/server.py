@@ -9,6 +9,7 @@ from kajiya.config.schema import ServeConfig
 from kajiya.config.tables import resolve
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
+from kajiya.run.process import share_heaps
 from kajiya.serving.api import create_app
 from kajiya.serving.engine import Engine
 from kajiya.serving.gate import log_to_stderr, read_keys
@@ -33,6 +34,7 @@ def serve(
 
     Raises `ConfigError` for an address that cannot be bound, and what `load_engine` raises.
     """
+    share_heaps()
     # Said before a model is loaded.
     check_tls(cfg.tls_certificate, cfg.tls_key)
     read_keys(cfg.api_key)

