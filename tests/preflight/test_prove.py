@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.preflight.conftest import Corpus, Parts, Tokenizer, finding, log_probs_of, make_parts, verdict_of
+from tests.preflight.conftest import Corpus, Parts, Tokenizer, as_policy, finding, log_probs_of, make_parts, verdict_of
 from tests.training.conftest import VOCABULARY, ListLoader, make_examples, random_sequences
 
 from kajiya.config.schema import LossConfig, PreflightConfig
@@ -207,6 +207,32 @@ def a_loss_of_the_rows_means(parts: Parts) -> None:
         return {"loss": (value * len(batch.tokens), count)}, metrics
 
     _loss(loss)(parts)
+
+
+@bug("accumulation")
+def a_mean_of_means_over_answers(parts: Parts) -> None:
+    as_policy(parts)
+    honest = parts.setup_changes["loss"]
+
+    def loss(model: Any, batch: Any) -> Any:
+        terms, metrics = honest(model, batch)
+        value, count = terms["loss"]
+        return {"loss": (value / batch.n_targets * 10, count)}, metrics
+
+    parts.setup_changes["loss"] = loss
+
+
+@bug("accumulation")
+def a_mean_over_the_prompts_of_a_micro_batch(parts: Parts) -> None:
+    as_policy(parts, normalize="sequence")
+    honest = parts.setup_changes["loss"]
+
+    def loss(model: Any, batch: Any) -> Any:
+        terms, metrics = honest(model, batch)
+        value, count = terms["loss"]
+        return {"loss": (value / batch.counts["examples"], count)}, metrics
+
+    parts.setup_changes["loss"] = loss
 
 
 @bug("trainable")

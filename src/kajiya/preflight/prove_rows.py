@@ -13,7 +13,7 @@ from kajiya.preflight.said import Said, compare, marked_text, row_named, texts_o
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 
 LOOKED_THROUGH = 12
-"""Batches that are looked at before the first step."""
+"""Batches that are looked at before the first step; of answers that must be drawn, one."""
 HAS_ROWS = (ExampleBatch, RolloutBatch)
 _MOST_SEQUENCES = 256
 
@@ -21,7 +21,10 @@ _MOST_SEQUENCES = 256
 def check_targets(subject: Subject) -> Finding:
     """Targets exist, follow their tokens, are of the text that is to be trained; ends are learnt, and the model stops there."""
     setup = subject.setup
-    batches = [setup.loader.next() for _ in range(LOOKED_THROUGH)]
+    batches = [setup.loader.next()]
+    if not isinstance(batches[0], RolloutBatch):
+        # Answers must be drawn; of those of one batch all is known.
+        batches += [setup.loader.next() for _ in range(LOOKED_THROUGH - 1)]
     if isinstance(batches[0], Seq2SeqBatch):
         return check_pairs(batches, subject)
     rows = [batch.rows if isinstance(batch, HAS_ROWS) else batch for batch in batches]

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 
 from kajiya.data.batch import NO_TARGET, Batch, RolloutBatch
-from kajiya.preflight.joining import can_join, joined, with_fewer
-from kajiya.preflight.portion import Repeated, first_batch, portion, restore_dropout, without_dropout
+from kajiya.preflight.joining import can_join, in_two, joined, with_a_third, with_fewer
+from kajiya.preflight.portion import (
+    Repeated,
+    dense_windows,
+    first_batch,
+    portion,
+    restore_dropout,
+    without_dropout,
+)
 from kajiya.preflight.prove_policy import check_policy_learning
 from kajiya.preflight.prove_start import loss_on
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
@@ -85,19 +92,31 @@ def _apart_by(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
 
 def _uneven(batch: Any, setup: Setup) -> tuple[Any, Any]:
     """Two micro-batches with unlike numbers of targets, which a mean of means would weigh wrongly."""
-    if not isinstance(batch, Batch) or len(batch.tokens) < 2:
-        position = setup.loader.state()
-        pair = [portion(setup.loader.next()) for _ in range(2)]
-        setup.loader.load_state(position)
-        if not isinstance(batch, Batch):
-            return pair[0], with_fewer(pair[1])
-        batch = joined(*(portion(each, rows=1) for each in pair))
+    if isinstance(batch, RolloutBatch):
+        return in_two(batch) or _two_of_one_prompt(setup)
+    if not isinstance(batch, Batch):
+        first, second = map(portion, _next_two(setup))
+        return first, with_fewer(second)
+    if len(batch.tokens) < 2:
+        batch = joined(*(dense_windows(each, rows=1) for each in _next_two(setup)))
     first, second = (_row(batch, index) for index in (0, 1))
     targets = second.targets.clone()
     kept = (targets != NO_TARGET).cumsum(1)
     targets[kept > max(1, int(kept.max()) // 3)] = NO_TARGET
     second = replace(second, targets=targets, n_targets=int((targets != NO_TARGET).sum()))
     return first, second.with_future(len(batch.future))
+
+
+def _next_two(setup: Setup) -> tuple[Any, Any]:
+    position = setup.loader.state()
+    pair = setup.loader.next(), setup.loader.next()
+    setup.loader.load_state(position)
+    return pair
+
+
+def _two_of_one_prompt(setup: Setup) -> tuple[RolloutBatch, RolloutBatch]:
+    first, second = map(portion, _next_two(setup))
+    return first, with_a_third(second)
 
 
 def _row(batch: Batch, index: int) -> Batch:
