@@ -53,12 +53,14 @@ class DataConfig:
     """Where the rows come from."""
     format: str = setting(
         "auto",
-        choices=("auto", "text", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"),
+        choices=("auto", "text", "prompt", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"),
     )
     """Kind of the rows; auto: found by their columns, and said."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column → the source's, for example `{prompt: question, completion: answer}`; `message.role` and its like
     name keys of each message, and a key that none of them names is left out."""
+    keep: tuple[str, ...] = ()
+    """Columns of the source that rewards see with each answer (`Sample.row`), beside those that make the prompt."""
     render: RenderConfig = field(default_factory=RenderConfig)
     """How rows become token ids."""
     max_tokens: int | None = setting(None, ge=8)
