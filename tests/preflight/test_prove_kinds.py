@@ -126,10 +126,24 @@ def test_a_bias_that_no_pair_can_see_is_no_alarm(
 def test_a_loss_that_falls_by_less_than_can_be_told_is_no_alarm_and_no_pass(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kajiya.preflight.prove_steps._LEAST_FALL", {"fp32": 2.0})
-    found = finding(verdict_of(only(make_parts(), "learning"), corpus)[0], "learning")
+    monkeypatch.setattr("kajiya.preflight.prove_steps._ROUNDING", {"fp32": 2.0})
+    found = finding(verdict_of(only(make_parts("prompt"), "learning"), corpus)[0], "learning")
     assert found.state == "skipped", found.text
     assert found.text.startswith("80 steps on one batch change its loss")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make_parts, lambda: make_parts("lora"), lambda: as_policy(make_parts())],
+    ids=["text", "lora", "policy"],
+)
+def test_a_rate_that_teaches_nothing_is_found(make: Callable[[], Parts], corpus: Corpus) -> None:
+    parts = only(make(), "learning")
+    for lr, state in ((1e-8, "failed"), (1e-3, "passed")):
+        parts.config = replace(parts.config, optim=replace(parts.config.optim, lr=lr))
+        found = finding(verdict_of(parts, corpus)[0], "learning")
+        assert found.state == state, found.text
+        assert found.remedy.startswith("Raise optim.lr") == (state == "failed")
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
