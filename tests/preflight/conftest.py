@@ -1,5 +1,6 @@
 """A run that is about to begin, small enough to be proven in a second, whose parts a bug can change."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -86,7 +87,7 @@ def text_rows(n_batches: int) -> tuple[list[Batch], Split]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A corpus of a few documents; with `True`, one of them is in both splits."""
+    """A corpus of a few documents, rows of any kind; with `True`, one of them is in both splits."""
 
     def make(is_shared: bool) -> Artifact:
         folder = tmp_path_factory.mktemp("corpus")
@@ -96,7 +97,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         }.items():
             with DocumentWriter(folder, split) as writer:
                 for number, text in enumerate(texts):
-                    writer.add(f"{split}{number}", text.encode())
+                    row = dict.fromkeys(("prompt", "text", "input"), text)
+                    writer.add(f"{split}{number}", json.dumps(row).encode())
                 writer.finish()
         return Artifact(folder, "corpus", "key", "digest", {"format": "text"})
 

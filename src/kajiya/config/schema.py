@@ -71,6 +71,9 @@ class DataConfig:
     """Where the held-out rows come from, when not from `source`."""
     heldout_every: int = setting(20, ge=2)
     """One document in this many, chosen by a hash of its name, is held out for evaluation."""
+    heldout_by: str = setting("name", choices=("name", "prompt"))
+    """What that hash is of: a row's name (its group's, where rows belong together), or its prompt, so that all rows of one prompt
+    are on one side."""
     near_duplicate: float | None = setting(0.5, gt=0, le=1)
     """A training document that shares this fraction of its lines, or more, with a held-out one is removed; `None`: off."""
     duplicates: str = setting("exact", choices=("off", "exact", "minhash"))

@@ -216,6 +216,20 @@ FORMATS: Mapping[str, Format] = {
 """Every kind of rows by its name in `data.format`."""
 
 
+_ASKED: Mapping[str, str] = dict.fromkeys((PROMPT, "instruction", "preference", "feedback"), "prompt") | {
+    "labelled": "text",
+    "seq2seq": "input",
+}
+
+
+def prompt_of(kind: str, document: str) -> str | None:
+    """What the row asks, its system prompt too, in a form to compare; `None` of text and conversations, which are one whole."""
+    if kind not in _ASKED:
+        return None
+    row = json.loads(document)
+    return json.dumps([row.get("system"), row[_ASKED[kind]]])
+
+
 def canonical(kind: str, made: Any) -> str:
     """The document of a canonical form. Raises `RowError` for what JSON cannot hold."""
     if kind == "text":

@@ -8,8 +8,9 @@ from typing import Any
 from kajiya.config.validate import CHECKS
 from kajiya.errors import ProofError, StoreError, TrainingError
 from kajiya.preflight.portion import Kept
+from kajiya.preflight.prove_disjoint import check_disjoint
 from kajiya.preflight.prove_isolation import check_isolation
-from kajiya.preflight.prove_rows import check_disjoint, check_targets
+from kajiya.preflight.prove_rows import check_targets
 from kajiya.preflight.prove_run import check_memory, check_schedule
 from kajiya.preflight.prove_saving import check_reload, check_trainable
 from kajiya.preflight.prove_start import check_start
