@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kajiya.config.compose import compose
 from kajiya.config.options import StdlibSource
 from kajiya.config.schema import DataConfig, HeldoutSourceConfig, SourceConfig, TokenizerConfig
 from kajiya.data.cleaning import (
@@ -230,6 +231,12 @@ def test_rows_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(ConfigError, match=r"data.heldout_by: text rows have no prompt apart"):
         build_corpus(replace(config, heldout_by="prompt"), Store(tmp_path / "store"))
+
+
+def test_a_source_of_held_out_rows_is_not_split_by_prompt() -> None:
+    given = ["data.heldout_source.name=stdlib", "data.heldout_by=prompt"]
+    with pytest.raises(ConfigError, match=r"data.heldout_by: prompt changes nothing"):
+        compose("stdlib-pretrain", given)
 
 
 def test_held_out_rows_of_a_source_of_their_own(tmp_path: Path) -> None:

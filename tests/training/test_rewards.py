@@ -67,6 +67,8 @@ def test_a_reward_that_reads_what_the_rows_do_not_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match="exact_match reads the row's completion, and prompt rows have none"):
         check("prompt")
     check("prompt", "train.loss.options.rewards=[{name: exact_match, options: {column: right}}]", "data.keep=[right]")
+    with pytest.raises(ConfigError, match=r"rewards\[0\].options.column: changes nothing beside pattern"):
+        check("auto", "train.loss.options.rewards=[{name: regex, options: {pattern: a, column: b}}]", "data.keep=[b]")
     with pytest.raises(ConfigError, match=r"data.keep: keeps columns for rewards, and the loss next_token has none"):
         compose("stdlib-pretrain", ["data.keep=[tests]"])
 

@@ -39,6 +39,8 @@ def require_readable(config: Config, form: str) -> None:
     for number, part in enumerate(check_rewards(config.train.loss.options.get("rewards") or [], _FIELD)):
         field = f"{_FIELD}[{number}]"
         options = check_choice("reward", part.name, part.options, field)
+        if isinstance(options, RegexReward) and None not in (options.pattern, options.column):
+            raise ConfigError(f"{field}.options.column", "changes nothing beside pattern", "Set one of them.")
         for name in _READ[part.name](options) if part.name in _READ else ():
             if name == COMPLETION and form == "prompt":
                 raise ConfigError(

@@ -116,6 +116,12 @@ def _check_rows(config: Config) -> None:
     heldout = config.data.heldout_source
     if heldout.name is not None:
         check_choice("source", heldout.name, heldout.options, "data.heldout_source")
+        if config.data.heldout_by != "name":
+            raise ConfigError(
+                "data.heldout_by",
+                f"{config.data.heldout_by} changes nothing where the held-out rows have a source of their own",
+                "Leave it at name.",
+            )
     elif heldout.options or heldout.columns:
         raise ConfigError("data.heldout_source.name", "is not set, but data.heldout_source.options or columns are")
 
