@@ -43,6 +43,31 @@ def test_overrides_groups_and_options() -> None:
     assert config.eval.baselines == ("xz",)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "given", "said"),
+    [
+        ("stdlib-dpo", ["kind=ipo", "label_smoothing=0.1"], "label_smoothing: 0.1 changes nothing with .*kind=ipo"),
+        ("stdlib-dpo", ["kind=hinge", "label_smoothing=0.1"], "label_smoothing: 0.1 changes nothing with .*kind=hinge"),
+        ("stdlib-grpo", ["clip_high=0.3"], "clip_high: 0.3 changes nothing with .*inner_epochs=1"),
+        ("stdlib-grpo", ["clip_low=0.1"], "clip_low: 0.1 changes nothing with .*inner_epochs=1"),
+        ("stdlib-sft", ["future_weight=0.5"], "future_weight: 0.5 changes nothing with model.future_heads=0"),
+    ],
+)
+def test_an_option_of_a_loss_that_changes_nothing_is_refused(recipe: str, given: list[str], said: str) -> None:
+    options = [f"+train.loss.options.{each}" for each in given]
+    with pytest.raises(ConfigError, match=said):
+        compose(recipe, options)
+
+
+def test_options_of_a_loss_that_change_something_are_taken() -> None:
+    for recipe, given in {
+        "stdlib-dpo": ["kind=robust", "label_smoothing=0.1"],
+        "stdlib-grpo": ["clip_high=0.3", "inner_epochs=2"],
+    }.items():
+        options = compose(recipe, [f"+train.loss.options.{each}" for each in given]).train.loss.options
+        assert all(str(options[key]) == value for key, value in (each.split("=") for each in given))
+
+
 def test_mappings_are_given_whole_or_key_by_key() -> None:
     given = ["serve.models={a: x/y, b: z}", "serve.adapters.tuned=runs/t", "optim.options={beta1: 0.8}"]
     config = compose("stdlib-pretrain", [*given, "data.columns={prompt: question}"])

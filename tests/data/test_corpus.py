@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kajiya.config.compose import compose
 from kajiya.config.options import StdlibSource
 from kajiya.config.schema import DataConfig, HeldoutSourceConfig, SourceConfig, TokenizerConfig
 from kajiya.data.cleaning import (
@@ -27,7 +28,7 @@ from kajiya.data.entries import Document
 from kajiya.data.shards import build_shards
 from kajiya.data.sources import stdlib
 from kajiya.data.tokenizer import build_tokenizer
-from kajiya.errors import DataError, StoreError
+from kajiya.errors import ConfigError, DataError, StoreError
 from kajiya.run.store import Artifact, Store, open_artifact
 
 
@@ -208,6 +209,34 @@ def test_contamination(tmp_path: Path) -> None:
         "kind": "contaminated",
         "examples": [f"{train[1]} holds 72.2% of the 13-word sequences of {held}"],
     }
+
+
+def test_rows_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n // 4}", "chosen": f"a{n}", "rejected": "b"} for n in range(160)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig("jsonl", {"files": str(tmp_path / "rows.jsonl")})
+    config = DataConfig(source=source, heldout_every=4, near_duplicate=None)
+
+    def prompts(config: DataConfig) -> tuple[list[str], list[str]]:
+        corpus, _ = build_corpus(config, Store(tmp_path / "store"))
+        train, heldout = (contents(corpus, split).values() for split in ("train", "heldout"))
+        return [json.loads(row)["prompt"] for row in train], [json.loads(row)["prompt"] for row in heldout]
+
+    train, heldout = prompts(config)
+    assert set(train) & set(heldout)
+    train, heldout = prompts(replace(config, heldout_by="prompt"))
+    assert heldout
+    assert not set(train) & set(heldout)
+    assert len(train) + len(heldout) == 160
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(ConfigError, match=r"data.heldout_by: text rows have no prompt apart"):
+        build_corpus(replace(config, heldout_by="prompt"), Store(tmp_path / "store"))
+
+
+def test_a_source_of_held_out_rows_is_not_split_by_prompt() -> None:
+    given = ["data.heldout_source.name=stdlib", "data.heldout_by=prompt"]
+    with pytest.raises(ConfigError, match=r"data.heldout_by: prompt changes nothing"):
+        compose("stdlib-pretrain", given)
 
 
 def test_held_out_rows_of_a_source_of_their_own(tmp_path: Path) -> None:

@@ -46,6 +46,24 @@ def test_the_prompt_that_the_server_sees_is_what_training_saw_before_the_answer(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_alone_is_what_the_server_sees(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    renderer = Renderer(tokenizer, RenderConfig(), "prompt")
+    (segment,) = renderer.render(json.dumps({"prompt": [USER]})).segments
+    assert segment.ids.tolist() == prompt_ids(ChatTemplate(tokenizer), [USER], [])
+    assert not segment.weights.any()
+    (again,) = renderer.render(json.dumps({"prompt": USER["content"]})).segments
+    assert again.ids.tolist() == segment.ids.tolist()
+    plainly = RenderConfig(prompt_style="plain")
+    (bare,) = (
+        Renderer(tokenizer, plainly, "prompt").render(json.dumps({"prompt": "2 + 2 =", "system": "Add."})).segments
+    )
+    row = {"prompt": "2 + 2 =", "completion": " 4", "system": "Add."}
+    (answered,) = Renderer(tokenizer, plainly, "instruction").render(json.dumps(row)).segments
+    assert answered.ids[: int(np.flatnonzero(answered.weights)[0])].tolist() == bare.ids.tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_ids_are_equal_in_training_in_evaluation_and_at_the_server(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(name)
     tokenizer.save_pretrained(tmp_path)

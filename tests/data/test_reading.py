@@ -39,6 +39,38 @@ def read(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> tuple[str, l
     return kind, found
 
 
+# ---------------------------------------------------------------- columns for rewards
+
+
+def test_columns_are_kept_for_rewards_under_their_own_names(tmp_path: Path) -> None:
+    tests = ["assert f(1)", "assert f(2)"]
+    row = {"question": "p", "tests": tests, "level": 2, "id": 7}
+    kind, (found,) = read(tmp_path, row, columns={"prompt": "question"}, keep=("tests", "level"))
+    assert (kind, found) == ("prompt", {"prompt": "p", "row": {"tests": tests, "level": 2}})
+    kind, (found,) = read(tmp_path, {"prompt": "p", "completion": "c", "level": 2}, keep=("level",))
+    assert (kind, found) == ("instruction", {"prompt": "p", "completion": "c", "row": {"level": 2}})
+    assert row_text(kind, json.dumps(found)) == "p\n\nc"
+    assert rows_of(tmp_path, row, columns={"prompt": "question"}, keep=("tests",)).unread == ("level", "id")
+
+
+def test_a_column_that_is_to_be_kept_and_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.keep: there is no column 'test'; .*did you mean 'tests'"):
+        rows_of(tmp_path, {"prompt": "p", "tests": 1}, keep=("test",))
+    with pytest.raises(ConfigError, match=r"data.keep: chat rows are not judged"):
+        rows_of(tmp_path, {"messages": [HI, HO], "tests": 1}, keep=("tests",))
+    origin = rows_of(tmp_path, {"prompt": "p", "tests": 1}, {"prompt": "q"}, keep=("tests",))
+    first, second = origin.read()
+    assert isinstance(first, Document)
+    assert isinstance(second, Unreadable)
+    assert second.reason == "has no column 'tests' (data.keep)"
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused(tmp_path: Path) -> None:
+    (entry,) = rows_of(tmp_path, {"prompt": [HI, HO]}).read()
+    assert isinstance(entry, Unreadable)
+    assert "prompt" in entry.reason
+
+
 # ---------------------------------------------------------------- accepted shapes
 
 
@@ -47,6 +79,10 @@ def read(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> tuple[str, l
     [
         ({"text": "a", "id": 1}, "text", "a"),
         ({"prompt": "p", "completion": "c"}, "instruction", {"prompt": "p", "completion": "c"}),
+        ({"prompt": "p", "answer": 3}, "prompt", {"prompt": "p"}),
+        ({"prompt": [HI], "system": "s"}, "prompt", {"prompt": [SYSTEM, HI]}),
+        ({"prompt": json.dumps([HI, HO, HI])}, "prompt", {"prompt": [HI, HO, HI]}),
+        ({"prompt": "Hi", "messages": [HI, HO]}, "chat", {"messages": [HI, HO]}),
         ({"instruction": "i", "input": "", "output": "o"}, "instruction", {"prompt": "i", "completion": "o"}),
         (
             {"instruction": "i", "input": "x", "output": "o", "system": "s"},
@@ -555,7 +591,7 @@ def test_the_text_of_a_row() -> None:
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     assert row_text("preference", json.dumps(pair)) == "p\n\na\n\nb"
     assert row_text("text", "{}") == "{}"
-    assert set(FORMATS) == {"text", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"}
+    assert set(FORMATS) == {"text", "prompt", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"}
 
 
 # ---------------------------------------------------------------- keys of messages

@@ -117,6 +117,49 @@ def test_a_policy_is_proven_trained_evaluated_and_loads(
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
 
+def test_prompts_alone_are_judged_by_the_columns_of_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations and texts; one's own reward sees the row, and no completion."""
+    (tmp_path / "judging.py").write_text(
+        "def fits(samples):\n"
+        "    assert all(each.completion is None and each.row.keys() == {'wanted', 'tests'} for each in samples)\n"
+        "    return [float(len(each.answer) >= each.row['wanted']) for each in samples]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prompts = [[{"role": "user", "content": f"line {n}"}] if n % 2 else f"text {n}" for n in range(60)]
+    rows = [{"prompt": prompt, "wanted": n % 3, "tests": [f"assert {n}"]} for n, prompt in enumerate(prompts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = [{"name": "judging:fits"}, {"name": "unit_test", "options": {"program": "{row.tests}\n"}}]
+    recipe = {
+        "data": {
+            "source": {"name": "jsonl", "options": {"files": "rows.jsonl"}},
+            "keep": ["wanted", "tests"],
+            "heldout_every": 5,
+            "row_tokens": 64,
+        },
+        "model": {"n_params": None, "n_layers": 1, "n_kv_heads": 2},
+        "train": {
+            "loss": {"name": "grpo", "options": {"max_tokens": 4, "rewards": rewards}},
+            "minutes": None,
+            "save_every": None,
+        },
+    }
+    (tmp_path / "own.yaml").write_text(json.dumps(recipe))
+    more = [
+        "train.steps=2",
+        "train.loss.options.group_size=2",
+        "eval.samples=0",
+        f"preflight.skip=[{','.join(CHECKS)}]",
+    ]
+    small = [each for each in SMALL if not each.startswith(("train.steps", "train.save", "train.loss.options.group"))]
+    trained = train(compose(str(tmp_path / "own.yaml"), [*small, *more]), Store(tmp_path / "store"))
+    entry = trained.run.manifest()["artifacts"]["evaluation"]
+    figures = json.loads((tmp_path / "store" / entry["path"] / "figures.json").read_text())
+    # The test of row 0 fails alone.
+    assert figures["rewards/unit_test"]["value"] >= 0.9
+    assert 0 <= figures["rewards/fits"]["value"] <= 1
+
+
 def test_a_reward_model_is_a_parent_and_another_in_its_folder_makes_another_policy(text: str, tmp_path: Path) -> None:
     folder = tmp_path / "reward"
     digests: list[str] = []

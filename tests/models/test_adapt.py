@@ -62,6 +62,7 @@ CASES = [
     Case("lora", {"init": "olora", "r": 4, "rslora": True}),
     Case("dora", {"r": 4}),
     Case("ia3", {}),
+    Case("ia3", {"targets": "attention", "feedforward": None}),
     Case("prefix", {"n_tokens": 3}, begins_as_identity=False),
     Case("prompt", {"n_tokens": 3}, begins_as_identity=False),
     Case("lora", {"r": 4}, quantized="nf4"),
@@ -98,6 +99,53 @@ def _one_document(batch: Batch) -> dict[str, torch.Tensor]:
 def _alone(batch: Batch) -> Batch:
     places = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens).clone()
     return Batch(batch.tokens, batch.targets, places, torch.zeros_like(places), batch.n_targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "inputs"),
+    [
+        ("llama", {"k_proj", "v_proj"}, {"down_proj"}),
+        ("qwen3", {"k_proj", "v_proj"}, {"down_proj"}),
+        ("olmo2", {"k_proj", "v_proj"}, {"down_proj"}),
+        ("granite", {"k_proj", "v_proj"}, {"down_proj"}),
+        ("phi3", {"qkv_proj"}, {"down_proj"}),
+        ("gpt2", {"c_attn"}, {"c_proj"}),
+        ("gpt_neox", {"query_key_value"}, {"dense_4h_to_h"}),
+        ("opt", {"k_proj", "v_proj"}, {"fc2"}),
+    ],
+)
+def test_ia3_finds_keys_values_and_the_way_back_of_any_architecture(
+    name: str, outputs: set[str], inputs: set[str]
+) -> None:
+    module = build_model(ModelConfig(name=name, n_params="60k", max_positions=64), VOCABULARY, 0).module
+    transform(module, AdapterConfig("ia3"), "none", seed=0)
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for path, part in module.named_modules():
+        if hasattr(part, "ia3_l"):
+            found[part.is_feedforward].add(path.rpartition(".")[2])
+            # The way back within attention is none out of a feed-forward block.
+            assert not (part.is_feedforward and "attn" in path)
+    assert (found[False], found[True]) == (outputs, inputs)
+
+
+def test_ia3_takes_other_layers_by_word_and_by_expression() -> None:
+    def factors(**options: Any) -> dict[str, bool]:
+        module = build_model(ModelConfig(n_params="60k", n_layers=1, max_positions=64), VOCABULARY, 0).module
+        transform(module, AdapterConfig("ia3", options), "none", seed=0)
+        return {
+            path.rpartition(".")[2]: part.is_feedforward
+            for path, part in module.named_modules()
+            if hasattr(part, "ia3_l")
+        }
+
+    assert factors(feedforward=None) == {"k_proj": False, "v_proj": False}
+    assert factors(targets=r".*\.q_proj", feedforward=r".*\.(up|gate)_proj") == {
+        "q_proj": False,
+        "up_proj": True,
+        "gate_proj": True,
+    }
+    with pytest.raises(ConfigError, match=r"adapter.options.feedforward: 'dwn' matches no .*\n.*keys-values, down"):
+        factors(feedforward="dwn")
 
 
 @EACH

@@ -1,5 +1,6 @@
 """A run that is about to begin, small enough to be proven in a second, whose parts a bug can change."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.training.conftest import VOCABULARY, make_batch
+from tests.training.conftest import VOCABULARY, make_batch, make_rollouts
 from tests.training.test_fit import make_setup
 
 from kajiya.config.schema import (
@@ -35,6 +36,7 @@ from kajiya.run.store import Artifact
 from kajiya.training.fit import Setup
 from kajiya.training.losses import load_loss, load_measure
 from kajiya.training.losses.sequences import sequence_log_probs
+from kajiya.training.rollouts import own_log_probs
 
 Corpus = Callable[[bool], Artifact]
 CLASSES = ("a", "b", "c", "d")
@@ -85,7 +87,7 @@ def text_rows(n_batches: int) -> tuple[list[Batch], Split]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A corpus of a few documents; with `True`, one of them is in both splits."""
+    """A corpus of a few documents, rows of any kind; with `True`, one of them is in both splits."""
 
     def make(is_shared: bool) -> Artifact:
         folder = tmp_path_factory.mktemp("corpus")
@@ -95,7 +97,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         }.items():
             with DocumentWriter(folder, split) as writer:
                 for number, text in enumerate(texts):
-                    writer.add(f"{split}{number}", text.encode())
+                    row = dict.fromkeys(("prompt", "text", "input"), text)
+                    writer.add(f"{split}{number}", json.dumps(row).encode())
                 writer.finish()
         return Artifact(folder, "corpus", "key", "digest", {"format": "text"})
 
@@ -150,6 +153,25 @@ def with_loss(parts: Parts, form: str, name: str, *, chunk_tokens: int | None = 
     parts.form = form
     parts.config = replace(parts.config, train=replace(parts.config.train, loss=loss))
     parts.setup_changes |= {"loss": load_loss(loss), "measure": load_measure(loss)}
+    return parts
+
+
+def as_policy(parts: Parts, sign: float = 1.0, off: float = 0.0, **options: Any) -> Parts:
+    """Answers with advantages, drawn by the model that is trained; `off` nats away, or followed with another sign."""
+    with_loss(parts, "instruction", "grpo", **options)
+    honest = parts.setup_changes["loss"]
+
+    def loss(model: Any, batch: Any) -> Any:
+        terms, metrics = honest(model, batch)
+        return {name: (sign * value, count) for name, (value, count) in terms.items()}, metrics
+
+    log_probs = own_log_probs(parts.model, lambda: torch.no_grad(), torch.device("cpu"), 64)
+    parts.batches = []
+    for seed in range(3):
+        batch = make_rollouts(4, seed)
+        is_target = batch.rows.targets != NO_TARGET
+        parts.batches.append(replace(batch, sampled=log_probs(batch.rows) + off * is_target))
+    parts.setup_changes["loss"] = loss
     return parts
 
 

@@ -1,6 +1,7 @@
 """`kajiya prove`: no false alarm, nothing left changed, and every seeded bug caught by the check that is for it."""
 
 import hashlib
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.preflight.conftest import Corpus, Parts, Tokenizer, finding, log_probs_of, make_parts, verdict_of
+from tests.preflight.conftest import (
+    Corpus,
+    Parts,
+    Tokenizer,
+    as_policy,
+    finding,
+    log_probs_of,
+    make_parts,
+    only,
+    verdict_of,
+)
 from tests.training.conftest import VOCABULARY, ListLoader, make_examples, random_sequences
 
 from kajiya.config.schema import LossConfig, PreflightConfig
 from kajiya.data.batch import NO_TARGET, Batch
+from kajiya.data.documents import DocumentWriter
 from kajiya.errors import ProofError
 from kajiya.models.build import build_model
 from kajiya.models.save import save_model
@@ -209,6 +221,32 @@ def a_loss_of_the_rows_means(parts: Parts) -> None:
     _loss(loss)(parts)
 
 
+@bug("accumulation")
+def a_mean_of_means_over_answers(parts: Parts) -> None:
+    as_policy(parts)
+    honest = parts.setup_changes["loss"]
+
+    def loss(model: Any, batch: Any) -> Any:
+        terms, metrics = honest(model, batch)
+        value, count = terms["loss"]
+        return {"loss": (value / batch.n_targets * 10, count)}, metrics
+
+    parts.setup_changes["loss"] = loss
+
+
+@bug("accumulation")
+def a_mean_over_the_prompts_of_a_micro_batch(parts: Parts) -> None:
+    as_policy(parts, normalize="sequence")
+    honest = parts.setup_changes["loss"]
+
+    def loss(model: Any, batch: Any) -> Any:
+        terms, metrics = honest(model, batch)
+        value, count = terms["loss"]
+        return {"loss": (value / batch.counts["examples"], count)}, metrics
+
+    parts.setup_changes["loss"] = loss
+
+
 @bug("trainable")
 def a_head_cut_off_from_the_loss(parts: Parts) -> None:
     layer = parts.model.model.layers[1].mlp.down_proj
@@ -383,6 +421,35 @@ def a_batch_that_fills_the_machine(parts: Parts) -> None:
 @bug("disjoint")
 def a_held_out_document_in_training(parts: Parts) -> None:
     parts.is_shared = True
+
+
+@pytest.mark.parametrize(
+    ("trained", "heldout", "state"),
+    [
+        ([("a", 1), ("b", 1), ("a", 2)], [("a", 3)], "failed"),
+        ([("a", 1), ("b", 1)], [("c", 3)], "passed"),
+        ([("a", 1)], [("a", 2), *((str(n), n) for n in range(19))], "passed"),
+        ([("frame", n) for n in range(65)], [("frame", 99)], "passed"),
+    ],
+)
+def test_a_prompt_on_both_sides_is_found(
+    trained: list[tuple[str, int]], heldout: list[tuple[str, int]], state: str, tmp_path: Path, corpus: Corpus
+) -> None:
+    for split, rows in (("train", trained), ("heldout", heldout)):
+        with DocumentWriter(tmp_path, split) as writer:
+            for prompt, number in rows:
+                row = {"prompt": prompt, "chosen": f"yes {number}", "rejected": "no"}
+                writer.add(f"{split}/{prompt}/{number}", json.dumps(row).encode())
+            writer.finish()
+    parts = make_parts()
+    parts.form = "preference"
+    made = replace(corpus(False), path=tmp_path)
+    verdict, _ = verdict_of(only(parts, "disjoint"), lambda _: made)
+    found = finding(verdict, "disjoint")
+    assert found.state == state, found.text
+    n_shared = sum(prompt in dict(trained) for prompt, _ in heldout if prompt != "frame")
+    assert f"{n_shared} of {len(heldout)} held-out rows share their prompt" in found.text
+    assert (found.remedy == "Set data.heldout_by=prompt.") == (state == "failed")
 
 
 @pytest.mark.parametrize("name", BUGS)

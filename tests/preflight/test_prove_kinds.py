@@ -9,14 +9,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.preflight.conftest import Corpus, Parts, finding, log_probs_of, make_parts, only, verdict_of, with_loss
-from tests.training.conftest import VOCABULARY, make_examples, make_rollouts, random_sequences
+from tests.preflight.conftest import (
+    Corpus,
+    Parts,
+    as_policy,
+    finding,
+    log_probs_of,
+    make_parts,
+    only,
+    verdict_of,
+    with_loss,
+)
+from tests.training.conftest import VOCABULARY, ListLoader, make_examples, make_rollouts, random_sequences
 from torch import nn
 
 from kajiya.config.schema import LossConfig, ModelConfig
 from kajiya.data.batch import NO_TARGET
 from kajiya.models.build import build_model
 from kajiya.models.tasks import Task
+from kajiya.preflight.joining import in_two, joined
+from kajiya.preflight.portion import portion
 from kajiya.training.rollouts import own_log_probs
 
 CPU = torch.device("cpu")
@@ -114,10 +126,24 @@ def test_a_bias_that_no_pair_can_see_is_no_alarm(
 def test_a_loss_that_falls_by_less_than_can_be_told_is_no_alarm_and_no_pass(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kajiya.preflight.prove_steps._LEAST_FALL", {"fp32": 2.0})
-    found = finding(verdict_of(only(make_parts(), "learning"), corpus)[0], "learning")
+    monkeypatch.setattr("kajiya.preflight.prove_steps._ROUNDING", {"fp32": 2.0})
+    found = finding(verdict_of(only(make_parts("prompt"), "learning"), corpus)[0], "learning")
     assert found.state == "skipped", found.text
     assert found.text.startswith("80 steps on one batch change its loss")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make_parts, lambda: make_parts("lora"), lambda: as_policy(make_parts())],
+    ids=["text", "lora", "policy"],
+)
+def test_a_rate_that_teaches_nothing_is_found(make: Callable[[], Parts], corpus: Corpus) -> None:
+    parts = only(make(), "learning")
+    for lr, state in ((1e-8, "failed"), (1e-3, "passed")):
+        parts.config = replace(parts.config, optim=replace(parts.config.optim, lr=lr))
+        found = finding(verdict_of(parts, corpus)[0], "learning")
+        assert found.state == state, found.text
+        assert found.remedy.startswith("Raise optim.lr") == (state == "failed")
 
 
 @pytest.mark.parametrize("is_wrong", [False, True])
@@ -257,32 +283,72 @@ def test_a_quantized_weight_that_changes_is_found(corpus: Corpus) -> None:
 # ---------------------------------------------------------------- policies
 
 
-def policy(sign: float = 1.0, off: float = 0.0) -> Parts:
-    """Answers with advantages, drawn by the model that is trained; `off` nats away, or followed with another sign."""
-    parts = with_loss(make_parts(), "instruction", "grpo")
-    honest = parts.setup_changes["loss"]
-
-    def loss(model: Any, batch: Any) -> Any:
-        terms, metrics = honest(model, batch)
-        return {name: (sign * value, count) for name, (value, count) in terms.items()}, metrics
-
-    log_probs = own_log_probs(parts.model, lambda: torch.no_grad(), CPU, 64)
-    parts.batches = []
-    for seed in range(3):
-        batch = make_rollouts(2, seed)
-        is_target = batch.rows.targets != NO_TARGET
-        parts.batches.append(replace(batch, sampled=log_probs(batch.rows) + off * is_target))
-    parts.setup_changes["loss"] = loss
-    return parts
-
-
 @pytest.mark.parametrize(
     ("wrong", "caught_by"),
     [({}, None), ({"off": -0.5}, "start"), ({"sign": -1.0}, "learning"), ({"sign": 0.0}, "learning")],
 )
 def test_a_policy_is_proven(wrong: dict[str, float], caught_by: str | None, corpus: Corpus) -> None:
-    verdict, _ = verdict_of(only(policy(**wrong), "targets", "start", "learning"), corpus)
+    verdict, _ = verdict_of(only(as_policy(make_parts(), **wrong), "targets", "start", "learning"), corpus)
     assert [each.name for each in verdict.failures()] == ([] if caught_by is None else [caught_by])
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence", "constant"])
+def test_answers_are_drawn_once_for_all_checks_of_a_policy(normalize: str, corpus: Corpus) -> None:
+    parts = as_policy(make_parts(), normalize=normalize)
+    drawn = []
+
+    class Drawing(ListLoader):
+        def next(self) -> Any:
+            drawn.append(self.index)
+            return super().next()
+
+    loader = Drawing(parts.batches)
+    parts.setup_changes["loader"] = loader
+    verdict, _ = verdict_of(parts, corpus)
+    assert [each.text for each in verdict.failures()] == []
+    assert finding(verdict, "accumulation").figures["difference"] < 1e-4
+    assert drawn == [0]
+    assert loader.index == 0
+
+
+# ---------------------------------------------------------------- portions
+
+
+def test_a_portion_of_examples_is_the_shortest_of_them_whole() -> None:
+    batch = make_examples(random_sequences(80, 3, longest=30), k=2, per_row=3)
+    batch = replace(batch, labels=torch.arange(40.0), reference=torch.arange(80.0))
+    part, model = portion(batch), make_parts().model.eval()
+    numbers = part.examples.tolist()
+    lengths = torch.bincount(batch.owner[batch.owner >= 0]).view(40, 2).sum(dim=1)
+    n_tokens = int(lengths[numbers].sum())
+    assert 192 <= n_tokens < 192 + int(lengths.max())
+    others = [each for each in range(40) if each not in numbers]
+    assert lengths[numbers].max() <= lengths[others].min()
+    assert part.labels.tolist() == numbers
+    expected = [each for number in numbers for each in (2 * number, 2 * number + 1)]
+    assert part.reference.tolist() == expected
+    torch.testing.assert_close(log_probs_of(model, part), log_probs_of(model, batch)[expected])
+    assert part.rows.tokens.flatten()[part.last].tolist() == batch.rows.tokens.flatten()[batch.last[expected]].tolist()
+    assert part.n_targets == int((part.rows.targets != NO_TARGET).sum())
+
+
+def test_a_portion_of_answers_holds_good_and_bad_ones_to_few_prompts() -> None:
+    batch = make_rollouts(6, 1, k=6, old=True, reference=True)
+    advantages = torch.linspace(-1, 1, 6).repeat(6)
+    advantages[12:18] = 0.0
+    batch = replace(batch, advantages=advantages)
+    part = portion(batch)
+    assert (part.group_size, len(part.advantages)) == (4, 12)
+    torch.testing.assert_close(part.advantages, torch.tensor([1.0, 0.6, -0.6, -1.0]).repeat(3))
+    log_probs = own_log_probs(make_parts().model, lambda: torch.no_grad(), CPU, 64)
+    sums = log_probs(batch.rows).sum(dim=1)
+    for value in log_probs(part.rows).sum(dim=1):
+        assert float((sums - value).abs().min()) < 1e-5
+    first = log_probs(part.rows)
+    both = joined(*in_two(part))
+    torch.testing.assert_close(log_probs(both.rows)[:8, : first.shape[1]], first[:8])
+    assert 4 <= both.n_targets - int((part.rows.targets[:8] != NO_TARGET).sum()) < part.n_targets
+    assert torch.equal(both.old != 0, both.rows.targets != NO_TARGET)
 
 
 # ---------------------------------------------------------------- a module of one's own

@@ -11,7 +11,8 @@ import torch
 from tests.training.conftest import VOCABULARY, NoTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from kajiya.config.rewards import check_rewards
+from kajiya.config.compose import compose
+from kajiya.config.rewards import check_rewards, require_readable
 from kajiya.errors import ConfigError, TrainingError
 from kajiya.training.rewards import Rewards, Sample, load_rewards
 
@@ -41,6 +42,37 @@ def test_regex() -> None:
     assert [row[0] for row in _judge(samples, {"name": "regex"})] == [1, 0, 0]
     with pytest.raises(ConfigError, match="regular expression"):
         _judge(samples, {"name": "regex", "options": {"pattern": "("}})
+
+
+def test_rewards_read_columns_of_the_row() -> None:
+    row = {"right": 42, "pattern": r"\d+", "tests": ["assert x == 42", "assert x > 0"]}
+    samples = [Sample("x = ", answer, None, True, row) for answer in ("42", "7")]
+    named = [
+        {"name": "exact_match", "options": {"column": "right"}},
+        {"name": "regex", "options": {"column": "pattern"}},
+        {"name": "unit_test", "options": {"program": "{prompt}{answer}\n{row.tests}\n"}},
+    ]
+    assert [row[1:] for row in _judge(samples, *named)] == [(1, 1, 1), (0, 1, 0)]
+
+
+def test_a_reward_that_reads_what_the_rows_do_not_hold_is_refused() -> None:
+    def check(form: str, *settings: str) -> None:
+        require_readable(compose("stdlib-grpo", list(settings)), form)
+
+    program = "train.loss.options.rewards=[{name: unit_test, options: {program: '{answer} {row.tests}'}}]"
+    with pytest.raises(
+        ConfigError, match=r"rewards\[0\].options: unit_test reads the column 'tests', .*\n.*=\[test, tests\]"
+    ):
+        check("auto", program, "data.keep=[test]")
+    check("prompt", program, "data.keep=[tests]")
+    check("instruction")
+    with pytest.raises(ConfigError, match="exact_match reads the row's completion, and prompt rows have none"):
+        check("prompt")
+    check("prompt", "train.loss.options.rewards=[{name: exact_match, options: {column: right}}]", "data.keep=[right]")
+    with pytest.raises(ConfigError, match=r"rewards\[0\].options.column: changes nothing beside pattern"):
+        check("auto", "train.loss.options.rewards=[{name: regex, options: {pattern: a, column: b}}]", "data.keep=[b]")
+    with pytest.raises(ConfigError, match=r"data.keep: keeps columns for rewards, and the loss next_token has none"):
+        compose("stdlib-pretrain", ["data.keep=[tests]"])
 
 
 def test_a_unit_test_runs_in_a_process_with_limits() -> None:

@@ -307,6 +307,8 @@ class RewardPart:
 class ExactMatchReward:
     """1 for an answer that is the row's completion, else 0."""
 
+    column: str | None = None
+    """Column of `data.keep` that holds what is right; `None`: the row's completion."""
     strip: bool = True
     """White space around both does not count."""
     ignore_case: bool = False
@@ -318,7 +320,9 @@ class RegexReward:
     """1 for an answer that a regular expression matches as a whole, else 0."""
 
     pattern: str | None = None
-    """The expression; `None`: the row's completion is one."""
+    """The expression; `None`: that of `column`."""
+    column: str | None = None
+    """Column of `data.keep` that holds it; `None`: the row's completion is one."""
     strip: bool = True
     """White space around the answer does not count."""
 
@@ -328,7 +332,8 @@ class UnitTestReward:
     """1 for an answer with which a Python program ends without an error, in a process of its own with limits, else 0."""
 
     program: str = "{prompt}{answer}\n{completion}\n"
-    """The program: `{answer}` is the model's, `{completion}` the row's own, which holds the tests."""
+    """The program: `{answer}` is the model's, `{completion}` the row's own, which holds the tests; `{row.tests}` the column
+    `tests` of `data.keep`, of a list each entry on a line of its own."""
     seconds: float = setting(5.0, gt=0)
     """Longest time."""
     memory_mb: int = setting(512, ge=64)
@@ -375,6 +380,18 @@ class LoraOptions:
     """Train the output head too, whole; tied to the embedding, both are."""
     lr_ratio: float = setting(1.0, gt=0)
     """Learning rate of the second matrices over that of the first (LoRA+, arXiv:2402.12354)."""
+
+
+@dataclass(frozen=True)
+class IA3Options:
+    """A factor for each output of some layers and each input of others (Liu et al., arXiv:2205.05638)."""
+
+    targets: str = "keys-values"
+    """Layers with a factor for each output: keys-values (the products that give them, the queries too where one gives all), down,
+    all-linear, attention, mlp, or a regular expression that whole module names match."""
+    feedforward: str | None = "down"
+    """Layers with a factor for each input: down (those that lead from the inside of a feed-forward block back), or another of
+    the same words; `None`: none. A layer that is in both has it for its inputs."""
 
 
 @dataclass(frozen=True)

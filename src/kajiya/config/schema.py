@@ -53,12 +53,14 @@ class DataConfig:
     """Where the rows come from."""
     format: str = setting(
         "auto",
-        choices=("auto", "text", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"),
+        choices=("auto", "text", "prompt", "instruction", "chat", "preference", "feedback", "labelled", "seq2seq"),
     )
     """Kind of the rows; auto: found by their columns, and said."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column → the source's, for example `{prompt: question, completion: answer}`; `message.role` and its like
     name keys of each message, and a key that none of them names is left out."""
+    keep: tuple[str, ...] = ()
+    """Columns of the source that rewards see with each answer (`Sample.row`), beside those that make the prompt."""
     render: RenderConfig = field(default_factory=RenderConfig)
     """How rows become token ids."""
     max_tokens: int | None = setting(None, ge=8)
@@ -69,6 +71,9 @@ class DataConfig:
     """Where the held-out rows come from, when not from `source`."""
     heldout_every: int = setting(20, ge=2)
     """One document in this many, chosen by a hash of its name, is held out for evaluation."""
+    heldout_by: str = setting("name", choices=("name", "prompt"))
+    """What that hash is of: a row's name (its group's, where rows belong together), or its prompt, so that all rows of one prompt
+    are on one side."""
     near_duplicate: float | None = setting(0.5, gt=0, le=1)
     """A training document that shares this fraction of its lines, or more, with a held-out one is removed; `None`: off."""
     duplicates: str = setting("exact", choices=("off", "exact", "minhash"))

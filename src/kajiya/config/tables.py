@@ -85,7 +85,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "none": Row("kajiya.models.adapt:everything", o.NoOptions),
         "lora": Row("kajiya.models.adapt:lora", o.LoraOptions),
         "dora": Row("kajiya.models.adapt:dora", o.LoraOptions),
-        "ia3": Row("kajiya.models.adapt:ia3", o.NoOptions),
+        "ia3": Row("kajiya.models.adapt:ia3", o.IA3Options),
         "prefix": Row("kajiya.models.adapt:prefix", o.PrefixOptions),
         "prompt": Row("kajiya.models.adapt:prompt", o.PromptOptions),
         "freeze": Row("kajiya.models.adapt:freeze", o.FreezeOptions),

@@ -2,8 +2,9 @@
 
 import re
 
+from kajiya.config.loss_effects import require_loss_effect
 from kajiya.config.quantities import parse_count
-from kajiya.config.rewards import check_rewards
+from kajiya.config.rewards import require_readable
 from kajiya.config.schema import Config, ModelConfig
 from kajiya.config.search import check_search
 from kajiya.config.setting import check_bounds
@@ -34,7 +35,7 @@ _FORMATS = {
     "feedback": ("feedback",),
     "labelled": ("labelled",),
     "seq2seq": ("seq2seq",),
-    "prompts": ("instruction",),
+    "prompts": ("prompt", "instruction"),
 }
 """Formats of rows by what a loss takes."""
 _DEVICE = r"auto|cpu|cuda(:\d+)?|mps"
@@ -59,7 +60,7 @@ def validate(config: Config) -> None:
     check_choice("adapter", config.adapter.name, config.adapter.options, "adapter")
     check_choice("optimizer", config.optim.name, config.optim.options, "optim")
     check_choice("schedule", config.schedule.name, config.schedule.options, "schedule")
-    check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss")
+    require_loss_effect(config, check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss"))
     check_choice("engine", config.serve.engine, {}, "serve.engine")
     check_choice("sampler", config.tune.sampler.name, config.tune.sampler.options, "tune.sampler")
     check_choice("pruner", config.tune.pruner.name, config.tune.pruner.options, "tune.pruner")
@@ -106,9 +107,21 @@ def _check_rows(config: Config) -> None:
             f"{longest} is more than a row holds (data.row_tokens={row})",
             "Raise data.row_tokens, or set data.max_tokens=null.",
         )
+    if config.data.keep and loss_row(config.train.loss.name).takes != "prompts":
+        raise ConfigError(
+            "data.keep",
+            f"keeps columns for rewards, and the loss {config.train.loss.name} has none",
+            "Set data.keep=[].",
+        )
     heldout = config.data.heldout_source
     if heldout.name is not None:
         check_choice("source", heldout.name, heldout.options, "data.heldout_source")
+        if config.data.heldout_by != "name":
+            raise ConfigError(
+                "data.heldout_by",
+                f"{config.data.heldout_by} changes nothing where the held-out rows have a source of their own",
+                "Leave it at name.",
+            )
     elif heldout.options or heldout.columns:
         raise ConfigError("data.heldout_source.name", "is not set, but data.heldout_source.options or columns are")
 
@@ -166,7 +179,7 @@ def _check_kind(config: Config) -> None:
 def _check_policy(config: Config) -> None:
     if loss_row(config.train.loss.name).takes != "prompts":
         return
-    check_rewards(config.train.loss.options.get("rewards") or [], "train.loss.options.rewards")
+    require_readable(config, config.data.format)
     if ":" in config.model.name:
         raise ConfigError(
             "model.name",
@@ -192,10 +205,11 @@ def require_format(loss: str, form: str, field: str) -> None:
     takes = loss_row(loss).takes
     if form not in _FORMATS[takes]:
         fitting = sorted(name for name, row in TABLES["loss"].items() if form in _FORMATS[row.takes])
+        answered = "Say which column answers the prompts (data.columns.completion); or, f" if form == "prompt" else "F"
         raise ConfigError(
             field,
             f"{form} rows are nothing that the loss {loss} can learn from; it takes {' or '.join(_FORMATS[takes])}",
-            f"For {form} rows set train.loss.name to one of {', '.join(fitting)}.",
+            f"{answered}or {form} rows set train.loss.name to one of {', '.join(fitting)}.",
         )
 
 

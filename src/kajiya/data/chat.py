@@ -151,14 +151,18 @@ class ChatTemplate:
         """
         if not messages:
             raise DataError("a conversation needs at least one message")
-        (messages, tools), names = self.markup.shield((messages, tools))
         try:
-            layout = self.lay_out(messages, tools, add_generation_prompt)
+            draft = self.draft(messages, tools, add_generation_prompt)
         except TemplateRefusalError as error:
             raise DataError(f"the chat template refuses these messages: {error}") from error
-        chunks = [Chunk(text, 0.0) for text in pieces(layout.text, layout.cuts)]
-        ids: list[int] = self.markup.encode([Draft(chunks, names)])[0].ids.tolist()
+        ids: list[int] = self.markup.encode([draft])[0].ids.tolist()
         return ids
+
+    def draft(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> Draft:
+        """A conversation as it is encoded, without targets. Raises `TemplateRefusalError`."""
+        (messages, tools), names = self.markup.shield((messages, tools))
+        layout = self.lay_out(messages, tools, add_generation_prompt)
+        return Draft([Chunk(text, 0.0) for text in pieces(layout.text, layout.cuts)], names)
 
     def is_longer(self, messages: Messages, n_tokens: int, *, tools: Any = None) -> bool:
         """Whether a conversation has far more than that many tokens, found by rendering it once.

@@ -13,14 +13,14 @@ from kajiya.data.cleaning import clean
 from kajiya.data.digests import Digests, digest_of
 from kajiya.data.documents import Documents, DocumentWriter, open_documents
 from kajiya.data.entries import Document, Entry, Omitted, Unreadable
-from kajiya.data.formats import class_names
+from kajiya.data.formats import class_names, prompt_of
 from kajiya.data.ledger import EMPTY, LOST, NOT_DRAWN, CorpusLedger, Tally
 from kajiya.data.minhash import MOST_IN_BUCKET
 from kajiya.data.origin import Origin
 from kajiya.data.progress import OnEvent, Progress, silent
 from kajiya.data.reading import open_rows
 from kajiya.data.values import escaped
-from kajiya.errors import DataError
+from kajiya.errors import ConfigError, DataError
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, produce
 
@@ -75,6 +75,7 @@ def build_corpus(config: DataConfig, store: Store, on_event: OnEvent = silent) -
         config={
             **{field: origin.settings | {"content": fingerprints[field]} for field, origin in origins.items()},
             "heldout_every": config.heldout_every if len(origins) == 1 else None,
+            **({} if config.heldout_by == "name" else {"heldout_by": config.heldout_by}),
             "on_unreadable": config.on_unreadable,
             **{name: getattr(config, name) for name in _CLEANING},
         },
@@ -162,6 +163,7 @@ def _read(
 ) -> tuple[Documents, Documents]:
     """Write every readable document to its side; the training side is not yet cleaned."""
     by_name = len(origins) == 1
+    kind = origins["source"].form["format"]
     with DocumentWriter(folder, "train") as train, DocumentWriter(folder, "heldout") as heldout:
         held = (heldout, ledger.heldout)
         # Documents to train on are counted when they have passed the cleaning.
@@ -169,12 +171,22 @@ def _read(
         for field, origin in origins.items():
 
             def side(entry: Document, field: str = field) -> tuple[DocumentWriter, Tally]:
-                is_held = by_name and is_heldout(entry.group or entry.name, config.heldout_every)
+                is_held = by_name and is_heldout(_split_by(config, kind, entry), config.heldout_every)
                 return held if is_held else sides[field]
 
             _sort(config, _named_once(origin.read()), side, ledger, progress)
         progress.end()
         return train.finish(), heldout.finish()
+
+
+def _split_by(config: DataConfig, kind: str, entry: Document) -> str:
+    """What the document's side hangs on."""
+    if config.heldout_by == "name":
+        return entry.group or entry.name
+    prompt = prompt_of(kind, entry.text)
+    if prompt is None:
+        raise ConfigError("data.heldout_by", f"{kind} rows have no prompt apart", "Set it to name.")
+    return prompt
 
 
 def _sort(

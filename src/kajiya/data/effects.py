@@ -9,7 +9,7 @@ from kajiya.errors import ConfigError
 _PAIRS = ("instruction", "preference", "feedback")
 _FORMATS: Mapping[str, tuple[str, ...]] = {
     "train_on": ("chat", "instruction"),
-    "prompt_style": _PAIRS,
+    "prompt_style": ("prompt", *_PAIRS),
     "append_eos": ("chat", *_PAIRS),
 }
 """Formats for which a setting of `data.render` has an effect; the template is saved with every tokenizer."""

@@ -2,7 +2,9 @@
 
 Canonical forms (JSON; a text stays a plain text):
 
-    instruction   {"prompt": text | [message …], "completion": text | [message …], "system"?: text, "tools"?: [tool …]}
+    prompt        {"prompt": text | [message …], "system"?: text, "tools"?: [tool …], "row"?: {column: value} (`data.keep`)}
+    instruction   {"prompt": text | [message …], "completion": text | [message …], "system"?: text, "tools"?: [tool …],
+                  "row"?: as of a prompt}
     chat          {"messages": [message …], "tools"?: [tool …], "n_prompt"?: how many messages an instruction's prompt were}
     preference    {"prompt": text | [message …], "chosen": …, "rejected": … (as the prompt), "margin"?: number,
                   "system"?, "tools"?}
@@ -36,6 +38,16 @@ class Format:
 
 def _text(row: Columns) -> str:
     return text_of(row["text"], "text", is_empty_allowed=True)
+
+
+def _prompt(row: Columns) -> dict[str, Any]:
+    """What is to be answered: a text, or messages, the last of which is not the assistant's."""
+    if not _is_list(row["prompt"]):
+        made: dict[str, Any] = {"prompt": text_of(row["prompt"], "prompt")}
+    else:
+        made = {"prompt": _turns(row["prompt"], "user", "prompt")}
+        require_order([*made["prompt"], {"role": "assistant"}], "prompt")
+    return _with_system(made, row) | _tools(row)
 
 
 def _instruction(row: Columns) -> dict[str, Any]:
@@ -183,9 +195,14 @@ def _seq2seq(row: Columns) -> dict[str, Any]:
 
 _NONE: frozenset[str] = frozenset()
 _ASIDE = frozenset({"system", "tools"})
+PROMPT = "prompt"
+"""The kind of rows that no answer makes of another kind."""
+KEEPING = (PROMPT, "instruction")
+"""Kinds whose rows keep columns for rewards."""
 
 FORMATS: Mapping[str, Format] = {
     "text": Format({frozenset({"text"}): _NONE}, _text),
+    PROMPT: Format({frozenset({"prompt"}): _ASIDE}, _prompt),
     "instruction": Format(
         {frozenset({"prompt", "completion"}): _ASIDE, frozenset({"instruction", "output"}): _ASIDE | {"input"}},
         _instruction,
@@ -197,6 +214,20 @@ FORMATS: Mapping[str, Format] = {
     "seq2seq": Format({frozenset({"input", "target"}): _NONE}, _seq2seq),
 }
 """Every kind of rows by its name in `data.format`."""
+
+
+_ASKED: Mapping[str, str] = dict.fromkeys((PROMPT, "instruction", "preference", "feedback"), "prompt") | {
+    "labelled": "text",
+    "seq2seq": "input",
+}
+
+
+def prompt_of(kind: str, document: str) -> str | None:
+    """What the row asks, its system prompt too, in a form to compare; `None` of text and conversations, which are one whole."""
+    if kind not in _ASKED:
+        return None
+    row = json.loads(document)
+    return json.dumps([row.get("system"), row[_ASKED[kind]]])
 
 
 def canonical(kind: str, made: Any) -> str:

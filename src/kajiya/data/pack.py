@@ -203,9 +203,10 @@ def _pieces_of_text(split: Split, room: int) -> _Pieces:
 
 
 def n_prompt_tokens(split: Split, document: int) -> int:
-    """Tokens of a document before the first that is trained."""
+    """Tokens of a document before the first that is trained; of a prompt alone, all."""
     start, stop = split.offsets[document : document + 2].tolist()
-    return 1 + int(np.argmax(split.read_weights(start, stop)[1:] > 0))
+    is_trained = split.read_weights(start, stop)[1:] > 0
+    return 1 + int(np.argmax(is_trained)) if is_trained.any() else int(stop - start)
 
 
 def _without_room(split: Split, config: DataConfig, answer_tokens: int | None) -> np.ndarray:

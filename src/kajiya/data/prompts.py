@@ -1,8 +1,8 @@
 """Prompts of a split for policies: token ids up to where the row's own completion begins, and the row's words."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ class Prompt:
     ids: tuple[int, ...]
     text: str
     """The prompt as it stands in the data, before any template."""
-    completion: str
-    """The row's own completion."""
+    completion: str | None = None
+    """The row's own completion; `None` of a row without one."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """Its columns that are kept for rewards (`data.keep`)."""
 
 
 class Prompts:
@@ -53,7 +55,8 @@ class Prompts:
         index = self._kept[place]
         ids = self._split.document(index)[: self._lengths[index]]
         row = json.loads(self._documents.text(self._rows[index]))
-        return Prompt(tuple(ids.tolist()), _text(row["prompt"]), _text(row["completion"]))
+        completion = _text(row["completion"]) if "completion" in row else None
+        return Prompt(tuple(ids.tolist()), _text(row["prompt"]), completion, row.get("row", {}))
 
 
 def _text(value: Any) -> str:

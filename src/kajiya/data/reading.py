@@ -10,7 +10,7 @@ from kajiya.config.schema import DataConfig, SourceConfig
 from kajiya.config.tables import check_options, nearest
 from kajiya.data.conversations import KEYS, with_keys
 from kajiya.data.entries import Document, Entry, Found, Row, Unreadable
-from kajiya.data.formats import FORMATS, Format, as_chat, canonical
+from kajiya.data.formats import FORMATS, KEEPING, PROMPT, Format, as_chat, canonical
 from kajiya.data.mixture import Part, mix
 from kajiya.data.origin import Origin, Source, open_source
 from kajiya.data.values import RowError, escaped
@@ -35,10 +35,11 @@ def open_rows(config: DataConfig, field: str = "data.source") -> Origin:
     source = open_source(config.source, field)
     if isinstance(source, MixtureSource):
         return _open_mixture(source, config)
-    return _open(source, config.format, config.columns, "data" if field == "data.source" else field)
+    where = "data" if field == "data.source" else field
+    return _open(source, config.format, config.columns, where, config.keep)
 
 
-def _open(source: Source, wanted: str, mapping: Mapping[str, str], where: str) -> Origin:
+def _open(source: Source, wanted: str, mapping: Mapping[str, str], where: str, keep: Sequence[str]) -> Origin:
     known = [*_OURS, *(f"{_MESSAGE}{key}" for key in sorted(KEYS))]
     for key in mapping:
         if key not in known:
@@ -52,7 +53,8 @@ def _open(source: Source, wanted: str, mapping: Mapping[str, str], where: str) -
     keys = {ours.removeprefix(_MESSAGE): theirs for ours, theirs in mapping.items() if ours.startswith(_MESSAGE)}
     there = _columns(source)
     kind, variant = _kind(there, wanted, outer, where)
-    rows = _Rows(kind, variant, outer, keys)
+    _require_kept(keep, there, kind)
+    rows = _Rows(kind, variant, outer, keys, keep)
     for name in mapping:
         _require_read(name, kind, variant, where)
     if wanted == "auto" and there is not None:
@@ -64,10 +66,10 @@ def _open(source: Source, wanted: str, mapping: Mapping[str, str], where: str) -
     return Origin(
         read=read,
         fingerprint=source.fingerprint,
-        settings=source.settings | {"format": kind, "columns": dict(mapping)},
+        settings=source.settings | {"format": kind, "columns": dict(mapping)} | ({"keep": list(keep)} if keep else {}),
         facts=source.facts,
         form={"format": kind, "columns": {ours: rows.read[ours] for ours in sorted(variant)} if there else {}},
-        unread=tuple(column for column in there or () if column not in rows.read.values()),
+        unread=tuple(column for column in there or () if column not in (*rows.read.values(), *keep)),
     )
 
 
@@ -98,8 +100,9 @@ def _ours(columns: Iterable[str], mapping: Mapping[str, str]) -> set[str]:
 def _fitting(ours: Set[str], kinds: Mapping[str, Format]) -> list[tuple[str, frozenset[str]]]:
     """The kinds that these columns make, each with the columns that make it."""
     found = [(kind, variant) for kind, each in kinds.items() for variant in each.variants if variant <= ours]
-    # A row with all columns of one kind and more of another is of the other.
-    return [(kind, variant) for kind, variant in found if not any(variant < other for _, other in found)]
+    # A row with all columns of one kind and more of another is of the other; prompts alone are of no other kind.
+    largest = [(kind, variant) for kind, variant in found if not any(variant < other for _, other in found)]
+    return [(kind, variant) for kind, variant in largest if kind != PROMPT] or largest
 
 
 def _kind(
@@ -154,6 +157,22 @@ def _kind(
     )
 
 
+def _require_kept(keep: Sequence[str], there: Sequence[str] | None, kind: str) -> None:
+    """Refuse columns to be kept that are not there, or that rows of this kind do not keep."""
+    if keep and kind not in KEEPING:
+        raise ConfigError(
+            "data.keep", f"{kind} rows are not judged by rewards, and keep no columns", "Set data.keep=[]."
+        )
+    for name in keep:
+        # Where nothing could be read, what is wrong is said as it is read.
+        if there and name not in there:
+            hint = nearest(name, there)
+            raise ConfigError(
+                "data.keep",
+                f"there is no column {name!r}; there is: {', '.join(there)}" + (f"; {hint}" if hint else ""),
+            )
+
+
 def _require_read(name: str, kind: str, variant: frozenset[str], where: str) -> None:
     """Refuse a name in a column map that rows of this kind do not have."""
     known = variant | FORMATS[kind].variants[variant]
@@ -175,11 +194,19 @@ def _require_read(name: str, kind: str, variant: frozenset[str], where: str) -> 
 class _Rows:
     """What makes documents of the rows of one kind."""
 
-    def __init__(self, kind: str, variant: frozenset[str], mapping: Mapping[str, str], keys: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        variant: frozenset[str],
+        mapping: Mapping[str, str],
+        keys: Mapping[str, str],
+        keep: Sequence[str] = (),
+    ) -> None:
         self._kind = kind
         self._variant = variant
         self._mapping = mapping
         self._keys = keys
+        self._keep = keep
         names = (*sorted(variant), *sorted(FORMATS[kind].variants[variant]))
         taken = set(mapping.values())
         self.read = {ours: mapping.get(ours, ours) for ours in names if ours in mapping or ours not in taken}
@@ -206,7 +233,8 @@ class _Rows:
         try:
             view = self._view(found)
             view |= {ours: with_keys(view[ours], self._keys) for ours in _HOLDS_MESSAGES & view.keys()}
-            text = canonical(self._kind, FORMATS[self._kind].normalise(view))
+            made = FORMATS[self._kind].normalise(view)
+            text = canonical(self._kind, made | {"row": self._kept(found)} if self._keep else made)
         except RowError as error:
             return Unreadable(found.name, escaped(str(error)), found.n_bytes)
         except RecursionError:
@@ -226,6 +254,13 @@ class _Rows:
         if not row.is_typed and self._kind == "labelled":
             view["label"] = _number(view["label"])
         return view
+
+    def _kept(self, row: Row) -> dict[str, Any]:
+        """The columns that rewards see."""
+        missing = next((name for name in self._keep if name not in row.columns), None)
+        if missing is not None:
+            raise RowError(f"has no column {missing!r} (data.keep)")
+        return {name: row.columns[name] for name in self._keep}
 
     def _require_kind(self, columns: Mapping[str, Any]) -> None:
         telling = self._telling.intersection(columns)
@@ -279,7 +314,7 @@ def _open_mixture(options: MixtureSource, config: DataConfig) -> Origin:
         opened = open_source(source, f"{where}.source")
         if isinstance(opened, MixtureSource):
             raise ConfigError(f"{where}.source.name", "a mixture is no part of a mixture", "List its parts here.")
-        origin = _open(opened, part.format, part.columns, where)
+        origin = _open(opened, part.format, part.columns, where, config.keep)
         parts.append(Part(part.label or f"{number}-{source.name}", origin, part.weight, part.max_rows))
     kinds = [part.origin.form["format"] for part in parts]
     kind = _common_kind(kinds, config.format)

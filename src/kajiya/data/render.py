@@ -73,6 +73,7 @@ class Renderer:
         self._numbers = None if classes is None else {name: number for number, name in enumerate(classes)}
         drafts: dict[str, Callable[[Any], tuple[list[Draft], float | int | None]]] = {
             "text": self._draft_text,
+            "prompt": self._draft_prompt,
             "instruction": self._draft_completion,
             "chat": self._draft_chat,
             "preference": self._draft_preference,
@@ -119,8 +120,9 @@ class Renderer:
         for segment in example.segments:
             if self._bos is not None and self._bos != self._eos and segment.ids[:2].tolist() == [self._bos] * 2:
                 return f"begins with two begin-of-text tokens (id {self._bos}): the chat template writes one more"
-        # Labels are the targets of labelled rows; the input of a pair is no target.
-        trained: Sequence[Segment] = {"labelled": (), "seq2seq": example.segments[1:]}.get(self.kind, example.segments)
+        # Labels are the targets of labelled rows; prompts have none; the input of a pair is no target.
+        without: dict[str, Sequence[Segment]] = {"labelled": (), "prompt": (), "seq2seq": example.segments[1:]}
+        trained = without.get(self.kind, example.segments)
         for segment in trained:
             if not (segment.weights[1:] > 0).any() and not (self.kind == "seq2seq" and len(segment.ids)):
                 return (
@@ -149,6 +151,16 @@ class Renderer:
 
     # ------------------------------------------------------------ answers
 
+    def _draft_prompt(self, row: Mapping[str, Any]) -> tuple[list[Draft], None]:
+        """As far as the answer begins, as the server shows it to the model."""
+        prompt, tools = row["prompt"], row.get("tools")
+        if not isinstance(prompt, str):
+            return [self._template.draft(prompt, tools, add_generation_prompt=True)], None
+        if self._config.prompt_style == "chat":
+            turns = [*_system(row), {"role": "user", "content": prompt}]
+            return [self._template.draft(turns, tools, add_generation_prompt=True)], None
+        return [Draft([Chunk(self._plain_prompt(row), 0.0, is_literal=True)], lead=self._lead)], None
+
     def _draft_chat(self, row: Mapping[str, Any]) -> tuple[list[Draft], None]:
         n, messages = row.get("n_prompt", 0), row["messages"]
         return [self._completed(messages[:n], messages[n:], row.get("tools"), self._config.train_on)], None
@@ -168,21 +180,22 @@ class Renderer:
         if not isinstance(prompt, str):
             return self._completed(prompt, answer, row.get("tools"), train_on)
         if self._config.prompt_style == "chat":
-            system = [{"role": "system", "content": row["system"]}] if "system" in row else []
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            return self._conversation([*system, *turns], row.get("tools"), train_on)
-        if "tools" in row:
-            raise RowError(
-                "has tools, which a plain prompt does not say: data.render.prompt_style=plain (chat renders them)"
-            )
-        if "system" in row:
-            prompt = f"{row['system']}\n\n{prompt}"
+            return self._conversation([*_system(row), *turns], row.get("tools"), train_on)
+        prompt = self._plain_prompt(row)
         is_closed = self._config.append_eos != "never"
         if not is_closed:
             raise RowError("has an end-of-text that is never a target: data.render.append_eos=never")
         before_weight = 1.0 if train_on == "all" else 0.0
         chunks = [Chunk(prompt, before_weight, is_literal=True), Chunk(answer, 1.0, is_literal=True)]
         return Draft(chunks, lead=self._lead, close=(self._eos,), close_weight=1.0)
+
+    def _plain_prompt(self, row: Mapping[str, Any]) -> str:
+        if "tools" in row:
+            raise RowError(
+                "has tools, which a plain prompt does not say: data.render.prompt_style=plain (chat renders them)"
+            )
+        return f"{row['system']}\n\n{row['prompt']}" if "system" in row else str(row["prompt"])
 
     def _completed(self, prompt: Messages, answer: Messages, tools: Any, train_on: str) -> Draft:
         """A conversation of which only what answers the prompt is trained, unless all is."""
@@ -252,6 +265,11 @@ class Renderer:
                 )
             spans.append((start, end, weight))
         return spans
+
+
+def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The message of a row that has its system prompt apart."""
+    return [{"role": "system", "content": row["system"]}] if "system" in row else []
 
 
 def _weights(messages: Messages, train_on: str) -> list[float]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from kajiya.config.rewards import require_readable
 from kajiya.config.schema import Config
+from kajiya.config.tables import loss_row
 from kajiya.config.validate import require_format
 from kajiya.data.progress import OnEvent, silent
 from kajiya.errors import MissingExtraError
@@ -236,6 +238,8 @@ def prepare_data(config: Config, store: Store, stages: Stages) -> Data:
     corpus = stages.produce("corpus", lambda: build_corpus(config.data, store, tell), corpus_words)
     require_kept(data_ledger(corpus.facts), config.data.max_lost_fraction)
     require_format(config.train.loss.name, corpus.facts["format"], "data.format")
+    if loss_row(config.train.loss.name).takes == "prompts":
+        require_readable(config, corpus.facts["format"])
     chosen = packing_of(config, corpus.facts["format"])
     require_effect(config.data, corpus.facts["format"], chosen.name)
     tokenizer = stages.produce(

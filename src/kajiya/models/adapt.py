@@ -13,11 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from kajiya.config.options import FreezeOptions, LoadOptions, LoraOptions, NoOptions, PrefixOptions, PromptOptions
+from kajiya.config.options import (
+    FreezeOptions,
+    IA3Options,
+    LoadOptions,
+    LoraOptions,
+    NoOptions,
+    PrefixOptions,
+    PromptOptions,
+)
 from kajiya.config.schema import AdapterConfig
 from kajiya.config.tables import is_options, resolve
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import load_adapter
+from kajiya.models.adapter_targets import compiled, ia3_targets, keeps_transposed, target_names
 from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
 from kajiya.models.quantized import count_params, quantize
@@ -145,7 +154,7 @@ def everything(module: nn.Module, options: NoOptions) -> None:
 
 def freeze(module: nn.Module, options: FreezeOptions) -> None:
     """Only parameters in whose name the pattern is found are trained."""
-    pattern = _compiled(options.train, "adapter.options.train")
+    pattern = compiled(options.train, "adapter.options.train")
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(bool(pattern.search(name)))
     if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -163,11 +172,20 @@ def dora(module: nn.Module, options: LoraOptions) -> None:
     _lora(module, options, is_dora=True)
 
 
-def ia3(module: nn.Module, options: NoOptions) -> None:
+def ia3(module: nn.Module, options: IA3Options) -> None:
     """Factors on keys, values and the inside of the feed-forward block, which begin at one."""
     from peft import IA3Config
 
-    inject(module, IA3Config(task_type=_task(module), modules_to_save=_new_heads(module) or None), "default")
+    outputs = ia3_targets(module, options.targets, "targets")
+    inputs = [] if options.feedforward is None else ia3_targets(module, options.feedforward, "feedforward")
+    config = IA3Config(
+        target_modules=[*outputs, *(name for name in inputs if name not in outputs)],
+        feedforward_modules=inputs,
+        fan_in_fan_out=any(keeps_transposed(module.get_submodule(name)) for name in outputs),
+        task_type=_task(module),
+        modules_to_save=_new_heads(module) or None,
+    )
+    inject(module, config, "default")
 
 
 def prefix(module: nn.Module, options: PrefixOptions) -> None:
@@ -204,7 +222,7 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
 
     whole, is_tied = _trained_whole(module, options)
     targets = target_names(module, options.targets)
-    if options.init == "olora" and any(type(module.get_submodule(name)).__name__ == "Conv1D" for name in targets):
+    if options.init == "olora" and any(keeps_transposed(module.get_submodule(name)) for name in targets):
         raise ConfigError(
             "adapter.options.init",
             f"olora takes a part out of weights [out, in], and layers of {type(module).__name__} keep them the other way round",
@@ -258,53 +276,6 @@ def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
 def _new_heads(module: nn.Module) -> list[str]:
     """Names of the heads that begin at random, which are trained whole beside every adapter of layers."""
     return [name for name, _ in module.named_modules() if name in CLASS_HEADS]
-
-
-def target_names(module: nn.Module, targets: str) -> list[str]:
-    """Full names of the linear layers that `targets` means. Raises `ConfigError` when there is none."""
-    from transformers import PreTrainedModel
-
-    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
-    linear = [
-        name
-        for name, part in module.named_modules()
-        if (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D")
-        and part is not head
-        and name not in CLASS_HEADS
-    ]
-    if targets in _TARGETS:
-        chosen = [name for name in linear if _TARGETS[targets](name)]
-    else:
-        pattern = _compiled(targets, "adapter.options.targets")
-        chosen = [
-            name for name, part in module.named_modules() if not list(part.children()) and pattern.fullmatch(name)
-        ]
-    if not chosen:
-        raise ConfigError(
-            "adapter.options.targets",
-            f"{targets!r} matches no module of {type(module).__name__}",
-            f"One of {', '.join(_TARGETS)}, or a regular expression for names like {', '.join(linear[:2]) or 'none'}.",
-        )
-    return chosen
-
-
-def _is_attention(name: str) -> bool:
-    return any("attn" in part or "attention" in part for part in name.lower().split("."))
-
-
-_TARGETS: Mapping[str, Callable[[str], bool]] = {
-    "all-linear": lambda name: True,
-    "attention": _is_attention,
-    "mlp": lambda name: not _is_attention(name) and any(part.isdigit() for part in name.split(".")),
-}
-"""Which linear layers a word means, by their full names (those of a block have its number in them)."""
-
-
-def _compiled(pattern: str, field: str) -> "re.Pattern[str]":
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(field, f"{pattern!r} is no regular expression: {error}") from error
 
 
 def _attach(module: Any, config: Any, weight: torch.Tensor) -> None:

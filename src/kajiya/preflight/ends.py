@@ -3,8 +3,8 @@
 from kajiya.models.outputs import named_ends
 from kajiya.preflight.subject import Finding, Subject, failed
 
-ANSWERED = ("chat", "instruction", "preference", "feedback")
-"""Kinds of rows that hold answers of an assistant."""
+ANSWERED = ("chat", "prompt", "instruction", "preference", "feedback")
+"""Kinds of rows that hold answers of an assistant, or ask for them."""
 
 
 def unstoppable(subject: Subject) -> Finding | None:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, Seq2SeqBatch
+from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch, RolloutBatch, Seq2SeqBatch
+from kajiya.preflight.parts import some_answers, some_examples, with_targets
 
 
 def can_join(batch: Any) -> bool:
     """Whether batches of this kind are known here."""
-    return isinstance(batch, (Batch, ExampleBatch, Seq2SeqBatch))
+    return isinstance(batch, (Batch, ExampleBatch, RolloutBatch, Seq2SeqBatch))
 
 
 def joined(first: Any, second: Any) -> Any:
@@ -20,47 +21,31 @@ def joined(first: Any, second: Any) -> Any:
         return _joined_examples(first, second)
     if isinstance(first, Seq2SeqBatch):
         return _joined_pairs(first, second)
+    if isinstance(first, RolloutBatch):
+        return _joined_answers(first, second)
     return _joined_rows(first, second)
 
 
 def with_fewer(batch: Any) -> Any:
-    """The first half of the rows of examples, of at least one example; any other batch as it is."""
+    """The first half of the examples, one more where they are odd; any other batch as it is."""
     if not isinstance(batch, ExampleBatch) or len(batch.examples) < 2:
         return batch
-    n_all = len(batch.examples)
-    k = len(batch.last) // n_all
-    for n_rows in range(len(batch.rows.tokens) // 2, 0, -1):
-        # Sequences are numbered row by row.
-        n_sequences = int(batch.owner[:n_rows].max()) + 1
-        if n_sequences % k == 0:
-            return _first_rows(batch, n_rows, n_sequences, n_sequences // k)
-    return batch
+    return some_examples(batch, range((len(batch.examples) + 1) // 2))
 
 
-def _first_rows(batch: ExampleBatch, n_rows: int, n_sequences: int, n_examples: int) -> ExampleBatch:
-    rows = batch.rows
-    targets = rows.targets[:n_rows]
-    kept = replace(
-        rows,
-        tokens=rows.tokens[:n_rows],
-        targets=targets,
-        positions=rows.positions[:n_rows],
-        segments=rows.segments[:n_rows],
-        n_targets=int((targets != NO_TARGET).sum()),
-        weights=None if rows.weights is None else rows.weights[:n_rows],
-        sources=None if rows.sources is None else rows.sources[:n_rows],
-    )
-    return replace(
-        batch,
-        rows=kept,
-        owner=batch.owner[:n_rows],
-        last=batch.last[:n_sequences],
-        examples=batch.examples[:n_examples],
-        labels=None if batch.labels is None else batch.labels[:n_examples],
-        reference=None if batch.reference is None else batch.reference[:n_sequences],
-        # The other answers lie in rows of their own, and are measured on alone: which of them, is all the same.
-        mismatched=None if batch.mismatched is None else with_fewer(batch.mismatched),
-    )
+def in_two(batch: RolloutBatch) -> tuple[RolloutBatch, RolloutBatch] | None:
+    """All prompts but the last, and the last with a third of each answer; `None` where there is but one."""
+    n, size = len(batch.advantages), batch.group_size
+    if n == size:
+        return None
+    return some_answers(batch, range(n - size), size), with_a_third(some_answers(batch, range(n - size, n), size))
+
+
+def with_a_third(batch: RolloutBatch) -> RolloutBatch:
+    """The same with the first third of each answer, one token at least."""
+    number = (batch.rows.targets != NO_TARGET).cumsum(dim=1)
+    most = (number.amax(dim=1, keepdim=True) // 3).clamp(min=1)
+    return with_targets(batch, batch.rows.targets.where(number <= most, NO_TARGET))
 
 
 def _joined_rows(first: Batch, second: Batch) -> Batch:
@@ -126,6 +111,25 @@ def _joined_examples(first: ExampleBatch, second: ExampleBatch) -> ExampleBatch:
         labels=_joined_vectors(first.labels, second.labels),
         reference=_joined_vectors(first.reference, second.reference),
         mismatched=mismatched,
+    )
+
+
+def _joined_answers(first: RolloutBatch, second: RolloutBatch) -> RolloutBatch:
+    rows = _joined_rows(first.rows, second.rows)
+    width = rows.tokens.shape[1]
+
+    def both(name: str) -> torch.Tensor | None:
+        parts = [vars(each)[name] for each in (first, second)]
+        return None if parts[0] is None else torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
+
+    tables: dict[str, Any] = {name: both(name) for name in ("sampled", "old", "reference")}
+    return replace(
+        first,
+        rows=rows,
+        advantages=torch.cat([first.advantages, second.advantages]),
+        rewards=torch.cat([first.rewards, second.rewards]),
+        is_cut=torch.cat([first.is_cut, second.is_cut]),
+        **tables,
     )
 
 

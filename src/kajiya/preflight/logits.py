@@ -9,7 +9,7 @@ from kajiya.config.tables import loss_row
 from kajiya.data.batch import Batch, Seq2SeqBatch
 from kajiya.models.hidden import all_logits
 from kajiya.models.outputs import masked_logits, seq2seq_logits, sequence_logits
-from kajiya.preflight.portion import portion
+from kajiya.preflight.portion import dense_windows
 
 
 def batch_logits(model: Any, batch: Any, config: Config) -> torch.Tensor:
@@ -18,5 +18,5 @@ def batch_logits(model: Any, batch: Any, config: Config) -> torch.Tensor:
         return seq2seq_logits(model, batch).float()
     if loss_row(config.train.loss.name).task in ("classes", "score"):
         return sequence_logits(model, batch).float()
-    rows = batch if isinstance(batch, Batch) else portion(batch.rows)
+    rows = batch if isinstance(batch, Batch) else dense_windows(batch.rows)
     return (all_logits(model, rows) if rows.is_causal else masked_logits(model, rows)).float()

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kajiya.config.validate import CHECKS
 from kajiya.errors import ProofError, StoreError, TrainingError
+from kajiya.preflight.portion import Kept
+from kajiya.preflight.prove_disjoint import check_disjoint
 from kajiya.preflight.prove_isolation import check_isolation
-from kajiya.preflight.prove_rows import check_disjoint, check_targets
+from kajiya.preflight.prove_rows import check_targets
 from kajiya.preflight.prove_run import check_memory, check_schedule
 from kajiya.preflight.prove_saving import check_reload, check_trainable
 from kajiya.preflight.prove_start import check_start
@@ -47,14 +50,21 @@ class Verdict:
 def prove(subject: Subject) -> Verdict:
     """Run every check that `preflight.skip` does not name; weights, generators and loader are left bit-identical."""
     began = time.perf_counter()
+    loader = subject.setup.loader
+    position = loader.state()
+    kept: Any = Kept(loader)
+    subject = replace(subject, setup=replace(subject.setup, loader=kept))
     findings = []
-    for name in CHECKS:
-        if name in subject.config.preflight.skip:
-            found = skipped(SKIPPED_BY_HAND)
-        else:
-            with undone(subject.setup, has_steps=name in _STEPPING):
-                found = _checked(_FUNCTIONS[name], subject)
-        findings.append(replace(found, name=name))
+    try:
+        for name in CHECKS:
+            if name in subject.config.preflight.skip:
+                found = skipped(SKIPPED_BY_HAND)
+            else:
+                with undone(subject.setup, has_steps=name in _STEPPING):
+                    found = _checked(_FUNCTIONS[name], subject)
+            findings.append(replace(found, name=name))
+    finally:
+        loader.load_state(position)
     return Verdict(tuple(findings), time.perf_counter() - began)
 
 

@@ -1,6 +1,5 @@
-"""Checks of what the model reads: targets, the texts that they are of and their ends, held-out text that is not trained on."""
+"""Check of what the model reads: targets, the texts that they are of and their ends."""
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from kajiya.preflight.said import Said, compare, marked_text, row_named, texts_o
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
 
 LOOKED_THROUGH = 12
-"""Batches that are looked at before the first step."""
+"""Batches that are looked at before the first step; of answers that must be drawn, one."""
 HAS_ROWS = (ExampleBatch, RolloutBatch)
 _MOST_SEQUENCES = 256
 
@@ -21,7 +20,10 @@ _MOST_SEQUENCES = 256
 def check_targets(subject: Subject) -> Finding:
     """Targets exist, follow their tokens, are of the text that is to be trained; ends are learnt, and the model stops there."""
     setup = subject.setup
-    batches = [setup.loader.next() for _ in range(LOOKED_THROUGH)]
+    batches = [setup.loader.next()]
+    if not isinstance(batches[0], RolloutBatch):
+        # Answers must be drawn; of those of one batch all is known.
+        batches += [setup.loader.next() for _ in range(LOOKED_THROUGH - 1)]
     if isinstance(batches[0], Seq2SeqBatch):
         return check_pairs(batches, subject)
     rows = [batch.rows if isinstance(batch, HAS_ROWS) else batch for batch in batches]
@@ -156,25 +158,3 @@ def _looked_at(rows: list[Batch], subject: Subject) -> Iterator[tuple[Batch, Pla
             number, part = divmod(place.sequence, split.segments)
             document = row_named(documents, split.names[number], number)
             yield row, place, texts_of(document, kind, subject.config.data.render)[part]
-
-
-# ---------------------------------------------------------------- held-out text
-
-
-def check_disjoint(subject: Subject) -> Finding:
-    """No held-out document is also a training document."""
-    heldout, train = (open_documents(subject.corpus.path, split) for split in ("heldout", "train"))
-    sizes = {int(b - a) for a, b in zip(heldout.offsets[:-1], heldout.offsets[1:], strict=True)}
-    known = {hashlib.sha256(heldout.read(index)).digest(): index for index in range(len(heldout))}
-    shared = []
-    for index, (a, b) in enumerate(zip(train.offsets[:-1], train.offsets[1:], strict=True)):
-        # Only a document of the same length can be the same.
-        if int(b - a) in sizes and (found := known.get(hashlib.sha256(train.read(index)).digest())) is not None:
-            shared.append((train.names[index], heldout.names[found]))
-    if shared:
-        first, second = shared[0]
-        return failed(
-            f"{len(shared)} of {len(heldout):,} held-out documents are trained on, for example {second} as {first}",
-            "Set data.near_duplicate=0.5, which removes them from the training text.",
-        )
-    return passed(f"none of {len(heldout):,} held-out documents is among {len(train):,} trained on")

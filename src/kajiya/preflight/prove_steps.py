@@ -7,8 +7,15 @@ from typing import Any
 import torch
 
 from kajiya.data.batch import NO_TARGET, Batch, RolloutBatch
-from kajiya.preflight.joining import can_join, joined, with_fewer
-from kajiya.preflight.portion import Repeated, first_batch, portion, restore_dropout, without_dropout
+from kajiya.preflight.joining import can_join, in_two, joined, with_a_third, with_fewer
+from kajiya.preflight.portion import (
+    Repeated,
+    dense_windows,
+    first_batch,
+    portion,
+    restore_dropout,
+    without_dropout,
+)
 from kajiya.preflight.prove_policy import check_policy_learning
 from kajiya.preflight.prove_start import loss_on
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
@@ -19,11 +26,15 @@ from kajiya.training.state import TrainState
 
 _ACCUMULATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "bf16-mixed": 5e-2, "fp16-mixed": 2e-2, "fp8": 0.1}
 """Largest norm of the difference of the gradients over their norm. A mean of means is off by tenths."""
-_LEAST_FALL = {"fp32": 1e-6, "bf16": 1e-4, "bf16-mixed": 1e-5, "fp16-mixed": 1e-5, "fp8": 1e-3}
-"""Share of the loss by which it must have fallen: less is rounding."""
+_ROUNDING = {"fp32": 1e-6, "bf16": 1e-4, "bf16-mixed": 1e-5, "fp16-mixed": 1e-5, "fp8": 1e-3}
+"""Share of the loss that is rounding."""
+_LEAST_FALL = {"fp32": 1e-4, "bf16": 1e-4, "bf16-mixed": 1e-4, "fp16-mixed": 1e-4, "fp8": 1e-3}
+"""Share of the loss by which it must have fallen: a rate at which one batch teaches less teaches nothing."""
+_OF_FEW = ("ia3", "prefix", "prompt", "load")
+"""Adapters that may be of a few vectors, which move a loss by little at any rate: by more than rounding is enough."""
 _STEPS = 20
 _MORE_STEPS = 60
-"""Where it has changed by no more than that: a few virtual tokens move a preference by little."""
+"""Where it has changed by no more than that."""
 _ROUNDING_SCALE = 1.37
 """No power of two, so that a gradient of so many times the loss is rounded otherwise at every product."""
 _MOST_ROUNDING = 0.2
@@ -85,19 +96,31 @@ def _apart_by(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
 
 def _uneven(batch: Any, setup: Setup) -> tuple[Any, Any]:
     """Two micro-batches with unlike numbers of targets, which a mean of means would weigh wrongly."""
-    if not isinstance(batch, Batch) or len(batch.tokens) < 2:
-        position = setup.loader.state()
-        pair = [portion(setup.loader.next()) for _ in range(2)]
-        setup.loader.load_state(position)
-        if not isinstance(batch, Batch):
-            return pair[0], with_fewer(pair[1])
-        batch = joined(*(portion(each, rows=1) for each in pair))
+    if isinstance(batch, RolloutBatch):
+        return in_two(batch) or _two_of_one_prompt(setup)
+    if not isinstance(batch, Batch):
+        first, second = map(portion, _next_two(setup))
+        return first, with_fewer(second)
+    if len(batch.tokens) < 2:
+        batch = joined(*(dense_windows(each, rows=1) for each in _next_two(setup)))
     first, second = (_row(batch, index) for index in (0, 1))
     targets = second.targets.clone()
     kept = (targets != NO_TARGET).cumsum(1)
     targets[kept > max(1, int(kept.max()) // 3)] = NO_TARGET
     second = replace(second, targets=targets, n_targets=int((targets != NO_TARGET).sum()))
     return first, second.with_future(len(batch.future))
+
+
+def _next_two(setup: Setup) -> tuple[Any, Any]:
+    position = setup.loader.state()
+    pair = setup.loader.next(), setup.loader.next()
+    setup.loader.load_state(position)
+    return pair
+
+
+def _two_of_one_prompt(setup: Setup) -> tuple[RolloutBatch, RolloutBatch]:
+    first, second = map(portion, _next_two(setup))
+    return first, with_a_third(second)
 
 
 def _row(batch: Batch, index: int) -> Batch:
@@ -169,7 +192,7 @@ def _gradients_of_sums(setup: Setup, batches: list[Any]) -> dict[str, torch.Tens
 
 
 def check_learning(subject: Subject) -> Finding:
-    """Twenty steps on one batch lower its loss, and it stays lowered; where rounding hides it, eighty."""
+    """Twenty steps on one batch lower its loss by more than nothing, and it stays lowered; where they do not, eighty."""
     setup, peak = subject.setup, subject.config.optim.lr
     batch = first_batch(setup)
     if isinstance(batch, RolloutBatch):
@@ -182,7 +205,9 @@ def check_learning(subject: Subject) -> Finding:
     tried = replace(
         setup, loader=loader, accumulate=1, steps=_STEPS, lr=lambda step: peak * min(1.0, step / 8), row_growth=()
     )
-    least, after = _LEAST_FALL[setup.precision.name] * abs(before), before
+    is_of_few = subject.config.adapter.name in _OF_FEW
+    share = (_ROUNDING if is_of_few else _LEAST_FALL)[setup.precision.name]
+    least, after = share * abs(before), before
     for n_steps in (_STEPS, _MORE_STEPS):
         for _ in range(n_steps):
             train_step(tried, state)
@@ -191,6 +216,14 @@ def check_learning(subject: Subject) -> Finding:
             break
     if state.skipped:
         return failed(f"{state.skipped} of {state.step} steps had a gradient that is no number", "Lower optim.lr.")
+    if abs(after - before) <= least and after != before and not is_of_few:
+        return failed(
+            f"{state.step} steps on one batch change its loss of {before:.4f} by {after - before:.1g}: "
+            "at this rate nothing is learnt",
+            "Raise optim.lr; for low rates that are meant set preflight.skip=[learning].",
+            before=before,
+            after=after,
+        )
     if abs(after - before) <= least and after != before:
         return skipped(
             f"{state.step} steps on one batch change its loss of {before:.4f} by {after - before:.1g}, which rounding does too",

@@ -3,9 +3,9 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kajiya.config.options import ExactMatchReward, ModelReward, RegexReward, UnitTestReward
-from kajiya.config.rewards import check_rewards
+from kajiya.config.rewards import PLACES, ROW, check_rewards
 from kajiya.config.schema import RenderConfig
 from kajiya.config.tables import TABLES, import_target, is_options, resolve
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
@@ -33,10 +33,12 @@ class Sample:
     """The row's prompt, as it stands in the data."""
     answer: str
     """What the model said, without the token that ended it."""
-    completion: str
-    """The row's own completion: what is right, or what tells."""
+    completion: str | None
+    """The row's own completion: what is right, or what tells; `None` of a row that is a prompt alone."""
     is_ended: bool
     """Whether the model ended the answer itself, before its greatest length."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The columns of its row that `data.keep` names, by their names in the source."""
 
 
 Reward = Callable[[Sequence[Sample]], Sequence[float]]
@@ -122,13 +124,13 @@ def _numbers(given: Sequence[float], n: int, name: str) -> list[float]:
 
 
 def exact_match(samples: Sequence[Sample], options: ExactMatchReward) -> list[float]:
-    """1 where the answer is the row's completion."""
+    """1 where the answer is the row's completion, or what its column says."""
 
     def plain(text: str) -> str:
         text = text.strip() if options.strip else text
         return text.casefold() if options.ignore_case else text
 
-    return [float(plain(each.answer) == plain(each.completion)) for each in samples]
+    return [float(plain(each.answer) == plain(_right(each, options.column))) for each in samples]
 
 
 def regex(samples: Sequence[Sample], options: RegexReward) -> list[float]:
@@ -136,7 +138,7 @@ def regex(samples: Sequence[Sample], options: RegexReward) -> list[float]:
 
     def matches(sample: Sample) -> float:
         answer = sample.answer.strip() if options.strip else sample.answer
-        pattern = sample.completion if options.pattern is None else options.pattern
+        pattern = _right(sample, options.column) if options.pattern is None else options.pattern
         try:
             return float(re.fullmatch(pattern, answer) is not None)
         except re.error as error:
@@ -147,14 +149,22 @@ def regex(samples: Sequence[Sample], options: RegexReward) -> list[float]:
     return [matches(each) for each in samples]
 
 
-_PARTS = re.compile(r"\{(prompt|answer|completion)\}")
+def _right(sample: Sample, column: str | None) -> str:
+    """What the row's completion, or a column of the row, says."""
+    return str(sample.completion) if column is None else str(sample.row[column])
+
+
+def _put_in(sample: Sample, name: str) -> str:
+    """What stands for `{name}` in a program."""
+    value = sample.row[name.removeprefix(ROW)] if name.startswith(ROW) else vars(sample)[name]
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def unit_test(samples: Sequence[Sample], options: UnitTestReward) -> list[float]:
     """1 where the program ends without an error within its limits; several run at once."""
 
     def passes(sample: Sample) -> float:
-        source = _PARTS.sub(lambda found: str(vars(sample)[found[1]]), options.program)
+        source = PLACES.sub(lambda found: _put_in(sample, found[1]), options.program)
         return float(run_program(source, seconds=options.seconds, memory_mb=options.memory_mb).is_passed)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="kajiya-tests") as pool:

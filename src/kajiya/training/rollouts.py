@@ -73,7 +73,7 @@ class Roller:
             for prompt, answer in zip(flat, drawn, strict=True)
         ]
         samples = [
-            Sample(prompt.text, text, prompt.completion, answer.finish_reason == "stop")
+            Sample(prompt.text, text, prompt.completion, answer.finish_reason == "stop", prompt.row)
             for prompt, text, answer in zip(flat, texts, drawn, strict=True)
         ]
         judged = self.rewards.judge(samples)
@@ -171,7 +171,7 @@ class RolloutLoader:
             old=blank if roller.old else None,
             reference=blank if roller.reference else None,
         )
-        longest = Prompt((token,) * self.prompts.longest, "", "")
+        longest = Prompt((token,) * self.prompts.longest, "")
         return assemble([longest] * self.batch, [[answer] * options.group_size] * self.batch, roller)
 
     def _prompts(self, numbers: Sequence[int]) -> list[Prompt]:
