@@ -1,4 +1,4 @@
-"""The Triton kernel of the loss's softmax against the formula, under Triton's interpreter: `test_entropy_kernel.py` runs this file."""
+"""The Triton kernel of the loss's softmax against the formula; `test_entropy_kernel.py` runs this file under the interpreter."""
 
 import pytest
 import torch
