@@ -133,6 +133,12 @@ def test_options_beside_another_name_in_one_recipe_are_told(tmp_path: Path) -> N
     assert compose(str(recipe), ["~schedule.options.decay_fraction"]).schedule.options == {}
 
 
+def test_what_averages_by_itself_takes_a_rate_that_stays() -> None:
+    assert compose("stdlib-pretrain", ["optim=schedule_free", "schedule=constant"]).schedule.name == "constant"
+    with pytest.raises(ConfigError, match=r"schedule\.name: linear[^\n]*\nSet schedule=constant"):
+        compose("stdlib-pretrain", ["optim=schedule_free", "schedule=linear"])
+
+
 def test_the_config_is_frozen() -> None:
     config = compose("stdlib-pretrain")
     with pytest.raises(AttributeError):
@@ -164,6 +170,7 @@ def test_the_config_is_frozen() -> None:
         ("optim.lr=${nothing}", "optim.lr: Interpolation key 'nothing' not found"),
         ("seed=1" + 23 * "0", "is out of range: it must be at most 9223372036854775807"),
         ("train.minutes=inf", "train.minutes: inf is not a finite number"),
+        ("optim=schedule_free", "lowers the rate, in whose place optim.name=schedule_free averages the weights"),
         ("optim.lr=nan", "optim.lr: nan is not a finite number"),
         ("optim.options.adamw_lr=inf", "optim.options.adamw_lr: inf is not a finite number"),
         ("train.row_growth=[0.5, inf]", "train.row_growth: inf is not a finite number"),

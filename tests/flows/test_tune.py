@@ -457,7 +457,7 @@ def test_what_cannot_be_searched_is_said_before_anything_runs(own_finished: Fini
         ((LR, "tune.sampler.name=anneal"), "is not one of cmaes"),
         ((LR, LAYERS, "tune.sampler.name=cmaes"), "two or more numbers together, and 1 varies"),
         (
-            ("optim=muon,schedule_free", "train.ema_decay=null,0.9", "tune.sampler.name=grid"),
+            ("optim=muon,schedule_free", "train.ema_decay=null,0.9", "schedule=constant", "tune.sampler.name=grid"),
             r"averages the weights by itself \(with optim=schedule_free train\.ema_decay=0\.9\)",
         ),
         ((LR, "tune.pruner.options.reduction=1", "tune.pruner.name=asha"), "out of range"),

@@ -43,7 +43,28 @@ def make_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
             nn.init.uniform_(module.weight, 0.5, 1.5)
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.15)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.3)
     return model.to(dtype)
+
+
+WINDOWS = ["sliding_attention", "full_attention"]
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral with a window": ("mistral", {"sliding_window": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 with windows": ("qwen3", {"layer_types": WINDOWS, "sliding_window": 8, "use_sliding_window": True}),
+    "gemma": ("gemma", {}),
+    "gemma3": ("gemma3_text", {"layer_types": WINDOWS, "sliding_window": 8, "query_pre_attn_scalar": 20}),
+}
+
+
+def make_family(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    architecture, fields = FAMILIES[name]
+    return make_model(architecture, dtype, **fields)
 
 
 def make_batch(lengths: tuple[int, ...] = (17, 3, 20, 1, 33), rows: int = 2) -> Batch:
@@ -72,10 +93,9 @@ def assert_close(ours: torch.Tensor, truth: torch.Tensor, tolerance: float) -> N
     assert float(difference) < tolerance
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_loss_and_gradients_are_those_of_transformers(architecture: str) -> None:
-    fields = {"sliding_window": None} if architecture == "mistral" else {}
-    model, batch = make_model(architecture, **fields), make_batch()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_transformers(family: str) -> None:
+    model, batch = make_family(family), make_batch()
     truth = copy.deepcopy(model).double()
     truth.set_attn_implementation("eager")
     wanted_loss, wanted = step(truth, batch)
@@ -87,11 +107,12 @@ def test_loss_and_gradients_are_those_of_transformers(architecture: str) -> None
         assert_close(grad, wanted[name], 1e-4)
 
 
-def test_bf16_is_as_near_to_the_truth_as_transformers_code_is() -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_bf16_is_as_near_to_the_truth_as_transformers_code_is(family: str) -> None:
     batch = make_batch()
-    truth_loss, truth = step(make_model().double(), batch)
-    plain_loss, plain = step(make_model(dtype=torch.bfloat16), batch)
-    model = make_model(dtype=torch.bfloat16)
+    truth_loss, truth = step(make_family(family).double(), batch)
+    plain_loss, plain = step(make_family(family, torch.bfloat16), batch)
+    model = make_family(family, torch.bfloat16)
     assert fuse_blocks(model, torch.bfloat16, CPU, is_autocast=False).startswith("yes")
     loss, grads = step(model, batch)
     assert abs(loss - truth_loss) < 2 * abs(plain_loss - truth_loss) + 5e-3
@@ -102,8 +123,9 @@ def test_bf16_is_as_near_to_the_truth_as_transformers_code_is() -> None:
     assert distance(grads) < 1.1 * distance(plain)
 
 
-def test_parameters_keep_names_values_and_updates_in_place() -> None:
-    model, batch = make_model(), make_batch()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_parameters_keep_names_values_and_updates_in_place(family: str) -> None:
+    model, batch = make_family(family), make_batch()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fuse_blocks(model, torch.float32, CPU, is_autocast=False)
     after = model.state_dict()
@@ -111,10 +133,10 @@ def test_parameters_keep_names_values_and_updates_in_place() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     first, _ = step(model, batch)
     with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
-    other = make_model()
+        model.model.layers[0].mlp.gate_proj.weight.mul_(1.5)
+    other = make_family(family)
     with torch.no_grad():
-        other.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+        other.model.layers[0].mlp.gate_proj.weight.mul_(1.5)
     assert step(model, batch)[0] == pytest.approx(step(other, batch)[0], rel=1e-5) != first
 
 
@@ -128,9 +150,19 @@ def test_matrices_that_were_moved_apart_are_joined_by_a_copy() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["down_proj", "k_proj"]])
-def test_adapters_on_frozen_matrices_learn_the_same(targets: Any, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("family", "targets", "dropout"),
+    [
+        *(("llama", targets, 0.0) for targets in (["q_proj", "v_proj"], "all-linear", ["down_proj", "k_proj"])),
+        ("llama", "all-linear", 0.5),
+        ("llama with biases", "all-linear", 0.0),
+        ("qwen2", ["q_proj", "v_proj"], 0.0),
+        ("qwen3", "all-linear", 0.0),
+        ("gemma3", "all-linear", 0.0),
+        ("gemma3", ["down_proj", "k_proj"], 0.0),
+    ],
+)
+def test_adapters_on_frozen_matrices_learn_the_same(family: str, targets: Any, dropout: float) -> None:
     from peft import LoraConfig, get_peft_model
 
     def make() -> Any:
@@ -143,7 +175,7 @@ def test_adapters_on_frozen_matrices_learn_the_same(targets: Any, dropout: float
             lora_dropout=dropout,
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(make_model(), config).get_base_model()
+        model = get_peft_model(make_family(family), config).get_base_model()
         return model.eval() if dropout else model  # dropout is off in evaluation, and then the parts are joined too
 
     batch, model, plain = make_batch(), make(), make()
@@ -172,7 +204,6 @@ def test_segments_do_not_see_each_other() -> None:
     ("fields", "why"),
     [
         ({"head_dim": 16}, "heads of width 16"),
-        ({"attention_bias": True}, "bias"),
         ({"attention_dropout": 0.1}, "dropout"),
         ({"hidden_act": "gelu"}, "gate's function"),
         ({"hidden_size": 72, "head_dim": 32}, "multiples of 16"),
@@ -195,7 +226,7 @@ def test_blocks_of_torchaos_weights_are_left_and_said() -> None:
 
 
 def test_another_architecture_autocast_and_a_missing_compiler_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no architecture" in fuse_blocks(make_model("qwen3"), torch.float32, CPU, is_autocast=False)
+    assert "no architecture" in fuse_blocks(make_model("olmo2"), torch.float32, CPU, is_autocast=False)
     assert "precision" in fuse_blocks(make_model(), torch.float32, CPU, is_autocast=True)
     monkeypatch.setattr(fused, "native_problem", lambda: "no C++ compiler was found")
     assert fuse_blocks(make_model(), torch.float32, CPU, is_autocast=False) == "no: no C++ compiler was found"
@@ -292,12 +323,52 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(n)
             out, log_sums = operators.attention(heads, heads, heads, first, 0.3)
             grads = operators.attention_backward(out, heads, heads, heads, first, 0.3, out, log_sums)
-            y, scales = operators.rms_norm(x, x[0].contiguous(), 1e-6)
-            results.append((out, *grads, y, *operators.rms_norm_backward(y, x, x[0].contiguous(), scales)))
+            y, scales = operators.rms_norm(x, x[0].contiguous(), 1e-6, 0.0)
+            results.append((out, *grads, y, *operators.rms_norm_backward(y, x, x[0].contiguous(), scales, 0.0)))
     finally:
         torch.set_num_threads(n_threads)
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_norms_of_queries_and_keys_are_the_formula(dtype: torch.dtype, tolerance: float, shift: float) -> None:
+    torch.manual_seed(0)
+    heads, weights = torch.randn(9, 7, 32).to(dtype).requires_grad_(), torch.randn(2, 32).to(dtype).requires_grad_()
+    y, _ = operators.head_norms(heads, weights, 2, 1e-5, shift)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    x, w = heads.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
+    normed = torch.nn.functional.rms_norm(x, (32,), None, 1e-5)
+    wanted = torch.cat([normed[:, :3] * (w[0] + shift), normed[:, 3:5] * (w[1] + shift), x[:, 5:]], dim=1)
+    wanted.backward(grad.double())
+    assert_close(y, wanted, tolerance)
+    assert torch.equal(y[:, 5:], heads[:, 5:])
+    for mine, theirs in ((heads.grad, x.grad), (weights.grad, w.grad)):
+        assert mine is not None
+        assert theirs is not None
+        assert_close(mine, theirs, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("gate", [0, 1])
+def test_gates_are_the_formulas(gate: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Far from zero, too, where the gate is closed or open."""
+    torch.manual_seed(0)
+    both = torch.cat([torch.linspace(-60, 60, 96).expand(5, -1), torch.randn(5, 96)], dim=1).to(dtype).requires_grad_()
+    y = operators.gated(both, gate)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    truth = both.detach().double().requires_grad_()
+    formulas = (torch.nn.functional.silu, lambda g: torch.nn.functional.gelu(g, approximate="tanh"))
+    g, up = truth.chunk(2, dim=1)
+    wanted = formulas[gate](g) * up
+    wanted.backward(grad.double())
+    assert both.grad is not None
+    assert truth.grad is not None
+    assert_close(y, wanted, tolerance)
+    assert_close(both.grad, truth.grad, tolerance)
 
 
 def operator_samples() -> list[Any]:
@@ -306,11 +377,14 @@ def operator_samples() -> list[Any]:
     q, k, v = (torch.randn(1, n, 20, 32, requires_grad=True) for n in (2, 1, 1))
     first, angle = torch.zeros(1, 20, dtype=torch.int32), torch.rand(1, 20, 32)
     x, weight = torch.randn(6, 32, requires_grad=True), torch.rand(32, requires_grad=True)
+    many, weights = torch.randn(6, 4, 32, requires_grad=True), torch.rand(2, 32, requires_grad=True)
     return [
         pytest.param(operators.attention, (q, k, v, first, 0.3), id="attention"),
         pytest.param(operators.rotary_attention, (heads, first, angle.cos(), angle.sin(), 1, 0.3), id="rotary"),
-        pytest.param(operators.rms_norm, (x, weight, 1e-5), id="norm"),
-        pytest.param(operators.swiglu, (x,), id="swiglu"),
+        pytest.param(operators.rms_norm, (x, weight, 1e-5, 1.0), id="norm"),
+        pytest.param(operators.head_norms, (many, weights, 1, 1e-5, 0.0), id="head norms"),
+        pytest.param(operators.gated, (x, 0), id="silu"),
+        pytest.param(operators.gated, (x, 1), id="gelu"),
     ]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.test_fused import CPU, assert_close, make_batch, make_model, step
+from tests.models.test_fused import CPU, assert_close, make_batch, make_family, make_model, step
 from torch.utils.flop_counter import FlopCounterMode
 
 from kajiya.config.options import NextTokenLoss
@@ -46,6 +46,8 @@ def adapted(targets: Any, dropout: float = 0.0) -> Any:
 MODELS = {
     "llama": make_model,
     "mistral": lambda: make_model("mistral", sliding_window=None),
+    "qwen2": lambda: make_family("qwen2"),
+    "gemma3": lambda: make_family("gemma3"),
     "attention adapted": lambda: adapted(["q_proj", "k_proj", "v_proj", "o_proj"]),
     "all adapted": lambda: adapted("all-linear"),
     "some adapted": lambda: adapted(["k_proj", "down_proj"]),

@@ -1,11 +1,17 @@
 """What the plan says of compilation and of blocks that were joined."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from kajiya.config.schema import TrainConfig
-from kajiya.training.compile import compile_where_it_pays
+from kajiya.training import compile as compile_module
+from kajiya.training.compile import compile_where_it_pays, compiler_problem
 
 CPU = torch.device("cpu")
 
@@ -22,11 +28,48 @@ def test_both_reasons_are_said(compile_: str, fused: str, words: str) -> None:
     assert compile_where_it_pays(TrainConfig(compile=compile_), nn.Linear(2, 2), CPU, fused) == words
 
 
-def test_a_gpu_is_told_nothing_of_the_operators() -> None:
+def test_a_gpu_is_told_of_the_losss_kernel_and_not_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_module, "triton_problem", lambda: None)
     words = compile_where_it_pays(TrainConfig(compile="off"), nn.Linear(2, 2), torch.device("cuda"), "no: for a CPU")
-    assert words == "no: set in the config"
+    assert words == "no: set in the config; the loss's softmax by Triton"
 
 
 def test_a_short_run_is_not_compiled() -> None:
     train = TrainConfig(compile="auto", steps=10)
     assert compile_where_it_pays(train, nn.Linear(2, 2), CPU, "no: in float64").startswith("no: the run is too short")
+
+
+_COMPILED_STEP = """
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+from kajiya.training.compile import compile_blocks
+
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**sizes))
+assert compile_blocks(model) == 2
+ids = torch.arange(16).view(2, 8)
+model(input_ids=ids, labels=ids).loss.backward()
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_takes_what_the_first_compiled(tmp_path: Path) -> None:
+    if (problem := compiler_problem(CPU)) is not None:
+        pytest.skip(problem)
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _COMPILED_STEP],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        counts.append([int(each) for each in done.stdout.split()])
+    (first_misses, _), (second_misses, second_hits) = counts  # the first process's second block is the first's again
+    assert first_misses > 0
+    assert second_misses == 0
+    assert second_hits >= first_misses

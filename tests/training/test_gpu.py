@@ -1,6 +1,8 @@
 """What only a GPU can show; counted as skipped where there is none."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tests.training.test_guard import RowLoader
 from kajiya.config.schema import LossConfig, OptimConfig
 from kajiya.config.tables import TABLES
 from kajiya.models.unequal import bounds_problem
+from kajiya.training import cross_entropy
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
 from kajiya.training.fit import Hook, Setup, fit, train_step
 from kajiya.training.guard import Guard
@@ -141,6 +144,28 @@ def test_a_gpu_that_is_too_small_halves_the_micro_batch(tiny_model: Callable[...
     assert state.halvings >= 1
     assert state.tokens == 64 * 512
     assert heard
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_words", [1001, 32_000, 50_257])
+def test_the_losss_kernel_is_the_formula(n_words: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(40, n_words, device="cuda") * 4).to(dtype)
+    targets, weights = torch.randint(0, n_words, (40,), device="cuda"), torch.rand(40, device="cuda")
+    weights[::3] = 0
+    wanted, *sums = cross_entropy._torch_entropy(logits.double(), targets, weights.double(), 0.1, 0.2, needs_grad=True)
+    assert cross_entropy._way(logits, logits) == "triton"
+    grad, *found = cross_entropy._triton_entropy(logits, targets, weights, 0.1, 0.2, needs_grad=True)
+    assert [float(each) for each in found] == pytest.approx([float(each) for each in sums], rel=1e-4)
+    assert wanted is not None
+    assert grad is not None
+    torch.testing.assert_close(grad.double(), wanted, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_the_losss_kernel_is_compared_in_a_benchmark() -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "loss_kernel.py"
+    done = subprocess.run([sys.executable, str(script), "--rounds", "3"], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 2 + 4
 
 
 def test_a_profile_has_the_gpus_memory(tiny_model: Callable[..., torch.nn.Module], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Optimizers against torch's own and against closed forms; state that comes back; masters that do not lose updates."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from kajiya.config.schema import OptimConfig, ScheduleConfig
 from kajiya.config.tables import TABLES
 from kajiya.errors import ConfigError, StoreError
 from kajiya.training.muon import Muon, orthogonalize
-from kajiya.training.optimizers import load_optimizer, parameter_roles, require_other_memory
+from kajiya.training.optimizers import inputs_first, load_optimizer, parameter_roles, require_other_memory
 from kajiya.training.schedules import load_schedule
 
 NAMES = sorted(TABLES["optimizer"])
@@ -79,6 +80,99 @@ def test_muon_equals_its_formula_one_matrix_at_a_time() -> None:
         moved, a, b = (formula - before).norm(), a.detach(), b.detach()
         assert float((a - formula).norm() / moved) < 0.1
         assert float((a - b).norm() / moved) < 0.35  # torch's polynomial leaves singular values from 0.7 to 1.2
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_more_iterations_end_at_the_polar_factor(dtype: torch.dtype, error: float) -> None:
+    """Singular values go to 1, not to the 1.03 of a fifth polynomial that is repeated; in bf16 none runs away."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 40, 24)
+    for n_steps in (8, 12, 40):
+        singular = torch.linalg.svdvals(orthogonalize(matrices, n_steps, dtype).float())
+        assert float((singular - 1).abs().max()) < error
+    assert float(torch.linalg.svdvals(orthogonalize(matrices, 5, dtype).float()).max()) < 1.2
+
+
+def test_muons_scale_goes_by_outputs_over_inputs_whichever_comes_first() -> None:
+    """A GPT-2's matrices are [inputs, outputs]: an update is the transpose of that of a linear layer of the same sizes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    assert {name.split(".", 3)[3] for name in inputs_first(model)} == {
+        "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+    }  # fmt: skip
+    mlp = model.transformer.h[0].mlp
+    linear = torch.nn.Sequential(torch.nn.Linear(16, 64, bias=False), torch.nn.Linear(64, 16, bias=False))
+    matrices = [(mlp.c_fc.weight, linear[0].weight), (mlp.c_proj.weight, linear[1].weight)]
+    with torch.no_grad():
+        for turned, straight in matrices:
+            straight.copy_(turned.T)
+    optimizers = [load_optimizer(OptimConfig(name="muon", lr=0.1), each) for each in (model, linear)]
+    for turned, straight in matrices:
+        turned.grad = torch.randn(turned.shape)
+        straight.grad = turned.grad.T.clone()
+    before = mlp.c_fc.weight.detach().clone()
+    for optimizer in optimizers:
+        optimizer.step(0.1)
+    for turned, straight in matrices:
+        torch.testing.assert_close(turned.detach().T, straight.detach(), rtol=1e-4, atol=1e-5)
+    # √(64 / 16) = 2 times the rate, times a polar factor whose 16 singular values are 1.
+    decayed = before * (1 - 0.1 * OptimConfig().weight_decay)
+    assert float((mlp.c_fc.weight.detach() - decayed).norm()) == pytest.approx(0.1 * 2 * 4, rel=0.05)
+
+
+def test_muon_takes_a_stack_of_experts_as_its_matrices() -> None:
+    torch.manual_seed(0)
+    stacks = [torch.nn.Parameter(torch.randn(3, 12, 30)) for _ in range(2)]
+    alone = [torch.nn.Parameter(each.detach().clone()) for stack in stacks for each in stack]
+    optimizers = [Muon(stacks, lr=0.1, weight_decay=0.1), Muon(alone, lr=0.1, weight_decay=0.1)]
+    for stack in stacks:
+        stack.grad = torch.randn(stack.shape)
+    for parameter, grad in zip(
+        alone, [each for stack in stacks if stack.grad is not None for each in stack.grad], strict=True
+    ):
+        parameter.grad = grad.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(
+        torch.cat([each.detach() for each in stacks]), torch.stack([each.detach() for each in alone])
+    )
+
+
+def test_experts_that_have_their_inputs_first_are_known() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    sizes |= {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "vocab_size": 64,
+    }
+    found = inputs_first(GptOssForCausalLM(GptOssConfig(**sizes)))
+    assert {name.rpartition(".")[2] for name in found} >= {"gate_up_proj", "down_proj"}
+    assert not inputs_first(MixtralForCausalLM(MixtralConfig(**sizes)))
+
+
+def test_adafactors_rate_is_told_as_it_is_applied(tiny_model: Make) -> None:
+    """Held under 1/√t; another optimizer applies what it is given."""
+    rates = {}
+    for name in ("adafactor", "adamw"):
+        model = tiny_model()
+        optimizer = load_optimizer(OptimConfig(name=name, lr=0.6), model)
+        rates[name] = [optimizer.applied_rate(0.6)]
+        for step in range(5):
+            _set_grads(model, step)
+            optimizer.step(0.6)
+            rates[name].append(optimizer.applied_rate(0.6))
+    assert rates["adamw"] == [0.6] * 6
+    assert rates["adafactor"] == pytest.approx([0.6, 0.6, 0.6, 3**-0.5, 4**-0.5, 5**-0.5])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,7 @@ from kajiya.models.adapt import transform
 from kajiya.run.usage import peak_memory
 from kajiya.training.find_lr import range_test
 from kajiya.training.fit import Setup, fit, train_step
-from kajiya.training.flops import flops_per_token, matmul_peak
+from kajiya.training.flops import experts_share, flops_per_token, matmul_peak
 from kajiya.training.histograms import count_values, histograms_watch
 from kajiya.training.layer_norms import norms_watch
 from kajiya.training.memory import _largest_on_gpu, largest_micro_batch, rows_that_fit
@@ -213,6 +213,29 @@ def test_operations_by_palms_formula(tiny_model: Make) -> None:
     assert flops_per_token(untied, 64) == flops_per_token(model, 64)
     assert flops_per_token(torch.nn.Linear(4, 3, bias=False), 64) == 6 * 12
     assert matmul_peak(CPU, resolve_precision("fp32", CPU)) > 1e8
+
+
+def test_of_a_mixture_the_experts_that_a_token_goes_through_are_counted() -> None:
+    """As torch counts a step of it, whose experts are products of their own tokens alone."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, tie_word_embeddings=False))
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    assert experts_share(model) == 0.25
+    ids = torch.randint(0, 64, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(inputs_embeds=torch.randn(2, 16, 32, requires_grad=True), labels=ids)
+        hidden.loss.backward()
+    norms = sum(6 * each.numel() for name, each in model.named_parameters() if "norm" in name)
+    assert flops_per_token(model, 16) - norms == counter.get_total_flops() / ids.numel()
 
 
 def test_fp8_says_what_it_needs() -> None:

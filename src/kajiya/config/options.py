@@ -491,7 +491,10 @@ class LionOptions:
 
 @dataclass(frozen=True)
 class AdafactorOptions:
-    """Adafactor (Shazeer & Stern, arXiv:1804.04235), without a first moment; an update is relative to its tensor's own size."""
+    """Adafactor (Shazeer & Stern, arXiv:1804.04235), without a first moment; an update is relative to its tensor's own size.
+
+    The rate of update t is at most 1/√t, whatever the schedule says; `train/lr` in the log is the one that was applied.
+    """
 
     beta2_decay: float = setting(-0.8, lt=0)
     """Exponent c of the second moment's decay, 1 − tᶜ."""
@@ -513,7 +516,7 @@ class SGDOptions:
 
 @dataclass(frozen=True)
 class ScheduleFreeOptions:
-    """Schedule-free AdamW (Defazio et al., arXiv:2405.15682); wants a warm-up and then schedule=constant."""
+    """Schedule-free AdamW (Defazio et al., arXiv:2405.15682); wants a warm-up and then schedule=constant, no falling one."""
 
     beta1: float = setting(0.9, gt=0, lt=1)
     """Share of the average in the weights at which the gradient is taken."""

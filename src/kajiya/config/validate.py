@@ -89,6 +89,10 @@ def validate(config: Config) -> None:
             raise ConfigError("eval.baselines", f"{name!r} is not one of xz, xz-primed")
 
 
+_FALLING = ("cosine", "inverse_sqrt", "linear", "wsd")
+"""Schedules of the table whose rate falls."""
+
+
 def _check_optimizer(config: Config) -> None:
     for name in config.optim.decayed:
         if name not in _ROLES:
@@ -96,6 +100,12 @@ def _check_optimizer(config: Config) -> None:
     if config.optim.name == "schedule_free" and config.train.ema_decay is not None:
         raise ConfigError(
             "train.ema_decay", "schedule_free averages the weights by itself", "Set train.ema_decay=null."
+        )
+    if config.optim.name == "schedule_free" and config.schedule.name in _FALLING:
+        raise ConfigError(
+            "schedule.name",
+            f"{config.schedule.name} lowers the rate, in whose place optim.name=schedule_free averages the weights",
+            "Set schedule=constant.",
         )
 
 

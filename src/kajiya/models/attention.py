@@ -66,7 +66,7 @@ def packed_sdpa(
             return by_bounds(query, key, value, bounds, scaling, window), None
         if not dropout and _takes(query, key, value):
             if window is not None:
-                first_BT = first_BT.maximum(_window_starts(first_BT, window))
+                first_BT = first_BT.maximum(window_starts(first_BT, window))
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             result, _ = torch.ops.kajiya.attention(query, key, value, first_BT.contiguous(), scale)
             return result, None
@@ -92,7 +92,7 @@ def _takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return not torch.is_autocast_enabled(query.device.type) and attention_fits(query, key, value)
 
 
-def _window_starts(first_BT: torch.Tensor, window: int) -> torch.Tensor:
+def window_starts(first_BT: torch.Tensor, window: int) -> torch.Tensor:
     """The first token within each query's window, int32 [T]."""
     tokens = torch.arange(first_BT.shape[1], dtype=torch.int32, device=first_BT.device)
     return (tokens - (window - 1)).clamp_min(0)

@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Adapted:
-    """One linear's parts: its matrix, and the two of its adapter with their factor, where it has one."""
+    """One linear's parts but for its bias: its matrix, and the two of its adapter with their factor, where it has one."""
 
     weight: torch.Tensor
     down: torch.Tensor | None = None
@@ -24,11 +24,11 @@ class Adapted:
 def parts_of(linear: Any) -> Adapted | None:
     """The parts of a frozen matrix, bare or with one plain LoRA adapter of PEFT in force; `None` for whatever else."""
     if type(linear) is nn.Linear:
-        return None if linear.weight.requires_grad or linear.bias is not None else Adapted(linear.weight)
+        return None if linear.weight.requires_grad else Adapted(linear.weight)
     if type(linear).__name__ != "Linear" or not type(linear).__module__.startswith("peft.tuners.lora"):
         return None
     base, active = linear.base_layer, linear.active_adapters
-    is_plain = type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad
+    is_plain = type(base) is nn.Linear and not base.weight.requires_grad
     if not is_plain or linear.merged or linear.disable_adapters or len(active) != 1 or active[0] not in linear.lora_A:
         return None
     name = active[0]

@@ -26,36 +26,37 @@ class NormProduct(torch.autograd.Function):
     """norm(x) · Wᵀ of x [M, D] and the matrices, joined; the normed x is made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, *weights: torch.Tensor) -> torch.Tensor:
-        y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps)
+    def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, shift: float, *weights: torch.Tensor) -> torch.Tensor:
+        y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps, shift)
         ctx.save_for_backward(x, norm_weight, *weights)
-        ctx.eps = eps
+        ctx.eps, ctx.shift = eps, shift
         product: torch.Tensor = y @ whole(weights).T
         return product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         x, norm_weight, *weights = ctx.saved_tensors
-        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps)
+        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps, ctx.shift)
         joined = whole(tuple(weights))
         grads: list[Any] = [None] * len(weights)
-        if any(ctx.needs_input_grad[3:]):
+        if any(ctx.needs_input_grad[4:]):
             grads = list((grad.T @ y).split([len(weight) for weight in weights]))
-        grad_x, grad_norm = torch.ops.kajiya.rms_norm_backward(grad @ joined, x, norm_weight, scales)
-        return grad_x, grad_norm if ctx.needs_input_grad[1] else None, None, *grads
+        grad_x, grad_norm = torch.ops.kajiya.rms_norm_backward(grad @ joined, x, norm_weight, scales, ctx.shift)
+        return grad_x, grad_norm if ctx.needs_input_grad[1] else None, None, None, *grads
 
 
-class SwigluProduct(torch.autograd.Function):
-    """(silu(gate) · up) · Wᵀ of both halves [M, 2F]; what is multiplied is made again in the backward pass."""
+class GatedProduct(torch.autograd.Function):
+    """(gate(g) · up) · Wᵀ of both halves [M, 2F]; what is multiplied is made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, both: Any, weight: Any) -> torch.Tensor:
+    def forward(ctx: Any, both: Any, gate: int, weight: Any) -> torch.Tensor:
         ctx.save_for_backward(both, weight)
-        product: torch.Tensor = torch.ops.kajiya.swiglu(both) @ weight.T
+        ctx.gate = gate
+        product: torch.Tensor = torch.ops.kajiya.gated(both, gate) @ weight.T
         return product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         both, weight = ctx.saved_tensors
-        grad_both, y = torch.ops.kajiya.swiglu_backward(grad @ weight, both)
-        return grad_both, grad.T @ y if ctx.needs_input_grad[1] else None
+        grad_both, y = torch.ops.kajiya.gated_backward(grad @ weight, both, ctx.gate)
+        return grad_both, None, grad.T @ y if ctx.needs_input_grad[2] else None

@@ -5,6 +5,7 @@ backward pass only scales it. Of log-probabilities that something else follows, 
 Shape letters: N tokens, D hidden width, V vocabulary, C tokens of a chunk.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll_sum = torch.zeros((), dtype=wide, device=hidden.device)
         more_sum = torch.zeros((), dtype=wide, device=hidden.device)
         chunk_tokens = rows_at_once(chunk_tokens, head.shape[0])
-        chunk = _ENTROPY[_takes_native(hidden, head)]
+        chunk = _ENTROPY[_way(hidden, head)]
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = hidden[rows] @ head.T
@@ -129,11 +130,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_head, None, None, None, None, None
 
 
-def _takes_native(hidden: torch.Tensor, head: torch.Tensor) -> bool:
-    """Whether the C++ operator takes these logits: it reads them twice, where torch's own operators pass over them eight times."""
+def _way(hidden: torch.Tensor, head: torch.Tensor) -> str:
+    """What makes the softmax of these logits: the C++ operator on a CPU, the Triton kernel on a GPU, else torch's operators."""
     from kajiya.models.native.library import LANES, fits, native_problem
 
-    return fits(hidden, head) and head.shape[0] % LANES == 0 and native_problem() is None
+    if fits(hidden, head) and head.shape[0] % LANES == 0 and native_problem() is None:
+        return "native"
+    is_known = hidden.dtype == head.dtype != torch.float64
+    return "triton" if hidden.device.type == "cuda" and is_known and triton_problem() is None else "torch"
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why the Triton kernel of the softmax cannot be had, in words; `None` when it can."""
+    try:
+        import kajiya.training.entropy_kernel  # noqa: F401 (registers it)
+    except ImportError as error:
+        return f"{error} (pip install triton)"
+    return None
 
 
 Chunk = tuple[torch.Tensor | None, torch.Tensor | float, torch.Tensor | float]
@@ -154,6 +168,19 @@ def _native_entropy(
     targets, weights = targets.contiguous(), weights.contiguous()
     nll, more = entropy_(logits, targets, weights, z_loss, smoothing, needs_grad=needs_grad)
     return logits if needs_grad else None, nll, more
+
+
+def _triton_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    z_loss: float,
+    smoothing: float,
+    *,
+    needs_grad: bool,
+) -> Chunk:
+    total, nll, grad = torch.ops.kajiya.entropy(logits, targets, weights, z_loss, smoothing, needs_grad)
+    return grad if needs_grad else None, nll.sum(), (total - nll).sum()
 
 
 def _torch_entropy(
@@ -191,7 +218,7 @@ def _torch_entropy(
     return grad.to(dtype), nll, more
 
 
-_ENTROPY = {True: _native_entropy, False: _torch_entropy}
+_ENTROPY = {"native": _native_entropy, "triton": _triton_entropy, "torch": _torch_entropy}
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

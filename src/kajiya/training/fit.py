@@ -110,7 +110,7 @@ def fit(setup: Setup, state: TrainState, hooks: Sequence[Hook], should_stop: Cal
         for hook in hooks:
             is_last = state.step == setup.steps and hook.at_end
             if state.step % hook.every == 0 or is_last:
-                report = report or StepReport(setup, state, setup.lr(state.step), norm)
+                report = report or StepReport(setup, state, setup.optimizer.applied_rate(setup.lr(state.step)), norm)
                 began = time.perf_counter()
                 hook.call(report)
                 add_times(state.spent, {hook.name: time.perf_counter() - began})

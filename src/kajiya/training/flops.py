@@ -16,8 +16,9 @@ def flops_per_token(model: nn.Module, row_tokens: float) -> float:
     """Operations of forward and backward pass a token, 6 N + 4 F + 12 L H Q T (PaLM, arXiv:2204.02311, appendix B).
 
     N counts the trained parameters of matrix products (all but an embedding that is not the head too), F the frozen ones:
-    their products with the gradient of what they read are made, those of their own gradient are not. The attention term (L
-    layers of H heads of width Q over T tokens) is left out for a module that is not of Transformers.
+    their products with the gradient of what they read are made, those of their own gradient are not. Of a mixture's experts a
+    token's own count alone: k of E. The attention term (L layers of H heads of width Q over T tokens) is left out for a
+    module that is not of Transformers.
     """
     from transformers import PreTrainedModel
 
@@ -25,8 +26,12 @@ def flops_per_token(model: nn.Module, row_tokens: float) -> float:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(head, nn.Linear):
         looked_up.discard(id(head.weight))
-    multiplied = [each for each in model.parameters() if id(each) not in looked_up]
-    products = sum(n_values(each) * (6 if each.requires_grad else 4) for each in multiplied)
+    multiplied = [(name, each) for name, each in model.named_parameters() if id(each) not in looked_up]
+    share = experts_share(model)
+    products = sum(
+        n_values(each) * (6 if each.requires_grad else 4) * (share if ".experts." in name else 1.0)
+        for name, each in multiplied
+    )
     attention = 0.0
     if isinstance(model, PreTrainedModel):
         sizes = model.config.to_dict() | {
@@ -41,6 +46,22 @@ def flops_per_token(model: nn.Module, row_tokens: float) -> float:
 
 
 _SIZES = ("hidden_size", "num_hidden_layers")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_top_k")
+"""What Transformers' configs call the experts of a layer, and those of them that a token goes through."""
+
+
+def experts_share(model: nn.Module) -> float:
+    """Share of a layer's routed experts that a token goes through; 1 where the model's config names none."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return 1.0
+    sizes = model.config.get_text_config().to_dict()
+    n_experts, n_chosen = (
+        next((sizes[name] for name in names if isinstance(sizes.get(name), int)), None) for names in (_EXPERTS, _CHOSEN)
+    )
+    return n_chosen / n_experts if n_experts and n_chosen else 1.0
 
 
 def matmul_peak(device: torch.device, precision: Precision) -> float:

@@ -62,6 +62,12 @@ class MasterOptimizer:
             torch._foreach_lerp_(list(self._ema.values()), [self.masters[name] for name in self._ema], 1 - decay)
         self.clear_grads()
 
+    def applied_rate(self, lr: float) -> float:
+        """What the last update made of the rate `lr`: torch's Adafactor holds that of its update t under 1/√t."""
+        adafactors = [each for each in self.optimizers if isinstance(each, torch.optim.Adafactor)]
+        counts = [float(state["step"]) for each in adafactors for state in each.state.values()]
+        return min(lr, max(counts) ** -0.5) if counts else lr
+
     @torch.no_grad()
     def add_up(self) -> None:
         """Add the gradients at hand to the masters' own, in float32: a sum in bf16 loses what is small in it."""

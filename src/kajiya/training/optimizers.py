@@ -52,8 +52,27 @@ def load_optimizer(
     arguments = {"options": options} if is_options(options) else options
     made = make(masters, lr=config.lr, weight_decay=decays, roles=roles, **arguments)
     optimizers = made if isinstance(made, list) else [made]
+    turned = inputs_first(model)
+    _turn(optimizers, {id(tensor) for name, tensor in masters if name in turned})
     _set_rates(optimizers, {id(tensor): (rates or {}).get(name, 1.0) for name, tensor in masters})
     return MasterOptimizer(dict(trainable), dict(masters), optimizers, config.lr, ema_decay)
+
+
+def _turn(optimizers: Sequence[torch.optim.Optimizer], turned: set[int]) -> None:
+    """Move Muon's matrices that have their inputs first into groups that say so."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Muon):
+            continue
+        for group in list(optimizer.param_groups):
+            parts = [
+                [each for each in group["params"] if (id(each) in turned) == is_turned] for is_turned in (False, True)
+            ]
+            if not all(parts):
+                group["inputs_first"] = bool(parts[1])
+                continue
+            group["params"] = parts[0]
+            settings = {name: value for name, value in group.items() if name != "params"}
+            optimizer.add_param_group(settings | {"params": parts[1], "inputs_first": True})
 
 
 def _set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: Mapping[int, float]) -> None:
@@ -152,6 +171,18 @@ def _master(parameter: torch.Tensor, *, on_host: bool) -> torch.Tensor:
     if on_host:
         return parameter.detach().to("cpu", torch.float32, copy=True)
     return parameter if parameter.dtype == torch.float32 else parameter.detach().float().clone()
+
+
+def inputs_first(model: nn.Module) -> set[str]:
+    """Names of the matrices [inputs, outputs]: Transformers' `Conv1D` (GPT-2), and experts that say so of themselves (gpt-oss)."""
+    from transformers.pytorch_utils import Conv1D
+
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, Conv1D) or vars(module).get("is_transposed") is True:
+            own = module.named_parameters(prefix, recurse=False)
+            names |= {name for name, parameter in own if parameter.ndim >= 2}
+    return names
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -36,6 +36,17 @@ class Attention(Structure):
     )
 
 
+class HeadNorms(Structure):
+    """Arguments of the norms of queries and keys."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("N", "Q", "K", "D")),
+        ("eps", c_float),
+        ("shift", c_float),
+        ("n_threads", c_int64),
+    )
+
+
 class Entropy(Structure):
     """Arguments of the loss's softmax."""
 
@@ -71,10 +82,12 @@ def load_library() -> ctypes.CDLL:
     signatures = {
         "attention_forward": [c_int32, POINTER(Attention)],
         "attention_backward": [c_int32, POINTER(Attention)],
-        "norm_forward": [c_int32, c_int64, c_int64, c_float, *[pointers] * 4, c_int64],
-        "norm_backward": [c_int32, c_int64, c_int64, *[pointers] * 7, c_int64],
-        "swiglu_forward": [c_int32, c_int64, c_int64, *[pointers] * 2, c_int64],
-        "swiglu_backward": [c_int32, c_int64, c_int64, *[pointers] * 4, c_int64],
+        "norm_forward": [c_int32, c_int64, c_int64, c_float, c_float, *[pointers] * 4, c_int64],
+        "norm_backward": [c_int32, c_int64, c_int64, c_float, *[pointers] * 6, c_int64],
+        "head_norms_forward": [c_int32, POINTER(HeadNorms), *[pointers] * 4],
+        "head_norms_backward": [c_int32, POINTER(HeadNorms), *[pointers] * 6],
+        "gated_forward": [c_int32, c_int32, c_int64, c_int64, *[pointers] * 2, c_int64],
+        "gated_backward": [c_int32, c_int32, c_int64, c_int64, *[pointers] * 4, c_int64],
         "entropy": [c_int32, POINTER(Entropy), c_void_p, c_int32],
         "softmax_sums": [c_int32, POINTER(Sums), c_void_p],
     }

@@ -1,4 +1,4 @@
-// What lies between the products of a block: RMS norm, SwiGLU and the softmax of the loss, forward and backward.
+// What lies between the products of a block: RMS norm, the gate and the softmax of the loss, forward and backward.
 //
 // Sums go in float32 and in an order that does not depend on the number of threads. Letters: N tokens, D width, F width of the
 // gate, V vocabulary.
@@ -14,87 +14,155 @@ constexpr int64_t kSpans = 32;  // parts that sums over tokens are made in
 
 inline int64_t span_begin(int64_t n, int64_t span) { return n * span / kSpans; }
 
-// y = x · rsqrt(mean x² + eps) · weight; x is rounded before the weight multiplies it, as Transformers does.
+// A norm's width, and what it adds to its weight: 0, or 1 where weights are kept as their distance from 1 (Gemma).
+struct Norm {
+    int64_t D;
+    float eps, shift;
+};
+
+// y = x · rsqrt(mean x² + eps) · weight of one row, and its factor; x is rounded before the weight multiplies it, as Transformers does
+// of a weight that nothing is added to.
 template <class E>
-void norm_forward(int64_t N, int64_t D, float eps, const E* x, const E* weight, E* y, float* scales, int64_t n_threads) {
-#pragma omp parallel for num_threads(n_threads)
-    for (int64_t t = 0; t < N; ++t) {
-        const E* row = x + t * D;
-        Floats squares{};
-        for (int64_t d = 0; d < D; d += kLanes) {
-            Floats value = load_element(row + d);
-            squares += value * value;
-        }
-        float scale = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
-        scales[t] = scale;
-        E* out = y + t * D;
-        for (int64_t d = 0; d < D; d += kLanes) {
-            store_element(out + d, rounded<E>(load_element(row + d) * scale) * load_element(weight + d));
-        }
+inline float norm_row(Norm norm, const E* row, const E* weight, E* out) {
+    Floats squares{};
+    for (int64_t d = 0; d < norm.D; d += kLanes) {
+        Floats value = load_element(row + d);
+        squares += value * value;
+    }
+    float scale = 1.0f / std::sqrt(sum(squares) / float(norm.D) + norm.eps);
+    for (int64_t d = 0; d < norm.D; d += kLanes) {
+        Floats value = load_element(row + d) * scale;
+        if (norm.shift == 0) value = rounded<E>(value);
+        store_element(out + d, value * (load_element(weight + d) + norm.shift));
+    }
+    return scale;
+}
+
+// The gradient of one row; what it adds to the weight's goes to `own` where that is not null.
+template <class E>
+inline void norm_row_backward(Norm norm, const E* row, const E* weight, float scale, const E* grad, E* grad_row, float* own) {
+    Floats along{};
+    for (int64_t d = 0; d < norm.D; d += kLanes) {
+        Floats value = load_element(row + d) * scale, slope = load_element(grad + d);
+        along += slope * (load_element(weight + d) + norm.shift) * value;
+        if (own) store(own + d, load<Floats>(own + d) + slope * value);
+    }
+    float mean = sum(along) / float(norm.D);
+    for (int64_t d = 0; d < norm.D; d += kLanes) {
+        Floats value = load_element(row + d) * scale, slope = load_element(grad + d);
+        store_element(grad_row + d, (slope * (load_element(weight + d) + norm.shift) - value * mean) * scale);
     }
 }
 
-// grad_x (+)= the norm's; `more` is a gradient of x that comes past the norm, or null. grad_weight is float32 [D].
 template <class E>
-void norm_backward(int64_t N, int64_t D, const E* x, const E* weight, const float* scales, const E* grad_y, const E* more,
-                   E* grad_x, float* grad_weight, int64_t n_threads) {
-    std::vector<float> partial(grad_weight ? kSpans * D : 0);
+void norm_forward(int64_t N, Norm norm, const E* x, const E* weight, E* y, float* scales, int64_t n_threads) {
+#pragma omp parallel for num_threads(n_threads)
+    for (int64_t t = 0; t < N; ++t) scales[t] = norm_row(norm, x + t * norm.D, weight, y + t * norm.D);
+}
+
+inline void add_spans(const std::vector<float>& partial, int64_t D, float* total) {
+    for (int64_t d = 0; d < D; ++d) {
+        total[d] = 0;
+        for (int64_t span = 0; span < kSpans; ++span) total[d] += partial[span * D + d];
+    }
+}
+
+// grad_weight is float32 [D].
+template <class E>
+void norm_backward(int64_t N, Norm norm, const E* x, const E* weight, const float* scales, const E* grad_y, E* grad_x,
+                   float* grad_weight, int64_t n_threads) {
+    int64_t D = norm.D;
+    std::vector<float> partial(kSpans * D);
 #pragma omp parallel for num_threads(n_threads)
     for (int64_t span = 0; span < kSpans; ++span) {
-        float* own = grad_weight ? partial.data() + span * D : nullptr;
-        for (int64_t t = span_begin(N, span); t < span_begin(N, span + 1); ++t) {
-            const E *row = x + t * D, *grad = grad_y + t * D;
-            float scale = scales[t];
-            Floats along{};
-            for (int64_t d = 0; d < D; d += kLanes) {
-                Floats value = load_element(row + d) * scale, slope = load_element(grad + d);
-                along += slope * load_element(weight + d) * value;
-                if (own) store(own + d, load<Floats>(own + d) + slope * value);
+        for (int64_t t = span_begin(N, span); t < span_begin(N, span + 1); ++t)
+            norm_row_backward(norm, x + t * D, weight, scales[t], grad_y + t * D, grad_x + t * D, partial.data() + span * D);
+    }
+    add_spans(partial, D, grad_weight);
+}
+
+// Heads side by side, [N, Q + 2K, D]: queries and keys are normed, each kind with a weight of its own, [2, D]; values stay.
+struct HeadNorms {
+    int64_t N, Q, K;
+    Norm norm;
+    int64_t n_threads;
+};
+
+template <class E>
+void head_norms_forward(const HeadNorms& x, const E* heads, const E* weights, E* y, float* scales) {
+    int64_t D = x.norm.D, normed = x.Q + x.K, all = normed + x.K;
+#pragma omp parallel for num_threads(x.n_threads)
+    for (int64_t t = 0; t < x.N; ++t) {
+        const E* from = heads + t * all * D;
+        E* to = y + t * all * D;
+        for (int64_t a = 0; a < normed; ++a)
+            scales[t * normed + a] = norm_row(x.norm, from + a * D, weights + (a < x.Q ? 0 : D), to + a * D);
+        std::copy(from + normed * D, from + all * D, to + normed * D);
+    }
+}
+
+// grad_weights is float32 [2, D].
+template <class E>
+void head_norms_backward(const HeadNorms& x, const E* heads, const E* weights, const float* scales, const E* grad_y, E* grad_heads,
+                         float* grad_weights) {
+    int64_t D = x.norm.D, normed = x.Q + x.K, all = normed + x.K;
+    std::vector<float> partial(kSpans * 2 * D);
+#pragma omp parallel for num_threads(x.n_threads)
+    for (int64_t span = 0; span < kSpans; ++span) {
+        for (int64_t t = span_begin(x.N, span); t < span_begin(x.N, span + 1); ++t) {
+            int64_t at = t * all * D;
+            for (int64_t a = 0; a < normed; ++a, at += D) {
+                int64_t kind = a < x.Q ? 0 : D;
+                norm_row_backward(x.norm, heads + at, weights + kind, scales[t * normed + a], grad_y + at, grad_heads + at,
+                                  partial.data() + span * 2 * D + kind);
             }
-            float mean = sum(along) / float(D);
-            for (int64_t d = 0; d < D; d += kLanes) {
-                Floats value = load_element(row + d) * scale;
-                Floats slope = (load_element(grad + d) * load_element(weight + d) - value * mean) * scale;
-                if (more) slope += load_element(more + t * D + d);
-                store_element(grad_x + t * D + d, slope);
-            }
+            std::copy(grad_y + at, grad_y + at + x.K * D, grad_heads + at);
         }
     }
-    for (int64_t d = 0; grad_weight && d < D; ++d) {
-        float total = 0;
-        for (int64_t span = 0; span < kSpans; ++span) total += partial[span * D + d];
-        grad_weight[d] = total;
-    }
+    add_spans(partial, 2 * D, grad_weights);
 }
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// y = silu(gate) · up; gate and up are the halves of a row of both [N, 2F].
-template <class E>
-void swiglu_forward(int64_t N, int64_t F, const E* both, E* y, int64_t n_threads) {
+// Gates are g · sigmoid(z(g)): `of` is z, `slope` its derivative.
+struct Silu {
+    static Floats of(Floats g) { return g; }
+    static Floats slope(Floats g) { return all(1.0f); }
+};
+
+// GELU by a hyperbolic tangent (Hendrycks & Gimpel, arXiv:1606.08415): (1 + tanh u) / 2 = sigmoid(2 u).
+struct Gelu {
+    static constexpr float kTwice = 1.5957691216057308f, kCube = 0.044715f;  // 2 √(2 / π)
+    static Floats of(Floats g) { return kTwice * (g + kCube * g * g * g); }
+    static Floats slope(Floats g) { return kTwice * (1.0f + 3.0f * kCube * g * g); }
+};
+
+// y = gate(g) · up; g and up are the halves of a row of both [N, 2F].
+template <class Gate, class E>
+void gated_forward(int64_t N, int64_t F, const E* both, E* y, int64_t n_threads) {
 #pragma omp parallel for num_threads(n_threads)
     for (int64_t t = 0; t < N; ++t) {
         const E *gate = both + t * 2 * F, *up = gate + F;
         for (int64_t f = 0; f < F; f += kLanes) {
             Floats g = load_element(gate + f);
-            store_element(y + t * F + f, rounded<E>(g * sigmoid(g)) * load_element(up + f));
+            store_element(y + t * F + f, rounded<E>(g * sigmoid(Gate::of(g))) * load_element(up + f));
         }
     }
 }
 
 // The gradient of both halves [N, 2F], and y once more where it is not null.
-template <class E>
-void swiglu_backward(int64_t N, int64_t F, const E* both, const E* grad_y, E* grad_both, E* y, int64_t n_threads) {
+template <class Gate, class E>
+void gated_backward(int64_t N, int64_t F, const E* both, const E* grad_y, E* grad_both, E* y, int64_t n_threads) {
 #pragma omp parallel for num_threads(n_threads)
     for (int64_t t = 0; t < N; ++t) {
         const E *gate = both + t * 2 * F, *up = gate + F;
         E* to = grad_both + t * 2 * F;
         for (int64_t f = 0; f < F; f += kLanes) {
             Floats g = load_element(gate + f), u = load_element(up + f), slope = load_element(grad_y + t * F + f);
-            Floats s = sigmoid(g), silu = g * s;
-            store_element(to + f, slope * u * s * (1.0f + g * (1.0f - s)));
-            store_element(to + F + f, slope * silu);
-            if (y) store_element(y + t * F + f, rounded<E>(silu) * u);
+            Floats s = sigmoid(Gate::of(g)), gated = g * s;
+            store_element(to + f, slope * u * s * (1.0f + g * (1.0f - s) * Gate::slope(g)));
+            store_element(to + F + f, slope * gated);
+            if (y) store_element(y + t * F + f, rounded<E>(gated) * u);
         }
     }
 }
