@@ -94,7 +94,7 @@ def _in_time(function: Reward, samples: Sequence[Sample], name: str, seconds: fl
         if found is None:
             return f"one of {len(samples)} answers, the first to the prompt {_shown(samples[0].prompt)}"
         words = f"the answer {_shown(found.answer)} to the prompt {_shown(found.prompt)}"
-        return f"{words} (completion {_shown(found.completion)})"
+        return words if found.completion is None else f"{words} (completion {_shown(found.completion)})"
 
     try:
         with time_limit(seconds, locate):
