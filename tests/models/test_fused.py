@@ -14,7 +14,7 @@ from kajiya.models import fused
 from kajiya.models.attention import PACKED_SDPA, first_keys, register_packed_sdpa, seen_from, segment_mask
 from kajiya.models.fused import fuse_blocks
 from kajiya.models.hidden import last_hidden
-from kajiya.models.native import operators
+from kajiya.models.native import operators, pointwise
 from kajiya.models.native.library import native_problem
 from kajiya.models.quantized import quantize
 from kajiya.training.losses.next_token import next_token
@@ -323,8 +323,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(n)
             out, log_sums = operators.attention(heads, heads, heads, first, 0.3)
             grads = operators.attention_backward(out, heads, heads, heads, first, 0.3, out, log_sums)
-            y, scales = operators.rms_norm(x, x[0].contiguous(), 1e-6, 0.0)
-            results.append((out, *grads, y, *operators.rms_norm_backward(y, x, x[0].contiguous(), scales, 0.0)))
+            y, scales = pointwise.rms_norm(x, x[0].contiguous(), 1e-6, 0.0)
+            results.append((out, *grads, y, *pointwise.rms_norm_backward(y, x, x[0].contiguous(), scales, 0.0)))
     finally:
         torch.set_num_threads(n_threads)
     for one, three in zip(*results, strict=True):
@@ -336,7 +336,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def test_norms_of_queries_and_keys_are_the_formula(dtype: torch.dtype, tolerance: float, shift: float) -> None:
     torch.manual_seed(0)
     heads, weights = torch.randn(9, 7, 32).to(dtype).requires_grad_(), torch.randn(2, 32).to(dtype).requires_grad_()
-    y, _ = operators.head_norms(heads, weights, 2, 1e-5, shift)
+    y, _ = pointwise.head_norms(heads, weights, 2, 1e-5, shift)
     grad = torch.randn_like(y)
     y.backward(grad)
     x, w = heads.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
@@ -357,7 +357,7 @@ def test_gates_are_the_formulas(gate: int, dtype: torch.dtype, tolerance: float)
     """Far from zero, too, where the gate is closed or open."""
     torch.manual_seed(0)
     both = torch.cat([torch.linspace(-60, 60, 96).expand(5, -1), torch.randn(5, 96)], dim=1).to(dtype).requires_grad_()
-    y = operators.gated(both, gate)
+    y = pointwise.gated(both, gate)
     grad = torch.randn_like(y)
     y.backward(grad)
     truth = both.detach().double().requires_grad_()
@@ -381,10 +381,10 @@ def operator_samples() -> list[Any]:
     return [
         pytest.param(operators.attention, (q, k, v, first, 0.3), id="attention"),
         pytest.param(operators.rotary_attention, (heads, first, angle.cos(), angle.sin(), 1, 0.3), id="rotary"),
-        pytest.param(operators.rms_norm, (x, weight, 1e-5, 1.0), id="norm"),
-        pytest.param(operators.head_norms, (many, weights, 1, 1e-5, 0.0), id="head norms"),
-        pytest.param(operators.gated, (x, 0), id="silu"),
-        pytest.param(operators.gated, (x, 1), id="gelu"),
+        pytest.param(pointwise.rms_norm, (x, weight, 1e-5, 1.0), id="norm"),
+        pytest.param(pointwise.head_norms, (many, weights, 1, 1e-5, 0.0), id="head norms"),
+        pytest.param(pointwise.gated, (x, 0), id="silu"),
+        pytest.param(pointwise.gated, (x, 1), id="gelu"),
     ]
 
 

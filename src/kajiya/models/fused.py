@@ -51,7 +51,8 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
     problem = native_problem() or next(filter(None, map(misfit, layers)), None)
     if problem is not None:
         return f"no: {problem}"
-    import kajiya.models.native.operators  # noqa: F401 (registers them)
+    import kajiya.models.native.operators
+    import kajiya.models.native.pointwise  # noqa: F401 (both register them)
 
     for layer in layers:
         _join(layer)

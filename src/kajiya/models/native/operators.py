@@ -1,7 +1,7 @@
 """The operators as torch knows them (`torch.ops.kajiya.…`): eager, fake and autograd, each on CPU tensors of float32 or bf16.
 
 Importing this module registers them; the library is built at the first call. Shape letters: B rows, N query heads, K key heads,
-T tokens of a row, H width of a head, M tokens flattened, D hidden width, F width of the gate, V vocabulary.
+T tokens of a row, H width of a head, M tokens flattened, V vocabulary.
 """
 
 import ctypes
@@ -14,7 +14,6 @@ from kajiya.models.native.library import (
     WIDEST_HEAD,
     Attention,
     Entropy,
-    HeadNorms,
     Sums,
     fits,
     heads,
@@ -193,173 +192,6 @@ def _rotary_grads(ctx: Any, grad_out: torch.Tensor, _grad_log_sums: Any) -> Any:
 
 
 rotary_attention.register_autograd(_rotary_grads, setup_context=_keep_rotary)
-
-
-@torch.library.custom_op("kajiya::rms_norm", mutates_args=(), device_types="cpu")
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x · rsqrt(mean x² + eps) · (weight + shift) of contiguous x [M, D], and the factors of each token, float32 [M]."""
-    n_tokens, width = x.shape
-    y, scales = torch.empty_like(x), x.new_empty(n_tokens, dtype=torch.float32)
-    load_library().kajiya_norm_forward(
-        kind_of(x),
-        n_tokens,
-        width,
-        eps,
-        shift,
-        *(pointer(each) for each in (x, weight, y, scales)),
-        torch.get_num_threads(),
-    )
-    return y, scales
-
-
-@rms_norm.register_fake
-def _(x: Any, weight: Any, eps: float, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("kajiya::rms_norm_backward", mutates_args=(), device_types="cpu")
-def rms_norm_backward(
-    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, shift: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and of the weight."""
-    grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
-    grad_x, grad_weight = torch.empty_like(x), weight.new_empty(weight.shape, dtype=torch.float32)
-    load_library().kajiya_norm_backward(
-        kind_of(x),
-        *x.shape,
-        shift,
-        *(pointer(each) for each in (x, weight, scales, grad_y, grad_x, grad_weight)),
-        torch.get_num_threads(),
-    )
-    return grad_x, grad_weight.to(weight.dtype, copy=True)
-
-
-@rms_norm_backward.register_fake
-def _(grad_y: Any, x: Any, weight: Any, scales: Any, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
-def _keep_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, _, ctx.shift = inputs
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def _norm_grads(ctx: Any, grad_y: torch.Tensor, _grad_scales: Any) -> Any:
-    return (*rms_norm_backward(grad_y, *ctx.saved_tensors, ctx.shift), None, None)
-
-
-rms_norm.register_autograd(_norm_grads, setup_context=_keep_norm)
-
-
-def _head_norms(heads: torch.Tensor, n_kv: int, eps: float, shift: float) -> HeadNorms:
-    n_tokens, n_all, width = heads.shape
-    return HeadNorms(
-        N=n_tokens, Q=n_all - 2 * n_kv, K=n_kv, D=width, eps=eps, shift=shift, n_threads=torch.get_num_threads()
-    )
-
-
-@torch.library.custom_op("kajiya::head_norms", mutates_args=(), device_types="cpu")
-def head_norms(
-    heads: torch.Tensor, weights: torch.Tensor, n_kv: int, eps: float, shift: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contiguous heads [M, N + 2K, H], queries and keys each normed as by `rms_norm` with weights [2, H], and the factors.
-
-    Values come back as they are. The factors are float32 [M, N + K].
-    """
-    y = torch.empty_like(heads)
-    scales = heads.new_empty(len(heads), heads.shape[1] - n_kv, dtype=torch.float32)
-    load_library().kajiya_head_norms_forward(
-        kind_of(heads),
-        ctypes.byref(_head_norms(heads, n_kv, eps, shift)),
-        *(pointer(each) for each in (heads, weights, y, scales)),
-    )
-    return y, scales
-
-
-@head_norms.register_fake
-def _(heads: Any, weights: Any, n_kv: int, eps: float, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(heads), heads.new_empty(heads.shape[0], heads.shape[1] - n_kv, dtype=torch.float32)
-
-
-@torch.library.custom_op("kajiya::head_norms_backward", mutates_args=(), device_types="cpu")
-def head_norms_backward(
-    grad_y: torch.Tensor, heads: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, n_kv: int, shift: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the heads and of the weights."""
-    grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
-    grad_heads, grad_weights = torch.empty_like(heads), weights.new_empty(weights.shape, dtype=torch.float32)
-    load_library().kajiya_head_norms_backward(
-        kind_of(heads),
-        ctypes.byref(_head_norms(heads, n_kv, 0.0, shift)),
-        *(pointer(each) for each in (heads, weights, scales, grad_y, grad_heads, grad_weights)),
-    )
-    return grad_heads, grad_weights.to(weights.dtype, copy=True)
-
-
-@head_norms_backward.register_fake
-def _(grad_y: Any, heads: Any, weights: Any, scales: Any, n_kv: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(heads), torch.empty_like(weights)
-
-
-def _keep_head_norms(ctx: Any, inputs: Any, output: Any) -> None:
-    heads, weights, ctx.n_kv, _, ctx.shift = inputs
-    ctx.save_for_backward(heads, weights, output[1])
-
-
-def _head_norms_grads(ctx: Any, grad_y: torch.Tensor, _grad_scales: Any) -> Any:
-    return (*head_norms_backward(grad_y, *ctx.saved_tensors, ctx.n_kv, ctx.shift), None, None, None)
-
-
-head_norms.register_autograd(_head_norms_grads, setup_context=_keep_head_norms)
-
-
-@torch.library.custom_op("kajiya::gated", mutates_args=(), device_types="cpu")
-def gated(both: torch.Tensor, gate: int) -> torch.Tensor:
-    """gate(g) · up of contiguous [M, 2F], g first; the gate is a number of `GATES`. Returns [M, F]."""
-    n_tokens, width = both.shape[0], both.shape[1] // 2
-    y = both.new_empty(n_tokens, width)
-    load_library().kajiya_gated_forward(
-        kind_of(both), gate, n_tokens, width, pointer(both), pointer(y), torch.get_num_threads()
-    )
-    return y
-
-
-@gated.register_fake
-def _(both: Any, gate: int) -> torch.Tensor:
-    made: torch.Tensor = both.new_empty(both.shape[0], both.shape[1] // 2)
-    return made
-
-
-@torch.library.custom_op("kajiya::gated_backward", mutates_args=(), device_types="cpu")
-def gated_backward(grad_y: torch.Tensor, both: torch.Tensor, gate: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of `both`, and the result of the forward pass once more."""
-    grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
-    grad, y = torch.empty_like(both), both.new_empty(both.shape[0], both.shape[1] // 2)
-    load_library().kajiya_gated_backward(
-        kind_of(both),
-        gate,
-        *y.shape,
-        *(pointer(each) for each in (both, grad_y, grad, y)),
-        torch.get_num_threads(),
-    )
-    return grad, y
-
-
-@gated_backward.register_fake
-def _(grad_y: Any, both: Any, gate: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(both), both.new_empty(both.shape[0], both.shape[1] // 2)
-
-
-def _keep_gated(ctx: Any, inputs: Any, output: Any) -> None:
-    both, ctx.gate = inputs
-    ctx.save_for_backward(both)
-
-
-def _gated_grads(ctx: Any, grad_y: torch.Tensor) -> Any:
-    return gated_backward(grad_y, *ctx.saved_tensors, ctx.gate)[0], None
-
-
-gated.register_autograd(_gated_grads, setup_context=_keep_gated)
 
 
 def entropy_(
