@@ -398,6 +398,11 @@ def a_loss_that_falls_and_rises_again(parts: Parts) -> None:
     parts.config = replace(parts.config, preflight=PreflightConfig(skip=("accumulation", "trainable", "reload")))
 
 
+@bug("learning")
+def a_rate_that_teaches_nothing(parts: Parts) -> None:
+    parts.config = replace(parts.config, optim=replace(parts.config.optim, lr=1e-8))
+
+
 @bug("schedule")
 def a_warm_up_that_does_nothing(parts: Parts) -> None:
     parts.setup_changes["lr"] = lambda step: 3e-3
