@@ -214,9 +214,10 @@ def test_there_are_no_loader_workers(small: Small) -> None:
     assert not [option for option in option_paths() if "worker" in option]
     with pytest.raises(ConfigError, match="unknown key"):
         compose("stdlib-pretrain", ["train.num_workers=4"])
+    before = multiprocessing.active_children()  # a library's, which an earlier test has started
     loader = small.loader()
     loader.next()
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     assert not loader.rows.split.files[0].flags.owndata, "the tokens are mapped, not read"
 
 

@@ -122,7 +122,7 @@ def test_a_process_at_its_first_stage(tmp_path: Path) -> None:
         ("prove stdlib-pretrain", "kajiya.config.compose.compose"),
         ("preview stdlib-pretrain", "kajiya.config.compose.compose"),
         ("train stdlib-pretrain --find-lr", "kajiya.config.compose.compose"),
-        ("eval latest --json", "kajiya.config.compose.compose"),
+        ("eval latest --json", "kajiya.flows.evaluate.heldout_config"),
         ("show", "kajiya.run.folder.find_run"),
         ("store verify", "kajiya.run.holdings.verify_store"),
     ],

@@ -65,9 +65,9 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            quantization_config=None if quantized == "none" else while_reading(quantized),
             # They are in the report, and an error below.
             ignore_mismatched_sizes=True,
+            **({} if quantized == "none" else {"quantization_config": while_reading(quantized)}),
             **({} if method is None else {"device_map": "cpu"}),
         )
     except OSError as error:

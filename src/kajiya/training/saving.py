@@ -62,7 +62,8 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot, best_step: int | None) -> None:
         try:
-            self._outcomes.append(self._outcome(snapshot, best_step))
+            outcome = self._outcome(snapshot, best_step)
+            self._outcomes.append(outcome)  # to the list as it is now, for `outcomes` may have taken the one before
         except BaseException as problem:
             self._error = problem
 
