@@ -185,3 +185,41 @@ def test_weights_in_a_pickle_are_refused_with_what_converts_them(base: Callable[
     with torch.no_grad():
         found = open_model(tmp_path / "adapter", torch.float32)(input_ids=batch.tokens).logits
         torch.testing.assert_close(found, made(input_ids=batch.tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trainable_token_indices": [1, 2]}, "single tokens"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, "a mixture's experts"),
+    ],
+    ids=["tokens", "experts"],
+)
+def test_what_only_peft_merges_is_used_beside_the_base_and_said(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = MixtralConfig(vocab_size=VOCABULARY.size, num_hidden_layers=1, num_local_experts=3, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    made: Any = get_peft_model(load_model(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"], **options))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    made.eval().save_pretrained(tmp_path / "theirs")
+    tokens = make_batch(2, seed=2).tokens
+    base = str(tmp_path / "base")
+    beside = open_model(tmp_path / "theirs", torch.float32, base=base)
+    with torch.no_grad():
+        torch.testing.assert_close(beside(input_ids=tokens).logits, made(input_ids=tokens).logits)
+    with pytest.raises(ConfigError, match=rf"{words}.*not merged here\n.*merge_and_unload"):
+        open_model(tmp_path / "theirs", torch.float32, base=base, is_merged=True)
+    with pytest.raises(ConfigError, match=words):
+        merged_tensors(beside, torch.float32)

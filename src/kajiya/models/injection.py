@@ -56,6 +56,26 @@ def is_wrapper(part: nn.Module) -> bool:
     return type(part).__name__ == "ModulesToSaveWrapper"
 
 
+def require_mergeable(module: nn.Module) -> None:
+    """Raise `ConfigError` for layers that change something else than a layer's weight and bias: PEFT's own merging takes them."""
+    for path, part in module.named_modules():
+        what = _NOT_MERGED.get(type(part).__name__)
+        if what is not None:
+            raise ConfigError(
+                "adapter",
+                f"adapts {what} ({path}), which is not merged here",
+                "Merge it with PEFT (PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(FOLDER)); name that folder.",
+            )
+
+
+_NOT_MERGED = {
+    "ParamWrapper": "weights outside of linear layers, as of a mixture's experts (target_parameters)",
+    "TrainableTokensWrapper": "single tokens (trainable_token_indices)",
+    "TrainableTokensLayer": "single tokens (trainable_token_indices)",
+}
+"""Layers of PEFT by the name of their class, and what they adapt."""
+
+
 def lora_bias(part: Any, name: str) -> bool:
     """Whether the adapter of that name adds a bias behind its matrices (PEFT's `lora_bias`).
 
@@ -73,7 +93,8 @@ def lora_bias(part: Any, name: str) -> bool:
 def merge(module: Any) -> None:
     """Add the adapter in force to the weights, in place, and take its layers out.
 
-    Raises `ConfigError` for one that is no change of weights (prefix, prompt), or beside quantized weights.
+    Raises `ConfigError` for one that is no change of weights (prefix, prompt) or of others than linear layers', or beside quantized
+    weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -84,6 +105,7 @@ def merge(module: Any) -> None:
         raise ConfigError("merge", "virtual tokens are no change of the weights, so they cannot be merged into them")
     if any(is_quantized(parameter) for parameter in module.parameters()):
         raise ConfigError("merge", "the weights are quantized; an adapter merges into dequantized ones")
+    require_mergeable(module)
     for name, part in list(module.named_modules()):
         if isinstance(part, BaseTunerLayer):
             lora_bias(part, part.active_adapters[0])  # type: ignore[index]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError
-from kajiya.models.injection import is_wrapper, layers, lora_bias
+from kajiya.models.injection import is_wrapper, layers, lora_bias, require_mergeable
 from kajiya.models.quantized import is_quantized, weight_values
 from kajiya.models.virtual_tokens import virtual_tokens
 
@@ -16,10 +16,11 @@ def merged_tensors(module: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """By the names of the plain Transformers model's `state_dict`, in `dtype`: the adapter in force added, quantized weights
     as what they stand for. Tensors that are in `dtype` already are the model's own.
 
-    Raises `ConfigError` for an adapter that is no change of weights.
+    Raises `ConfigError` for an adapter that is no change of weights, or of others than linear layers'.
     """
     if virtual_tokens(module) is not None:
         raise ConfigError("adapter", "virtual tokens are no change of the weights, so they cannot be merged into them")
+    require_mergeable(module)
     changed = {id(part) for part in layers(module)}
     tensors: dict[str, torch.Tensor] = {}
     whole = None
