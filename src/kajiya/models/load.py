@@ -65,9 +65,10 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            quantization_config=None if quantized == "none" else while_reading(quantized),
             # They are in the report, and an error below.
             ignore_mismatched_sizes=True,
+            # Said at all, even as `None`, it takes the place of what the checkpoint's own config says of its few bits.
+            **({} if quantized == "none" else {"quantization_config": while_reading(quantized)}),
             **({} if method is None else {"device_map": "cpu"}),
         )
     except OSError as error:
