@@ -213,9 +213,7 @@ def test_what_somebody_began_to_make_meanwhile_stays(store: Store, monkeypatch: 
         assert (stage / ".abc.lock").is_file()
 
 
-def test_replies_that_an_evaluation_has_taken_up_meanwhile_stay(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replies_that_an_evaluation_has_taken_up_meanwhile_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = store.root / "replies" / "abc.jsonl"
     kept.parent.mkdir(parents=True)
     kept.write_text("reply\n")

@@ -120,9 +120,7 @@ def test_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pattern_that_takes_forever_is_stopped_and_its_row_told() -> None:
     samples = [_sample("aab", prompt="one"), _sample("a" * 40 + "c", prompt="two"), _sample("ab", prompt="three")]
     part = {"name": "regex", "seconds": 1.0, "options": {"pattern": "(a+)+b"}}
-    with pytest.raises(
-        TrainingError, match=r"regex has not judged 3 answers within 1 s.*'a{40}c' to the prompt 'two'"
-    ):
+    with pytest.raises(TrainingError, match=r"regex has not judged 3 answers within 1 s.*'a{40}c' to the prompt 'two'"):
         _judge(samples, part)
     assert signal.getitimer(signal.ITIMER_REAL)[1] == 0.0, "the limit's own timer, which comes again, is off"
     assert _judge(samples[:1], part) == [(1.0, 1.0)]
