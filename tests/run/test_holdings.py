@@ -213,6 +213,20 @@ def test_what_somebody_began_to_make_meanwhile_stays(store: Store, monkeypatch: 
         assert (stage / ".abc.lock").is_file()
 
 
+def test_replies_that_an_evaluation_has_taken_up_meanwhile_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = store.root / "replies" / "abc.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("reply\n")
+    found = holdings._unfinished(store)
+    assert found == [kept]
+    monkeypatch.setattr(holdings, "_unfinished", lambda store: found)
+    with locked(kept.with_name(".abc.lock"), "an evaluation", lambda *_, **__: None):
+        assert collect_garbage(store, dry_run=False).unfinished == []
+        assert kept.is_file()
+    assert collect_garbage(store, dry_run=False).unfinished == ["replies/abc.jsonl"]
+    assert list(kept.parent.iterdir()) == []
+
+
 def test_what_was_moved_aside_goes_only_when_its_successor_is_there(store: Store) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -97,3 +97,20 @@ def test_a_machine_without_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         assert "pip install triton" in words
     finally:
         triton_problem.cache_clear()
+
+
+@has_triton
+def test_a_machine_where_triton_cannot_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("kajiya.training.entropy_kernel.entropy", fails)
+    triton_problem.cache_clear()
+    try:
+        with FakeTensorMode():
+            hidden, head = (torch.empty(n, 16, device="cuda") for n in (20, 48))
+            assert cross_entropy._way(hidden, head) == "torch"
+        assert triton_problem() == "the kernel cannot be compiled: Failed to find C compiler."
+    finally:
+        triton_problem.cache_clear()

@@ -17,12 +17,11 @@ from kajiya.flows.kind_evaluation import evaluate_kind, is_judged_by_bits
 from kajiya.flows.own_module import rebuild_own_module
 from kajiya.flows.stage_words import baseline_words, corpus_words, evaluation_words, figures_words
 from kajiya.flows.stages import Stages
-from kajiya.flows.targets import Target, find_model, is_endpoint, require_text, run_of, writes_text
+from kajiya.flows.targets import DEFAULT_RECIPE, Target, find_model, is_endpoint, require_text, run_of, writes_text
 from kajiya.run.folder import Run
 from kajiya.run.process import keep_large_blocks, quiet_torchao
 from kajiya.run.store import Artifact, Store, open_artifact
 
-_DEFAULT_RECIPE = "stdlib-pretrain"
 _BASES = ("base", "adapter", "teacher")
 """Names under which a run lists the weights that its training started from."""
 
@@ -45,7 +44,7 @@ def heldout_config(
         recorded = run.manifest()["config"]
         if not for_tasks or recorded["data"]["source"]["name"] == "stdlib":
             return recompose(recorded, overrides, config_dir)
-    return compose(recipe or _DEFAULT_RECIPE, overrides, config_dir)
+    return compose(recipe or DEFAULT_RECIPE, overrides, config_dir)
 
 
 def evaluate(

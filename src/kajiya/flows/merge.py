@@ -18,7 +18,7 @@ from kajiya.exporting.merge import merge_adapter, merge_models
 from kajiya.exporting.mixing import METHODS, Mixing
 from kajiya.flows.feeding import rendering_of
 from kajiya.flows.report_facts import MERGED
-from kajiya.flows.targets import Target, find_model, require_text
+from kajiya.flows.targets import DEFAULT_RECIPE, Target, find_model, require_text
 from kajiya.models.adapter_files import is_adapter
 from kajiya.models.tokenizer_of import tokenizer_folder
 from kajiya.run.code import code_revision
@@ -29,7 +29,6 @@ _N_ROWS = 16
 _ROW_TOKENS = 512
 _TEXT_TOKENS = 256
 """Of plain text, every beginning is as good as a longer one; a rendered row has its answer at its end."""
-_DEFAULT_RECIPE = "stdlib-pretrain"
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _corpus(found: Target, store: Store, recipe: str | None, config_dir: Path | 
         if "corpus" in manifest["artifacts"]:
             return config, open_artifact(store.root / manifest["artifacts"]["corpus"]["path"])
     else:
-        config = compose(recipe or _DEFAULT_RECIPE, (), config_dir)
+        config = compose(recipe or DEFAULT_RECIPE, (), config_dir)
     return config, build_corpus(config.data, store)[0]
 
 

@@ -12,6 +12,9 @@ from kajiya.run.files import hash_folder, read_json
 from kajiya.run.folder import Run, find_run, is_of_study, list_runs
 from kajiya.run.store import Artifact, Store, open_artifact
 
+DEFAULT_RECIPE = "stdlib-pretrain"
+"""Whose held-out text stands in where a model has none of its own."""
+
 
 @dataclass(frozen=True)
 class Target:

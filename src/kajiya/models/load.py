@@ -67,6 +67,7 @@ def load_model(
             output_loading_info=True,
             # They are in the report, and an error below.
             ignore_mismatched_sizes=True,
+            # Said at all, even as `None`, it takes the place of what the checkpoint's own config says of its few bits.
             **({} if quantized == "none" else {"quantization_config": while_reading(quantized)}),
             **({} if method is None else {"device_map": "cpu"}),
         )

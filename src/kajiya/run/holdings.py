@@ -226,7 +226,7 @@ def _lock_of(path: Path) -> Path:
 
 def _remove_unfinished(path: Path) -> bool:
     """Delete what is left, unless a process has begun to make the same meanwhile; returns whether."""
-    if path.parent.parent.name != "artifacts":
+    if path.parent.parent.name != "artifacts" and path.parent.name != "replies":
         _remove(path)
         return True
     lock = _lock_of(path)

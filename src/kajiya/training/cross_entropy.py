@@ -142,11 +142,17 @@ def _way(hidden: torch.Tensor, head: torch.Tensor) -> str:
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why the Triton kernel of the softmax cannot be had, in words; `None` when it can."""
+    """Why the Triton kernel of the softmax cannot be had, in words; `None` when it can. On a GPU it is run once, on one token."""
     try:
-        import kajiya.training.entropy_kernel  # noqa: F401 (registers it)
+        from kajiya.training.entropy_kernel import entropy
     except ImportError as error:
         return f"{error} (pip install triton)"
+    if torch.cuda.is_available():
+        try:
+            target, weight = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.ones(1, device="cuda")
+            entropy(torch.zeros(1, 2, device="cuda"), target, weight, 0.0, 0.0, False)
+        except Exception as error:  # no C compiler, no headers of Python, a GPU that is too old: each raises its own
+            return f"the kernel cannot be compiled: {str(error).partition(chr(10))[0] or type(error).__name__}"
     return None
 
 

@@ -32,12 +32,17 @@ def time_limit(seconds: float, locate: Locate) -> Iterator[None]:
     def stop(_number: int, frame: FrameType | None) -> None:
         raise LateError(locate(_locals(frame)))
 
+    left, every = signal.setitimer(signal.ITIMER_REAL, 0)
     began = time.monotonic()
     before = signal.signal(signal.SIGALRM, stop)
-    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
+        # Twice, since the time may be up just where the block ends: it would be raised anew outside of it.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         if left:  # a timer of whoever called goes on
