@@ -347,7 +347,7 @@ def test_mixed_traffic(
     assert engine.scheduler.n_preemptions > 0
     assert (engine.n_drafted > 0) == ("guesses" in settings)
     assert len(told.calls) == 14
-    assert min(told.calls.values()) > seconds / 6, told.calls
+    assert min(told.calls.values()) > 3, told.calls
     # One client's seed draws what another's does.
     assert len(told.seeded) <= 5
     read = byte_reader(tokenizer)

@@ -77,7 +77,7 @@ def evaluate(
         score = partial(_of_model, found, config, store)
     corpus = stages.produce(
         "corpus",
-        lambda: build_corpus(config.data, store, on_event),
+        lambda: _corpus(None if found is None else found.run, config, store, on_event),
         lambda made: f"{config.name}: {corpus_words(made)}",
     )
     if found is not None and found.run is not None and _is_judged_by_its_rows(found.run, corpus):
@@ -86,6 +86,15 @@ def evaluate(
         "baselines", lambda: measure_baselines(config.eval.baselines, corpus, store), baseline_words
     )
     return stages.produce("evaluation", lambda: score(corpus), evaluation_words), baselines
+
+
+def _corpus(run: Run | None, config: Config, store: Store, on_event: OnEvent) -> tuple[Artifact, bool]:
+    """The run's own, where the config says the same of the data, whatever has become of its sources since; else a new one."""
+    manifest = {} if run is None else run.manifest()
+    entry = manifest.get("artifacts", {}).get("corpus")
+    if entry is not None and (store.root / entry["path"]).is_dir() and from_plain(manifest["config"]).data == config.data:
+        return open_artifact(store.root / entry["path"]), True
+    return build_corpus(config.data, store, on_event)
 
 
 def _is_judged_by_its_rows(run: Run, corpus: Artifact) -> bool:
