@@ -113,3 +113,16 @@ def test_usable_cores_are_at_most_those_of_the_limit(monkeypatch: pytest.MonkeyP
     assert usable_cores() == 1
     monkeypatch.setattr("kajiya.run.provenance._cpu_limits", lambda _: [])
     assert usable_cores() == 64
+
+
+def test_the_products_of_a_gpu_are_as_they_are_asked_for(tmp_path: Path) -> None:
+    """A GPU is only said to be there; the setting itself is torch's own."""
+    code = (
+        "import sys, torch\nfrom pathlib import Path\nfrom kajiya.run.process import set_up_process\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "for wished, exact in (('auto', False), ('auto', True), ('ieee', False), ('tf32', True)):\n"
+        f"    done = set_up_process(0, Path({str(tmp_path)!r}), exact, fp32_matmul=wished)\n"
+        "    print(done['fp32_matmul'], torch.backends.cuda.matmul.fp32_precision)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == [each for chosen in ("tf32", "ieee", "ieee", "tf32") for each in (chosen, chosen)]

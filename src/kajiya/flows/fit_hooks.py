@@ -57,6 +57,8 @@ def make_hooks(
         written = profile.after_step(report.state) if config.train.profile else None
         if written is not None:
             hear("note", text=f"profile of two steps: {written}")
+        if config.train.profile and report.state.step == setup.steps and (missing := profile.close()):
+            hear("note", text=missing)
 
     def log(report: StepReport) -> None:
         values = drain_window(report.state) | {
@@ -67,6 +69,8 @@ def make_hooks(
             "train/tokens_per_second": speed(report.state),
             "train/data_wait_s": setup.loader.waited_s,
         }
+        if "factor" in report.state.strategy:  # of fp16 alone
+            values |= {"train/loss_scale": report.state.strategy["factor"], "train/overflows": report.state.overflows}
         hear("metrics", step=report.state.step, values=values)
         taken = meter()
         if taken:

@@ -46,6 +46,15 @@ class Profile:
             return self._end(state)
         return None
 
+    def close(self) -> str | None:
+        """No more steps come; why there is no profile, in words, where the attempt was too short for one."""
+        if self._steps >= _UNTIL:
+            return None
+        self._open.close()
+        if self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
+        return f"no profile: this attempt took {self._steps} steps, and one is of steps {_FROM + 1} and {_UNTIL}"
+
     def _begin(self, state: TrainState) -> None:
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])
         if self._marks_modules:
