@@ -131,6 +131,7 @@ def test_a_grid_is_tried_once_each_and_failures_are_counted(own_finished: Finish
         _tune(own_finished, "tune.sampler.name=grid", LR)
 
 
+@pytest.mark.slow
 def test_a_grid_is_whole_unless_a_number_of_trials_is_asked_for_and_then_says_what_it_leaves_out(
     own_finished: Finished, trials: Trials
 ) -> None:
