@@ -92,7 +92,11 @@ def _corpus(run: Run | None, config: Config, store: Store, on_event: OnEvent) ->
     """The run's own, where the config says the same of the data, whatever has become of its sources since; else a new one."""
     manifest = {} if run is None else run.manifest()
     entry = manifest.get("artifacts", {}).get("corpus")
-    if entry is not None and (store.root / entry["path"]).is_dir() and from_plain(manifest["config"]).data == config.data:
+    if (
+        entry is not None
+        and (store.root / entry["path"]).is_dir()
+        and from_plain(manifest["config"]).data == config.data
+    ):
         return open_artifact(store.root / entry["path"]), True
     return build_corpus(config.data, store, on_event)
 
