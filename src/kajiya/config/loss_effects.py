@@ -27,17 +27,14 @@ _RULES = (
         lambda o, _: o.divergence == "jsd",
         "train.loss.options.divergence={o.divergence}",
     ),
-    _Rule(
-        "grpo",
-        "clip_low",
-        lambda o, _: o.inner_epochs > 1,
-        "train.loss.options.inner_epochs=1, where no ratio leaves 1",
-    ),
-    _Rule(
-        "grpo",
-        "clip_high",
-        lambda o, _: o.inner_epochs > 1,
-        "train.loss.options.inner_epochs=1, where no ratio leaves 1",
+    *(
+        _Rule(
+            "grpo",
+            option,
+            lambda o, _: o.inner_epochs > 1,
+            "train.loss.options.inner_epochs=1, where no ratio leaves 1",
+        )
+        for option in ("clip_low", "clip_high")
     ),
     _Rule("next_token", "future_weight", lambda _, config: config.model.future_heads > 0, "model.future_heads=0"),
 )

@@ -50,13 +50,7 @@ def gather(parent: Any, rows: Sequence[Row], task: Task = CAUSAL, longest: int |
     """What a parent, with the task's head, is to be compared on; of a row no more than `longest` tokens (`None`: all)."""
     cut = tuple(row.cut(longest) for row in rows)
     continued = tuple(_continued(parent, row, longest) for row in cut) if task == CAUSAL else ()
-    nll, n_targets = 0.0, 0
-    for row in cut:
-        logits, targets = LOGITS[task.name](parent, row)
-        known = targets != NO_TARGET
-        nll += nll_of(logits, targets, known)
-        n_targets += int(known.sum())
-    return Evidence(task, cut, continued, perplexity_of(nll, n_targets))
+    return Evidence(task, cut, continued, perplexity(parent, cut, task))
 
 
 def nll_of(logits: torch.Tensor, targets: torch.Tensor, known: torch.Tensor) -> float:
@@ -77,14 +71,15 @@ def _continued(parent: Any, row: Row, longest: int | None) -> Row:
 
 
 @torch.no_grad()
-def perplexity(model: Any, rows: Sequence[Row]) -> float:
-    """Of the model on rows of token ids, each a document alone."""
-    nll = 0.0
+def perplexity(model: Any, rows: Sequence[Row], task: Task = CAUSAL) -> float | None:
+    """Of the model, with the task's head, on rows that each stand alone; `None` where the head predicts no text that is known."""
+    nll, n_targets = 0.0, 0
     for row in rows:
-        batch = one_row(row.ids)
-        log_p = all_logits(model, batch)[0, :-1].float().log_softmax(-1)
-        nll -= float(log_p.gather(1, batch.targets[0, :-1, None]).sum())
-    return float(torch.tensor(nll / sum(len(row.ids) - 1 for row in rows)).exp())
+        logits, targets = LOGITS[task.name](model, row)
+        known = targets != NO_TARGET
+        nll += nll_of(logits, targets, known)
+        n_targets += int(known.sum())
+    return perplexity_of(nll, n_targets)
 
 
 def one_row(ids: Sequence[int]) -> Batch:

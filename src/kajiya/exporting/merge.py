@@ -19,13 +19,12 @@ from kajiya.models.adapter_files import (
     is_mergeable,
     read_base,
 )
-from kajiya.models.load import load_model
+from kajiya.models.load import DTYPES, load_model
 from kajiya.models.open import model_dtype, open_model
 from kajiya.models.save import save_model
 from kajiya.models.tokenizer_of import odd_token, tokenizer_folder
 from kajiya.run.files import read_json
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Rows = Sequence[Row]
 
 
@@ -98,7 +97,7 @@ def merge_models(
     save_model(joint.to(stored), tokenizer, folder)
     again = load_model(folder, dtype=torch.float32)
     found = perplexity(again, rows)
-    if not found < float("inf"):
+    if found is None or not found < float("inf"):
         raise ParityError("the joint model's logits are no numbers.")
     return {
         "mixing": to_plain(mixing),

@@ -17,6 +17,9 @@ from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
 from kajiya.run.process import import_transformers, quiet_transformers
 from kajiya.run.tensor_headers import read_header
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of weights, by the names that settings have for them."""
+
 
 def load_model(
     path: str | Path,

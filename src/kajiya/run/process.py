@@ -70,8 +70,8 @@ def keep_large_blocks() -> str:
 
     A training step frees and takes the same large blocks each time; handing them back to the kernel costs a page fault a page.
     """
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
-    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (m_arena_max, 1))
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 256 * 2**20), (_M_ARENA_MAX, 1))
     return _set_malloc(settings, "no mmap, no trim, one arena, 256 MiB top pad")
 
 
@@ -80,8 +80,11 @@ def share_heaps() -> str:
 
     Each would have one of its own otherwise, and keep there what it has freed: for every thread, the most that requests ever took.
     """
-    m_arena_max = -8
-    return _set_malloc(((m_arena_max, 2),), "two arenas")
+    return _set_malloc(((_M_ARENA_MAX, 2),), "two arenas")
+
+
+_M_ARENA_MAX = -8
+"""Number of the setting in glibc's malloc.h."""
 
 
 def _set_malloc(settings: tuple[tuple[int, int], ...], words: str) -> str:

@@ -29,10 +29,11 @@ class RunStatus:
 
 def run_status(manifest: dict[str, Any], folder: Path) -> RunStatus:
     """The status of the run or study in `folder`; whatever has its manifest, whoever worked on it and on whatever machine."""
-    word, beat = str(manifest["status"]), folder / BEAT
+    word = str(manifest["status"])
     if word != "running":
         return RunStatus(word)
-    if is_alive(manifest["owner"], beat):
-        return RunStatus(word)
-    since = silent_since(manifest["owner"], beat)
-    return RunStatus("interrupted") if since is None else RunStatus("silent", since)
+    owner = manifest["owner"]
+    since = silent_since(owner, folder / BEAT)
+    if since is not None:
+        return RunStatus("silent", since)
+    return RunStatus(word if is_alive(owner) else "interrupted")

@@ -17,15 +17,13 @@ from kajiya.data.batch import Batch, target_places
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import is_adapter, is_mergeable
 from kajiya.models.hidden import all_logits, has_split_head
-from kajiya.models.load import load_model
+from kajiya.models.load import DTYPES, load_model
 from kajiya.models.open import open_model
 from kajiya.training.losses import Terms
 from kajiya.training.losses.next_token import unit_of
 from kajiya.training.losses.preference import log1mexp
 from kajiya.training.losses.sequences import split_head
 from kajiya.training.teacher import CachedTeacher
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_teacher(
@@ -42,7 +40,7 @@ def open_teacher(options: DistillLoss, device: torch.device) -> Any:
     """The teacher itself."""
     if not options.teacher:
         raise ConfigError("train.loss.options.teacher", "is not set", "Give the folder or hub name of the teacher.")
-    path, dtype = Path(options.teacher), _DTYPES[options.teacher_dtype]
+    path, dtype = Path(options.teacher), DTYPES[options.teacher_dtype]
     if is_adapter(path):
         teacher = open_model(path, dtype, is_merged=is_mergeable(path))
     else:
