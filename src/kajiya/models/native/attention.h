@@ -13,6 +13,7 @@ namespace kajiya {
 
 constexpr int64_t kQueries = 32;  // queries of a block
 constexpr int64_t kKeys = 256;    // keys of a chunk
+constexpr int64_t kWidestHead = 256;
 
 // [B, n, T, H] with a last axis without gaps; strides in elements.
 struct Heads {
@@ -43,9 +44,6 @@ struct Lanes {
     static Element* into(const Heads& x, int64_t b, int64_t n, int64_t t) {
         return (Element*)x.data + b * x.row + n * x.head + t * x.token;
     }
-    static void read(const Element* from, int64_t H, float* to) {
-        for (int64_t h = 0; h < H; h += kLanes) store(to + h, load_element(from + h));
-    }
     static void write(const float* from, int64_t H, Element* to) {
         for (int64_t h = 0; h < H; h += kLanes) store_element(to + h, load<Floats>(from + h));
     }
@@ -60,18 +58,21 @@ __attribute__((always_inline)) inline void prefetch(const Attention& x, const He
     for (int64_t byte = 0; byte < x.H * int64_t(sizeof(typename Kind::Element)); byte += 64) __builtin_prefetch(data + byte);
 }
 
-// Turn a head by the token's angles; backwards for gradients.
-inline void turn(float* x, const float* cos, const float* sin, int64_t H, bool backwards) {
-    int64_t half = H / 2;
-    for (int64_t j = 0; j < half; ++j) {
-        float a = x[j], b = x[j + half];
-        if (backwards) {
-            x[j] = a * cos[j] + b * sin[j + half];
-            x[j + half] = b * cos[j + half] - a * sin[j];
-        } else {
-            x[j] = a * cos[j] - b * sin[j];
-            x[j + half] = b * cos[j + half] + a * sin[j + half];
-        }
+// Turn a head by the token's angles; backwards for gradients. `to` may lie where `from` does.
+template <class From, class To>
+inline void turn(const From* from, const float* cos, const float* sin, int64_t H, bool backwards, To* to) {
+    int64_t half = H / 2, j = 0;
+    for (; j + kLanes <= half; j += kLanes) {
+        Floats a = load_element(from + j), b = load_element(from + j + half);
+        Floats cos_a = load<Floats>(cos + j), cos_b = load<Floats>(cos + j + half);
+        Floats sin_a = load<Floats>(sin + j), sin_b = load<Floats>(sin + j + half);
+        store_element(to + j, backwards ? a * cos_a + b * sin_b : a * cos_a - b * sin_a);
+        store_element(to + j + half, backwards ? b * cos_b - a * sin_a : b * cos_b + a * sin_b);
+    }
+    for (; j < half; ++j) {  // a half that fills no vector
+        float a = one(from + j), b = one(from + j + half);
+        store_one(to + j, backwards ? a * cos[j] + b * sin[j + half] : a * cos[j] - b * sin[j]);
+        store_one(to + j + half, backwards ? b * cos[j + half] - a * sin[j] : b * cos[j + half] + a * sin[j + half]);
     }
 }
 
@@ -83,42 +84,39 @@ struct Packed {
     uint32_t* by_token;   // [T / per][H]: lanes are the width, words along the tokens
 };
 
+// Tokens go sixteen at a time; `begin` and `end` lie on such borders.
 template <class Kind>
 void pack(const Attention& x, const Heads& from, int64_t b, int64_t n, int64_t begin, int64_t end, int64_t length, bool turned,
           Packed<Kind> to) {
     typedef typename Kind::Element Element;
     constexpr int P = Kind::kPer;
-    int64_t H = x.H, words = H / P;
-    float values[P][512];
-    for (int64_t t = begin; t < end; t += P) {
-        for (int i = 0; i < P; ++i) {
-            prefetch<Kind>(x, from, b, n, t + i + kQueries);
-            if (t + i >= x.T) {
-                std::fill(values[i], values[i] + H, 0.0f);
-                continue;
-            }
-            Lanes<Kind>::read(Lanes<Kind>::at(from, b, n, t + i), H, values[i]);
-            int64_t angle = (b * x.T + t + i) * H;
-            if (turned) turn(values[i], x.cos + angle, x.sin + angle, H, false);
-        }
+    int64_t H = x.H, words = H / P, row = to.plain ? words : kWidestHead;
+    alignas(64) uint32_t own[kLanes * kWidestHead];
+    for (int64_t t = begin; t < end; t += kLanes) {
         int64_t at = t - begin;
-        if (to.plain || to.by_width)
-            for (int i = 0; i < P; ++i) {
-                uint32_t row[512];
-                Lanes<Kind>::write(values[i], H, (Element*)row);
-                if (to.plain) std::memcpy(to.plain + (at + i) * words, row, words * 4);
-                if (to.by_width)
-                    for (int64_t w = 0; w < words; ++w) to.by_width[w * length + at + i] = row[w];
-            }
-        if (to.by_token) {
-            uint32_t* row = to.by_token + at / P * H;
-            for (int64_t h = 0; h < H; h += kLanes) {
-                if (P == 2)
-                    store(row + h, paired(load<Floats>(values[0] + h), load<Floats>(values[P - 1] + h)));
-                else
-                    store(row + h, load<Floats>(values[0] + h));
-            }
+        uint32_t* rows = to.plain ? to.plain + at * words : own;
+        for (int i = 0; i < kLanes; ++i) {
+            prefetch<Kind>(x, from, b, n, t + i + kQueries);
+            Element* into = (Element*)(rows + i * row);
+            int64_t angle = (b * x.T + t + i) * H;
+            if (t + i >= x.T)
+                std::fill(into, into + H, Element(0));
+            else if (turned)
+                turn(Lanes<Kind>::at(from, b, n, t + i), x.cos + angle, x.sin + angle, H, false, into);
+            else
+                for (int64_t h = 0; h < H; h += kLanes) copy_lanes(Lanes<Kind>::at(from, b, n, t + i) + h, into + h);
         }
+        if (to.by_width) {
+            int64_t w = 0;
+            for (; w + kLanes <= words; w += kLanes) transpose(rows + w, row, to.by_width + w * length + at, length);
+            for (; w < words; ++w)
+                for (int i = 0; i < kLanes; ++i) to.by_width[w * length + at + i] = rows[i * row + w];
+        }
+        if (to.by_token)
+            for (int i = 0; i < kLanes; i += P)
+                for (int64_t h = 0; h < H; h += kLanes)
+                    store(to.by_token + (at + i) / P * H + h,
+                          beside((Element*)(rows + i * row) + h, (Element*)(rows + (i + P - 1) * row) + h));
     }
 }
 
@@ -332,8 +330,11 @@ void backward_head(const Attention& x, int64_t b, int64_t n, int64_t length, Hel
         }
         for (int64_t r = 0; r < n_rows; ++r) {
             int64_t angle = (b * x.T + q0 + r) * H;
-            if (turned) turn(held.grad_q + r * H, x.cos + angle, x.sin + angle, H, true);
-            Lanes<Kind>::write(held.grad_q + r * H, H, Lanes<Kind>::into(x.grad_q, b, n, q0 + r));
+            auto* into = Lanes<Kind>::into(x.grad_q, b, n, q0 + r);
+            if (turned)
+                turn(held.grad_q + r * H, x.cos + angle, x.sin + angle, H, true, into);
+            else
+                Lanes<Kind>::write(held.grad_q + r * H, H, into);
         }
     }
 }
@@ -357,8 +358,11 @@ void backward(const Attention& x) {
         for (int64_t n = g * group; n < (g + 1) * group; ++n) backward_head<Kind>(x, b, n, length, held);
         for (int64_t t = 0; t < x.T; ++t) {
             int64_t angle = (b * x.T + t) * x.H;
-            if (turned) turn(held.grad_k + t * x.H, x.cos + angle, x.sin + angle, x.H, true);
-            Lanes<Kind>::write(held.grad_k + t * x.H, x.H, Lanes<Kind>::into(x.grad_k, b, g, t));
+            auto* into = Lanes<Kind>::into(x.grad_k, b, g, t);
+            if (turned)
+                turn(held.grad_k + t * x.H, x.cos + angle, x.sin + angle, x.H, true, into);
+            else
+                Lanes<Kind>::write(held.grad_k + t * x.H, x.H, into);
             Lanes<Kind>::write(held.grad_v + t * x.H, x.H, Lanes<Kind>::into(x.grad_v, b, g, t));
         }
     }

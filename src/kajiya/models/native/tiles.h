@@ -49,6 +49,49 @@ inline Floats rounded(Floats value) {
     return sizeof(E) == 2 ? from_bf16(halved(value)) : value;
 }
 
+inline float one(const uint16_t* from) { return bf16_value(*from); }
+inline float one(const float* from) { return *from; }
+inline void store_one(uint16_t* to, float value) { *to = to_bf16(value); }
+inline void store_one(float* to, float value) { *to = value; }
+
+inline void copy_lanes(const uint16_t* from, uint16_t* to) { store(to, load<Halves>(from)); }
+inline void copy_lanes(const float* from, float* to) { store(to, load<Floats>(from)); }
+
+// Sixteen words of the tokens that begin at `first` and `second`: pairs of bf16, or the first one's floats.
+inline Words beside(const uint16_t* first, const uint16_t* second) {
+    return widened(load<Halves>(first)) | widened(load<Halves>(second)) << 16;
+}
+inline Words beside(const float* first, const float*) { return load<Words>(first); }
+
+// Sixteen rows of sixteen words, `row` apart, become columns: `to` gets sixteen rows, `step` apart.
+inline void transpose(const uint32_t* from, int64_t row, uint32_t* to, int64_t step) {
+#ifdef __AVX512F__
+    __m512i a[kLanes], b[kLanes];
+    for (int i = 0; i < kLanes; ++i) a[i] = _mm512_loadu_si512(from + i * row);
+    for (int i = 0; i < kLanes; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    for (int i = 0; i < kLanes; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+            b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        _mm512_storeu_si512(to + j * step, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+        _mm512_storeu_si512(to + (j + 8) * step, _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+    }
+#else
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < kLanes; ++j) to[j * step + i] = from[i * row + j];
+#endif
+}
+
 // Sixteen words whose low half is `first` and whose high half is `second`, both rounded to bf16.
 inline Words paired(Floats first, Floats second) {
     return widened(halved(first)) | widened(halved(second)) << 16;
