@@ -11,6 +11,7 @@ from kajiya.config.tables import TABLES
 from kajiya.errors import ConfigError, StoreError
 from kajiya.training.muon import Muon, orthogonalize
 from kajiya.training.optimizers import inputs_first, load_optimizer, parameter_roles, require_other_memory
+from kajiya.training.rounding_adamw import RoundingAdamW, norm_of
 from kajiya.training.schedules import load_schedule
 
 NAMES = sorted(TABLES["optimizer"])
@@ -40,6 +41,51 @@ def test_adamw_equals_torch(tiny_model: Make) -> None:
         reference.step()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("grads", ["the weights' own", "added up"])
+@pytest.mark.parametrize("options", [{}, {"beta1": 0.7, "beta2": 0.99, "eps": 1e-3}])
+def test_adamw_of_bf16_weights_is_torchs_over_float32_masters(grads: str, options: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(37, 40), torch.nn.LayerNorm(40), torch.nn.Linear(40, 501)).bfloat16()
+    model[1].weight.requires_grad_(False)
+    optimizer = load_optimizer(OptimConfig(name="adamw", lr=1e-2, weight_decay=0.1, options=options), model)
+    assert isinstance(optimizer.optimizers[0], RoundingAdamW)
+    expected = {name: master.clone() for name, master in optimizer.masters.items()}
+    betas, eps = (options.get("beta1", 0.9), options.get("beta2", 0.95)), options.get("eps", 1e-8)
+    matrices = [tensor for tensor in expected.values() if tensor.ndim == 2]
+    vectors = [tensor for tensor in expected.values() if tensor.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=betas, eps=eps)
+    for step in range(6):
+        for part in range(2 if grads == "added up" else 1):
+            _set_grads(model, 10 * step + part)
+            for name, parameter in optimizer.parameters.items():
+                if name == "2.bias" and step == 3:  # no gradient: neither its moments nor its count move
+                    parameter.grad = expected[name].grad = None
+                    continue
+                own, grad = expected[name].grad, parameter.grad.float()  # type: ignore[union-attr]
+                expected[name].grad = grad if part == 0 or own is None else own + grad
+            if grads == "added up":
+                optimizer.add_up()
+        optimizer.step(1e-2)
+        reference.step()
+        for name, master in optimizer.masters.items():
+            torch.testing.assert_close(master, expected[name], rtol=1e-6, atol=1e-7)
+            assert torch.equal(optimizer.parameters[name], master.bfloat16())
+            assert optimizer.parameters[name].grad is master.grad is None
+
+
+def test_the_norm_of_a_gradient_is_that_of_all_its_tensors() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        grads = [torch.randn(shape).to(dtype) for shape in ((3, 1), (40, 1000), (16, 16), (1, 1))]
+        exact = torch.cat([grad.double().flatten() for grad in grads]).norm()
+        torch.testing.assert_close(norm_of(grads), exact.float(), rtol=1e-6, atol=0)
+        turned = [grad.T for grad in grads]  # not laid one element after the other
+        torch.testing.assert_close(norm_of(turned), exact.float(), rtol=1e-5, atol=0)
+    assert norm_of([torch.tensor([1.0, torch.inf])]).isinf()
+    assert norm_of([torch.tensor([1.0, torch.nan], dtype=torch.bfloat16)]).isnan()
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16), (1, 64, 64)])

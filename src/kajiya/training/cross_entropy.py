@@ -97,11 +97,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         wide = _wide(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if needs_head else None
+        grad_head: torch.Tensor | None = None
         nll_sum = torch.zeros((), dtype=wide, device=hidden.device)
         more_sum = torch.zeros((), dtype=wide, device=hidden.device)
         chunk_tokens = rows_at_once(chunk_tokens, head.shape[0])
         chunk = _ENTROPY[_way(hidden, head)]
+        if needs_head and hidden.shape[0] > chunk_tokens:
+            grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = hidden[rows] @ head.T
@@ -114,7 +116,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[rows])
-            _add_product(grad_head, grad, hidden[rows])
+            if grad_head is not None:
+                _add_product(grad_head, grad, hidden[rows])
+            elif needs_head:  # one chunk has it all, and there is nothing to add up
+                grad_head = grad.T @ hidden
+        if needs_head and grad_head is None:
+            grad_head = torch.zeros_like(head)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(nll_sum)
@@ -257,14 +264,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad = (grad * grad_result[rows].unsqueeze(1)).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[rows])
-            _add_product(grad_head, grad, hidden[rows])
+            if grad_head is not None:
+                _add_product(grad_head, grad, hidden[rows])
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
 
 
-def _add_product(total_VD: torch.Tensor | None, grad_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+def _add_product(total_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
     """total += gradᵀ · hidden, in the total's dtype."""
-    if total_VD is None:
-        return
     if grad_CV.dtype == total_VD.dtype:
         total_VD.addmm_(grad_CV.T, hidden_CD)
     else:

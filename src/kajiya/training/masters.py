@@ -1,12 +1,13 @@
 """`MasterOptimizer`, which the loop drives: torch optimizers over float32 masters, all state by parameter name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from kajiya.errors import StoreError
+from kajiya.training.rounding_adamw import RoundingAdamW
 
 _UPDATES = "average/updates"
 """Key of the count of updates behind the averages; no parameter's name."""
@@ -42,6 +43,8 @@ class MasterOptimizer:
         self.optimizers = optimizers
         self._ratios = [[group["lr"] / peak_lr for group in each.param_groups] for each in optimizers]
         self._copied = [name for name in parameters if masters[name] is not parameters[name]]
+        rounding = {id(p) for each in optimizers if isinstance(each, RoundingAdamW) for p in _trained_by(each)}
+        self._left = [name for name in self._copied if id(masters[name]) not in rounding]
         self._ema_decay = ema_decay
         self._ema = {} if ema_decay is None else {name: tensor.detach().clone() for name, tensor in masters.items()}
         self._updates = 0
@@ -49,12 +52,12 @@ class MasterOptimizer:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update at learning rate `lr` (each group keeps its ratio to the peak), then clear the gradients."""
-        self.add_up()
+        self.add_up([name for name in self._copied if name in self._left or self.masters[name].grad is not None])
         for optimizer, ratios in zip(self.optimizers, self._ratios, strict=True):
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
                 group["lr"] = lr * ratio
             optimizer.step()
-        self._round(self._copied)
+        self._round(self._left)
         if self._ema_decay is not None:
             self._updates += 1
             # The first updates weigh more, or the random beginning would stay in the average for long.
@@ -69,9 +72,9 @@ class MasterOptimizer:
         return min(lr, max(counts) ** -0.5) if counts else lr
 
     @torch.no_grad()
-    def add_up(self) -> None:
-        """Add the gradients at hand to the masters' own, in float32: a sum in bf16 loses what is small in it."""
-        for name in self._copied:
+    def add_up(self, names: Iterable[str] | None = None) -> None:
+        """Add the gradients at hand to the masters' own (of these names alone), in float32: a sum in bf16 loses what is small."""
+        for name in self._copied if names is None else names:
             parameter, master = self.parameters[name], self.masters[name]
             if parameter.grad is None:
                 continue
@@ -178,6 +181,11 @@ class MasterOptimizer:
         for optimizer in self.optimizers:
             optimizer.state.clear()
         self.load_state_tensors(state)
+
+
+def _trained_by(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def _as_tensor(value: Any) -> torch.Tensor:

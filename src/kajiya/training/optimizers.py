@@ -26,6 +26,7 @@ from kajiya.errors import ConfigError, MissingExtraError
 from kajiya.training.lion import Lion
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.muon import Muon
+from kajiya.training.rounding_adamw import rounding
 from kajiya.training.schedule_free import ScheduleFreeAdamW
 
 Named = Sequence[tuple[str, torch.Tensor]]
@@ -55,6 +56,8 @@ def load_optimizer(
     turned = inputs_first(model)
     _turn(optimizers, {id(tensor) for name, tensor in masters if name in turned})
     _set_rates(optimizers, {id(tensor): (rates or {}).get(name, 1.0) for name, tensor in masters})
+    weights = {id(master): weight for (_, master), (_, weight) in zip(masters, trainable, strict=True)}
+    optimizers = [rounding(each, weights) for each in optimizers]
     return MasterOptimizer(dict(trainable), dict(masters), optimizers, config.lr, ema_decay)
 
 

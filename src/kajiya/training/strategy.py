@@ -13,6 +13,7 @@ from kajiya.training.losses import Loss, Terms
 from kajiya.training.masters import MasterOptimizer
 from kajiya.training.precision import Precision
 from kajiya.training.ranks import Ranks
+from kajiya.training.rounding_adamw import norm_of
 
 
 class Strategy(Protocol):
@@ -119,8 +120,7 @@ class SingleProcess:
         grads = optimizer.grads()
         if self.scale.is_on:
             torch._foreach_div_(grads, self.scale.factor)
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+        norm = norm_of(grads)
         if max_norm is not None:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

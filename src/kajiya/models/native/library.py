@@ -12,7 +12,7 @@ from kajiya.run.native.build import build_library
 LANES = 16
 """Widths are multiples of this (kLanes)."""
 WIDEST_HEAD = 256
-_SOURCES = ("tiles.h", "attention.h", "pointwise.h", "operators.cpp")
+_SOURCES = ("tiles.h", "attention.h", "pointwise.h", "updates.h", "operators.cpp")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -74,6 +74,17 @@ class Sums(Structure):
     )
 
 
+class AdamW(Structure):
+    """Arguments of an AdamW update of many tensors; pointers to arrays of one entry a tensor."""
+
+    _fields_ = (
+        ("n_tensors", c_int64),
+        *((name, c_void_p) for name in ("sizes", "steps", "grads", "masters", "means", "squares", "weights")),
+        *((name, c_double) for name in ("lr", "beta1", "beta2", "eps", "decay")),
+        ("n_threads", c_int64),
+    )
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """The compiled operators, from the cache folder or built now (a few seconds). Raises `NativeBuildError`."""
@@ -90,6 +101,8 @@ def load_library() -> ctypes.CDLL:
         "gated_backward": [c_int32, c_int32, c_int64, c_int64, *[pointers] * 4, c_int64],
         "entropy": [c_int32, POINTER(Entropy), c_void_p, c_int32],
         "softmax_sums": [c_int32, POINTER(Sums), c_void_p],
+        "squares": [c_int32, c_int64, *[pointers] * 3, c_int64],
+        "adamw": [c_int32, POINTER(AdamW)],
     }
     for name, arguments in signatures.items():
         function = getattr(library, f"kajiya_{name}")

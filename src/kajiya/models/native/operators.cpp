@@ -1,6 +1,7 @@
 // The operators as C functions: the element type by number, everything else by pointer.
 #include "attention.h"
 #include "pointwise.h"
+#include "updates.h"
 
 using namespace kajiya;
 
@@ -72,5 +73,13 @@ void kajiya_entropy(int32_t kind, const Entropy* x, void* logits, int32_t needs_
 void kajiya_softmax_sums(int32_t kind, const Sums* x, const void* logits) {
     BY_TYPE(kind, softmax_sums(*x, (const float*)logits), softmax_sums(*x, (const uint16_t*)logits))
 }
+
+void kajiya_squares(int32_t kind, int64_t n_tensors, const void* const* tensors, const int64_t* sizes, double* sums,
+                    int64_t n_threads) {
+    BY_TYPE(kind, squares<float>(n_tensors, tensors, sizes, sums, n_threads),
+            squares<uint16_t>(n_tensors, tensors, sizes, sums, n_threads))
+}
+
+void kajiya_adamw(int32_t kind, const AdamW* x) { BY_TYPE(kind, adamw<float>(*x), adamw<uint16_t>(*x)) }
 
 }  // extern "C"

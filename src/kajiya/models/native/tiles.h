@@ -3,6 +3,8 @@
 // Operands are 32-bit words: one float, or two bf16 that the processor multiplies and adds at once (`Pairs`). A word of A is
 // broadcast to all lanes, a row of B is read lane by lane; how far apart words of A lie is free, so A may be read transposed.
 #pragma once
+#include <algorithm>
+
 #include "vectors.h"
 
 namespace kajiya {
@@ -47,6 +49,15 @@ inline void store_element(float* to, Floats value) { store(to, value); }
 template <class E>
 inline Floats rounded(Floats value) {
     return sizeof(E) == 2 ? from_bf16(halved(value)) : value;
+}
+
+inline Floats square_root(Floats value) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_sqrt_ps((__m512)value);
+#else
+    for (int i = 0; i < kLanes; ++i) value[i] = std::sqrt(value[i]);
+    return value;
+#endif
 }
 
 inline float one(const uint16_t* from) { return bf16_value(*from); }
