@@ -32,7 +32,7 @@ from kajiya.models.fused_families import (
     window,
 )
 from kajiya.models.fused_lora import adapted_product, parts_of
-from kajiya.models.fused_products import GatedProduct, NormProduct, whole
+from kajiya.models.fused_products import GatedProduct, NormProduct, gated, rotary_attention, whole
 from kajiya.models.native.library import native_problem
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -206,7 +206,7 @@ def _chain(
     if family_of(layer).has_head_norms:
         heads_BTAH = _normed_heads(attention, heads_BTAH, n_kv)
     cos, sin = (each.float().expand(n_rows, -1, -1).contiguous() for each in angles)
-    attended, _ = torch.ops.kajiya.rotary_attention(heads_BTAH, first_BT, cos, sin, n_kv, attention.scaling)
+    attended = rotary_attention(heads_BTAH, first_BT, cos, sin, n_kv, attention.scaling)
     attended = attended.view(n_rows * n_tokens, -1)
     if places is not None:
         attended = attended.index_select(0, places)
@@ -217,7 +217,7 @@ def _chain(
     if are_plain(mlp.down_proj):
         written = _with_biases(GatedProduct.apply(both_MF, gate, mlp.down_proj.weight), [mlp.down_proj])
     else:
-        written = _product(torch.ops.kajiya.gated(both_MF, gate), mlp.down_proj)
+        written = _product(gated(both_MF, gate), mlp.down_proj)
     if after_gate is not None:
         written = rms(written, after_gate)
     result: torch.Tensor = (x_MD + written).view(hidden_BTD.shape if places is None else (1, len(places), width))

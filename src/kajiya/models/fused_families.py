@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kajiya.models.attention import PACKED_SDPA
+from kajiya.models.fused_products import rms_normed
 from kajiya.models.native.library import LANES, WIDEST_HEAD
 from kajiya.models.quantized import is_quantized
 
@@ -118,5 +119,4 @@ def misfit(layer: Any) -> str | None:
 
 def rms(x_MD: torch.Tensor, norm: Any) -> torch.Tensor:
     """The norm's result."""
-    y: torch.Tensor = torch.ops.kajiya.rms_norm(x_MD, norm.weight, *norm_numbers(norm))[0]
-    return y
+    return rms_normed(x_MD, norm.weight, *norm_numbers(norm))

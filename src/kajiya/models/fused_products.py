@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kajiya.models.native.library import is_plain_call
+
 
 def whole(weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The matrices as one: a view where they lie one behind the other, else a copy."""
@@ -27,7 +29,7 @@ class NormProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, shift: float, *weights: torch.Tensor) -> torch.Tensor:
-        y, _ = torch.ops.kajiya.rms_norm(x, norm_weight, eps, shift)
+        y, _ = _norm(x, norm_weight, eps, shift)
         ctx.save_for_backward(x, norm_weight, *weights)
         ctx.eps, ctx.shift = eps, shift
         product: torch.Tensor = y @ whole(weights).T
@@ -36,13 +38,13 @@ class NormProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         x, norm_weight, *weights = ctx.saved_tensors
-        y, scales = torch.ops.kajiya.rms_norm(x, norm_weight, ctx.eps, ctx.shift)
+        y, scales = _norm(x, norm_weight, ctx.eps, ctx.shift)
         joined = whole(tuple(weights))
         grads: list[Any] = [None] * len(weights)
         if any(ctx.needs_input_grad[4:]):
             grads = list((grad.T @ y).split([len(weight) for weight in weights]))
-        grad_x, grad_norm = torch.ops.kajiya.rms_norm_backward(grad @ joined, x, norm_weight, scales, ctx.shift)
-        return grad_x, grad_norm if ctx.needs_input_grad[1] else None, None, None, *grads
+        grad_x, grad_norm = _norm_backward(ctx, grad @ joined, x, norm_weight, scales)
+        return grad_x, grad_norm, None, None, *grads
 
 
 class GatedProduct(torch.autograd.Function):
@@ -52,11 +54,116 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, both: Any, gate: int, weight: Any) -> torch.Tensor:
         ctx.save_for_backward(both, weight)
         ctx.gate = gate
-        product: torch.Tensor = torch.ops.kajiya.gated(both, gate) @ weight.T
+        product: torch.Tensor = _gated(both, gate) @ weight.T
         return product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         both, weight = ctx.saved_tensors
-        grad_both, y = torch.ops.kajiya.gated_backward(grad @ weight, both, ctx.gate)
+        grad_both, y = _gated_backward(grad @ weight, both, ctx.gate)
         return grad_both, None, grad.T @ y if ctx.needs_input_grad[2] else None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, eps: float, shift: float) -> torch.Tensor:
+        from kajiya.models.native.pointwise import plain_rms_norm
+
+        y, scales = plain_rms_norm(x, weight, eps, shift)
+        ctx.save_for_backward(x, weight, scales)
+        ctx.shift = shift
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return *_norm_backward(ctx, grad, *ctx.saved_tensors), None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Any, gate: int) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        ctx.gate = gate
+        return _gated(both, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        (both,) = ctx.saved_tensors
+        return _gated_backward(grad, both, ctx.gate)[0], None
+
+
+class _RotaryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Any, first: Any, cos: Any, sin: Any, n_kv: int, scale: float) -> torch.Tensor:
+        from kajiya.models.native.operators import plain_rotary_attention
+
+        out, log_sums = plain_rotary_attention(qkv, first, cos, sin, n_kv, scale)
+        ctx.save_for_backward(qkv, first, cos, sin, out, log_sums)
+        ctx.n_kv, ctx.scale = n_kv, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        from kajiya.models.native.operators import plain_rotary_attention_backward, rotary_attention_backward
+
+        qkv, first, cos, sin, out, log_sums = ctx.saved_tensors
+        call = plain_rotary_attention_backward if is_plain_call() else rotary_attention_backward
+        return call(grad, qkv, first, cos, sin, ctx.n_kv, ctx.scale, out, log_sums), None, None, None, None, None
+
+
+def rms_normed(x_MD: torch.Tensor, weight: torch.Tensor, eps: float, shift: float) -> torch.Tensor:
+    """x · rsqrt(mean x² + eps) · (weight + shift) of contiguous x [M, D]."""
+    normed: torch.Tensor = (
+        _Norm.apply(x_MD, weight, eps, shift)
+        if is_plain_call()
+        else torch.ops.kajiya.rms_norm(x_MD, weight, eps, shift)[0]
+    )
+    return normed
+
+
+def gated(both: torch.Tensor, gate: int) -> torch.Tensor:
+    """gate(g) · up of both halves [M, 2F]."""
+    result: torch.Tensor = _Gated.apply(both, gate) if is_plain_call() else torch.ops.kajiya.gated(both, gate)
+    return result
+
+
+def rotary_attention(
+    qkv: torch.Tensor, first: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_kv: int, scale: float
+) -> torch.Tensor:
+    """Causal attention [B, T, N, H] of heads [B, T, N + 2K, H], turned by the angles, each query from its first key on."""
+    arguments = (qkv, first, cos, sin, n_kv, scale)
+    attended: torch.Tensor = (
+        _RotaryAttention.apply(*arguments) if is_plain_call() else torch.ops.kajiya.rotary_attention(*arguments)[0]
+    )
+    return attended
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+    from kajiya.models.native.pointwise import plain_rms_norm, rms_norm
+
+    return (plain_rms_norm if is_plain_call() else rms_norm)(x, weight, eps, shift)
+
+
+def _norm_backward(
+    ctx: Any, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of x and of the weight; `ctx` says if the second, its input 1, is wanted."""
+    from kajiya.models.native.pointwise import plain_norm_grad, plain_rms_norm_backward, rms_norm_backward
+
+    arguments, is_plain = (grad, x, weight, scales, ctx.shift), is_plain_call()
+    if is_plain and not ctx.needs_input_grad[1]:
+        return plain_norm_grad(*arguments), None
+    grad_x, grad_weight = (plain_rms_norm_backward if is_plain else rms_norm_backward)(*arguments)
+    return grad_x, grad_weight if ctx.needs_input_grad[1] else None
+
+
+def _gated(both: torch.Tensor, gate: int) -> torch.Tensor:
+    from kajiya.models.native.pointwise import gated, plain_gated
+
+    return (plain_gated if is_plain_call() else gated)(both, gate)
+
+
+def _gated_backward(grad: torch.Tensor, both: torch.Tensor, gate: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from kajiya.models.native.pointwise import gated_backward, plain_gated_backward
+
+    return (plain_gated_backward if is_plain_call() else gated_backward)(grad, both, gate)

@@ -102,8 +102,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         more_sum = torch.zeros((), dtype=wide, device=hidden.device)
         chunk_tokens = rows_at_once(chunk_tokens, head.shape[0])
         chunk = _ENTROPY[_way(hidden, head)]
-        if needs_head and hidden.shape[0] > chunk_tokens:
-            grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)
+        # One chunk has it all, and there is nothing to add up.
+        sum_dtype = wide if hidden.shape[0] > chunk_tokens else head.dtype
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = hidden[rows] @ head.T
@@ -116,10 +116,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[rows])
-            if grad_head is not None:
-                _add_product(grad_head, grad, hidden[rows])
-            elif needs_head:  # one chunk has it all, and there is nothing to add up
-                grad_head = grad.T @ hidden
+            if needs_head:
+                grad_head = _add_product(grad_head, grad, hidden[rows], sum_dtype)
         if needs_head and grad_head is None:
             grad_head = torch.zeros_like(head)
         ctx.save_for_backward(grad_hidden, grad_head)
@@ -256,7 +254,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         wide = _wide(hidden.dtype)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device) if needs_head else None
+        grad_head: torch.Tensor | None = None
+        sum_dtype = wide if hidden.shape[0] > ctx.chunk_tokens else head.dtype
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
             grad = torch.softmax((hidden[rows] @ head.T).to(wide), dim=1).neg_()
@@ -264,14 +263,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad = (grad * grad_result[rows].unsqueeze(1)).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[rows])
-            if grad_head is not None:
-                _add_product(grad_head, grad, hidden[rows])
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+            if needs_head:
+                grad_head = _add_product(grad_head, grad, hidden[rows], sum_dtype)
+        if needs_head:
+            grad_head = torch.zeros_like(head) if grad_head is None else grad_head.to(head.dtype)
+        return grad_hidden, grad_head, None, None
 
 
-def _add_product(total_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """total += gradᵀ · hidden, in the total's dtype."""
-    if grad_CV.dtype == total_VD.dtype:
-        total_VD.addmm_(grad_CV.T, hidden_CD)
-    else:
-        total_VD += grad_CV.T @ hidden_CD
+def _add_product(
+    total_VD: torch.Tensor | None, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The total, in place, plus gradᵀ · hidden, in `dtype`."""
+    if total_VD is None:
+        return (grad_CV.T @ hidden_CD).to(dtype)
+    return total_VD.addmm_(grad_CV.T, hidden_CD) if grad_CV.dtype == dtype else total_VD.add_(grad_CV.T @ hidden_CD)

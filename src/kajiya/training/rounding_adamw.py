@@ -1,6 +1,6 @@
 """AdamW over float32 masters of bf16 weights in one pass of a C++ operator, and the norm of a gradient in one.
 
-torch's own AdamW wants gradients in the masters' dtype: a copy of each gradient before the update, and a rounding of each master after it.
+torch's own AdamW wants gradients in the masters' dtype: a copy of each before the update, and a rounding of each master after it.
 """
 
 import ctypes
@@ -15,14 +15,12 @@ from kajiya.models.native.library import AdamW, fits, kind_of, load_library, nat
 class RoundingAdamW(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) that takes a master's gradient, else its weight's own, and writes the weight, too.
 
-    `weights` is the bf16 parameter of each master, by the master's id. State and settings of a group are those of `torch.optim.AdamW`.
+    `weights` is the bf16 parameter of each master, by the master's id. State and settings are those of `torch.optim.AdamW`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], weights: Mapping[int, torch.Tensor]) -> None:
         super().__init__(groups, {"lr": 0.0})
-        self.weights = {
-            id(master): weights[id(master)] for group in self.param_groups for master in group["params"]
-        }
+        self.weights = {id(master): weights[id(master)] for group in self.param_groups for master in group["params"]}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -49,7 +47,7 @@ class RoundingAdamW(torch.optim.Optimizer):
         counts = [state["step"] for state in states]
         torch._foreach_add_(counts, 1)
         # Held by name until the call is over: an address keeps nothing alive.
-        arrays = {
+        arrays: dict[str, ctypes.Array[Any]] = {
             "sizes": (ctypes.c_int64 * len(masters))(*(master.numel() for master in masters)),
             "steps": (ctypes.c_double * len(masters))(*torch.stack(counts).tolist()),
             "grads": _addresses(grads),

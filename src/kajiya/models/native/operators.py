@@ -19,6 +19,7 @@ from kajiya.models.native.library import (
     heads,
     kind_of,
     load_library,
+    operator,
     pointer,
 )
 
@@ -83,7 +84,7 @@ def _attend_backward(saved: Any, grad_out: torch.Tensor, angles: Any, scale: flo
     load_library().kajiya_attention_backward(kind_of(q), ctypes.byref(arguments))
 
 
-@torch.library.custom_op("kajiya::attention", mutates_args=(), device_types="cpu")
+@operator("kajiya::attention")
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +101,7 @@ def _(q: Any, k: Any, v: Any, first: Any, scale: float) -> tuple[torch.Tensor, t
     return q.new_empty(rows, tokens, n_heads, width), q.new_empty(rows, n_heads, tokens, dtype=torch.float32)
 
 
-@torch.library.custom_op("kajiya::attention_backward", mutates_args=(), device_types="cpu")
+@operator("kajiya::attention_backward")
 def attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -138,13 +139,15 @@ def _attention_grads(ctx: Any, grad_out: torch.Tensor, _grad_log_sums: Any) -> A
 attention.register_autograd(_attention_grads, setup_context=_keep_attention)
 
 
-@torch.library.custom_op("kajiya::rotary_attention", mutates_args=(), device_types="cpu")
-def rotary_attention(
+def plain_rotary_attention(
     qkv: torch.Tensor, first: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_kv: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attention`, of heads [B, T, N + 2K, H] in one tensor, queries and keys turned by the angles (float32 [B, T, H])."""
     q, k, v = _split(qkv, n_kv)
     return _attend(q, k, v, first, (cos, sin), scale)
+
+
+rotary_attention = operator("kajiya::rotary_attention")(plain_rotary_attention)
 
 
 @rotary_attention.register_fake
@@ -154,8 +157,7 @@ def _(qkv: Any, first: Any, cos: Any, sin: Any, n_kv: int, scale: float) -> tupl
     return qkv.new_empty(rows, tokens, n_heads, width), qkv.new_empty(rows, n_heads, tokens, dtype=torch.float32)
 
 
-@torch.library.custom_op("kajiya::rotary_attention_backward", mutates_args=(), device_types="cpu")
-def rotary_attention_backward(
+def plain_rotary_attention_backward(
     grad_out: torch.Tensor,
     qkv: torch.Tensor,
     first: torch.Tensor,
@@ -171,6 +173,9 @@ def rotary_attention_backward(
     saved = (*_split(qkv, n_kv), first, out, log_sums)
     _attend_backward(saved, grad_out, (cos, sin), scale, _split(grad, n_kv))
     return grad
+
+
+rotary_attention_backward = operator("kajiya::rotary_attention_backward")(plain_rotary_attention_backward)
 
 
 @rotary_attention_backward.register_fake

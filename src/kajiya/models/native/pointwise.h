@@ -67,18 +67,19 @@ inline void add_spans(const std::vector<float>& partial, int64_t D, float* total
     }
 }
 
-// grad_weight is float32 [D].
+// grad_weight is float32 [D], or null where it is not wanted.
 template <class E>
 void norm_backward(int64_t N, Norm norm, const E* x, const E* weight, const float* scales, const E* grad_y, E* grad_x,
                    float* grad_weight, int64_t n_threads) {
     int64_t D = norm.D;
-    std::vector<float> partial(kSpans * D);
+    std::vector<float> partial(grad_weight ? kSpans * D : 0);
 #pragma omp parallel for num_threads(n_threads)
     for (int64_t span = 0; span < kSpans; ++span) {
+        float* own = grad_weight ? partial.data() + span * D : nullptr;
         for (int64_t t = span_begin(N, span); t < span_begin(N, span + 1); ++t)
-            norm_row_backward(norm, x + t * D, weight, scales[t], grad_y + t * D, grad_x + t * D, partial.data() + span * D);
+            norm_row_backward(norm, x + t * D, weight, scales[t], grad_y + t * D, grad_x + t * D, own);
     }
-    add_spans(partial, D, grad_weight);
+    if (grad_weight) add_spans(partial, D, grad_weight);
 }
 
 // Heads side by side, [N, Q + 2K, D]: queries and keys are normed, each kind with a weight of its own, [2, D]; values stay.

@@ -1,7 +1,8 @@
 """Norms and gates as torch knows them (`torch.ops.kajiya.…`): eager, fake and autograd, each on CPU tensors of float32 or bf16.
 
-Importing this module registers them; the library is built at the first call. Shape letters: M tokens flattened, N query heads, K
-key heads, H width of a head, D hidden width, F width of the gate.
+Importing this module registers them; the library is built at the first call. Each `plain_…` is the function behind an operator,
+without what torch's dispatcher does about it. Shape letters: M tokens flattened, N query heads, K key heads, H width of a head,
+D hidden width, F width of the gate.
 """
 
 import ctypes
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 
-from kajiya.models.native.library import HeadNorms, kind_of, load_library, pointer
+from kajiya.models.native.library import HeadNorms, kind_of, load_library, operator, pointer
 
 
-@torch.library.custom_op("kajiya::rms_norm", mutates_args=(), device_types="cpu")
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, shift: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x · rsqrt(mean x² + eps) · (weight + shift) of contiguous x [M, D], and the factors of each token, float32 [M]."""
     n_tokens, width = x.shape
     y, scales = torch.empty_like(x), x.new_empty(n_tokens, dtype=torch.float32)
@@ -29,18 +31,32 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, shift: float) ->
     return y, scales
 
 
+rms_norm = operator("kajiya::rms_norm")(plain_rms_norm)
+
+
 @rms_norm.register_fake
 def _(x: Any, weight: Any, eps: float, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("kajiya::rms_norm_backward", mutates_args=(), device_types="cpu")
-def rms_norm_backward(
+def plain_rms_norm_backward(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, shift: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and of the weight."""
-    grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
-    grad_x, grad_weight = torch.empty_like(x), weight.new_empty(weight.shape, dtype=torch.float32)
+    grad_weight = weight.new_empty(weight.shape, dtype=torch.float32)
+    return plain_norm_grad(grad_y, x, weight, scales, shift, grad_weight), grad_weight.to(weight.dtype, copy=True)
+
+
+def plain_norm_grad(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    shift: float,
+    grad_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of x; the weight's is written to the float32 `grad_weight`, where there is one."""
+    grad_y, grad_x = grad_y.contiguous(), torch.empty_like(x)  # held by name: a pointer keeps nothing alive
     load_library().kajiya_norm_backward(
         kind_of(x),
         *x.shape,
@@ -48,7 +64,10 @@ def rms_norm_backward(
         *(pointer(each) for each in (x, weight, scales, grad_y, grad_x, grad_weight)),
         torch.get_num_threads(),
     )
-    return grad_x, grad_weight.to(weight.dtype, copy=True)
+    return grad_x
+
+
+rms_norm_backward = operator("kajiya::rms_norm_backward")(plain_rms_norm_backward)
 
 
 @rms_norm_backward.register_fake
@@ -75,8 +94,7 @@ def _head_norms(heads: torch.Tensor, n_kv: int, eps: float, shift: float) -> Hea
     )
 
 
-@torch.library.custom_op("kajiya::head_norms", mutates_args=(), device_types="cpu")
-def head_norms(
+def plain_head_norms(
     heads: torch.Tensor, weights: torch.Tensor, n_kv: int, eps: float, shift: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Contiguous heads [M, N + 2K, H], queries and keys each normed as by `rms_norm` with weights [2, H], and the factors.
@@ -93,13 +111,15 @@ def head_norms(
     return y, scales
 
 
+head_norms = operator("kajiya::head_norms")(plain_head_norms)
+
+
 @head_norms.register_fake
 def _(heads: Any, weights: Any, n_kv: int, eps: float, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(heads), heads.new_empty(heads.shape[0], heads.shape[1] - n_kv, dtype=torch.float32)
 
 
-@torch.library.custom_op("kajiya::head_norms_backward", mutates_args=(), device_types="cpu")
-def head_norms_backward(
+def plain_head_norms_backward(
     grad_y: torch.Tensor, heads: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, n_kv: int, shift: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the heads and of the weights."""
@@ -111,6 +131,9 @@ def head_norms_backward(
         *(pointer(each) for each in (heads, weights, scales, grad_y, grad_heads, grad_weights)),
     )
     return grad_heads, grad_weights.to(weights.dtype, copy=True)
+
+
+head_norms_backward = operator("kajiya::head_norms_backward")(plain_head_norms_backward)
 
 
 @head_norms_backward.register_fake
@@ -130,8 +153,7 @@ def _head_norms_grads(ctx: Any, grad_y: torch.Tensor, _grad_scales: Any) -> Any:
 head_norms.register_autograd(_head_norms_grads, setup_context=_keep_head_norms)
 
 
-@torch.library.custom_op("kajiya::gated", mutates_args=(), device_types="cpu")
-def gated(both: torch.Tensor, gate: int) -> torch.Tensor:
+def plain_gated(both: torch.Tensor, gate: int) -> torch.Tensor:
     """gate(g) · up of contiguous [M, 2F], g first; the gate is a number of `GATES`. Returns [M, F]."""
     n_tokens, width = both.shape[0], both.shape[1] // 2
     y = both.new_empty(n_tokens, width)
@@ -141,14 +163,16 @@ def gated(both: torch.Tensor, gate: int) -> torch.Tensor:
     return y
 
 
+gated = operator("kajiya::gated")(plain_gated)
+
+
 @gated.register_fake
 def _(both: Any, gate: int) -> torch.Tensor:
     made: torch.Tensor = both.new_empty(both.shape[0], both.shape[1] // 2)
     return made
 
 
-@torch.library.custom_op("kajiya::gated_backward", mutates_args=(), device_types="cpu")
-def gated_backward(grad_y: torch.Tensor, both: torch.Tensor, gate: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_gated_backward(grad_y: torch.Tensor, both: torch.Tensor, gate: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of `both`, and the result of the forward pass once more."""
     grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
     grad, y = torch.empty_like(both), both.new_empty(both.shape[0], both.shape[1] // 2)
@@ -160,6 +184,9 @@ def gated_backward(grad_y: torch.Tensor, both: torch.Tensor, gate: int) -> tuple
         torch.get_num_threads(),
     )
     return grad, y
+
+
+gated_backward = operator("kajiya::gated_backward")(plain_gated_backward)
 
 
 @gated_backward.register_fake
