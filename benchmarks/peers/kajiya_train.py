@@ -1,9 +1,10 @@
 """Kajiya: the path of `kajiya train` from the config to the last step, without its plan, proof, evaluations and checkpoints.
 
-Options of this peer are overrides of its config.
+Options of this peer are overrides of its config, and `without=a+b`: what to do without, for an ablation (`_TRICKS`).
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,7 +64,26 @@ class TimedReference:
             shutil.rmtree(self._folder)
 
 
+_TRICKS: dict[str, tuple[str, str, Any]] = {
+    "allocator": ("kajiya.run.process", "keep_large_blocks", lambda: "left as it is"),
+    "joined": ("kajiya.flows.fitting", "fuse_blocks", lambda *_, **__: "no: left out"),
+    "places": ("kajiya.models.hidden", "can_make_some_states", lambda _: False),
+    "rounding": ("kajiya.training.optimizers", "rounding", lambda optimizer, _: optimizer),
+    "plain": ("kajiya.models.fused_products", "is_plain_call", lambda: False),
+    "softmax": ("kajiya.training.cross_entropy", "_way", lambda *_: "torch"),
+}
+"""What can be left out: where it stands, its name, what takes its place. glibc's settings; joined blocks; a last block that makes
+the states that are read alone; AdamW in one C++ pass; C++ called past torch's dispatcher; the loss's softmax in C++."""
+
+
 def train(order: WorkOrder, record: Record) -> None:
+    options = dict(order.options)
+    left_out = [name for name in options.pop("without", "").split("+") if name]
+    for name in left_out:
+        module, attribute, other = _TRICKS[name]
+        __import__(module)
+        setattr(sys.modules[module], attribute, other)
+    order = replace(order, options=options)
     config = kajiya_config(order)
     store = Store(Path(order.store))
     process = set_up_process(config.seed, store.root, config.train.deterministic)
@@ -111,6 +131,7 @@ def train(order: WorkOrder, record: Record) -> None:
             "device": str(setup.strategy.device),
             "threads": torch.get_num_threads(),
             "allocator": process["allocator"],
+            "without": left_out,
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         },
     )

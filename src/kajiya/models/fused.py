@@ -1,7 +1,7 @@
 """Decoder blocks whose products are joined and whose rest runs in C++ operators, forward and backward.
 
 A block is a chain of four functions: norm and the product with q, k and v at once; rotary attention; norm and the product with gate
-and up at once; the gate and the product with down. Each keeps its own input for the backward pass and makes norms and gates again
+and up at once; the gate and the product with down. Each keeps its own input for the backward pass, and gates are made again
 there. `fused_families` says which architectures have this chain, and what some have besides. The parameters stay those of
 Transformers, under their own names: joined matrices are laid one behind the other in memory. A block that does not fit, and a
 call that these functions do not know (a cache, autocast), goes through Transformers' own code.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kajiya.models.native.library import is_plain_call
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -60,14 +62,15 @@ class _AdaptedProduct(torch.autograd.Function):
         n = len(places)
         down_RD = torch.cat(factors[:n])
         ups = [up * scaling for (_, scaling), up in zip(places, factors[n:], strict=True)]
-        up_OR = whole.new_zeros(len(whole), len(down_RD))
-        for rows, columns, up in zip(*_parts(places, ups), ups, strict=True):
-            up_OR[rows, columns] = up
         low_MR = x @ down_RD.T
         ctx.save_for_backward(x, whole, down_RD, low_MR, *ups)
         ctx.places = places
-        # Not in place: selective checkpointing keeps the first product.
-        return torch.addmm(x @ whole.T, low_MR, up_OR.T)
+        product_MO = x @ whole.T
+        if not is_plain_call():  # selective checkpointing keeps the product as it is
+            product_MO = product_MO.clone()
+        for rows, columns, up in zip(*_parts(places, ups), ups, strict=True):
+            product_MO[:, rows].addmm_(low_MR[:, columns], up.T)
+        return product_MO
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]

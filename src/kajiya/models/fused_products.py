@@ -25,30 +25,32 @@ def whole(weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 class NormProduct(torch.autograd.Function):
-    """norm(x) · Wᵀ of x [M, D] and the matrices, joined; the normed x is made again in the backward pass."""
+    """norm(x) · Wᵀ of x [M, D] and the matrices, joined. The normed x is kept where a matrix learns, which needs it once more."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, norm_weight: Any, eps: float, shift: float, *weights: torch.Tensor) -> torch.Tensor:
-        y, _ = _norm(x, norm_weight, eps, shift)
-        ctx.save_for_backward(x, norm_weight, *weights)
-        ctx.eps, ctx.shift = eps, shift
-        product: torch.Tensor = y @ whole(weights).T
+        y, scales = _norm(x, norm_weight, eps, shift)
+        ctx.save_for_backward(x, norm_weight, scales, y if any(ctx.needs_input_grad[4:]) else None, *weights)
+        ctx.shift = shift
+        joined = whole(weights)
+        # A view costs nothing to keep; a copy is made again.
+        ctx.joined = joined if is_plain_call() and joined.data_ptr() == weights[0].data_ptr() else None
+        product: torch.Tensor = y @ joined.T
         return product
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        x, norm_weight, *weights = ctx.saved_tensors
-        y, scales = _norm(x, norm_weight, ctx.eps, ctx.shift)
-        joined = whole(tuple(weights))
+        x, norm_weight, scales, y, *weights = ctx.saved_tensors
         grads: list[Any] = [None] * len(weights)
-        if any(ctx.needs_input_grad[4:]):
+        if y is not None:
             grads = list((grad.T @ y).split([len(weight) for weight in weights]))
+        joined = whole(tuple(weights)) if ctx.joined is None else ctx.joined
         grad_x, grad_norm = _norm_backward(ctx, grad @ joined, x, norm_weight, scales)
         return grad_x, grad_norm, None, None, *grads
 
 
 class GatedProduct(torch.autograd.Function):
-    """(gate(g) · up) · Wᵀ of both halves [M, 2F]; what is multiplied is made again in the backward pass."""
+    """(gate(g) · up) · Wᵀ of both halves [M, 2F]. Where the matrix learns, what it multiplies is made again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, both: Any, gate: int, weight: Any) -> torch.Tensor:
@@ -60,8 +62,8 @@ class GatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         both, weight = ctx.saved_tensors
-        grad_both, y = _gated_backward(grad @ weight, both, ctx.gate)
-        return grad_both, None, grad.T @ y if ctx.needs_input_grad[2] else None
+        grad_both, y = _gated_backward(grad @ weight, both, ctx.gate, needs_result=ctx.needs_input_grad[2])
+        return grad_both, None, None if y is None or not ctx.needs_input_grad[2] else grad.T @ y
 
 
 class _Norm(torch.autograd.Function):
@@ -89,7 +91,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         (both,) = ctx.saved_tensors
-        return _gated_backward(grad, both, ctx.gate)[0], None
+        return _gated_backward(grad, both, ctx.gate, needs_result=False)[0], None
 
 
 class _RotaryAttention(torch.autograd.Function):
@@ -163,7 +165,12 @@ def _gated(both: torch.Tensor, gate: int) -> torch.Tensor:
     return (plain_gated if is_plain_call() else gated)(both, gate)
 
 
-def _gated_backward(grad: torch.Tensor, both: torch.Tensor, gate: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from kajiya.models.native.pointwise import gated_backward, plain_gated_backward
+def _gated_backward(
+    grad: torch.Tensor, both: torch.Tensor, gate: int, *, needs_result: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of `both`, and the forward pass's result once more, which may be left out where it is not needed."""
+    from kajiya.models.native.pointwise import gated_backward, plain_gated_backward, plain_gated_grad
 
+    if is_plain_call() and not needs_result:
+        return plain_gated_grad(grad, both, gate), None
     return (plain_gated_backward if is_plain_call() else gated_backward)(grad, both, gate)

@@ -220,6 +220,7 @@ void entropy(const Entropy& x, E* logits, bool needs_grad) {
     std::vector<double> partial(2 * kSpans);
 #pragma omp parallel for num_threads(x.n_threads) schedule(dynamic)
     for (int64_t span = 0; span < kSpans; ++span) {
+        std::vector<float> terms(x.V);  // of one token
         for (int64_t t = span_begin(x.N, span); t < span_begin(x.N, span + 1); ++t) {
             E* row = logits + t * x.V;
             float weight = x.targets[t] < 0 ? 0.0f : x.weights[t];
@@ -231,8 +232,9 @@ void entropy(const Entropy& x, E* logits, bool needs_grad) {
             for (int64_t v = 0; v < x.V; v += kLanes) top = larger(load_element(row + v), top);
             float peak = largest(top);
             for (int64_t v = 0; v < x.V; v += kLanes) {
-                Floats value = load_element(row + v);
-                total += exponential(value - peak);
+                Floats value = load_element(row + v), term = exponential(value - peak);
+                store(terms.data() + v, term);
+                total += term;
                 plain += value;
             }
             float denominator = sum(total), log_z = peak + std::log(denominator);
@@ -245,7 +247,7 @@ void entropy(const Entropy& x, E* logits, bool needs_grad) {
             if (!needs_grad) continue;
             float factor = weight * (1.0f + 2.0f * x.z_loss * log_z) / denominator, less = weight * x.smoothing / float(x.V);
             for (int64_t v = 0; v < x.V; v += kLanes)
-                store_element(row + v, exponential(load_element(row + v) - peak) * factor - less);
+                store_element(row + v, load<Floats>(terms.data() + v) * factor - less);
             // The target's own gradient is made from its logit once more, not from the rounded value.
             E made[kLanes];
             float own = std::exp(chosen) * weight * (1.0f + 2.0f * x.z_loss * log_z) - less + weight * (x.smoothing - 1.0f);

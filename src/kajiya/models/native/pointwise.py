@@ -174,16 +174,24 @@ def _(both: Any, gate: int) -> torch.Tensor:
 
 def plain_gated_backward(grad_y: torch.Tensor, both: torch.Tensor, gate: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of `both`, and the result of the forward pass once more."""
-    grad_y = grad_y.contiguous()  # held by name: a pointer keeps nothing alive
-    grad, y = torch.empty_like(both), both.new_empty(both.shape[0], both.shape[1] // 2)
+    y = both.new_empty(both.shape[0], both.shape[1] // 2)
+    return plain_gated_grad(grad_y, both, gate, y), y
+
+
+def plain_gated_grad(
+    grad_y: torch.Tensor, both: torch.Tensor, gate: int, y: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of `both`; the forward pass's result is written to `y`, where there is one."""
+    grad_y, grad = grad_y.contiguous(), torch.empty_like(both)  # held by name: a pointer keeps nothing alive
     load_library().kajiya_gated_backward(
         kind_of(both),
         gate,
-        *y.shape,
+        both.shape[0],
+        both.shape[1] // 2,
         *(pointer(each) for each in (both, grad_y, grad, y)),
         torch.get_num_threads(),
     )
-    return grad, y
+    return grad
 
 
 gated_backward = operator("kajiya::gated_backward")(plain_gated_backward)
