@@ -50,7 +50,7 @@ class NormProduct(torch.autograd.Function):
 
 
 class GatedProduct(torch.autograd.Function):
-    """(gate(g) · up) · Wᵀ of both halves [M, 2F]. Where the matrix learns, what it multiplies is made again in the backward pass."""
+    """(gate(g) · up) · Wᵀ of both halves [M, 2F]. Where the matrix learns, its input is made again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, both: Any, gate: int, weight: Any) -> torch.Tensor:
