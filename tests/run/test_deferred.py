@@ -38,6 +38,67 @@ def test_transformers_function_of_scipy_is_scipys_once_it_is_called() -> None:
     assert str(found["file"]).endswith("__init__.py")
 
 
+def test_torchs_compiler_is_imported_when_something_is_compiled_and_learns_what_was_said_to_it() -> None:
+    found = _said(
+        """
+        import json, sys
+        from kajiya.run.deferred import compiler_deferred
+        from kajiya.run.process import import_transformers
+        import_transformers()
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        model(torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()
+
+        def opaque(x):
+            print(end="")  # nothing that a graph could hold
+            return x + 1
+
+        with compiler_deferred():
+            import torch._dynamo
+            allowed = torch._dynamo.allow_in_graph(opaque)
+
+            @torch.compiler.disable
+            def hidden(x):
+                return x + 2
+
+            @torch.compiler.disable(recursive=False)
+            def hidden_too(x):
+                return x + 3
+
+            constant = torch._dynamo.assume_constant_result(lambda: 7)
+        x = torch.zeros(2)
+        answers = [float(each(x)[0]) for each in (allowed, hidden, hidden_too)]
+        before = [name for name in sys.modules if name.startswith("torch._dynamo")]
+        whole = torch.compile(lambda x: allowed(x) * constant(), backend="eager", fullgraph=True)
+        answers.append(float(whole(x)[0]))
+        refused = 0
+        for each in (hidden, hidden_too):
+            try:
+                torch.compile(lambda x: each(x), backend="eager", fullgraph=True)(x)
+            except torch._dynamo.exc.Unsupported:
+                refused += 1
+        answers += [float(torch.compile(lambda x: each(x), backend="eager")(x)[0]) for each in (hidden, hidden_too)]
+        optimizer.add_param_group({"params": [torch.nn.Parameter(x)]})
+        kept_out = type(optimizer).add_param_group.__wrapped__
+        later = float(torch.compile(model, backend="eager")(torch.zeros(1, 4, dtype=torch.int64)).logits.sum())
+        plain = float(model(torch.zeros(1, 4, dtype=torch.int64)).logits.sum())
+        found = {"answers": answers, "before": before, "refused": refused, "same": abs(later - plain) < 1e-5}
+        found["kept out"] = kept_out is not kept_out.__dynamo_disable
+        found["finders"] = sum("_Marks" in str(each) for each in sys.meta_path)
+        print(json.dumps(found))
+        """
+    )
+    assert found["before"] == []
+    assert found["answers"] == [1.0, 2.0, 3.0, 7.0, 2.0, 3.0]
+    assert found["refused"] == 2
+    assert found["kept out"]
+    assert found["same"]
+    assert found["finders"] == 0
+
+
 def test_a_name_that_is_not_deferred_and_a_later_import_get_the_real_module() -> None:
     sys.modules.pop("colorsys", None)
     with deferred({"colorsys": ("rgb_to_hsv",)}):

@@ -65,7 +65,7 @@ class _AdaptedProduct(torch.autograd.Function):
         low_MR = x @ down_RD.T
         ctx.save_for_backward(x, whole, down_RD, low_MR, *ups)
         ctx.places = places
-        product_MO = x @ whole.T
+        product_MO: torch.Tensor = x @ whole.T
         if not is_plain_call():  # selective checkpointing keeps the product as it is
             product_MO = product_MO.clone()
         for rows, columns, up in zip(*_parts(places, ups), ups, strict=True):

@@ -1,6 +1,11 @@
-"""Functions that a library takes from heavy packages at its own import and seldom calls: they are loaded at their first call."""
+"""Functions that a library takes from heavy packages at its own import and seldom calls: they are loaded at their first call.
 
+torch's compiler, `torch._dynamo`, is one of those packages: half a second for decorators that mean something to it alone.
+"""
+
+import functools
 import importlib
+import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +16,10 @@ from typing import Any
 OF_TRANSFORMERS: Mapping[str, tuple[str, ...]] = {
     "scipy.optimize": ("linear_sum_assignment",),
     "torchao.prototype.safetensors.safetensors_support": ("flatten_tensor_state_dict",),
+    "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
 }
-"""By module, functions that Transformers imports with any model: for losses of object detection, and to save torchao's tensors."""
+"""By module, functions that Transformers imports with any model: for losses of object detection, to save torchao's tensors, and for
+masks under `vmap`."""
 
 
 @contextmanager
@@ -33,6 +40,96 @@ def deferred(functions: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
     finally:
         for name, module in standing.items():
             _withdraw(name, module)
+
+
+@contextmanager
+def compiler_deferred() -> Iterator[None]:
+    """Within, what is decorated for torch's compiler is remembered for it, and the compiler itself is not imported.
+
+    It learns of them when it is imported after all, before it compiles anything. In a process that has it, nothing changes.
+    """
+    if _DYNAMO in sys.modules:
+        yield
+        return
+    marks = _Marks()
+    marks.leave_optimizers()
+    with deferred({}):
+        stand_in = _stand_in(_DYNAMO, ())
+        vars(stand_in).update(
+            disable=marks.disable, allow_in_graph=marks.allow_in_graph, assume_constant_result=_constant
+        )
+        sys.modules[_DYNAMO] = stand_in
+        sys.meta_path.insert(0, marks)
+        try:
+            yield
+        finally:
+            _withdraw(_DYNAMO, stand_in)
+
+
+_DYNAMO = "torch._dynamo"
+_KEPT_OUT = "__dynamo_disable"
+"""Where torch keeps what the compiler has made of a function that it is to be kept out of."""
+
+
+class _Marks(importlib.abc.MetaPathFinder):
+    """What the compiler has to be told at its import, which this finds out by standing first among the finders."""
+
+    def __init__(self) -> None:
+        self._allowed: list[Callable[..., Any]] = []
+        self._left: list[Callable[..., Any]] = []
+
+    def allow_in_graph(self, function: Any) -> Any:
+        self._allowed.append(function)
+        return function
+
+    def disable(self, function: Any = None, recursive: bool = True, **settings: Any) -> Any:
+        """As the compiler's own, which is asked at the first call that it could see."""
+        if function is None:
+            return lambda later: self.disable(later, recursive, **settings)
+        real: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def inner(*arguments: Any, **named: Any) -> Any:
+            if not real and _DYNAMO not in sys.modules:
+                return function(*arguments, **named)
+            if not real:
+                real.append(importlib.import_module(_DYNAMO).disable(function, recursive, **settings))
+            return real[0](*arguments, **named)
+
+        return inner
+
+    def leave_optimizers(self) -> None:
+        """torch's optimizers bring the compiler in only to keep it from what they do at their beginning: no need without it."""
+        from torch.optim import Optimizer
+
+        begin = getattr(vars(Optimizer)["add_param_group"], "__wrapped__", None)
+        if begin is not None and not hasattr(begin, _KEPT_OUT):
+            setattr(begin, _KEPT_OUT, begin)
+            self._left.append(begin)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _DYNAMO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def tell(module: ModuleType) -> None:
+            for function in self._left:
+                delattr(function, _KEPT_OUT)
+            execute(module)
+            for function in self._allowed:
+                module.allow_in_graph(function)
+
+        spec.loader.exec_module = tell  # type: ignore[method-assign]
+        return spec
+
+
+def _constant(function: Any) -> Any:
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _stand_in(name: str, functions: tuple[str, ...]) -> ModuleType:

@@ -150,10 +150,11 @@ def has_bf16_instructions() -> bool:
 
 def import_transformers() -> None:
     """Import what every model of Transformers is made with, but for what it takes from SciPy and torchao and seldom calls."""
-    from kajiya.run.deferred import OF_TRANSFORMERS, deferred
+    from kajiya.run.deferred import OF_TRANSFORMERS, compiler_deferred, deferred
 
     quiet_torchao()
-    with deferred(OF_TRANSFORMERS):
+    with deferred(OF_TRANSFORMERS), compiler_deferred():
+        import transformers.masking_utils
         import transformers.modeling_utils  # noqa: F401
 
 
