@@ -403,6 +403,20 @@ def test_the_weights_digest_is_of_the_weights_alone(base: Callable[..., Path], t
     [
         ("lora", {"targets": "no_such_layer"}, "none", "matches no module"),
         ("lora", {"targets": "("}, "none", "no regular expression"),
+        *(
+            (
+                name,
+                {"targets": rf".*\.(q_proj|{odd})"} | options,
+                "none",
+                rf"options\.targets: .* matches \S*{odd} \(\w+\), which has no matrix .*\n.*like \S*q_proj",
+            )
+            for name, options, odd in (
+                ("lora", {}, "act_fn"),
+                ("lora", {"init": "pissa"}, "act_fn"),
+                ("dora", {}, "input_layernorm"),
+                ("ia3", {}, "act_fn"),
+            )
+        ),
         (
             "lora",
             {"init": "pissa", "r": 33},
