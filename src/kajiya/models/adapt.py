@@ -27,11 +27,10 @@ from kajiya.config.tables import is_options, resolve
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import load_adapter
 from kajiya.models.adapter_targets import compiled, ia3_targets, keeps_transposed, target_names
-from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
 from kajiya.models.quantized import count_params, quantize
 from kajiya.models.tasks import CLASS_HEADS
-from kajiya.models.virtual_tokens import attach, filled_config, virtual_tokens
+from kajiya.models.virtual_tokens import attach, filled_config, require_place, virtual_tokens
 
 
 def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: int) -> dict[str, Any]:
@@ -189,24 +188,32 @@ def ia3(module: nn.Module, options: IA3Options) -> None:
 
 
 def prefix(module: nn.Module, options: PrefixOptions) -> None:
-    """Keys and values before each document, in every layer."""
+    """Keys and values before each document, in every layer; of an encoder–decoder before what the decoder writes."""
     from peft import PrefixTuningConfig
 
-    _require_packed(module, "prefix")
-    config = filled_config(module, PrefixTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module)))
+    require_place(module, "prefix", _task(module))
+    heads = _new_heads(module) or None
+    given = PrefixTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module), modules_to_save=heads)
+    config = filled_config(module, given)
     # Keys and values of a model at its beginning are about this large; a standard normal would drown the text.
     weight = torch.randn(options.n_tokens, config.num_layers * 2 * config.token_dim) * 0.02
-    _attach(module, config, weight)
+    attach(module, config, weight)
 
 
 def prompt(module: nn.Module, options: PromptOptions) -> None:
-    """Embeddings before each document, which begin as those of random tokens."""
+    """Embeddings before each document (an encoder–decoder's input), which begin as those of random tokens."""
     from peft import PromptTuningConfig
 
-    _require_packed(module, "prompt")
-    config = filled_config(module, PromptTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module)))
+    require_place(module, "prompt", _task(module))
+    given = PromptTuningConfig(
+        num_virtual_tokens=options.n_tokens,
+        task_type=_task(module),
+        modules_to_save=_new_heads(module) or None,
+        num_transformer_submodules=1,  # an encoder–decoder's second half would be read by nothing
+    )
+    config = filled_config(module, given)
     table: torch.Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
-    _attach(module, config, table[torch.randint(0, len(table), (options.n_tokens,))].detach().float().clone())
+    attach(module, config, table[torch.randint(0, len(table), (options.n_tokens,))].detach().float().clone())
 
 
 def load(module: nn.Module, options: LoadOptions) -> None:
@@ -276,25 +283,6 @@ def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
 def _new_heads(module: nn.Module) -> list[str]:
     """Names of the heads that begin at random, which are trained whole beside every adapter of layers."""
     return [name for name, _ in module.named_modules() if name in CLASS_HEADS]
-
-
-def _attach(module: Any, config: Any, weight: torch.Tensor) -> None:
-    attach(module, config, weight)
-    module.peft_config = {"default": config}
-
-
-def _require_packed(module: Any, name: str) -> None:
-    from transformers import PreTrainedModel
-
-    if not isinstance(module, PreTrainedModel) or _task(module) != "CAUSAL_LM":
-        raise ConfigError("adapter.name", f"{name} needs a causal model of Transformers", "Set adapter.name=lora.")
-    attention = module.config._attn_implementation
-    if attention != PACKED_SDPA:
-        raise ConfigError(
-            "adapter.name",
-            f"{name} needs attention by sdpa, and {type(module).__name__} is computed by {attention}",
-            "Set model.attention=sdpa; an architecture that has none of it takes adapter.name=lora.",
-        )
 
 
 def _task(module: nn.Module) -> str | None:

@@ -55,9 +55,10 @@ def _chosen(module: nn.Module, targets: str, words: Mapping[str, Pick], option: 
         )
     odd = [name for name in chosen if not _has_matrix(module.get_submodule(name))]
     if odd:
+        kind = type(module.get_submodule(odd[0])).__name__
         raise ConfigError(
             f"adapter.options.{option}",
-            f"{targets!r} matches {odd[0]} ({type(module.get_submodule(odd[0])).__name__}), which has no matrix of weights to adapt",
+            f"{targets!r} matches {odd[0]} ({kind}), which has no matrix of weights to adapt",
             f"Make it match layers alone that have one, like {', '.join([*linear][:2]) or 'none'}.",
         )
     return chosen
