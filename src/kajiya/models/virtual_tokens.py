@@ -17,7 +17,6 @@ from torch import nn
 
 from kajiya.errors import ConfigError
 from kajiya.models.attention import PACKED_SDPA
-from kajiya.models.injection import is_wrapper
 
 ATTRIBUTE = "virtual_tokens"
 """Name of the module under which a model has its virtual tokens."""
@@ -143,7 +142,7 @@ def heads(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {
         f"base_model.{path}.{key}": tensor
         for path, part in model.named_modules()
-        if is_wrapper(part)
+        if "modules_to_save" in part._modules
         for key, tensor in part.modules_to_save[name].state_dict().items()  # type: ignore[index,operator,union-attr]
     }
 
