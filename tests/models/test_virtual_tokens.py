@@ -12,7 +12,7 @@ from kajiya.config.schema import AdapterConfig, ModelConfig
 from kajiya.errors import ConfigError, StoreError
 from kajiya.models.adapt import adapter_off, transform
 from kajiya.models.adapter_files import Base, load_adapter, save_adapter
-from kajiya.models.build import build_model
+from kajiya.models.build import Vocabulary, build_model
 from kajiya.models.load import load_model
 from kajiya.models.open import open_model
 from kajiya.models.outputs import seq2seq_logits, sequence_logits
@@ -187,3 +187,27 @@ def test_a_decoder_of_unknown_sizes_takes_a_prompt_alone() -> None:
     ).module
     with pytest.raises(ConfigError, match="does not know the sizes of the decoder of prophetnet"):
         transform(module, AdapterConfig("prefix"), "none", 0)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 8])
+def test_a_prompt_begins_as_a_text_as_peft_has_it(n_tokens: int, small_tokenizer: Any, tmp_path: Path) -> None:
+    vocabulary = Vocabulary(len(small_tokenizer), 0, 1, 2)
+    made: Any = build_model(ModelConfig(n_params="40k", max_positions=64), vocabulary, 0).module
+    made.save_pretrained(tmp_path / "base")
+    small_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = "def f"
+    given = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": text,
+        "tokenizer_name_or_path": str(tmp_path / "tokenizer"),
+    }
+    config = PromptTuningConfig(num_virtual_tokens=n_tokens, task_type="CAUSAL_LM", **given)
+    peft: Any = get_peft_model(load_model(tmp_path / "base"), config)
+    module: Any = load_model(tmp_path / "base")
+    options = {"n_tokens": n_tokens, "text": text}
+    # PEFT takes what the tokenizer puts around a text for a part of it.
+    transform(module, AdapterConfig("prompt", options), "none", 0, small_tokenizer.encode)
+    assert torch.equal(module.virtual_tokens.embedding.weight, peft.prompt_encoder["default"].embedding.weight)
+    assert module.virtual_tokens.embedding.weight.requires_grad
+    with pytest.raises(ConfigError, match=r"adapter\.options\.text: has no token"):
+        transform(load_model(tmp_path / "base"), AdapterConfig("prompt", options), "none", 0, lambda text: [])

@@ -408,7 +408,9 @@ class PromptOptions:
     """Embeddings of tokens that are not there, before each document or input (Lester et al., arXiv:2104.08691)."""
 
     n_tokens: int = setting(16, ge=1)
-    """Virtual tokens; each begins as the embedding of a random token."""
+    """Virtual tokens; each begins as the embedding of a random token unless `text` is set."""
+    text: str | None = None
+    """What they begin as: the embeddings of this text's tokens, cut to `n_tokens` or begun again where there are fewer."""
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,19 @@ from kajiya.models.adapter_targets import compiled, ia3_targets, keeps_transpose
 from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
 from kajiya.models.quantized import count_params, quantize
 from kajiya.models.tasks import CLASS_HEADS
-from kajiya.models.virtual_tokens import attach, filled_config, require_place, virtual_tokens
+from kajiya.models.virtual_tokens import attach, begin_as, filled_config, require_place, virtual_tokens
+
+Encode = Callable[[str], list[int]]
+"""Token ids of a text, without those that a tokenizer puts around it."""
 
 
-def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: int) -> dict[str, Any]:
+def transform(
+    module: nn.Module, config: AdapterConfig, quantized: str, seed: int, encode: Encode | None = None
+) -> dict[str, Any]:
     """Quantize the weights (`model.quantize`) and apply the adapter, in place; returns what was derived.
 
-    Random beginnings are a function of `seed` alone. Raises `ConfigError` when nothing would be trained.
+    Random beginnings are a function of `seed` alone; a prompt's text begins as the tokens that `encode` gives. Raises
+    `ConfigError` when nothing would be trained.
     """
     quantize(module, quantized)
     function, options = resolve("adapter", config.name, config.options, "adapter")
@@ -46,6 +52,9 @@ def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: in
             function(module, options)
         else:
             function(module, **options)
+    if isinstance(options, PromptOptions) and options.text is not None:
+        assert encode is not None, "a text cannot be read without a tokenizer"
+        begin_as(module, encode(options.text), "adapter.options.text")
     n_trainable = count_params(module, trainable=True)
     if n_trainable == 0:
         raise ConfigError("adapter", f"{config.name} leaves nothing to train")
@@ -201,7 +210,7 @@ def prefix(module: nn.Module, options: PrefixOptions) -> None:
 
 
 def prompt(module: nn.Module, options: PromptOptions) -> None:
-    """Embeddings before each document (an encoder–decoder's input), which begin as those of random tokens."""
+    """Embeddings before each document (an encoder–decoder's input), which begin as random tokens', or as a text's (`transform`)."""
     from peft import PromptTuningConfig
 
     require_place(module, "prompt", _task(module))

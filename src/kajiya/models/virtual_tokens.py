@@ -137,6 +137,19 @@ def attach(model: Any, config: Any, weight: torch.Tensor, name: str = "default")
     set_additional_trainable_modules(model, config, None, name)
 
 
+def begin_as(model: Any, ids: list[int], field: str) -> None:
+    """Give a prompt's tokens the embeddings of these, from the first again where they are fewer, as PEFT does.
+
+    Raises `ConfigError` naming `field` where there is none.
+    """
+    if not ids:
+        raise ConfigError(field, "has no token that virtual ones could begin as", "Give it a text, or leave it out.")
+    weight = model._modules[ATTRIBUTE].embedding.weight
+    places = torch.tensor(ids).repeat(-(-len(weight) // len(ids)))[: len(weight)]
+    with torch.no_grad():
+        weight.copy_(model.get_input_embeddings().weight[places])
+
+
 def heads(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """What the adapter of that name trains whole beside its virtual tokens, as PEFT names it in its files."""
     return {
