@@ -189,10 +189,13 @@ def test_a_decoder_of_unknown_sizes_takes_a_prompt_alone() -> None:
         transform(module, AdapterConfig("prefix"), "none", 0)
 
 
-@pytest.mark.parametrize("n_tokens", [2, 3, 8])
-def test_a_prompt_begins_as_a_text_as_peft_has_it(n_tokens: int, small_tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "n_tokens"), [("llama", 2), ("llama", 3), ("llama", 8), ("gemma3_text", 8)])
+def test_a_prompt_begins_as_a_text_as_peft_has_it(
+    architecture: str, n_tokens: int, small_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Gemma reads its embeddings times √D."""
     vocabulary = Vocabulary(len(small_tokenizer), 0, 1, 2)
-    made: Any = build_model(ModelConfig(n_params="40k", max_positions=64), vocabulary, 0).module
+    made: Any = build_model(ModelConfig(name=architecture, n_params="60k", max_positions=64), vocabulary, 0).module
     made.save_pretrained(tmp_path / "base")
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
     text = "def f"
@@ -209,5 +212,9 @@ def test_a_prompt_begins_as_a_text_as_peft_has_it(n_tokens: int, small_tokenizer
     transform(module, AdapterConfig("prompt", options), "none", 0, small_tokenizer.encode)
     assert torch.equal(module.virtual_tokens.embedding.weight, peft.prompt_encoder["default"].embedding.weight)
     assert module.virtual_tokens.embedding.weight.requires_grad
+    begun: Any = load_model(tmp_path / "base")
+    transform(begun, AdapterConfig("prompt", {"n_tokens": n_tokens}), "none", 0)
+    known = begun.get_input_embeddings()(torch.arange(len(small_tokenizer)))
+    assert all(bool((known == each).all(dim=1).any()) for each in begun.virtual_tokens.embedding.weight)
     with pytest.raises(ConfigError, match=r"adapter\.options\.text: has no token"):
         transform(load_model(tmp_path / "base"), AdapterConfig("prompt", options), "none", 0, lambda text: [])

@@ -30,7 +30,14 @@ from kajiya.models.adapter_targets import compiled, ia3_targets, keeps_transpose
 from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
 from kajiya.models.quantized import count_params, quantize
 from kajiya.models.tasks import CLASS_HEADS
-from kajiya.models.virtual_tokens import attach, begin_as, filled_config, require_place, virtual_tokens
+from kajiya.models.virtual_tokens import (
+    attach,
+    begin_as,
+    embeddings,
+    filled_config,
+    require_place,
+    virtual_tokens,
+)
 
 Encode = Callable[[str], list[int]]
 """Token ids of a text, without those that a tokenizer puts around it."""
@@ -221,8 +228,8 @@ def prompt(module: nn.Module, options: PromptOptions) -> None:
         num_transformer_submodules=1,  # an encoder–decoder's second half would be read by nothing
     )
     config = filled_config(module, given)
-    table: torch.Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
-    attach(module, config, table[torch.randint(0, len(table), (options.n_tokens,))].detach().float().clone())
+    n_known = len(module.get_input_embeddings().weight)  # type: ignore[operator]
+    attach(module, config, embeddings(module, torch.randint(0, n_known, (options.n_tokens,))))
 
 
 def load(module: nn.Module, options: LoadOptions) -> None:

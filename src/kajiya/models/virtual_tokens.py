@@ -145,9 +145,14 @@ def begin_as(model: Any, ids: list[int], field: str) -> None:
     if not ids:
         raise ConfigError(field, "has no token that virtual ones could begin as", "Give it a text, or leave it out.")
     weight = model._modules[ATTRIBUTE].embedding.weight
-    places = torch.tensor(ids).repeat(-(-len(weight) // len(ids)))[: len(weight)]
+    weight.data.copy_(embeddings(model, torch.tensor(ids).repeat(-(-len(weight) // len(ids)))[: len(weight)]))
+
+
+def embeddings(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the model's blocks read of those tokens, float32 [n, D]: of some architectures the table's rows times √D."""
     with torch.no_grad():
-        weight.copy_(model.get_input_embeddings().weight[places])
+        found: torch.Tensor = model.get_input_embeddings()(ids)
+    return found.float().clone()
 
 
 def heads(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
