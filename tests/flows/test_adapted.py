@@ -257,6 +257,20 @@ def test_an_adapter_without_a_base_of_its_own_brings_it_along(
 
 
 @pytest.mark.slow
+def test_a_prompt_begins_as_the_text_that_it_is_given(finished: Finished, small_config: Callable[..., Config]) -> None:
+    config = small_config(
+        *on_base(finished), "name=small-prompt", "adapter.name=prompt", "adapter.options={n_tokens: 5, text: 'def f'}",
+        "optim.lr=1e-9", "train.steps=2", "preflight.skip=[learning,trainable]",
+    )  # fmt: skip
+    trained = train(config, finished.store)
+    module, tokenizer = load(trained.model.path, finished.store.root)
+    ids = tokenizer.encode("def f", add_special_tokens=False)
+    assert len(ids) < 5
+    begun = module.get_input_embeddings().weight[(5 * ids)[:5]]
+    torch.testing.assert_close(module.virtual_tokens.embedding.weight, begun, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
 def test_a_stand_in_is_small_of_the_same_architecture_and_said(
     finished: Finished, small_config: Callable[..., Config]
 ) -> None:

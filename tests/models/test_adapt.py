@@ -402,6 +402,20 @@ def test_the_weights_digest_is_of_the_weights_alone(base: Callable[..., Path], t
     [
         ("lora", {"targets": "no_such_layer"}, "none", "matches no module"),
         ("lora", {"targets": "("}, "none", "no regular expression"),
+        *(
+            (
+                name,
+                {"targets": rf".*\.(q_proj|{odd})"} | options,
+                "none",
+                rf"options\.targets: .* matches \S*{odd} \(\w+\), which has no matrix .*\n.*like \S*q_proj",
+            )
+            for name, options, odd in (
+                ("lora", {}, "act_fn"),
+                ("lora", {"init": "pissa"}, "act_fn"),
+                ("dora", {}, "input_layernorm"),
+                ("ia3", {}, "act_fn"),
+            )
+        ),
         (
             "lora",
             {"init": "pissa", "r": 33},
@@ -427,8 +441,12 @@ def test_virtual_tokens_say_what_they_miss(name: str, base: Callable[..., Path])
     folder, config = base(), AdapterConfig(name, {"n_tokens": 2})
     with pytest.raises(ConfigError, match=f"{name} needs attention by sdpa, and LlamaForCausalLM is computed by eager"):
         transform(load_model(folder, attention="eager"), config, "none", 0)
-    with pytest.raises(ConfigError, match=f"{name} needs a causal model of Transformers"):
-        transform(load_model(folder, task=Task("classes", ("a", "b"))), config, "none", 0)
+    for task in (Task("classes", ("a", "b")), Task("masked")):
+        encoder: Any = build_model(ModelConfig("bert", n_params="40k", max_positions=64), VOCABULARY, 0, task).module
+        with pytest.raises(
+            ConfigError, match=f"{name} puts tokens before a text .* {type(encoder).__name__} is no causal model"
+        ):
+            transform(encoder, config, "none", 0)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3"])

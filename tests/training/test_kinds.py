@@ -48,12 +48,12 @@ EACH = [
 ]
 
 
-def _task(name: str) -> Task:
+def task_of(name: str) -> Task:
     return LABELS.get(name, Task(loss_row(name).task))
 
 
 def _model(name: str, beginning: str = "full", seed: int = 0) -> Any:
-    task = _task(name)
+    task = task_of(name)
     architecture = {"masked": "bert", "seq2seq": "t5"}.get(task.name, "llama")
     config = ModelConfig(name=architecture, n_params="40k", max_positions=64)
     module = build_model(config, VOCABULARY, seed, task).module
@@ -62,7 +62,7 @@ def _model(name: str, beginning: str = "full", seed: int = 0) -> Any:
     return module.train()
 
 
-def _batches(name: str, model: Any) -> list[Any]:
+def make_batches(name: str, model: Any) -> list[Any]:
     takes = loss_row(name).takes
     if takes == "tokens":
         return [make_batch(2, seed=seed) for seed in range(3)]
@@ -111,7 +111,7 @@ def _setup(name: str, tmp_path: Path, steps: int, beginning: str = "full") -> Se
         options = {"teacher": str(teacher)}
     config = LossConfig(name, options)
     torch.manual_seed(0)
-    batches = _batches(name, _model(name, beginning))
+    batches = make_batches(name, _model(name, beginning))
     return make_setup(
         _model(name, beginning),
         batches,
@@ -156,11 +156,11 @@ def _saved_and_opened(model: Any, name: str, beginning: str, tmp_path: Path) -> 
     folder = tmp_path / "model"
     if beginning == "full":
         model.save_pretrained(folder)
-        return auto_class(_task(name)).from_pretrained(folder)
+        return auto_class(task_of(name)).from_pretrained(folder)
     base = tmp_path / "base"
     _model(name).save_pretrained(base)
     save_adapter(model, NoTokenizer(), folder, Base(str(base), weights_digest(base), BEGINNINGS[beginning][1]))
-    plain = auto_class(_task(name)).from_pretrained(base)
+    plain = auto_class(task_of(name)).from_pretrained(base)
     return PeftModel.from_pretrained(plain, folder).base_model.model
 
 
@@ -178,7 +178,7 @@ def _value(setup: Setup) -> float:
     return total / count
 
 
-def test_examples_count_alike_however_they_are_cut_into_micro_batches(tmp_path: Path) -> None:
+def test_examples_count_alike_however_they_are_cut_into_micromake_batches(tmp_path: Path) -> None:
     """One batch of 6 pairs, or 2, 1 and 3: the same gradient (a mean of means would show)."""
     model = _model("dpo")
     sequences = random_sequences(12, 3)

@@ -396,7 +396,8 @@ class IA3Options:
 
 @dataclass(frozen=True)
 class PrefixOptions:
-    """Keys and values of tokens that are not there, before each document (Li & Liang, arXiv:2101.00190)."""
+    """Keys and values of tokens that are not there, before each document, of an encoder–decoder before what it writes (Li & Liang,
+    arXiv:2101.00190)."""
 
     n_tokens: int = setting(16, ge=1)
     """Virtual tokens."""
@@ -404,10 +405,12 @@ class PrefixOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Embeddings of tokens that are not there, before each document (Lester et al., arXiv:2104.08691)."""
+    """Embeddings of tokens that are not there, before each document or input (Lester et al., arXiv:2104.08691)."""
 
     n_tokens: int = setting(16, ge=1)
-    """Virtual tokens; each begins as the embedding of a random token."""
+    """Virtual tokens; each begins as the embedding of a random token unless `text` is set."""
+    text: str | None = None
+    """What they begin as: the embeddings of this text's tokens, cut to `n_tokens` or begun again where there are fewer."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import os
 import resource
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,12 +34,16 @@ class ProgramEnd:
 def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
     """Run Python source in isolated mode without site packages; passed when it comes to the end of its last line, with status 0.
 
-    A program that exits before, with whatever status, has not run all of its tests and does not pass. Limits: wall time,
-    processor time, address space (of each process), files of 1 MiB, 64 processes more than the machine has (which root is not held
-    to), no core dumps; an empty environment and working folder. All that it has started is killed behind it, what has left its
-    session too. Where the kernel has Landlock it changes
-    files in that folder alone; `kajiya.evals.confine.why_unconfined` says where not. It shares the network and the readable
-    files of this machine: run what you do not trust at all within a container.
+    A program that exits before, with whatever status, has not run all of its tests and does not pass. That it came to its end is
+    said with a word that none of its frames, objects and files holds, and `sys.settrace`, which can skip lines, takes no function.
+    An answer that changes what its tests call (a class whose objects equal everything, another `len`) does deceive them, as would
+    one that reads the memory of its process itself (`ctypes`, `/proc/self/mem`): tests beside the answer can tell no more.
+
+    Limits: wall time, processor time, address space (of each process), files of 1 MiB, 64 processes more than the machine has
+    (which root is not held to), no core dumps; an empty environment and working folder. All that it has started is killed behind
+    it, what has left its session too. Where the kernel has Landlock it changes files in that folder alone;
+    `kajiya.evals.confine.why_unconfined` says where not. It shares the network and the readable files of this machine: run what
+    you do not trust at all within a container.
     """
     most_processes = _processes()
 
@@ -60,7 +65,7 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
         _Ending() as ending,
     ):
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", str(_WATCHED)],
+            [sys.executable, "-I", "-S", "-X", "utf8", str(_WATCHED), str(ending.child.fileno())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -68,10 +73,10 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
             env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             preexec_fn=limit,
-            pass_fds=(ending.write,),
+            pass_fds=(ending.child.fileno(),),
         )
         try:
-            process.communicate((source + ending.lines).encode("utf-8", "replace"), timeout=seconds)
+            process.communicate(source.encode("utf-8", "replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
             return ProgramEnd(False, f"timed out after {seconds:g} s")
         finally:
@@ -94,30 +99,31 @@ def run_program(source: str, *, seconds: float, memory_mb: int) -> ProgramEnd:
     return ProgramEnd(True, "passed")
 
 
+def whole_lines(answer: str) -> str:
+    """The answer as it may stand before a program's tests: a backslash at its end would take their first line into its own last."""
+    return f"{answer}\n" if answer.endswith("\\") else answer
+
+
 class _Ending:
-    """A word that a program writes into a pipe of its own once its last line is done, another one for each program."""
+    """A word of its own for each program: the child takes it out of a socket and gives it back once the last line is done."""
 
     def __init__(self) -> None:
         self._word = secrets.token_bytes(16)
-        self._read, self.write = os.pipe()
-        os.set_blocking(self._read, False)  # something that the program has left behind may hold the other end
+        self._own, self.child = socket.socketpair()
+        self._own.setblocking(False)  # something that the program has left behind may hold the other end
+        self._own.send(self._word)
 
     def __enter__(self) -> "_Ending":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._read)
-        os.close(self.write)
-
-    @property
-    def lines(self) -> str:
-        """What follows the program's own source."""
-        return f"\nimport posix as _posix\n_posix.write({self.write}, {self._word!r})\n"
+        self._own.close()
+        self.child.close()
 
     def is_reached(self) -> bool:
-        """Whether the word has been written."""
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self._read, 1 << 10) == self._word
+        """Whether the word has come back, and nothing before it; a fork of the program may say it once more."""
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            return self._own.recv(len(self._word)) == self._word
         return False
 
 

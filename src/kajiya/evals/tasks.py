@@ -287,7 +287,9 @@ def test_program(task: Task, row: Row, answer: str) -> str:
     if _is_function(task.tests):
         program: str = import_target(task.tests, f"{task.name}.tests")(row, answer)
         return program
-    return render(task, task.tests, row, answer=answer)
+    from kajiya.evals.sandbox import whole_lines
+
+    return render(task, task.tests, row, answer=whole_lines(answer))
 
 
 def choices_of(task: Task, row: Row) -> list[str]:

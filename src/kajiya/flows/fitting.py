@@ -106,7 +106,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     built = _build(config, data)
     require_isolation(config, data.corpus.facts["format"], built.module)
     adapted = add_future_heads(built.module, config.model.future_heads)
-    adapted |= transform(built.module, config.adapter, config.model.quantize, config.seed)
+    adapted |= transform(built.module, config.adapter, config.model.quantize, config.seed, _encoder(data))
     if has_adapter(built.module) and config.model.path and data.tokenizer.facts["added_tokens"]:
         _require_rows_of_tokens(built.module)
     recompute_activations(built.module, config.train.gradient_checkpointing, device)
@@ -220,6 +220,10 @@ def _build(config: Config, data: Data) -> BuiltModel:
     if config.model.init in _BEGINNINGS:
         _BEGINNINGS[config.model.init](built.module, count_bigrams(data.shards.path, len(vocabulary)), config.seed)
     return built
+
+
+def _encoder(data: Data) -> Callable[[str], list[int]]:
+    return lambda text: load_tokenizer(data.tokenizer.path).encode(text, add_special_tokens=False)
 
 
 def _plan(config: Config, prepared: Prepared, data: Data, began: float, store: Store | None) -> Plan:

@@ -27,17 +27,29 @@ from kajiya.config.tables import is_options, resolve
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import load_adapter
 from kajiya.models.adapter_targets import compiled, ia3_targets, keeps_transposed, target_names
-from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
 from kajiya.models.quantized import count_params, quantize
 from kajiya.models.tasks import CLASS_HEADS
-from kajiya.models.virtual_tokens import attach, filled_config, virtual_tokens
+from kajiya.models.virtual_tokens import (
+    attach,
+    begin_as,
+    embeddings,
+    filled_config,
+    require_place,
+    virtual_tokens,
+)
+
+Encode = Callable[[str], list[int]]
+"""Token ids of a text, without those that a tokenizer puts around it."""
 
 
-def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: int) -> dict[str, Any]:
+def transform(
+    module: nn.Module, config: AdapterConfig, quantized: str, seed: int, encode: Encode | None = None
+) -> dict[str, Any]:
     """Quantize the weights (`model.quantize`) and apply the adapter, in place; returns what was derived.
 
-    Random beginnings are a function of `seed` alone. Raises `ConfigError` when nothing would be trained.
+    Random beginnings are a function of `seed` alone; a prompt's text begins as the tokens that `encode` gives. Raises
+    `ConfigError` when nothing would be trained.
     """
     quantize(module, quantized)
     function, options = resolve("adapter", config.name, config.options, "adapter")
@@ -47,6 +59,9 @@ def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: in
             function(module, options)
         else:
             function(module, **options)
+    if isinstance(options, PromptOptions) and options.text is not None:
+        assert encode is not None, "a text cannot be read without a tokenizer"
+        begin_as(module, encode(options.text), "adapter.options.text")
     n_trainable = count_params(module, trainable=True)
     if n_trainable == 0:
         raise ConfigError("adapter", f"{config.name} leaves nothing to train")
@@ -189,24 +204,32 @@ def ia3(module: nn.Module, options: IA3Options) -> None:
 
 
 def prefix(module: nn.Module, options: PrefixOptions) -> None:
-    """Keys and values before each document, in every layer."""
+    """Keys and values before each document, in every layer; of an encoder–decoder before what the decoder writes."""
     from peft import PrefixTuningConfig
 
-    _require_packed(module, "prefix")
-    config = filled_config(module, PrefixTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module)))
+    require_place(module, "prefix", _task(module))
+    heads = _new_heads(module) or None
+    given = PrefixTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module), modules_to_save=heads)
+    config = filled_config(module, given)
     # Keys and values of a model at its beginning are about this large; a standard normal would drown the text.
     weight = torch.randn(options.n_tokens, config.num_layers * 2 * config.token_dim) * 0.02
-    _attach(module, config, weight)
+    attach(module, config, weight)
 
 
 def prompt(module: nn.Module, options: PromptOptions) -> None:
-    """Embeddings before each document, which begin as those of random tokens."""
+    """Embeddings before each document (an encoder–decoder's input), which begin as random tokens', or as a text's (`transform`)."""
     from peft import PromptTuningConfig
 
-    _require_packed(module, "prompt")
-    config = filled_config(module, PromptTuningConfig(num_virtual_tokens=options.n_tokens, task_type=_task(module)))
-    table: torch.Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
-    _attach(module, config, table[torch.randint(0, len(table), (options.n_tokens,))].detach().float().clone())
+    require_place(module, "prompt", _task(module))
+    given = PromptTuningConfig(
+        num_virtual_tokens=options.n_tokens,
+        task_type=_task(module),
+        modules_to_save=_new_heads(module) or None,
+        num_transformer_submodules=1,  # an encoder–decoder's second half would be read by nothing
+    )
+    config = filled_config(module, given)
+    n_known = len(module.get_input_embeddings().weight)  # type: ignore[operator]
+    attach(module, config, embeddings(module, torch.randint(0, n_known, (options.n_tokens,))))
 
 
 def load(module: nn.Module, options: LoadOptions) -> None:
@@ -276,25 +299,6 @@ def _trained_whole(module: Any, options: LoraOptions) -> tuple[list[str], bool]:
 def _new_heads(module: nn.Module) -> list[str]:
     """Names of the heads that begin at random, which are trained whole beside every adapter of layers."""
     return [name for name, _ in module.named_modules() if name in CLASS_HEADS]
-
-
-def _attach(module: Any, config: Any, weight: torch.Tensor) -> None:
-    attach(module, config, weight)
-    module.peft_config = {"default": config}
-
-
-def _require_packed(module: Any, name: str) -> None:
-    from transformers import PreTrainedModel
-
-    if not isinstance(module, PreTrainedModel) or _task(module) != "CAUSAL_LM":
-        raise ConfigError("adapter.name", f"{name} needs a causal model of Transformers", "Set adapter.name=lora.")
-    attention = module.config._attn_implementation
-    if attention != PACKED_SDPA:
-        raise ConfigError(
-            "adapter.name",
-            f"{name} needs attention by sdpa, and {type(module).__name__} is computed by {attention}",
-            "Set model.attention=sdpa; an architecture that has none of it takes adapter.name=lora.",
-        )
 
 
 def _task(module: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from kajiya.errors import StoreError
 from kajiya.models.injection import BEGINNING, inject, takes_from_base
 from kajiya.models.origin import Origin, origin_of
 from kajiya.models.tasks import CAUSAL, CLASS_HEADS, Task
-from kajiya.models.virtual_tokens import ATTRIBUTE, attach, filled_config
+from kajiya.models.virtual_tokens import ATTRIBUTE, attach, filled_config, heads, take_heads
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.files import read_json, write_json
 from kajiya.run.tensor_headers import read_header
@@ -206,9 +206,15 @@ def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained
     config.inference_mode = not is_trained
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(folder / _WEIGHTS).items()}
     if config.is_prompt_learning:
-        attach(module, filled_config(module, config), tensors["prompt_embeddings"].float())
-        module.peft_config = {name: config}
+        attach(module, filled_config(module, config), tensors["prompt_embeddings"].float(), name)
         module._modules[ATTRIBUTE].requires_grad_(is_trained)
+        del tensors["prompt_embeddings"]
+        if heads(module, name).keys() != tensors.keys():
+            odd = sorted(heads(module, name).keys() ^ tensors.keys())[0]
+            raise StoreError(
+                f"{folder}: the tensor {odd!r} is in the adapter or among the model's heads, but not in both"
+            )
+        take_heads(module, tensors, name)
         return
     # Where head and embedding are trained as one, both are the adapter's under either name.
     is_tied = bool(vars(config).get("ensure_weight_tying"))
@@ -264,7 +270,8 @@ def _tensors(module: Any, name: str, *, with_prefix: bool = True) -> dict[str, t
     from peft import get_peft_model_state_dict
 
     if ATTRIBUTE in module._modules:
-        return {"prompt_embeddings": module._modules[ATTRIBUTE].embedding.weight}
+        virtual = {"prompt_embeddings": module._modules[ATTRIBUTE].embedding.weight}
+        return virtual | heads(module, name)
     # Whether the embedding is saved is the config's word (modules_to_save), not a look at the hub.
     own = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     prefix = _PREFIX if with_prefix else ""

@@ -53,7 +53,21 @@ def _chosen(module: nn.Module, targets: str, words: Mapping[str, Pick], option: 
             f"{targets!r} matches no module of {type(module).__name__}",
             f"One of {', '.join(words)}, or a regular expression for names like {', '.join([*linear][:2]) or 'none'}.",
         )
+    odd = [name for name in chosen if not _has_matrix(module.get_submodule(name))]
+    if odd:
+        kind = type(module.get_submodule(odd[0])).__name__
+        raise ConfigError(
+            f"adapter.options.{option}",
+            f"{targets!r} matches {odd[0]} ({kind}), which has no matrix of weights to adapt",
+            f"Make it match layers alone that have one, like {', '.join([*linear][:2]) or 'none'}.",
+        )
     return chosen
+
+
+def _has_matrix(part: Any) -> bool:
+    """Whether a layer has weights of two dimensions or more, also packed ones."""
+    weight = part._parameters.get("weight")
+    return weight is not None and weight.dim() > 1
 
 
 def compiled(pattern: str, field: str) -> "re.Pattern[str]":

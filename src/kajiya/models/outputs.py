@@ -12,6 +12,7 @@ import torch
 from kajiya.data.batch import Batch, ExampleBatch, Seq2SeqBatch
 from kajiya.models.hidden import all_logits
 from kajiya.models.isolation import isolation_inputs
+from kajiya.models.virtual_tokens import VirtualTokens, virtual_tokens
 
 _POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Architectures whose positions begin behind the padding id."""
@@ -36,12 +37,11 @@ def seq2seq_logits(model: Any, batch: Seq2SeqBatch) -> torch.Tensor:
 
     if not isinstance(model, PreTrainedModel):
         return model(batch.inputs, batch.inputs_mask, batch.tokens)  # type: ignore[no-any-return]
-    return model(  # type: ignore[no-any-return]
-        input_ids=batch.inputs,
-        attention_mask=batch.inputs_mask.long(),
-        decoder_input_ids=batch.tokens,
-        use_cache=False,
-    ).logits
+    virtual = virtual_tokens(model)
+    given: dict[str, Any] = {"input_ids": batch.inputs, "attention_mask": batch.inputs_mask.long()}
+    if virtual is not None:
+        given = virtual.paired_inputs(model, batch.inputs, batch.inputs_mask)
+    return model(**given, decoder_input_ids=batch.tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def decoder_start(model: Any) -> int | None:
@@ -77,7 +77,21 @@ def sequence_logits(model: Any, batch: ExampleBatch) -> torch.Tensor:
     tokens_SL, mask_SL = padded_sequences(batch, pad_id or 0)
     if is_own:
         return model(tokens_SL, mask_SL)  # type: ignore[no-any-return]
+    virtual = virtual_tokens(model)
+    if virtual is not None:
+        return _behind_virtual(model, virtual, tokens_SL, mask_SL)
     return model(input_ids=tokens_SL, attention_mask=mask_SL.long()).logits  # type: ignore[no-any-return]
+
+
+def _behind_virtual(model: Any, virtual: VirtualTokens, tokens_SL: torch.Tensor, mask_SL: torch.Tensor) -> torch.Tensor:
+    """The same of a causal model behind virtual tokens."""
+    given = virtual.padded_inputs(model, tokens_SL, mask_SL)
+    if virtual.is_prefix:
+        return model(**given).logits  # type: ignore[no-any-return]
+    # Of embeddings the class would take the last place of each row, which is padding in all but the longest.
+    hidden_SLD = virtual.strip(model.base_model(**given).last_hidden_state)
+    sequences = torch.arange(len(hidden_SLD), device=hidden_SLD.device)
+    return model.score(hidden_SLD[sequences, mask_SL.sum(dim=1) - 1])  # type: ignore[no-any-return]
 
 
 def padded_sequences(batch: ExampleBatch, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

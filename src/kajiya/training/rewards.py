@@ -18,7 +18,7 @@ from kajiya.config.schema import RenderConfig
 from kajiya.config.tables import TABLES, import_target, is_options, resolve
 from kajiya.data.batch import NO_TARGET, Batch, ExampleBatch
 from kajiya.errors import ConfigError, TrainingError
-from kajiya.evals.sandbox import run_program
+from kajiya.evals.sandbox import run_program, whole_lines
 from kajiya.training.time_limit import LateError, time_limit
 
 _FIELD = "train.loss.options.rewards"
@@ -156,6 +156,8 @@ def _right(sample: Sample, column: str | None) -> str:
 
 def _put_in(sample: Sample, name: str) -> str:
     """What stands for `{name}` in a program."""
+    if name == "answer":
+        return whole_lines(sample.answer)
     value = sample.row[name.removeprefix(ROW)] if name.startswith(ROW) else vars(sample)[name]
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
