@@ -24,6 +24,8 @@ _PICKLE = "adapter_model.bin"
 _BASE = "base.json"
 _WHOLE = ("embed_tokens", "embed_tokens.base_layer", "lm_head", "lm_head.base_layer", "wte", "wte.base_layer")
 """Ends of the names of embeddings and heads in PEFT's files."""
+_SHARING = ("VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD")
+"""Kinds of PEFT whose layers share matrices that are kept beside the model and not in it."""
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's own modules."""
 
@@ -230,10 +232,7 @@ def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained
 
 def _require_own_matrices(folder: Path, config: Any) -> None:
     """Raise `ConfigError` for an adapter whose layers share matrices, which PEFT keeps in a model of its own around this one."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    if tuner is None or not tuner.uses_shared_state:
+    if config.peft_type.value not in _SHARING:
         return
     raise ConfigError(
         "adapter",

@@ -91,21 +91,6 @@ def stored_bytes(module: nn.Module) -> tuple[int, int]:
     return n_bytes, n_params
 
 
-def left_out(module: nn.Module) -> str:
-    """What of the frozen weights stands neither in few bits nor beside an adapter although it is products: the experts of a
-    mixture, which Transformers keeps as one tensor [expert, out, in] and not as linear layers. Empty where there are none.
-    """
-    experts = {name: each for name, each in module.named_parameters() if each.ndim == 3 and not each.requires_grad}
-    experts = {name: each for name, each in experts.items() if not is_quantized(each) and "conv" not in name}
-    if not experts:
-        return ""
-    n_left, n_all = sum(each.numel() for each in experts.values()), count_params(module)
-    return (
-        f"{100 * n_left / n_all:.0f} % of them are experts ({next(iter(experts))} and {len(experts) - 1} more), which are no "
-        "linear layers: they are neither quantized nor adapted"
-    )
-
-
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that one consists of: itself, or the integers and the scales behind torchao's."""
     if type(tensor).__name__ == "Int8Tensor":
