@@ -23,7 +23,8 @@ from kajiya.models.experts import left_out
 from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.models.injection import merge
 from kajiya.models.load import load_model
-from kajiya.models.open import open_model
+from kajiya.models.merged import merged_tensors
+from kajiya.models.open import open_adapters, open_model
 from kajiya.models.quantized import count_params, dequantize, plain_tensors, quantize, stored_bytes
 from kajiya.models.tasks import CLASS_HEADS, Task
 from kajiya.models.weights_digest import weights_digest
@@ -308,31 +309,60 @@ def test_an_adapter_is_refused_on_another_base(base: Callable[..., Path], tmp_pa
         open_model(tmp_path / "a", torch.float32, base=str(other))
 
 
-def test_several_named_adapters_on_one_base(base: Callable[..., Path], tmp_path: Path) -> None:
+_NAMED: dict[str, dict[str, Any]] = {
+    "one": {"r": 4},
+    "two": {"r": 2, "targets": "attention"},
+    "head": {"r": 2, "targets": r".*q_proj", "train_head": True},
+}
+
+
+@pytest.mark.parametrize("quantized", ["none", "nf4"])
+def test_several_named_adapters_on_one_base(quantized: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """Of other layers each, one with a head of its own; opened, switched between and merged, one at a time."""
     folder = base()
     expected, batch = {}, make_batch(2, seed=4)
-    for name, seed in (("one", 1), ("two", 2)):
+    for seed, (name, options) in enumerate(_NAMED.items()):
         module = load_model(folder)
-        transform(module, AdapterConfig("lora", {"r": 4, "init": "gaussian"}), "none", seed)
+        transform(module, AdapterConfig("lora", options), quantized, seed)
         with torch.no_grad():
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
             expected[name] = all_logits(module, batch)
-        save_adapter(module, NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), "none"))
-    both = load_model(folder)
+        save_adapter(module, NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), quantized))
+    several = open_adapters(folder, {name: tmp_path / name for name in _NAMED}, torch.float32)
     with torch.no_grad():
-        plain = all_logits(both, batch)
-        for name in expected:
-            load_adapter(both, tmp_path / name, name)
-        assert adapter_names(both) == ["one", "two"]
-        for name in ("two", "one", "two"):
-            use_adapter(both, name)
-            torch.testing.assert_close(all_logits(both, batch), expected[name])
-        with adapter_off(both):
-            torch.testing.assert_close(all_logits(both, batch), plain)
+        assert adapter_names(several) == list(_NAMED)
+        torch.testing.assert_close(all_logits(several, batch), expected["one"])
+        for name in ("one", "two", "head", "one", "head", "two"):
+            use_adapter(several, name)
+            torch.testing.assert_close(all_logits(several, batch), expected[name])
+            plain = load_model(folder)
+            plain.load_state_dict(merged_tensors(several, torch.float32))
+            torch.testing.assert_close(all_logits(plain, batch), expected[name], atol=5e-5, rtol=0)
+        with adapter_off(several):
+            plain = dequantize(quantize(load_model(folder), quantized), torch.float32)
+            torch.testing.assert_close(all_logits(several, batch), all_logits(plain, batch))
+        assert not any(each.requires_grad for each in several.parameters())
+        merge(several)
+        torch.testing.assert_close(all_logits(several, batch), expected["two"], atol=5e-5, rtol=0)
+
+
+def test_adapters_that_cannot_stand_beside_each_other_are_refused(base: Callable[..., Path], tmp_path: Path) -> None:
+    folder = base()
+    for name, kind in (("one", "lora"), ("tokens", "prefix")):
+        module = load_model(folder)
+        transform(module, AdapterConfig(kind), "none", 0)
+        save_adapter(module, NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), "none"))
+    both = open_adapters(folder, {"one": tmp_path / "one"}, torch.float32)
     with pytest.raises(ConfigError, match="'three' is no adapter"):
         use_adapter(both, "three")
+    with pytest.raises(ConfigError, match=r"tokens: .* adds virtual tokens, beside which no other"):
+        open_adapters(folder, {"one": tmp_path / "one", "tokens": tmp_path / "tokens"}, torch.float32)
+    with pytest.raises(ConfigError, match=r"'a\.b' is no name"):
+        open_adapters(folder, {"a.b": tmp_path / "one"}, torch.float32)
+    with pytest.raises(StoreError, match="belongs to weights of digest"):
+        open_adapters(base(seed=1), {"one": tmp_path / "one"}, torch.float32)
 
 
 def test_the_second_matrices_learn_faster(base: Callable[..., Path]) -> None:

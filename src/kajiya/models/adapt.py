@@ -28,7 +28,7 @@ from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import load_adapter
 from kajiya.models.adapter_targets import Targets, compiled, ia3_targets, keeps_transposed, lora_targets
 from kajiya.models.attention import PACKED_SDPA
-from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
+from kajiya.models.injection import BEGINNING, adapters_of, inject, is_wrapper, layers
 from kajiya.models.quantized import count_params, is_quantized, quantize
 from kajiya.models.tasks import CLASS_HEADS
 from kajiya.models.virtual_tokens import attach, filled_config, virtual_tokens
@@ -84,7 +84,9 @@ def use_adapter(module: nn.Module, name: str) -> None:
     if name not in known:
         raise ConfigError("adapter", f"{name!r} is no adapter of this model; there is: {', '.join(known) or 'none'}")
     for part in layers(module):
-        part.set_adapter(name, inference_mode=not _is_trained(part))
+        # A module that is trained whole, or in rows, by another adapter alone is the model's own now.
+        own = name if name in adapters_of(part) else []
+        part.set_adapter(own, inference_mode=not _is_trained(part))
 
 
 @contextmanager

@@ -55,6 +55,13 @@ def layers(module: nn.Module) -> Iterator[Any]:
             yield part
 
 
+def adapters_of(part: Any) -> set[str]:
+    """Names of the adapters that change this one of `layers`."""
+    if is_wrapper(part) or is_token_wrapper(part):
+        return set(part._adapters)
+    return {name for attribute in part.adapter_layer_names for name in getattr(part, attribute)}
+
+
 def is_wrapper(part: nn.Module) -> bool:
     """Whether it is PEFT's wrapper of a module that an adapter trains whole."""
     return type(part).__name__ == "ModulesToSaveWrapper"
@@ -70,6 +77,12 @@ def is_of_parameter(part: nn.Module) -> bool:
     several parameters stand around each other.
     """
     return type(part).__name__ == "ParamWrapper"
+
+
+def in_force(wrapper: Any) -> Any:
+    """The module that a wrapper computes with: that of its adapter in force, or the model's own."""
+    names = wrapper.active_adapters
+    return wrapper.modules_to_save[names[0]] if names else wrapper.original_module
 
 
 def lora_bias(part: Any, name: str) -> bool:
@@ -103,11 +116,12 @@ def merge(module: Any) -> None:
     # From the inside out: of layers around each other each is added to what is innermost.
     for name, part in reversed(list(module.named_modules())):
         if isinstance(part, BaseTunerLayer):
-            lora_bias(part, part.active_adapters[0])  # type: ignore[index]
+            for each in list(part.active_adapters):  # type: ignore[arg-type]
+                lora_bias(part, each)
             part.merge(safe_merge=True)  # type: ignore[operator]
             module.set_submodule(name, part.get_base_layer())
         elif is_wrapper(part):
-            module.set_submodule(name, part.modules_to_save[part.active_adapters[0]])  # type: ignore[index,operator]
+            module.set_submodule(name, in_force(part))
         elif is_token_wrapper(part):
             module.set_submodule(name, part.token_adapter)  # type: ignore[arg-type]  # by now the plain layer
     del module.peft_config

@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError
-from kajiya.models.injection import is_of_parameter, is_token_wrapper, is_wrapper, layers, lora_bias
+from kajiya.models.injection import (
+    adapters_of,
+    in_force,
+    is_of_parameter,
+    is_token_wrapper,
+    is_wrapper,
+    layers,
+    lora_bias,
+)
 from kajiya.models.quantized import is_quantized, weight_values
 from kajiya.models.virtual_tokens import virtual_tokens
 
@@ -52,7 +60,7 @@ def _plain(part: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 def _of_changed(part: Any, changed: set[int]) -> dict[str, torch.Tensor]:
     if is_wrapper(part):
-        return _own(part.modules_to_save[part.active_adapters[0]])
+        return _own(in_force(part))
     if is_token_wrapper(part):
         return _of_tokens(part.token_adapter)
     if type(part).__name__ == "TrainableTokensLayer":
@@ -67,15 +75,18 @@ def _of_tokens(part: Any) -> dict[str, torch.Tensor]:
 def _of_parameters(part: Any, changed: set[int]) -> dict[str, torch.Tensor]:
     tensors = _all(part.get_base_layer(), changed)
     while is_of_parameter(part):
-        (name,) = part.active_adapters
-        tensors[part.parameter_name] = tensors[part.parameter_name].float() + part.get_delta_weight(name).float()
+        for name in adapters_of(part).intersection(part.active_adapters):
+            tensors[part.parameter_name] = tensors[part.parameter_name].float() + part.get_delta_weight(name).float()
         part = part.base_layer
     return tensors
 
 
 def _of_layer(part: Any) -> dict[str, torch.Tensor]:
     tensors = _own(part.get_base_layer())
-    (name,) = part.active_adapters
+    names = adapters_of(part).intersection(part.active_adapters)
+    if not names:
+        return tensors
+    (name,) = names
     weight = tensors["weight"].float()
     if name in getattr(part, "ia3_l", {}):
         factor = part.ia3_l[name].float()
