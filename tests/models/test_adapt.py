@@ -25,7 +25,15 @@ from kajiya.models.injection import merge
 from kajiya.models.load import load_model
 from kajiya.models.merged import merged_tensors
 from kajiya.models.open import open_adapters, open_model
-from kajiya.models.quantized import count_params, dequantize, plain_tensors, quantize, stored_bytes
+from kajiya.models.quantized import (
+    count_params,
+    dequantize,
+    form_of,
+    is_quantized,
+    plain_tensors,
+    quantize,
+    stored_bytes,
+)
 from kajiya.models.tasks import CLASS_HEADS, Task
 from kajiya.models.weights_digest import weights_digest
 from kajiya.training import cross_entropy
@@ -160,7 +168,7 @@ def test_it_begins_as_the_base_and_can_be_turned_off(case: Case, base: Callable[
     folder = base(case.tied, name=case.architecture)
     reference = load_model(folder)
     if case.quantized != "none":
-        quantize(reference, case.quantized)
+        quantize(reference, form_of(reference, case.quantized))
     module = _adapted(folder, case)
     batch = make_batch(2, seed=3)
     with torch.no_grad():
@@ -205,10 +213,15 @@ def test_it_trains_alone_resumes_bit_for_bit_and_plain_peft_loads_it(
         assert _are_equal(a, _copies(b)), name
 
     adapter = tmp_path / "adapter"
-    save_adapter(whole.model, NoTokenizer(), adapter, Base(str(folder), weights_digest(folder), case.quantized))
+    save_adapter(
+        whole.model,
+        NoTokenizer(),
+        adapter,
+        Base(str(folder), weights_digest(folder), form_of(whole.model, case.quantized)),
+    )
     plain = load_model(folder, attention="eager")
     if case.quantized != "none":
-        dequantize(quantize(plain, case.quantized), torch.float32)
+        dequantize(quantize(plain, form_of(plain, case.quantized)), torch.float32)
     with warnings.catch_warnings():
         # PEFT says of prompt learning that it is told no task for tied weights; nothing that this test is about.
         warnings.simplefilter("ignore")
@@ -406,9 +419,66 @@ def _mixture(name: str = "mixtral", **options: Any) -> Any:
     return build_model(ModelConfig(name=name, options=options, **sizes), VOCABULARY, 0).module
 
 
+def test_experts_in_nf4_take_half_a_byte_a_parameter_and_autograd_keeps_them_so() -> None:
+    sizes: Any = {"n_params": None, "hidden_size": 256, "n_layers": 1, "n_heads": 4, "n_kv_heads": 4, "ffn_size": 512}
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    module: Any = build_model(ModelConfig(name="mixtral", options=options, **sizes), VOCABULARY, 0).module
+    n_params, n_experts = count_params(module), 4 * 3 * 256 * 512
+    quantize(module, form_of(module, "nf4"))
+    n_bytes, n_quantized = stored_bytes(module)
+    assert n_quantized == 4 * 256 * 256 + n_experts
+    assert n_bytes / n_quantized <= 0.53
+    assert count_params(module) == n_params
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    ids = torch.arange(3, 35)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embedded = module.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = module(inputs_embeds=embedded).logits
+    in_bits = [each for each in kept if each.ndim == 3 and len(each) == 4]
+    assert len(in_bits) == 2
+    assert all(is_quantized(each) for each in in_bits)
+    (found,) = torch.autograd.grad(logits.square().sum(), embedded)
+    dequantize(module, torch.float32)
+    logits = module(inputs_embeds=embedded).logits
+    (expected,) = torch.autograd.grad(logits.square().sum(), embedded)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["nf4", "nf4-experts"])
+def test_an_adapter_opens_beside_experts_in_the_form_that_it_was_trained_beside(
+    form: str, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = base(name="mixtral")
+    module = load_model(folder, quantized="nf4")
+    transform(module, AdapterConfig("lora", {"r": 4}), "nf4", seed=0)
+    save_adapter(module, NoTokenizer(), tmp_path / "a", Base(str(folder), weights_digest(folder), form))
+    name = "model.layers.0.mlp.experts.down_proj"
+    whole = load_model(folder).get_parameter(name)
+    found = open_model(tmp_path / "a", torch.float32, is_merged=True).get_parameter(name)
+    assert torch.equal(found, whole) == (form == "nf4")
+    again = load_model(folder, quantized="nf4")
+    if form == "nf4":
+        with pytest.raises(
+            StoreError, match=r"trained with model.quantize=nf4, .* are with model.quantize=nf4-experts"
+        ):
+            load_adapter(again, tmp_path / "a")
+    else:
+        load_adapter(again, tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("targets", "quantized", "lacks"),
-    [("all-linear", "none", []), ("attention", "none", ["adapted"]), ("attention", "nf4", ["quantized", "adapted"])],
+    [
+        ("all-linear", "none", []),
+        ("attention", "none", ["adapted"]),
+        ("attention", "nf4", ["adapted"]),
+        ("attention", "int8", ["quantized", "adapted"]),
+    ],
 )
 def test_experts_that_stay_as_they_are_are_named(targets: str, quantized: str, lacks: list[str]) -> None:
     module = _mixture(num_local_experts=4)

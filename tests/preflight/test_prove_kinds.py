@@ -205,14 +205,14 @@ UNSAVED: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 }
 
 
-@pytest.mark.parametrize("is_frozen", [False, True])
-def test_experts_are_proven_to_be_trained_and_saved(is_frozen: bool, corpus: Corpus) -> None:
-    parts = make_parts("lora", r=4)
+@pytest.mark.parametrize(("is_frozen", "quantize"), [(False, "none"), (True, "none"), (False, "nf4")])
+def test_experts_are_proven_to_be_trained_and_saved(is_frozen: bool, quantize: str, corpus: Corpus) -> None:
+    parts = make_parts("lora", quantize, r=4)
     model = replace(parts.config.model, name="mixtral", options={"num_local_experts": 3})
     parts.config = replace(parts.config, model=model)
     parts.model = build_model(model, VOCABULARY, 0).module.train()
     parts.model.generation_config.eos_token_id = VOCABULARY.eos_id
-    transform(parts.model, parts.config.adapter, "none", 0)
+    transform(parts.model, parts.config.adapter, quantize, 0)
     experts = [name for name, each in parts.model.named_parameters() if "experts" in name and each.requires_grad]
     assert len(experts) == 2 * 2 * 2
     if is_frozen:

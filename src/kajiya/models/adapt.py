@@ -29,7 +29,7 @@ from kajiya.models.adapter_files import load_adapter
 from kajiya.models.adapter_targets import Targets, compiled, ia3_targets, keeps_transposed, lora_targets
 from kajiya.models.attention import PACKED_SDPA
 from kajiya.models.injection import BEGINNING, adapters_of, inject, is_wrapper, layers
-from kajiya.models.quantized import count_params, is_quantized, quantize
+from kajiya.models.quantized import count_params, form_of, is_quantized, quantize
 from kajiya.models.tasks import CLASS_HEADS
 from kajiya.models.virtual_tokens import attach, filled_config, virtual_tokens
 
@@ -39,7 +39,7 @@ def transform(module: nn.Module, config: AdapterConfig, quantized: str, seed: in
 
     Random beginnings are a function of `seed` alone. Raises `ConfigError` when nothing would be trained.
     """
-    quantize(module, quantized)
+    quantize(module, form_of(module, quantized))
     function, options = resolve("adapter", config.name, config.options, "adapter")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -271,7 +271,7 @@ def _require_plain(module: nn.Module, targets: Targets, options: LoraOptions, na
             f"Set adapter.options.dropout=0, {remedy}",
         )
     parameters = dict(module.named_parameters())
-    packed = [each for each in targets.parameters if is_quantized(parameters[each])]
+    packed = [each for each in targets.parameters if is_quantized(parameters[each]) and parameters[each].ndim == 2]
     if packed:
         raise ConfigError(
             "adapter.options.targets",

@@ -39,7 +39,7 @@ class Base:
     digest: str
     """`weights_digest` of them."""
     quantize: str
-    """In which form they were trained beside (`model.quantize`)."""
+    """In which form they were trained beside (`model.quantize`; nf4-experts: nf4 with a mixture's experts)."""
     labels: tuple[str, ...] = ()
     """Names of the classes that the adapter's head tells apart; the base knows none of them."""
     n_tokens: int | None = None
@@ -183,7 +183,7 @@ def check_origin(folder: Path, origin: Origin | None) -> None:
             f"{folder}: this adapter was trained with model.quantize={named.quantize}, and the model's weights are with "
             f"model.quantize={origin.quantize}: other numbers, beside which it would compute something else.\n"
             "Merge it into those that it was trained beside (kajiya merge), or serve it as a model of its own; to train on, "
-            f"set model.quantize={named.quantize}."
+            f"set model.quantize={named.quantize.removesuffix('-experts')}."
         )
 
 

@@ -16,7 +16,7 @@ def left_out(module: nn.Module) -> str:
     adapted = {id(part.get_param()) for part in layers(module) if is_of_parameter(part)}
     said = []
     if any(is_quantized(each) for each in module.parameters()):
-        said.append((list(experts), "quantized"))
+        said.append(([name for name, each in experts.items() if not is_quantized(each)], "quantized"))
     if "peft_config" in vars(module):
         said.append(([name for name, each in experts.items() if id(each) not in adapted], "adapted"))
     n_all = count_params(module)

@@ -55,7 +55,9 @@ def _own(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _plain(part: Any, tensor: torch.Tensor) -> torch.Tensor:
-    return weight_values(part) if is_quantized(tensor) else tensor
+    if not is_quantized(tensor):
+        return tensor
+    return weight_values(part) if isinstance(part, nn.Linear) else tensor.dequantize()
 
 
 def _of_changed(part: Any, changed: set[int]) -> dict[str, torch.Tensor]:
