@@ -1,4 +1,4 @@
-"""The experts of a mixture: what of them a run neither adapts nor holds in few bits."""
+"""The experts of a mixture: what of them a run neither adapts nor holds in few bits, and whether it does both."""
 
 from torch import nn
 
@@ -27,3 +27,8 @@ def left_out(module: nn.Module) -> str:
             first = left[0].replace(".base_layer", "")
             words.append(f"{share:.0f} % of them are experts that are not {what} ({first} and {len(left) - 1} more)")
     return "; ".join(words)
+
+
+def has_adapted_bits(module: nn.Module) -> bool:
+    """Whether experts in few bits have an adapter, which PEFT puts in and takes out of them at every pass."""
+    return any(is_of_parameter(part) and is_quantized(part.get_param()) for part in layers(module))
