@@ -1,6 +1,6 @@
 """The verbs as functions: all that the command line does, a notebook can."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,34 @@ def train(
     return train_flow(config, default_store(store), on_event=on_event or silent)
 
 
-def load(target: str | Path, store: str | Path | None = None) -> tuple[Any, Any]:
-    """Model (evaluation mode, on the CPU) and tokenizer of a run, an artifact, a folder or a hub name."""
+def load(
+    target: str | Path, store: str | Path | None = None, *, adapters: Mapping[str, str | Path] | None = None
+) -> tuple[Any, Any]:
+    """Model (evaluation mode, on the CPU) and tokenizer of a run, an artifact, a folder or a hub name.
+
+    With `adapters`, name → one of the same, these stand beside the model's weights, which all were trained on; the first is in
+    force until `use_adapter` says another.
+    """
     from kajiya.data.tokenizer import load_tokenizer
     from kajiya.flows.targets import find_model
-    from kajiya.models.open import model_dtype, open_model
+    from kajiya.models.open import model_dtype, open_adapters, open_model
+    from kajiya.models.tokenizer_of import tokenizer_folder
     from kajiya.run.store import default_store
 
-    folder = find_model(str(target), default_store(store)).model.path
-    return open_model(folder, model_dtype(folder)), load_tokenizer(folder)
+    known = default_store(store)
+    folder = find_model(str(target), known).model.path
+    if not adapters:
+        return open_model(folder, model_dtype(folder)), load_tokenizer(folder)
+    folders = {name: find_model(str(each), known).model.path for name, each in adapters.items()}
+    tokenizer = load_tokenizer(tokenizer_folder(next(iter(folders.values()))))
+    return open_adapters(folder, folders, model_dtype(folder)), tokenizer
+
+
+def use_adapter(model: Any, name: str) -> None:
+    """Make that one of the adapters which `load` put beside the model's weights the one in force."""
+    from kajiya.models.adapt import use_adapter as use
+
+    use(model, name)
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """Every adapter that is a change of weights is merged and certified, whatever its base is stored in and its head says."""
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tests.training.conftest import VOCABULARY
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +30,7 @@ from kajiya.models.open import open_model
 from kajiya.models.save import save_model
 from kajiya.models.tasks import CAUSAL, Task, auto_class
 from kajiya.models.trained import save_trained
+from kajiya.serving.loading import load_engine
 
 IDS = [[(5 + 7 * i * (row + 1)) % 94 + 3 for i in range(60)] for row in range(16)]
 ROWS = [halved(ids) for ids in IDS]
@@ -110,6 +113,43 @@ def test_it_is_merged_and_held_to_its_tolerance_in_each_dtype(
         expected = open_model(adapter, torch.float32)(input_ids=ids).logits
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
         assert (expected - plain(input_ids=ids).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("mixtral", {"num_local_experts": 3}), ("qwen3_moe", {"num_experts": 3, "num_experts_per_tok": 2})],
+)
+def test_what_plain_peft_adapts_of_a_mixture_is_merged_and_served(
+    architecture: str, options: dict[str, Any], small_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Every linear layer, the experts and the embeddings of two tokens."""
+    sizes: Any = {"n_params": None, "hidden_size": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "ffn_size": 16}
+    config = ModelConfig(name=architecture, max_positions=64, init_std=0.15, options=options, **sizes)
+    build_model(config, VOCABULARY, 0).module.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for the ranks of experts among modules
+        settings = LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[5, 6], task_type="CAUSAL_LM")
+        made: Any = get_peft_model(load_model(tmp_path / "base"), settings)
+    assert any(name.endswith("experts.lora_A.default.weight") for name, _ in made.named_parameters())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    made.save_pretrained(tmp_path / "adapter")
+    small_tokenizer.save_pretrained(tmp_path / "adapter")
+    facts = merge_adapter(tmp_path / "adapter", tmp_path / "merged", ROWS, into=None, base=None)
+    assert facts["parity"][0]["max_difference"] <= 1e-4
+    assert facts["parity"][0]["top1"] == facts["parity"][0]["greedy"] == 1.0
+    with torch.no_grad():
+        expected = made.eval()(input_ids=torch.tensor(IDS[:1])).logits.log_softmax(-1)[0]
+        found = load_model(tmp_path / "merged")(input_ids=torch.tensor(IDS[:1])).logits.log_softmax(-1)[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    for served in ("adapter", "merged"):
+        engine = load_engine(tmp_path / served, precision="fp32")
+        scores = torch.tensor(engine.score(IDS[0]))
+        rows = torch.arange(len(scores))
+        torch.testing.assert_close(scores, expected[rows, torch.tensor(IDS[0])[1:]], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])

@@ -14,14 +14,14 @@ from peft import PeftModel
 from tests.conftest import Finished
 from transformers import AutoModelForCausalLM
 
-from kajiya.api import load
+from kajiya.api import load, use_adapter
 from kajiya.config.compose import compose
 from kajiya.config.schema import Config, ServeConfig
 from kajiya.errors import ConfigError, StoreError
 from kajiya.evals.answers import LocalModel
 from kajiya.flows.targets import find_model, with_folders
 from kajiya.flows.train import Trained, train
-from kajiya.models.adapt import adapter_off
+from kajiya.models.adapt import adapter_names, adapter_off
 from kajiya.models.open import open_model
 from kajiya.models.weights_digest import weights_digest
 from kajiya.run.store import Store
@@ -77,6 +77,14 @@ def test_it_is_evaluated_sampled_and_loads_in_plain_peft(adapted: Any, finished:
     model, tokenizer = load(trained.model.path, finished.store.root)
     assert len(tokenizer) == 512
     assert model.config.vocab_size == 512
+    named = {"by_run": trained.run.id, "by_path": trained.model.path}
+    several, tokenizer = load(finished.trained.run.id, finished.store.root, adapters=named)
+    assert len(tokenizer) == 512
+    assert adapter_names(several) == ["by_run", "by_path"]
+    use_adapter(several, "by_path")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(several(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_tasks_are_asked_of_the_adapted_model(adapted: Any, finished: Finished) -> None:

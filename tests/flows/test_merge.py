@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests.conftest import Finished
 from transformers import AutoModelForCausalLM
 
 from kajiya.config.compose import compose
-from kajiya.config.schema import AdapterConfig
+from kajiya.config.schema import AdapterConfig, ModelConfig
 from kajiya.data.progress import silent
 from kajiya.data.shards import open_split
 from kajiya.data.tokenizer import load_tokenizer
@@ -30,6 +31,7 @@ from kajiya.flows.targets import find_model
 from kajiya.flows.train import prepare_data
 from kajiya.models.adapt import transform
 from kajiya.models.adapter_files import Base, save_adapter
+from kajiya.models.build import build_model, vocabulary_of
 from kajiya.models.load import load_model
 from kajiya.models.save import save_model
 from kajiya.models.tasks import Task
@@ -74,6 +76,34 @@ def test_an_adapter_is_merged_and_certified(quantized: str, finished: Finished, 
     assert not torch.equal(plain.get_parameter(name), base.get_parameter(name))
     again, _ = merge_targets([adapter], finished.store, recipe=recipe)
     assert again.digest == model.digest
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_of_experts_and_single_tokens_by_peft_is_merged_and_certified(
+    finished: Finished, recipe: str, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(finished.trained.model.path)
+    sizes: Any = {"n_params": None, "hidden_size": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "ffn_size": 16}
+    config = ModelConfig(name="mixtral", max_positions=256, options={"num_local_experts": 3}, **sizes)
+    save_model(build_model(config, vocabulary_of(tokenizer), 0).module, tokenizer, tmp_path / "base")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=experts, trainable_token_indices=[7, 9], task_type="CAUSAL_LM"
+    )
+    made: Any = get_peft_model(load_model(tmp_path / "base"), settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    made.save_pretrained(tmp_path / "adapter")
+    model, certificate = merge_targets([str(tmp_path / "adapter")], finished.store, recipe=recipe)
+    single, _ = certificate.facts["parity"]
+    assert single["max_difference"] <= 1e-4
+    assert single["top1"] == single["greedy"] == 1.0
+    theirs = made.merge_and_unload().state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(model.path).state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-6)
 
 
 def test_a_corrupted_merge_fails_and_leaves_nothing(

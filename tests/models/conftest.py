@@ -24,12 +24,13 @@ def small_tokenizer() -> Any:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Callable[..., Path]:
-    """`base(tied=False, seed=0)`: the folder of a random Llama, the same shapes for every seed."""
+    """`base(tied=False, seed=0, name="llama")`: the folder of a random model, the same shapes for every seed."""
 
-    def make(tied: bool = False, seed: int = 0) -> Path:
-        folder = tmp_path / f"base-{tied}-{seed}"
+    def make(tied: bool = False, seed: int = 0, name: str = "llama") -> Path:
+        folder = tmp_path / "-".join(["base", str(tied), str(seed), *([] if name == "llama" else [name])])
         sizes = {"n_params": None, "hidden_size": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_size": 64}
-        settings: Any = {**sizes, "max_positions": 64, "tied": tied}
+        options = {"num_local_experts": 3} if name == "mixtral" else {}
+        settings: Any = {**sizes, "name": name, "max_positions": 64, "tied": tied, "options": options}
         save_model(build_model(ModelConfig(**settings), VOCABULARY, seed).module, NoTokenizer(), folder)
         return folder
 

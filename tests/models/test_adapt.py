@@ -19,11 +19,21 @@ from kajiya.errors import ConfigError, StoreError
 from kajiya.models.adapt import adapter_names, adapter_off, has_adapter, rate_ratios, transform, use_adapter
 from kajiya.models.adapter_files import Base, load_adapter, save_adapter
 from kajiya.models.build import build_model
+from kajiya.models.experts import left_out
 from kajiya.models.hidden import all_logits, has_split_head
 from kajiya.models.injection import merge
 from kajiya.models.load import load_model
-from kajiya.models.open import open_model
-from kajiya.models.quantized import count_params, dequantize, left_out, plain_tensors, quantize, stored_bytes
+from kajiya.models.merged import merged_tensors
+from kajiya.models.open import open_adapters, open_model
+from kajiya.models.quantized import (
+    count_params,
+    dequantize,
+    form_of,
+    is_quantized,
+    plain_tensors,
+    quantize,
+    stored_bytes,
+)
 from kajiya.models.tasks import CLASS_HEADS, Task
 from kajiya.models.weights_digest import weights_digest
 from kajiya.training import cross_entropy
@@ -43,11 +53,14 @@ class Case:
     tied: bool = False
     begins_as_identity: bool = True
     """Within the rounding of a singular value decomposition."""
+    architecture: str = "llama"
 
     @property
     def id(self) -> str:
         words = [self.name, *(f"{key}={value}" for key, value in self.options.items()), self.quantized]
-        return "-".join([*words, "tied" if self.tied else "untied"])
+        return "-".join(
+            [*words, "tied" if self.tied else "untied", *([] if self.architecture == "llama" else ["experts"])]
+        )
 
 
 CASES = [
@@ -69,6 +82,8 @@ CASES = [
     Case("lora", {"r": 4}, quantized="int8"),
     Case("lora", {"r": 4}, quantized="torchao-int8"),
     Case("dora", {"r": 4}, quantized="nf4"),
+    Case("lora", {"r": 4}, architecture="mixtral"),
+    Case("lora", {"r": 4, "targets": "experts", "lr_ratio": 4.0}, quantized="nf4", architecture="mixtral"),
 ]
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
@@ -150,10 +165,10 @@ def test_ia3_takes_other_layers_by_word_and_by_expression() -> None:
 
 @EACH
 def test_it_begins_as_the_base_and_can_be_turned_off(case: Case, base: Callable[..., Path]) -> None:
-    folder = base(case.tied)
+    folder = base(case.tied, name=case.architecture)
     reference = load_model(folder)
     if case.quantized != "none":
-        quantize(reference, case.quantized)
+        quantize(reference, form_of(reference, case.quantized))
     module = _adapted(folder, case)
     batch = make_batch(2, seed=3)
     with torch.no_grad():
@@ -177,7 +192,7 @@ def test_it_begins_as_the_base_and_can_be_turned_off(case: Case, base: Callable[
 def test_it_trains_alone_resumes_bit_for_bit_and_plain_peft_loads_it(
     case: Case, base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = base(case.tied)
+    folder = base(case.tied, name=case.architecture)
     whole = _setup(folder, case, 6)
     before = {name: _copies(each) for name, each in whole.model.named_parameters()}
     fit(whole, TrainState(), [], lambda: False)
@@ -198,10 +213,15 @@ def test_it_trains_alone_resumes_bit_for_bit_and_plain_peft_loads_it(
         assert _are_equal(a, _copies(b)), name
 
     adapter = tmp_path / "adapter"
-    save_adapter(whole.model, NoTokenizer(), adapter, Base(str(folder), weights_digest(folder), case.quantized))
+    save_adapter(
+        whole.model,
+        NoTokenizer(),
+        adapter,
+        Base(str(folder), weights_digest(folder), form_of(whole.model, case.quantized)),
+    )
     plain = load_model(folder, attention="eager")
     if case.quantized != "none":
-        dequantize(quantize(plain, case.quantized), torch.float32)
+        dequantize(quantize(plain, form_of(plain, case.quantized)), torch.float32)
     with warnings.catch_warnings():
         # PEFT says of prompt learning that it is told no task for tied weights; nothing that this test is about.
         warnings.simplefilter("ignore")
@@ -226,7 +246,7 @@ def test_it_trains_alone_resumes_bit_for_bit_and_plain_peft_loads_it(
 def test_the_frozen_base_costs_neither_weight_gradients_nor_optimizer_state(
     case: Case, base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = _setup(base(case.tied), case, 1)
+    setup = _setup(base(case.tied, name=case.architecture), case, 1)
     made: list[Any] = []
     add_product = cross_entropy._add_product
 
@@ -254,7 +274,7 @@ def test_the_frozen_base_costs_neither_weight_gradients_nor_optimizer_state(
 
 @EACH
 def test_documents_of_a_row_do_not_see_each_other(case: Case, base: Callable[..., Path]) -> None:
-    module = _adapted(base(case.tied), case).eval()
+    module = _adapted(base(case.tied, name=case.architecture), case).eval()
     batch = make_batch(1, seed=1)
     cut = int((batch.segments[0] == 0).sum())
     other = batch.tokens.clone()
@@ -301,31 +321,60 @@ def test_an_adapter_is_refused_on_another_base(base: Callable[..., Path], tmp_pa
         open_model(tmp_path / "a", torch.float32, base=str(other))
 
 
-def test_several_named_adapters_on_one_base(base: Callable[..., Path], tmp_path: Path) -> None:
+_NAMED: dict[str, dict[str, Any]] = {
+    "one": {"r": 4},
+    "two": {"r": 2, "targets": "attention"},
+    "head": {"r": 2, "targets": r".*q_proj", "train_head": True},
+}
+
+
+@pytest.mark.parametrize("quantized", ["none", "nf4"])
+def test_several_named_adapters_on_one_base(quantized: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """Of other layers each, one with a head of its own; opened, switched between and merged, one at a time."""
     folder = base()
     expected, batch = {}, make_batch(2, seed=4)
-    for name, seed in (("one", 1), ("two", 2)):
+    for seed, (name, options) in enumerate(_NAMED.items()):
         module = load_model(folder)
-        transform(module, AdapterConfig("lora", {"r": 4, "init": "gaussian"}), "none", seed)
+        transform(module, AdapterConfig("lora", options), quantized, seed)
         with torch.no_grad():
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
             expected[name] = all_logits(module, batch)
-        save_adapter(module, NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), "none"))
-    both = load_model(folder)
+        save_adapter(module, NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), quantized))
+    several = open_adapters(folder, {name: tmp_path / name for name in _NAMED}, torch.float32)
     with torch.no_grad():
-        plain = all_logits(both, batch)
-        for name in expected:
-            load_adapter(both, tmp_path / name, name)
-        assert adapter_names(both) == ["one", "two"]
-        for name in ("two", "one", "two"):
-            use_adapter(both, name)
-            torch.testing.assert_close(all_logits(both, batch), expected[name])
-        with adapter_off(both):
-            torch.testing.assert_close(all_logits(both, batch), plain)
+        assert adapter_names(several) == list(_NAMED)
+        torch.testing.assert_close(all_logits(several, batch), expected["one"])
+        for name in ("one", "two", "head", "one", "head", "two"):
+            use_adapter(several, name)
+            torch.testing.assert_close(all_logits(several, batch), expected[name])
+            plain = load_model(folder)
+            plain.load_state_dict(merged_tensors(several, torch.float32))
+            torch.testing.assert_close(all_logits(plain, batch), expected[name], atol=5e-5, rtol=0)
+        with adapter_off(several):
+            plain = dequantize(quantize(load_model(folder), quantized), torch.float32)
+            torch.testing.assert_close(all_logits(several, batch), all_logits(plain, batch))
+        assert not any(each.requires_grad for each in several.parameters())
+        merge(several)
+        torch.testing.assert_close(all_logits(several, batch), expected["two"], atol=5e-5, rtol=0)
+
+
+def test_adapters_that_cannot_stand_beside_each_other_are_refused(base: Callable[..., Path], tmp_path: Path) -> None:
+    folder = base()
+    for name, kind in (("one", "lora"), ("tokens", "prefix")):
+        module = load_model(folder)
+        transform(module, AdapterConfig(kind), "none", 0)
+        save_adapter(module, NoTokenizer(), tmp_path / name, Base(str(folder), weights_digest(folder), "none"))
+    both = open_adapters(folder, {"one": tmp_path / "one"}, torch.float32)
     with pytest.raises(ConfigError, match="'three' is no adapter"):
         use_adapter(both, "three")
+    with pytest.raises(ConfigError, match=r"tokens: .* adds virtual tokens, beside which no other"):
+        open_adapters(folder, {"one": tmp_path / "one", "tokens": tmp_path / "tokens"}, torch.float32)
+    with pytest.raises(ConfigError, match=r"'a\.b' is no name"):
+        open_adapters(folder, {"a.b": tmp_path / "one"}, torch.float32)
+    with pytest.raises(StoreError, match="belongs to weights of digest"):
+        open_adapters(base(seed=1), {"one": tmp_path / "one"}, torch.float32)
 
 
 def test_the_second_matrices_learn_faster(base: Callable[..., Path]) -> None:
@@ -364,22 +413,168 @@ def test_an_nf4_base_takes_half_a_byte_a_parameter() -> None:
     assert before.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_experts_that_stay_as_they_are_are_named(kind: str) -> None:
-    """A mixture's experts are one tensor, which neither model.quantize nor all-linear takes."""
+def _mixture(name: str = "mixtral", **options: Any) -> Any:
     sizes: Any = {"n_params": None, "hidden_size": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_size": 128}
+    return build_model(ModelConfig(name=name, options=options, **sizes), VOCABULARY, 0).module
+
+
+def test_experts_in_nf4_take_half_a_byte_a_parameter_and_autograd_keeps_them_so() -> None:
+    sizes: Any = {"n_params": None, "hidden_size": 256, "n_layers": 1, "n_heads": 4, "n_kv_heads": 4, "ffn_size": 512}
     options = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    module = build_model(ModelConfig(name="mixtral", options=options, **sizes), VOCABULARY, 0).module
+    module: Any = build_model(ModelConfig(name="mixtral", options=options, **sizes), VOCABULARY, 0).module
+    n_params, n_experts = count_params(module), 4 * 3 * 256 * 512
+    quantize(module, form_of(module, "nf4"))
+    n_bytes, n_quantized = stored_bytes(module)
+    assert n_quantized == 4 * 256 * 256 + n_experts
+    assert n_bytes / n_quantized <= 0.53
+    assert count_params(module) == n_params
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    ids = torch.arange(3, 35)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embedded = module.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = module(inputs_embeds=embedded).logits
+    in_bits = [each for each in kept if each.ndim == 3 and len(each) == 4]
+    assert len(in_bits) == 2
+    assert all(is_quantized(each) for each in in_bits)
+    (found,) = torch.autograd.grad(logits.square().sum(), embedded)
+    dequantize(module, torch.float32)
+    logits = module(inputs_embeds=embedded).logits
+    (expected,) = torch.autograd.grad(logits.square().sum(), embedded)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["nf4", "nf4-experts"])
+def test_an_adapter_opens_beside_experts_in_the_form_that_it_was_trained_beside(
+    form: str, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = base(name="mixtral")
+    module = load_model(folder, quantized="nf4")
+    transform(module, AdapterConfig("lora", {"r": 4}), "nf4", seed=0)
+    save_adapter(module, NoTokenizer(), tmp_path / "a", Base(str(folder), weights_digest(folder), form))
+    name = "model.layers.0.mlp.experts.down_proj"
+    whole = load_model(folder).get_parameter(name)
+    found = open_model(tmp_path / "a", torch.float32, is_merged=True).get_parameter(name)
+    assert torch.equal(found, whole) == (form == "nf4")
+    again = load_model(folder, quantized="nf4")
+    if form == "nf4":
+        with pytest.raises(
+            StoreError, match=r"trained with model.quantize=nf4, .* are with model.quantize=nf4-experts"
+        ):
+            load_adapter(again, tmp_path / "a")
+    else:
+        load_adapter(again, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("targets", "quantized", "lacks"),
+    [
+        ("all-linear", "none", []),
+        ("attention", "none", ["adapted"]),
+        ("attention", "nf4", ["adapted"]),
+        ("attention", "int8", ["quantized", "adapted"]),
+    ],
+)
+def test_experts_that_stay_as_they_are_are_named(targets: str, quantized: str, lacks: list[str]) -> None:
+    module = _mixture(num_local_experts=4)
     n_experts = 2 * 4 * 3 * 64 * 128
     n_all = count_params(module)
     assert left_out(module) == ""
-    transform(module, AdapterConfig("lora", {"r": 4}), kind, seed=0)
+    transform(module, AdapterConfig("lora", {"r": 4, "targets": targets}), quantized, seed=0)
     n_all += count_params(module, trainable=True)
-    said = left_out(module)
-    assert said.startswith(
-        f"{100 * n_experts / n_all:.0f} % of them are experts (model.layers.0.mlp.experts.gate_up_proj and 3 more)"
+    assert left_out(module) == "; ".join(
+        f"{100 * n_experts / n_all:.0f} % of them are experts that are not {what} "
+        "(model.layers.0.mlp.experts.gate_up_proj and 3 more)"
+        for what in lacks
     )
-    assert left_out(transformed_llama(kind)) == ""
+    assert left_out(transformed_llama(quantized)) == ""
+
+
+_ATTENTION = {f"{side}_proj" for side in "qkvo"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [
+        ("all-linear", _ATTENTION | {"gate_up_proj", "down_proj"}),
+        ("attention", _ATTENTION),
+        ("mlp", {"gate_up_proj", "down_proj"}),
+        ("attention, experts", _ATTENTION | {"gate_up_proj", "down_proj"}),
+        (r".*\.experts\.down_proj|.*\.q_proj", {"q_proj", "down_proj"}),
+    ],
+)
+def test_experts_are_adapted_as_targets_say(targets: str, adapted: set[str]) -> None:
+    module = _mixture(num_local_experts=3)
+    shapes = {name.rpartition(".")[2]: each.shape for name, each in module.named_parameters() if each.ndim == 3}
+    derived = transform(module, AdapterConfig("lora", {"r": 4, "targets": targets}), "none", seed=0)
+    found = {
+        part.parameter_name if type(part).__name__ == "ParamWrapper" else path.rpartition(".")[2]
+        for path, part in module.named_modules()
+        if hasattr(part, "lora_A")
+    }
+    assert found == adapted
+    of_experts = sum(2 * 3 * 4 * (shape[1] + shape[2]) for name, shape in shapes.items() if name in adapted)
+    of_linear = sum(2 * 4 * (64 + (64 if name in ("q_proj", "o_proj") else 32)) for name in adapted & _ATTENTION)
+    assert derived["adapter.n_trainable"] == of_experts + of_linear
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_layers_that_peft_takes_for_experts_of_old_are_adapted_for_what_they_are(tmp_path: Path) -> None:
+    """A dense layer and the expert that all tokens share have names that experts had before they became one tensor."""
+    module = _mixture("glm4_moe", **_PARTLY_DENSE)
+    module.save_pretrained(tmp_path / "base")
+    transform(module, AdapterConfig("lora", {"r": 4, "targets": "mlp", "init": "gaussian"}), "none", seed=0)
+    trained = {name for name, each in module.named_parameters() if each.requires_grad}
+    assert {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"} == {
+        ".".join(name.split(".")[3:5]) for name in trained if name.startswith("model.layers.0.")
+    }
+    assert sum("shared_experts.down_proj" in name for name in trained) == 2
+    assert sum("mlp.experts" in name for name in trained) == 4
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    base = tmp_path / "base"
+    save_adapter(module, NoTokenizer(), tmp_path / "a", Base(str(base), weights_digest(base), "none"))
+    tokens = make_batch(2, seed=1).tokens
+    peft = PeftModel.from_pretrained(load_model(base), tmp_path / "a").eval()
+    with torch.no_grad():
+        expected = peft(input_ids=tokens).logits
+        assert (expected - load_model(base)(input_ids=tokens).logits).abs().max() > 1e-2
+        torch.testing.assert_close(module.eval()(input_ids=tokens).logits, expected, atol=5e-5, rtol=0)
+        merge(module)
+        torch.testing.assert_close(module(input_ids=tokens).logits, expected, atol=5e-5, rtol=0)
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.mlp\.gate_proj\.weight and 5 more.*not where these are quantized"
+    ):
+        transform(_mixture("glm4_moe", **_PARTLY_DENSE), AdapterConfig("lora"), "nf4", seed=0)
+
+
+_PARTLY_DENSE: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+_PARTLY_DENSE |= {"first_k_dense_replace": 1, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (
+            "dora",
+            {},
+            r"adapter.name: is dora, which has no magnitudes for model.layers.0.mlp.experts.gate_up_proj and 3 more",
+        ),
+        ("lora", {"init": "pissa"}, "adapter.options.init: is pissa, which takes nothing out of .*experts"),
+        ("lora", {"dropout": 0.1}, "adapter.options.dropout: is 0.1, and what .*experts"),
+        ("ia3", {}, r"adapter.options.feedforward: 'down' matches no module.*are experts(?s:.*)feedforward=null"),
+    ],
+    ids=lambda each: each if isinstance(each, str) and each.isalnum() else "",
+)
+def test_what_experts_cannot_have_is_refused_by_name(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        transform(_mixture(num_local_experts=3), AdapterConfig(name, options), "none", seed=0)
 
 
 def transformed_llama(kind: str) -> torch.nn.Module:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from tests.training.conftest import VOCABULARY, make_batch
 
 from kajiya.config.schema import AdapterConfig, ModelConfig
 from kajiya.errors import ConfigError, StoreError
-from kajiya.models.adapt import rate_ratios, transform
+from kajiya.models.adapt import adapter_off, rate_ratios, transform
 from kajiya.models.build import build_model
 from kajiya.models.hidden import all_logits
 from kajiya.models.injection import merge
@@ -187,39 +187,100 @@ def test_weights_in_a_pickle_are_refused_with_what_converts_them(base: Callable[
         torch.testing.assert_close(found, made(input_ids=batch.tokens).logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"trainable_token_indices": [1, 2]}, "single tokens"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, "a mixture's experts"),
-    ],
-    ids=["tokens", "experts"],
-)
-def test_what_only_peft_merges_is_used_beside_the_base_and_said(
-    options: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+_BESIDES: dict[str, tuple[dict[str, Any], bool]] = {
+    "experts": ({"target_parameters": _EXPERTS}, False),
+    "one tensor": ({"target_parameters": _EXPERTS[1:], "use_rslora": True}, False),
+    "router": ({"target_parameters": ["mlp.gate.weight"]}, False),
+    "all-linear": ({"target_modules": "all-linear"}, False),
+    "tokens": ({"trainable_token_indices": [1, 2]}, False),
+    "tied tokens": ({"trainable_token_indices": [1, 2]}, True),
+    "all": ({"target_parameters": _EXPERTS, "trainable_token_indices": [1], "modules_to_save": ["lm_head"]}, False),
+}
+"""What PEFT adapts besides linear layers, and whether head and embedding are one."""
+
+
+@pytest.mark.parametrize("kind", sorted(_BESIDES))
+def test_experts_and_single_tokens_are_used_and_merged_as_by_peft(kind: str, tmp_path: Path) -> None:
+    options, is_tied = _BESIDES[kind]
+    made = _of_mixture({"target_modules": ["q_proj"]} | options, tmp_path, is_tied)
+    tokens = make_batch(2, seed=2).tokens
+    beside = open_model(tmp_path / "theirs", torch.float32, base=str(tmp_path / "base"))
+    plain = load_model(tmp_path / "base")
+    with torch.no_grad():
+        expected = made(input_ids=tokens).logits
+        assert (expected - plain(input_ids=tokens).logits).abs().max() > 1e-2
+        torch.testing.assert_close(beside(input_ids=tokens).logits, expected)
+        with adapter_off(beside):
+            torch.testing.assert_close(beside(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+        tensors = merged_tensors(beside, torch.float32)
+        merge(beside)
+        assert tensors.keys() == beside.state_dict().keys() == plain.state_dict().keys()
+        theirs = made.merge_and_unload().state_dict()
+        for name, tensor in beside.state_dict().items():
+            torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(tensors[name], theirs[name], atol=1e-6, rtol=1e-6)
+        plain.load_state_dict(tensors)
+        torch.testing.assert_close(plain(input_ids=tokens).logits, expected, atol=5e-5, rtol=1e-4)
+    assert beside.get_parameter("model.embed_tokens.weight") is beside.get_input_embeddings().weight
+    assert (beside.get_output_embeddings().weight is beside.get_input_embeddings().weight) == is_tied
+
+
+def _of_mixture(options: dict[str, Any], folder: Path, is_tied: bool = False) -> Any:
+    """PEFT's adapter, moved, of a small mixture of experts; both are saved in the folder."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    config = MixtralConfig(vocab_size=VOCABULARY.size, num_hidden_layers=1, num_local_experts=3, **sizes)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
-    made: Any = get_peft_model(load_model(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"], **options))
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(
+        vocab_size=VOCABULARY.size, num_hidden_layers=1, num_local_experts=3, tie_word_embeddings=is_tied, **sizes
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(folder / "base")
+    with warnings.catch_warnings():
+        # That an embedding tied to the head is trained, and that no module is named as the ranks of PEFT's own parameters.
+        warnings.simplefilter("ignore")
+        made: Any = get_peft_model(load_model(folder / "base"), LoraConfig(r=2, **options))
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        made.eval().save_pretrained(folder / "theirs")
+    return made
+
+
+def test_a_model_begins_from_it_and_it_is_trained_on(tmp_path: Path) -> None:
+    """Both ways of going on: added to the weights, and as the adapter that it is."""
+    options = {"target_modules": ["q_proj"], "target_parameters": _EXPERTS, "trainable_token_indices": [1, 2]}
+    made = _of_mixture(options, tmp_path)
+    batch = make_batch(2, seed=2)
+    begun = build_model(ModelConfig(path=str(tmp_path / "theirs")), VOCABULARY, 0).module
+    module = load_model(tmp_path / "base")
+    transform(module, AdapterConfig("load", {"path": str(tmp_path / "theirs")}), "none", 0)
+    with torch.no_grad():
+        expected = made(input_ids=batch.tokens).logits
+        for each in (begun, module):
+            torch.testing.assert_close(each.eval()(input_ids=batch.tokens).logits, expected, atol=5e-5, rtol=1e-4)
+    assert all_logits(module, batch).square().mean().backward() is None
+    for name, each in module.named_parameters():
+        assert (each.grad is not None) == each.requires_grad == ("lora_" in name or "trainable_tokens" in name), name
+
+
+def test_a_kind_whose_layers_share_matrices_is_refused_with_what_merges_it(
+    base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The remedy is run as it stands."""
+    folder = base()
+    made: Any = get_peft_model(load_model(folder), VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    made.eval().save_pretrained(tmp_path / "theirs")
-    tokens = make_batch(2, seed=2).tokens
-    base = str(tmp_path / "base")
-    beside = open_model(tmp_path / "theirs", torch.float32, base=base)
+    made.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="of the kind VERA, whose layers all share matrices") as refused:
+        open_model(tmp_path / "theirs", torch.float32)
+    remedy = str(refused.value).partition('python -c "')[2].partition('"')[0]
+    exec(remedy, {})
+    tokens = make_batch(1).tokens
     with torch.no_grad():
-        torch.testing.assert_close(beside(input_ids=tokens).logits, made(input_ids=tokens).logits)
-    with pytest.raises(ConfigError, match=rf"{words}.*not merged here\n.*merge_and_unload"):
-        open_model(tmp_path / "theirs", torch.float32, base=base, is_merged=True)
-    with pytest.raises(ConfigError, match=words):
-        merged_tensors(beside, torch.float32)
+        found = load_model(tmp_path / "theirs-merged")(input_ids=tokens).logits
+        torch.testing.assert_close(found, made.eval()(input_ids=tokens).logits, atol=1e-5, rtol=0)

@@ -12,10 +12,11 @@ from tests.training.conftest import VOCABULARY
 from kajiya.config.schema import ModelConfig
 from kajiya.errors import ConfigError, StoreError
 from kajiya.models import quantized_loading
+from kajiya.models.adapter_targets import expert_names
 from kajiya.models.build import build_model
 from kajiya.models.load import load_model
 from kajiya.models.origin import origin_of
-from kajiya.models.quantized import is_quantized, quantize, quantize_layer, stored_bytes
+from kajiya.models.quantized import dequantize, form_of, is_quantized, quantize, quantize_layer, stored_bytes
 from kajiya.models.tasks import Task
 
 KINDS = ("nf4", "int8", "torchao-int8")
@@ -76,6 +77,34 @@ def test_one_weight_is_whole_at_a_time(folder: Path, monkeypatch: pytest.MonkeyP
     module = build_model(config, VOCABULARY, 0).module
     assert len(seen) == sum(map(is_quantized, module.parameters())) >= 4
     assert quantize(module, "nf4") is module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_quantized_as_they_are_read(kind: str, tmp_path: Path) -> None:
+    """By nf4; the other kinds leave them as they are."""
+    sizes: Any = {"n_params": None, "hidden_size": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "ffn_size": 32}
+    config = ModelConfig(name="mixtral", max_positions=64, options={"num_local_experts": 3}, **sizes)
+    build_model(config, VOCABULARY, 0).module.save_pretrained(tmp_path)  # type: ignore[operator]
+    found, plain = load_model(tmp_path, quantized=kind), load_model(tmp_path)
+    expected = quantize(load_model(tmp_path), form_of(plain, kind))
+    names = expert_names(plain)
+    assert names == expert_names(found) == expert_names(expected)
+    assert len(names) == 4
+    for name in names:
+        ours = found.get_parameter(name)
+        assert is_quantized(ours) == (kind == "nf4")
+        assert not ours.requires_grad or kind != "nf4"
+        assert torch.equal(ours.dequantize(), expected.get_parameter(name).dequantize())
+        assert torch.equal(ours.dequantize(), plain.get_parameter(name)) != (kind == "nf4")
+    assert vars(origin_of(found)) == vars(origin_of(expected))
+    ids = torch.tensor([[5, 9, 33, 7]])
+    with torch.no_grad():
+        logits = found(input_ids=ids).logits
+        assert torch.equal(logits, expected(input_ids=ids).logits)
+        if kind == "nf4":
+            # The layers that they exactly stand for compute the same.
+            torch.testing.assert_close(dequantize(found, torch.float32)(input_ids=ids).logits, logits)
+            assert not any(map(is_quantized, found.parameters()))
 
 
 def test_weights_that_do_not_fit_are_said_as_of_any_model(tmp_path: Path) -> None:

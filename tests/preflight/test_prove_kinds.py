@@ -25,6 +25,7 @@ from torch import nn
 
 from kajiya.config.schema import LossConfig, ModelConfig
 from kajiya.data.batch import NO_TARGET
+from kajiya.models.adapt import transform
 from kajiya.models.build import build_model
 from kajiya.models.tasks import Task
 from kajiya.preflight.joining import in_two, joined
@@ -202,6 +203,23 @@ UNSAVED: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "as it began": lambda tensors: tensors[_last_b(tensors)].zero_(),
     "rounded": lambda tensors: tensors.update({k: t.to(torch.bfloat16).float() for k, t in tensors.items()}),
 }
+
+
+@pytest.mark.parametrize(("is_frozen", "quantize"), [(False, "none"), (True, "none"), (False, "nf4")])
+def test_experts_are_proven_to_be_trained_and_saved(is_frozen: bool, quantize: str, corpus: Corpus) -> None:
+    parts = make_parts("lora", quantize, r=4)
+    model = replace(parts.config.model, name="mixtral", options={"num_local_experts": 3})
+    parts.config = replace(parts.config, model=model)
+    parts.model = build_model(model, VOCABULARY, 0).module.train()
+    parts.model.generation_config.eos_token_id = VOCABULARY.eos_id
+    transform(parts.model, parts.config.adapter, quantize, 0)
+    experts = [name for name, each in parts.model.named_parameters() if "experts" in name and each.requires_grad]
+    assert len(experts) == 2 * 2 * 2
+    if is_frozen:
+        parts.model.get_parameter(experts[0]).register_hook(torch.zeros_like)
+    verdict, _ = verdict_of(parts, corpus)
+    failed = [each for each in verdict.findings if each.state == "failed"]
+    assert ["trainable"] * is_frozen == [each.name for each in failed], failed
 
 
 @pytest.mark.parametrize("how", [None, *UNSAVED])

@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import VOCABULARY
 from torch import nn
 
-from kajiya.config.schema import TrainConfig
+from kajiya.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from kajiya.models.adapt import transform
+from kajiya.models.build import build_model
 from kajiya.training import compile as compile_module
 from kajiya.training.compile import compile_where_it_pays, compiler_problem
 
@@ -32,6 +36,17 @@ def test_a_gpu_is_told_of_the_losss_kernel_and_not_of_the_operators(monkeypatch:
     monkeypatch.setattr(compile_module, "triton_problem", lambda: None)
     words = compile_where_it_pays(TrainConfig(compile="off"), nn.Linear(2, 2), torch.device("cuda"), "no: for a CPU")
     assert words == "no: set in the config; the loss's softmax by Triton"
+
+
+@pytest.mark.parametrize("quantized", ["none", "nf4"])
+def test_adapters_of_experts_in_four_bits_are_not_compiled(quantized: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_module, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(compile_module, "compile_blocks", lambda model: 2)
+    sizes: Any = {"n_params": None, "hidden_size": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "ffn_size": 32}
+    module = build_model(ModelConfig(name="mixtral", options={"num_local_experts": 2}, **sizes), VOCABULARY, 0).module
+    transform(module, AdapterConfig("lora", {"r": 4}), quantized, 0)
+    words = compile_where_it_pays(TrainConfig(compile="on"), module, CPU, "no: x")
+    assert words.startswith("yes: 2 blocks" if quantized == "none" else "no: PEFT's adapters of experts in 4 bits")
 
 
 def test_a_short_run_is_not_compiled() -> None:

@@ -324,6 +324,23 @@ def test_an_answer_ends_where_it_does_when_served(tiny_model: Make) -> None:
         assert len(each.text) == sum(token > 2 for token in each.tokens[: None if each.is_cut else -1])
 
 
+def test_answers_are_drawn_by_experts_with_their_adapter(tiny_model: Make) -> None:
+    model: Any = tiny_model(name="mixtral", options={"num_local_experts": 3})
+    transform(model, AdapterConfig("lora", {"r": 4, "targets": "experts"}), "none", 0)
+    policy = Policy(model, Letters(), 30, torch.float32)
+    ids = torch.arange(3, 23)
+    for _ in range(2):
+        _move(model)
+        policy.renew()
+        (answer,) = policy.draw([ids.tolist()], [0], 6, ())
+        whole = torch.cat([ids, torch.tensor(answer.token_ids)])
+        with torch.no_grad():
+            expected = model(input_ids=whole[None]).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        found = torch.tensor([each.logprob for each in answer.logprobs])
+        own = expected.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["load", "lora"])
 def test_the_reference_of_a_policy_is_the_model_before_training(name: str, tiny_model: Make, tmp_path: Path) -> None:
     """Of an adapter that is gone on with, too: not the bare base."""

@@ -373,7 +373,8 @@ class LoraOptions:
     """default and gaussian begin beside the weights, as nothing; pissa (arXiv:2404.02948) and olora (arXiv:2406.01775) take their
     beginning out of them."""
     targets: str = "all-linear"
-    """all-linear (all but the head), attention, mlp, or a regular expression that whole module names match."""
+    """all-linear (all but the head), attention, mlp, experts (of a mixture; all-linear and mlp have them too), several with commas
+    between them, or a regular expression that whole names of modules, or of experts' tensors, match."""
     train_embeddings: bool = False
     """Train the embedding too, whole; tied to the head, both are."""
     train_head: bool = False

@@ -162,8 +162,8 @@ class ModelConfig:
     init_std: float = setting(0.02, gt=0)
     """Standard deviation of the initial weights."""
     quantize: str = setting("none", choices=("none", "nf4", "int8", "torchao-int8"))
-    """Frozen weights of the linear layers, under an adapter: nf4 (QLoRA: 4 bits, double quantization), int8 (LLM.int8), both of
-    bitsandbytes, or torchao-int8 (weights alone)."""
+    """Frozen weights of the linear layers, under an adapter: nf4 (QLoRA: 4 bits, double quantization; of a mixture's experts too),
+    int8 (LLM.int8), both of bitsandbytes, or torchao-int8 (weights alone)."""
     future_heads: int = setting(0, ge=0, le=8)
     """Heads for the tokens behind the next one, trained beside it (multi-token prediction) and left out of what is saved."""
     stand_in: bool = False

@@ -26,12 +26,13 @@ from kajiya.flows.teaching import load_run_loss
 from kajiya.models.adapt import has_adapter, rate_ratios, trains_tokens, transform
 from kajiya.models.bigram_init import begin_from_bigrams
 from kajiya.models.build import BuiltModel, build_model, vocabulary_of
+from kajiya.models.experts import left_out
 from kajiya.models.fused import fuse_blocks
 from kajiya.models.future import add_future_heads, without_future_heads
 from kajiya.models.induction_init import begin_with_induction
 from kajiya.models.isolation import packed_words
 from kajiya.models.outputs import decoder_start
-from kajiya.models.quantized import count_params, left_out
+from kajiya.models.quantized import count_params
 from kajiya.models.size import missed_words
 from kajiya.models.trained import save_trained
 from kajiya.preflight.plan import Plan, plan_facts, with_schedule

@@ -26,9 +26,9 @@ from kajiya.config.schema import AdapterConfig
 from kajiya.config.tables import is_options, resolve
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import load_adapter
-from kajiya.models.adapter_targets import compiled, ia3_targets, keeps_transposed, target_names
-from kajiya.models.injection import BEGINNING, inject, is_wrapper, layers
-from kajiya.models.quantized import count_params, quantize
+from kajiya.models.adapter_targets import Targets, compiled, ia3_targets, keeps_transposed, lora_targets
+from kajiya.models.injection import BEGINNING, adapters_of, inject, is_wrapper, layers
+from kajiya.models.quantized import count_params, form_of, is_quantized, quantize
 from kajiya.models.tasks import CLASS_HEADS
 from kajiya.models.virtual_tokens import (
     attach,
@@ -51,7 +51,7 @@ def transform(
     Random beginnings are a function of `seed` alone; a prompt's text begins as the tokens that `encode` gives. Raises
     `ConfigError` when nothing would be trained.
     """
-    quantize(module, quantized)
+    quantize(module, form_of(module, quantized))
     function, options = resolve("adapter", config.name, config.options, "adapter")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,7 +99,9 @@ def use_adapter(module: nn.Module, name: str) -> None:
     if name not in known:
         raise ConfigError("adapter", f"{name!r} is no adapter of this model; there is: {', '.join(known) or 'none'}")
     for part in layers(module):
-        part.set_adapter(name, inference_mode=not _is_trained(part))
+        # A module that is trained whole, or in rows, by another adapter alone is the model's own now.
+        own = name if name in adapters_of(part) else []
+        part.set_adapter(own, inference_mode=not _is_trained(part))
 
 
 @contextmanager
@@ -244,15 +246,17 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
     from peft import LoraConfig
 
     whole, is_tied = _trained_whole(module, options)
-    targets = target_names(module, options.targets)
-    if options.init == "olora" and any(keeps_transposed(module.get_submodule(name)) for name in targets):
+    targets = lora_targets(module, options.targets)
+    if targets.parameters:
+        _require_plain(module, targets, options, "dora" if is_dora else "lora")
+    if options.init == "olora" and any(keeps_transposed(module.get_submodule(name)) for name in targets.modules):
         raise ConfigError(
             "adapter.options.init",
             f"olora takes a part out of weights [out, in], and layers of {type(module).__name__} keep them the other way round",
             "Set adapter.options.init=pissa, which knows both, or default.",
         )
     if options.init in ("pissa", "olora"):
-        _require_rank(module, targets, options)
+        _require_rank(module, targets.modules, options)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]
@@ -260,12 +264,44 @@ def _lora(module: nn.Module, options: LoraOptions, *, is_dora: bool) -> None:
         use_rslora=options.rslora,
         use_dora=is_dora,
         init_lora_weights=_STARTS[options.init],
-        target_modules=targets,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         modules_to_save=whole or None,
         ensure_weight_tying=is_tied,
         task_type=_task(module),
     )
     inject(module, config, "default")
+
+
+def _require_plain(module: nn.Module, targets: Targets, options: LoraOptions, name: str) -> None:
+    """Raise `ConfigError` for what PEFT's matrices beside a bare tensor cannot do."""
+    what = f"{targets.parameters[0]} and {len(targets.parameters) - 1} more"
+    remedy = "or leave experts out: adapter.options.targets=attention, or a regular expression."
+    if name == "dora":
+        raise ConfigError(
+            "adapter.name", f"is dora, which has no magnitudes for {what}", f"Set adapter.name=lora, {remedy}"
+        )
+    if options.init in ("pissa", "olora"):
+        raise ConfigError(
+            "adapter.options.init",
+            f"is {options.init}, which takes nothing out of {what}",
+            f"Set adapter.options.init=default, {remedy}",
+        )
+    if options.dropout:
+        raise ConfigError(
+            "adapter.options.dropout",
+            f"is {options.dropout}, and what {what} read goes through no adapter that could drop a part of it",
+            f"Set adapter.options.dropout=0, {remedy}",
+        )
+    parameters = dict(module.named_parameters())
+    packed = [each for each in targets.parameters if is_quantized(parameters[each]) and parameters[each].ndim == 2]
+    if packed:
+        raise ConfigError(
+            "adapter.options.targets",
+            f"means {packed[0]} and {len(packed) - 1} more, which PEFT adapts by the names of their tensors alone, and "
+            "not where these are quantized",
+            "Set adapter.options.targets=attention,experts, or model.quantize=none.",
+        )
 
 
 def _require_rank(module: nn.Module, targets: list[str], options: LoraOptions) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kajiya.errors import StoreError
+from kajiya.errors import ConfigError, StoreError
 from kajiya.models.injection import BEGINNING, inject, takes_from_base
 from kajiya.models.origin import Origin, origin_of
 from kajiya.models.tasks import CAUSAL, CLASS_HEADS, Task
@@ -24,6 +24,8 @@ _PICKLE = "adapter_model.bin"
 _BASE = "base.json"
 _WHOLE = ("embed_tokens", "embed_tokens.base_layer", "lm_head", "lm_head.base_layer", "wte", "wte.base_layer")
 """Ends of the names of embeddings and heads in PEFT's files."""
+_SHARING = ("VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD")
+"""Kinds of PEFT whose layers share matrices that are kept beside the model and not in it."""
 _PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's own modules."""
 
@@ -37,7 +39,7 @@ class Base:
     digest: str
     """`weights_digest` of them."""
     quantize: str
-    """In which form they were trained beside (`model.quantize`)."""
+    """In which form they were trained beside (`model.quantize`; nf4-experts: nf4 with a mixture's experts)."""
     labels: tuple[str, ...] = ()
     """Names of the classes that the adapter's head tells apart; the base knows none of them."""
     n_tokens: int | None = None
@@ -181,14 +183,15 @@ def check_origin(folder: Path, origin: Origin | None) -> None:
             f"{folder}: this adapter was trained with model.quantize={named.quantize}, and the model's weights are with "
             f"model.quantize={origin.quantize}: other numbers, beside which it would compute something else.\n"
             "Merge it into those that it was trained beside (kajiya merge), or serve it as a model of its own; to train on, "
-            f"set model.quantize={named.quantize}."
+            f"set model.quantize={named.quantize.removesuffix('-experts')}."
         )
 
 
 def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained: bool = False) -> None:
     """Put the adapter in `folder` beside the weights of `module`, under `name`; made by any tool that writes PEFT's files.
 
-    Raises `StoreError` where its tensors do not fit, or where it names another base than the weights of `module`.
+    Raises `StoreError` where its tensors do not fit, or where it names another base than the weights of `module`; `ConfigError`
+    for a kind whose layers share matrices (VeRA).
     """
     from peft import PeftConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -203,6 +206,7 @@ def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained
         raise StoreError(f"{folder}: no adapter is there ({ADAPTER_CONFIG} and {_WEIGHTS})")
     check_origin(folder, origin_of(module))
     config = PeftConfig.from_pretrained(str(folder))
+    _require_own_matrices(folder, config)
     config.inference_mode = not is_trained
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_file(folder / _WEIGHTS).items()}
     if config.is_prompt_learning:
@@ -230,6 +234,19 @@ def load_adapter(module: Any, folder: Path, name: str = "default", *, is_trained
             f"{folder}: the tensor {odd!r} is in the adapter or in the model's layers for it, but not in both"
         )
     set_peft_model_state_dict(module, tensors, name)
+
+
+def _require_own_matrices(folder: Path, config: Any) -> None:
+    """Raise `ConfigError` for an adapter whose layers share matrices, which PEFT keeps in a model of its own around this one."""
+    if config.peft_type.value not in _SHARING:
+        return
+    raise ConfigError(
+        "adapter",
+        f"{folder}: it is of the kind {config.peft_type.value}, whose layers all share matrices; such are not computed here",
+        'Merge it with PEFT first: python -c "from peft import AutoPeftModelForCausalLM as A; '
+        f"A.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')\""
+        " and give the folder that this writes (with the tokenizer of the base in it).",
+    )
 
 
 def _embeddings(tensors: dict[str, torch.Tensor], trained: tuple[str, ...]) -> dict[str, torch.Tensor]:

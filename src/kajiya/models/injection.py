@@ -28,6 +28,9 @@ def inject(module: Any, config: Any, name: str) -> None:
             warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")
             # Several adapters on one base are what is wanted.
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            if config.peft_type.value == "LORA" and config.target_parameters:
+                # PEFT looks for them among modules alone, and follows those of parameters too.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             inject_adapter_in_model(config, module, name)
     except ValueError as error:
         raise ConfigError("adapter", " ".join(str(error).split())) from error
@@ -41,14 +44,22 @@ def takes_from_base(config: Any) -> bool:
 
 
 def layers(module: nn.Module) -> Iterator[Any]:
-    """Every layer of an adapter, and every wrapper of a module that one trains whole."""
+    """Every layer of an adapter, and every wrapper of a module that one trains whole or in single rows."""
     if "peft_config" not in vars(module):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    within = {id(part.token_adapter) for part in module.modules() if is_token_wrapper(part)}
     for part in module.modules():
-        if isinstance(part, BaseTunerLayer) or is_wrapper(part):
+        if (isinstance(part, BaseTunerLayer) and id(part) not in within) or is_wrapper(part) or is_token_wrapper(part):
             yield part
+
+
+def adapters_of(part: Any) -> set[str]:
+    """Names of the adapters that change this one of `layers`."""
+    if is_wrapper(part) or is_token_wrapper(part):
+        return set(part._adapters)
+    return {name for attribute in part.adapter_layer_names for name in getattr(part, attribute)}
 
 
 def is_wrapper(part: nn.Module) -> bool:
@@ -56,24 +67,22 @@ def is_wrapper(part: nn.Module) -> bool:
     return type(part).__name__ == "ModulesToSaveWrapper"
 
 
-def require_mergeable(module: nn.Module) -> None:
-    """Raise `ConfigError` for layers that change something else than a layer's weight and bias: PEFT's own merging takes them."""
-    for path, part in module.named_modules():
-        what = _NOT_MERGED.get(type(part).__name__)
-        if what is not None:
-            raise ConfigError(
-                "adapter",
-                f"adapts {what} ({path}), which is not merged here",
-                "Merge it with PEFT (PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(FOLDER)); name that folder.",
-            )
+def is_token_wrapper(part: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper of an embedding or head of which an adapter trains the rows of single tokens."""
+    return type(part).__name__ == "TrainableTokensWrapper"
 
 
-_NOT_MERGED = {
-    "ParamWrapper": "weights outside of linear layers, as of a mixture's experts (target_parameters)",
-    "TrainableTokensWrapper": "single tokens (trainable_token_indices)",
-    "TrainableTokensLayer": "single tokens (trainable_token_indices)",
-}
-"""Layers of PEFT by the name of their class, and what they adapt."""
+def is_of_parameter(part: nn.Module) -> bool:
+    """Whether it is PEFT's layer around a module of which one parameter is adapted, as of a mixture's experts; such layers of
+    several parameters stand around each other.
+    """
+    return type(part).__name__ == "ParamWrapper"
+
+
+def in_force(wrapper: Any) -> Any:
+    """The module that a wrapper computes with: that of its adapter in force, or the model's own."""
+    names = wrapper.active_adapters
+    return wrapper.modules_to_save[names[0]] if names else wrapper.original_module
 
 
 def lora_bias(part: Any, name: str) -> bool:
@@ -93,8 +102,7 @@ def lora_bias(part: Any, name: str) -> bool:
 def merge(module: Any) -> None:
     """Add the adapter in force to the weights, in place, and take its layers out.
 
-    Raises `ConfigError` for one that is no change of weights (prefix, prompt) or of others than linear layers', or beside quantized
-    weights.
+    Raises `ConfigError` for one that is no change of weights (prefix, prompt), or beside quantized weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -105,14 +113,17 @@ def merge(module: Any) -> None:
         raise ConfigError("merge", "virtual tokens are no change of the weights, so they cannot be merged into them")
     if any(is_quantized(parameter) for parameter in module.parameters()):
         raise ConfigError("merge", "the weights are quantized; an adapter merges into dequantized ones")
-    require_mergeable(module)
-    for name, part in list(module.named_modules()):
+    # From the inside out: of layers around each other each is added to what is innermost.
+    for name, part in reversed(list(module.named_modules())):
         if isinstance(part, BaseTunerLayer):
-            lora_bias(part, part.active_adapters[0])  # type: ignore[index]
+            for each in list(part.active_adapters):  # type: ignore[arg-type]
+                lora_bias(part, each)
             part.merge(safe_merge=True)  # type: ignore[operator]
             module.set_submodule(name, part.get_base_layer())
         elif is_wrapper(part):
-            module.set_submodule(name, part.modules_to_save[part.active_adapters[0]])  # type: ignore[index,operator]
+            module.set_submodule(name, in_force(part))
+        elif is_token_wrapper(part):
+            module.set_submodule(name, part.token_adapter)  # type: ignore[arg-type]  # by now the plain layer
     del module.peft_config
     set_origin(module, None)
     head = module.get_output_embeddings()
@@ -123,6 +134,6 @@ def merge(module: Any) -> None:
 def _remember_beginning(module: nn.Module, name: str) -> None:
     """Keep the first matrices of PiSSA and OLoRA: what was taken out of the weights is their product."""
     for part in layers(module):
-        if not is_wrapper(part) and name in part.lora_A:
+        if not is_wrapper(part) and not is_token_wrapper(part) and name in part.lora_A:
             for buffer, matrices in zip(BEGINNING, (part.lora_A, part.lora_B), strict=True):
                 part.register_buffer(buffer, matrices[name].weight.detach().clone())

@@ -10,7 +10,7 @@ import torch
 from kajiya.errors import ConfigError, StoreError
 from kajiya.models.attention import attention_name
 from kajiya.models.origin import Origin, set_origin
-from kajiya.models.quantized import quantize
+from kajiya.models.quantized import form_of, quantize
 from kajiya.models.quantized_loading import while_reading
 from kajiya.models.stored_bits import as_plain, require_read, stored_by
 from kajiya.models.tasks import CAUSAL, Task, auto_class, require_architecture
@@ -97,7 +97,7 @@ def load_model(
     if method is not None:
         model = as_plain(model, dtype)
     set_origin(model, Origin(str(folder.resolve()) if folder.is_dir() else str(path), revision))
-    return quantize(model, quantized).eval()
+    return quantize(model, form_of(model, quantized)).eval()
 
 
 def read_architecture(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError
-from kajiya.models.injection import is_wrapper, layers, lora_bias, require_mergeable
+from kajiya.models.injection import (
+    adapters_of,
+    in_force,
+    is_of_parameter,
+    is_token_wrapper,
+    is_wrapper,
+    layers,
+    lora_bias,
+)
 from kajiya.models.quantized import is_quantized, weight_values
 from kajiya.models.virtual_tokens import virtual_tokens
 
@@ -16,20 +24,24 @@ def merged_tensors(module: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """By the names of the plain Transformers model's `state_dict`, in `dtype`: the adapter in force added, quantized weights
     as what they stand for. Tensors that are in `dtype` already are the model's own.
 
-    Raises `ConfigError` for an adapter that is no change of weights, or of others than linear layers'.
+    Raises `ConfigError` for an adapter that is no change of weights.
     """
     if virtual_tokens(module) is not None:
         raise ConfigError("adapter", "virtual tokens are no change of the weights, so they cannot be merged into them")
-    require_mergeable(module)
-    changed = {id(part) for part in layers(module)}
+    tensors = _all(module, {id(part) for part in layers(module)})
+    return {name: value.detach().to(dtype) for name, value in tensors.items()}
+
+
+def _all(module: nn.Module, changed: set[int]) -> dict[str, torch.Tensor]:
+    """Tensors of the module and what is in it, those of the parts whose ids are `changed` as the adapter makes them."""
     tensors: dict[str, torch.Tensor] = {}
     whole = None
     for path, part in module.named_modules():
         if whole is not None and path.startswith(f"{whole}."):
             continue  # a part of a layer that was taken as one
         whole = path if id(part) in changed else None
-        found = _own(part) if whole is None else _of_wrapper(part) if is_wrapper(part) else _of_layer(part)
-        tensors |= {f"{path}.{name}" if path else name: value.detach().to(dtype) for name, value in found.items()}
+        found = _own(part) if whole is None else _of_changed(part, changed)
+        tensors |= {f"{path}.{name}" if path else name: value for name, value in found.items()}
     return tensors
 
 
@@ -43,16 +55,40 @@ def _own(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _plain(part: Any, tensor: torch.Tensor) -> torch.Tensor:
-    return weight_values(part) if is_quantized(tensor) else tensor
+    if not is_quantized(tensor):
+        return tensor
+    return weight_values(part) if isinstance(part, nn.Linear) else tensor.dequantize()
 
 
-def _of_wrapper(part: Any) -> dict[str, torch.Tensor]:
-    return _own(part.modules_to_save[part.active_adapters[0]])
+def _of_changed(part: Any, changed: set[int]) -> dict[str, torch.Tensor]:
+    if is_wrapper(part):
+        return _own(in_force(part))
+    if is_token_wrapper(part):
+        return _of_tokens(part.token_adapter)
+    if type(part).__name__ == "TrainableTokensLayer":
+        return _of_tokens(part)
+    return _of_parameters(part, changed) if is_of_parameter(part) else _of_layer(part)
+
+
+def _of_tokens(part: Any) -> dict[str, torch.Tensor]:
+    return _own(part.get_base_layer()) | {"weight": part.get_merged_weights(part.active_adapters)}
+
+
+def _of_parameters(part: Any, changed: set[int]) -> dict[str, torch.Tensor]:
+    tensors = _all(part.get_base_layer(), changed)
+    while is_of_parameter(part):
+        for name in adapters_of(part).intersection(part.active_adapters):
+            tensors[part.parameter_name] = tensors[part.parameter_name].float() + part.get_delta_weight(name).float()
+        part = part.base_layer
+    return tensors
 
 
 def _of_layer(part: Any) -> dict[str, torch.Tensor]:
     tensors = _own(part.get_base_layer())
-    (name,) = part.active_adapters
+    names = adapters_of(part).intersection(part.active_adapters)
+    if not names:
+        return tensors
+    (name,) = names
     weight = tensors["weight"].float()
     if name in getattr(part, "ia3_l", {}):
         factor = part.ia3_l[name].float()

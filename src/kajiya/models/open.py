@@ -1,12 +1,23 @@
 """A model on disk, whatever it is: whole weights, or an adapter and its base."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kajiya.data.tokenizer import load_tokenizer
-from kajiya.models.adapter_files import adapter_task, base_folder, brings_head, is_adapter, load_adapter, read_base
+from kajiya.errors import ConfigError
+from kajiya.models.adapt import use_adapter
+from kajiya.models.adapter_files import (
+    adapter_task,
+    base_folder,
+    brings_head,
+    is_adapter,
+    is_mergeable,
+    load_adapter,
+    read_base,
+)
 from kajiya.models.injection import merge
 from kajiya.models.load import load_model, stored_dtype
 from kajiya.models.origin import Origin, set_origin
@@ -67,6 +78,36 @@ def open_base(
     if named is not None and named.quantize != "none":
         dequantize(quantize(module, named.quantize), torch.float32)
     return module.to(dtype)
+
+
+def open_adapters(base: Path, folders: Mapping[str, Path], dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """The weights in `base` with several adapters beside them, by name, the first of which is in force; as `open_model`.
+
+    Weights that the adapters were trained beside in few bits are the exact ones that these stand for. Raises `StoreError` for an
+    adapter of another base, `ConfigError` for such as cannot stand beside each other.
+    """
+    for name, folder in folders.items():
+        if not name.isidentifier():
+            raise ConfigError("adapters", f"{name!r} is no name of one", "Letters, digits and underscores.")
+        if not is_adapter(folder):
+            raise ConfigError("adapters", f"{name}: {folder} holds a whole model, and no adapter")
+        if not is_mergeable(folder) and len(folders) > 1:
+            raise ConfigError("adapters", f"{name}: {folder} adds virtual tokens, beside which no other adapter stands")
+    first, *others = folders.items()
+    for name, folder in others:
+        if _needs(folder, base) != _needs(first[1], base):
+            raise ConfigError("adapters", f"{name} was trained with another head or other added tokens than {first[0]}")
+    module = open_base(first[1], dtype, attention, str(base))
+    for name, folder in folders.items():
+        load_adapter(module, folder, name)
+    use_adapter(module, first[0])
+    return module.eval()
+
+
+def _needs(folder: Path, base: Path) -> tuple[Task, int | None]:
+    """What the adapter needs of a base besides its weights: the head, and rows for so many tokens."""
+    named = read_base(folder)
+    return adapter_task(folder, base), None if named is None else named.n_tokens
 
 
 def model_dtype(folder: Path) -> torch.dtype:

@@ -15,7 +15,7 @@ class Origin:
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     quantize: str = "none"
-    """The few bits that the weights are in, or exactly stand for (`model.quantize`)."""
+    """The few bits that the weights are in, or exactly stand for (`model.quantize`, and nf4-experts)."""
 
 
 def origin_of(module: Any) -> Origin | None:

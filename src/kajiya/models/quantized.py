@@ -1,6 +1,7 @@
-"""Frozen linear layers in few bits: NF4 with double quantization, LLM.int8, torchao's int8; on a CPU or a GPU."""
+"""Frozen linear layers in few bits, and a mixture's experts: NF4 with double quantization, LLM.int8, torchao's int8; on a CPU or a
+GPU.
+"""
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,19 +10,28 @@ import torch
 from torch import nn
 
 from kajiya.errors import ConfigError, MissingExtraError
+from kajiya.models.adapter_targets import expert_names
+from kajiya.models.expert_bits import NF4Experts, quantize_experts
+from kajiya.models.extras import require_bitsandbytes
 from kajiya.models.origin import set_form
 from kajiya.models.tasks import CLASS_HEADS
 
 
-def quantize(module: nn.Module, kind: str) -> nn.Module:
-    """Replace the weights of every linear layer of `module` but its heads, in place; `kind` is `model.quantize`.
+def form_of(module: nn.Module, kind: str) -> str:
+    """The bits that `model.quantize` means for this module: with experts in it nf4 is nf4-experts, which has them too."""
+    return _WITH_EXPERTS if kind == "nf4" and expert_names(module) else kind
 
-    nf4: 4-bit NormalFloat in blocks of 64, the blocks' scales in 8 bits (QLoRA, arXiv:2305.14314, sections 3 and 4); int8: LLM.int8
+
+def quantize(module: nn.Module, form: str) -> nn.Module:
+    """Replace the weights of every linear layer of `module` but its heads, in place; `form` is what `form_of` gives.
+
+    nf4: 4-bit NormalFloat in blocks of 64, the blocks' scales in 8 bits (QLoRA, arXiv:2305.14314, sections 3 and 4); nf4-experts:
+    a mixture's experts too; int8: LLM.int8
     with outlier columns of activations kept (arXiv:2208.07339); torchao-int8: weights alone, a scale a row. The layers compute in
     the dtype of what they read. Those that were quantized while they were read stay as they are. Raises `ConfigError` for a
     module without linear layers.
     """
-    if kind == "none":
+    if form == "none":
         return module
     if not any(map(is_quantized, module.parameters())):
         found = quantized_layers(module)
@@ -29,21 +39,29 @@ def quantize(module: nn.Module, kind: str) -> nn.Module:
             raise ConfigError("model.quantize", f"{type(module).__name__} has no linear layer to quantize")
         while found:
             name, layer = found.pop(0)  # so that nothing holds a layer whose place another has taken
-            module.set_submodule(name, quantize_layer(layer, kind))
-    if kind in ("nf4", "int8"):
+            module.set_submodule(name, quantize_layer(layer, form))
+        for name in expert_names(module) if form == _WITH_EXPERTS else ():
+            replace_experts(module, name, quantize_experts(module.get_parameter(name)))
+    if form in ("nf4", _WITH_EXPERTS, "int8"):
         # PEFT's layers look here for what they stand beside.
-        setattr(module, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
-    set_form(module, kind)
+        setattr(module, "is_loaded_in_8bit" if form == "int8" else "is_loaded_in_4bit", True)
+    set_form(module, form)
     return module
 
 
-def quantize_layer(layer: nn.Linear, kind: str) -> Any:
+def replace_experts(module: nn.Module, name: str, experts: nn.Parameter) -> None:
+    """Put experts in the place of those of that full name."""
+    path, _, own = name.rpartition(".")
+    setattr(module.get_submodule(path), own, experts)
+
+
+def quantize_layer(layer: nn.Linear, form: str) -> Any:
     """A layer with the weights of another one in few bits, and its bias; as `quantize`."""
-    return _KINDS[kind](layer)
+    return _KINDS[form](layer)
 
 
 def dequantize(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace quantized layers by plain ones of the exact weights that they stand for, in `dtype`, in place."""
+    """Replace quantized layers, and experts, by plain ones of the exact weights that they stand for, in `dtype`, in place."""
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.Linear) and is_quantized(part.weight):
             plain = nn.Linear(part.in_features, part.out_features, part.bias is not None, part.weight.device, dtype)
@@ -51,6 +69,11 @@ def dequantize(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             if part.bias is not None:
                 plain.bias = nn.Parameter(part.bias.detach().to(dtype), requires_grad=False)
             module.set_submodule(name, plain)
+    for name in expert_names(module):
+        experts = module.get_parameter(name)
+        if is_quantized(experts):
+            plain_experts = nn.Parameter(experts.dequantize().to(dtype), requires_grad=False)
+            replace_experts(module, name, plain_experts)
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(module).pop(flag, None)
     return module
@@ -62,7 +85,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 
 
 def weight_values(layer: Any) -> torch.Tensor:
-    """The weights [out, in] that a quantized layer stands for, in the dtype that they had."""
+    """The weights [out, in] that a quantized linear layer stands for, in the dtype that they had."""
     values: torch.Tensor = _VALUES[type(layer.weight).__name__](layer.weight).detach()
     return values.reshape(layer.out_features, layer.in_features)
 
@@ -80,8 +103,9 @@ def count_params(module: nn.Module, *, trainable: bool = False) -> int:
 
 
 def stored_bytes(module: nn.Module) -> tuple[int, int]:
-    """Bytes that the quantized layers' weights take, scales included, and the parameters that they stand for."""
-    n_bytes = n_params = 0
+    """Bytes that the weights of quantized layers and experts take, scales included, and the parameters that they stand for."""
+    experts = [each for each in module.parameters() if isinstance(each, NF4Experts)]
+    n_bytes, n_params = sum(map(_bytes, experts)), sum(each.numel() for each in experts)
     for part in module.modules():
         if not isinstance(part, nn.Linear) or not is_quantized(part.weight):
             continue
@@ -91,23 +115,10 @@ def stored_bytes(module: nn.Module) -> tuple[int, int]:
     return n_bytes, n_params
 
 
-def left_out(module: nn.Module) -> str:
-    """What of the frozen weights stands neither in few bits nor beside an adapter although it is products: the experts of a
-    mixture, which Transformers keeps as one tensor [expert, out, in] and not as linear layers. Empty where there are none.
-    """
-    experts = {name: each for name, each in module.named_parameters() if each.ndim == 3 and not each.requires_grad}
-    experts = {name: each for name, each in experts.items() if not is_quantized(each) and "conv" not in name}
-    if not experts:
-        return ""
-    n_left, n_all = sum(each.numel() for each in experts.values()), count_params(module)
-    return (
-        f"{100 * n_left / n_all:.0f} % of them are experts ({next(iter(experts))} and {len(experts) - 1} more), which are no "
-        "linear layers: they are neither quantized nor adapted"
-    )
-
-
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that one consists of: itself, or the integers and the scales behind torchao's."""
+    """The tensors that one consists of: itself, or the integers and the scales behind torchao's, and behind experts."""
+    if isinstance(tensor, NF4Experts):
+        return list(tensor.parts)
     if type(tensor).__name__ == "Int8Tensor":
         return [tensor.qdata, tensor.scale]  # type: ignore[attr-defined]
     return [tensor]
@@ -175,17 +186,6 @@ def _filled(made: Any, weight: torch.Tensor, layer: nn.Linear) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
-def require_bitsandbytes(purpose: str) -> Any:
-    """The package bitsandbytes. Raises `MissingExtraError`, which names what it is for."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise MissingExtraError("bitsandbytes", "quant", purpose) from error
-    # It says at every product that LLM.int8 reads activations in 16 bits.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return bitsandbytes
-
-
 def _values_nf4(weight: Any) -> torch.Tensor:
     return require_bitsandbytes("model.quantize").functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
 
@@ -196,10 +196,17 @@ def _values_int8(weight: Any) -> torch.Tensor:
     return rows.float() * (weight.SCB / 127).unsqueeze(1)  # type: ignore[no-any-return]
 
 
-_KINDS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {"nf4": _nf4, "int8": _int8, "torchao-int8": _torchao_int8}
+_WITH_EXPERTS = "nf4-experts"
+_KINDS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": _nf4,
+    _WITH_EXPERTS: _nf4,
+    "int8": _int8,
+    "torchao-int8": _torchao_int8,
+}
 _VALUES: Mapping[str, Callable[[Any], torch.Tensor]] = {
     "Params4bit": _values_nf4,
     "Int8Params": _values_int8,
     "Int8Tensor": lambda weight: weight.dequantize(),
+    "NF4Experts": lambda weight: weight.dequantize(),
 }
 """How each library's tensor of few bits, by its class's name, gives its values back."""

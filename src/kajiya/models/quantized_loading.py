@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kajiya.models.quantized import quantize_layer, quantized_layers
+from kajiya.models.adapter_targets import expert_names
+from kajiya.models.expert_bits import quantize_experts
+from kajiya.models.quantized import form_of, quantize_layer, quantized_layers, replace_experts
 
 _METHOD = "kajiya"
 
@@ -47,9 +49,11 @@ def _classes() -> tuple[type, type]:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             self._weights = {f"{name}.weight" for name, _ in quantized_layers(model)}
+            kind = vars(self.quantization_config)["kind"]
+            self._experts = set(expert_names(model)) if form_of(model, kind) != kind else set()
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            return param_name in self._weights
+            return param_name in self._weights or param_name in self._experts
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self)
@@ -58,6 +62,10 @@ def _classes() -> tuple[type, type]:
             """The weight of that name in few bits, its layer in place."""
             value = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
+            if name in self._experts and value.shape == model.get_parameter(name).shape:
+                experts = quantize_experts(value)
+                replace_experts(model, name, experts)
+                return experts
             if name not in self._weights:
                 return value  # type: ignore[no-any-return]
             layer = model.get_submodule(path)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from kajiya.errors import ConfigError
-from kajiya.models.quantized import dequantize, require_bitsandbytes
+from kajiya.models.extras import require_bitsandbytes
+from kajiya.models.quantized import dequantize
 
 _READ = "bitsandbytes"
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kajiya.config.schema import TrainConfig
+from kajiya.models.experts import has_adapted_bits
 from kajiya.training.cross_entropy import triton_problem
 
 _PAYS_MINUTES = 6.0
@@ -34,6 +35,8 @@ def _compile_if_wanted(train: TrainConfig, model: nn.Module, device: torch.devic
     if train.compile == "auto" and is_fused:
         return "no: joined products and C++ operators take its place"
     problem = compiler_problem(device)
+    if problem is None and has_adapted_bits(model):
+        problem = "PEFT's adapters of experts in 4 bits cannot be compiled"
     if problem is not None:
         return f"no: {problem}"
     is_short = (train.minutes or _PAYS_MINUTES) < _PAYS_MINUTES or (train.steps or _PAYS_STEPS) < _PAYS_STEPS
