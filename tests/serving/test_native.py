@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
 from kajiya.serving.native.architecture import cache_bytes
 from kajiya.serving.native.build import load_library
+from kajiya.serving.native.memory import Arena
 from kajiya.serving.proof import rounded_activations, rounded_weights
-from kajiya.serving.sequence import Request, SamplingParams
+from kajiya.serving.sequence import Request, SamplingParams, TokenLogprob
 
 from .conftest import is_greedy, open_engine
 
@@ -59,14 +61,26 @@ def _product(
 def test_products_are_those_of_torch_within_their_precision(kind: str, bound: float, n_out: int, n_in: int) -> None:
     generator = torch.Generator().manual_seed(n_out)
     weights = torch.randn(n_out, n_in, generator=generator)
-    x = torch.randn(29, n_in, generator=generator)
+    x = torch.randn(61, n_in, generator=generator)
     bias = torch.randn(n_out, generator=generator)
     exact = (x.double() @ weights.double().T + bias).float()
     found = _product(kind, weights, x, bias)
     assert ((found - exact).norm() / exact.norm()).item() < bound
     # Each token's product is the same, to the bit, alone and with any number of others.
-    for n in (1, 2, 5, 12, 13, 29):
+    for n in (1, 2, 5, 12, 13, 29, 48, 49):
         assert torch.equal(_product(kind, weights, x[:n].clone(), bias), found[:n])
+
+
+def test_pages_that_are_had_at_hand_keep_what_is_in_them() -> None:
+    arena = Arena()
+    size = 3 << 20
+    address = arena.take(size)
+    ctypes.memset(address, 7, size)
+    arena.populate([(address, size)])
+    for thread in [one for one in threading.enumerate() if one.name == "kajiya-pages"]:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert ctypes.string_at(address, size) == bytes([7]) * size
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -348,6 +362,30 @@ def test_adapters_mixed_in_one_batch_answer_as_peft_does(
                 logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer, name
     assert len({tuple(answer) for answer in found.values()}) == len(found)
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"quantize": "int8"}])
+def test_an_answer_is_the_same_to_the_bit_beside_adapters(
+    model_folder: Path, adapter_folders: list[Path], settings: dict[str, str]
+) -> None:
+    """With an adapter in the step, a layer's products and what follows them are computed apart, and together without."""
+    engine = open_engine(model_folder, max_batch=4, **settings)
+    engine.load_adapter("one", adapter_folders[0])
+    prompt = _prompts([70], seed=9)[0]
+
+    def answer(beside: list[str]) -> list[TokenLogprob]:
+        for name in beside:
+            engine.add(Request(f"beside {name}", tuple(_prompts([31])[0]), GREEDY, name))
+        engine.add(Request("plain", tuple(prompt), GREEDY))
+        found = []
+        while not engine.is_idle:
+            found += [output.token for output in engine.step() if output.id == "plain" and output.token]
+        engine.scheduler.pool.forget_all()
+        return found
+
+    alone = answer([])
+    assert len(alone) == GREEDY.max_tokens
+    assert answer(["one"]) == alone
 
 
 def test_adapters_come_and_go(model_folder: Path, adapter_folders: list[Path]) -> None:

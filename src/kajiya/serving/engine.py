@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Rows
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,12 +129,13 @@ class Engine:
         if not plan.chunks:
             return outputs
         rows = self.runner.run(plan)
-        drawn = self._draw([chunk for chunk in plan.chunks if chunk.is_last], rows)
-        for chunk in plan.chunks:
+        ready = [chunk.is_last for chunk in plan.chunks]
+        drawn = self._draw([*compress(plan.chunks, ready)], rows)
+        for chunk, is_last in zip(plan.chunks, ready, strict=True):
             sequence = chunk.sequence
             if sequence.wants_prompt:
                 sequence.prompt_logprobs.extend(_prompt_logprobs(chunk, rows[sequence.request.id]))
-            if chunk.is_last:
+            if is_last:
                 outputs += self._advance(chunk, drawn.get(sequence.request.id, []))
             else:
                 self.scheduler.advance(chunk, ())
@@ -292,10 +294,12 @@ class Engine:
         drawn = self._sampler.draw(ids, given, [chunk.sequence.request.params for chunk in chunks], unmodified)
         found = {}
         for chunk, request_id, tokens in zip(chunks, ids, drawn, strict=True):
-            guesses = chunk.tokens[chunk.count - chunk.n_drafts :]
-            n_same = next((i for i, guess in enumerate(guesses) if guess != tokens[i].token), chunk.n_drafts)
-            self.n_drafted += chunk.n_drafts
-            self.n_confirmed += n_same
+            n_same = 0
+            if chunk.n_drafts:
+                guesses = chunk.tokens[chunk.count - chunk.n_drafts :]
+                n_same = next((i for i, guess in enumerate(guesses) if guess != tokens[i].token), chunk.n_drafts)
+                self.n_drafted += chunk.n_drafts
+                self.n_confirmed += n_same
             found[request_id] = tokens[: n_same + 1]
             self._sampler.used(request_id, n_same + 1)
         return found
@@ -305,8 +309,9 @@ class Engine:
         sequence = chunk.sequence
         request_id = sequence.request.id
         prompt = tuple(sequence.prompt_logprobs) if sequence.wants_prompt else None
-        if any(math.isnan(one.logprob) for one in [*tokens, *(prompt or ())] if one is not None):
-            return self._fail_poisoned(sequence)
+        for one in (*tokens, *prompt) if prompt else tokens:
+            if one is not None and math.isnan(one.logprob):
+                return self._fail_poisoned(sequence)
         if sequence.matcher is not None:
             for token in tokens:
                 sequence.matcher.take(token.token)
@@ -314,16 +319,16 @@ class Engine:
                 problem = f"the answer cannot be held to its grammar: {sequence.matcher.problem}"
                 return self._fail(sequence, problem, is_refused=True)
         sequence.is_reported = True
-        kept: list[TokenLogprob] = []
+        kept: list[int] = []
         reason = None
         for token in tokens:
-            kept.append(token)
-            reason = sequence.finish_reason([one.token for one in kept])
+            kept.append(token.token)
+            reason = sequence.finish_reason(kept)
             if reason:
                 break
         if not tokens:
             reason = sequence.finish_reason([])
-        self.scheduler.advance(chunk, tuple(token.token for token in kept))
+        self.scheduler.advance(chunk, tuple(kept))
         if reason:
             self.scheduler.finish(sequence)
             self._forget(request_id)
@@ -331,8 +336,8 @@ class Engine:
             return [Output(request_id, None, prompt, reason)]
         last = len(kept) - 1
         return [
-            Output(request_id, token, prompt if i == 0 else None, reason if i == last else None)
-            for i, token in enumerate(kept)
+            Output(request_id, tokens[i], prompt if i == 0 else None, reason if i == last else None)
+            for i in range(last + 1)
         ]
 
     def _fail(self, sequence: Sequence, problem: str, is_refused: bool = False) -> list[Output]:

@@ -88,7 +88,7 @@ def rounded_weights(weights_NK: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def rounded_activations(x_TK: torch.Tensor) -> torch.Tensor:
-    """Activations as they meet weights of 8 and 4 bits, fp32: in groups, the largest in size being 127 (`quantize_row`)."""
+    """Activations as they meet weights of 8 and 4 bits, fp32: in groups, the largest in size being 127 (`quantize_values`)."""
     groups_TGI = _groups(x_TK)
     peaks_TG1 = groups_TGI.abs().amax(-1, keepdim=True)
     integers_TGI = (groups_TGI * (127 / peaks_TG1)).nan_to_num(0.0, 0.0, 0.0).round()

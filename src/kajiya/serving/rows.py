@@ -3,13 +3,12 @@
 Shape letters: O outputs, V vocabulary.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Logits fp32 [O, V] of one sequence, with each row's most probable token and the logarithm of its normalizer.
 
     The logits are the runner's own memory: they hold until its next step.

@@ -43,7 +43,7 @@ class Sampler:
 
         The i-th row of a request draws with the i-th number of its stream; `used` says how many of them count.
         """
-        chosen = [list(each.best) for each in rows]
+        chosen = [each.best for each in rows]
         n_top = [one.n_logprobs for one in params]
         wants = [i for i, one in enumerate(params) if one.temperature > 0]
         if wants:
@@ -132,7 +132,7 @@ def with_logprobs(rows: Logits, tokens: Rows[int], n_top: int) -> list[TokenLogp
     """Each row's token with its log-probability and its `n_top` most probable alternatives."""
     if not tokens:
         return []
-    if rows.best_logprobs is not None and list(tokens) == rows.best:
+    if rows.best_logprobs is not None and (tokens is rows.best or list(tokens) == rows.best):
         logprobs = rows.best_logprobs
     else:
         if len(tokens) == 1:

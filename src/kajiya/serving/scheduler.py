@@ -29,7 +29,7 @@ class Chunk:
     @property
     def is_last(self) -> bool:
         """Whether the sequence has nothing more to read, so that its next token can be drawn."""
-        return self.start + self.count - self.n_drafts == len(self.sequence.tokens)
+        return self.start + len(self.tokens) - self.n_drafts == len(self.sequence.tokens)
 
     @property
     def outputs(self) -> range:
@@ -139,9 +139,13 @@ class Scheduler:
         guesses = drafts([each for each in self.running.values() if each.n_pending == 1])
         budget = self.step_tokens
         counts: dict[str, int] = {}
+        size = self.pool.block_tokens
         by_need = sorted(self.running.values(), key=lambda each: each.n_pending > 1)
         for sequence in by_need:
             guess = guesses.get(sequence.request.id, ())
+            if not guess and sequence.n_pending == 1 and sequence.n_cached < len(sequence.blocks) * size:
+                counts[sequence.request.id] = 1  # as most are: one token, and room for it
+                continue
             count = self._grant(sequence, len(guess), budget)
             # Who came last may have been preempted by one before it in this loop.
             if count and sequence.request.id in self.running:
@@ -152,6 +156,9 @@ class Scheduler:
         for sequence in self.running.values():
             count = counts.get(sequence.request.id, 0)
             if not count:
+                continue
+            if count == 1:
+                chunks.append(Chunk(sequence, sequence.n_cached, (sequence.tokens[sequence.n_cached],)))
                 continue
             known = sequence.tokens[sequence.n_cached : sequence.n_cached + count]
             guess = guesses.get(sequence.request.id, ())[: count - len(known)]

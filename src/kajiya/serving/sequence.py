@@ -1,7 +1,7 @@
 """What the engine is asked, what it answers, and the state of a request in between; free of tensors."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kajiya.errors import RequestError
 from kajiya.serving.blocks import Node
@@ -95,8 +95,7 @@ class Request:
     """Name of a loaded adapter; `None`: the model alone."""
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token and what the model thought of it: natural logarithms of the unmodified (temperature 1) distribution."""
 
     token: int
@@ -105,8 +104,7 @@ class TokenLogprob:
     """The most probable tokens at this place with their log-probabilities, best first."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What one step brought to one request."""
 
     id: str

@@ -120,18 +120,48 @@ inline float largest(Floats value) {
 #endif
 }
 
+inline int32_t largest(Ints value) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_epi32((__m512i)value);
+#else
+    int32_t lanes[kLanes], best;
+    store(lanes, value);
+    best = lanes[0];
+    for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
+    return best;
+#endif
+}
+
+inline int32_t sum(Ints value) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_epi32((__m512i)value);
+#else
+    int32_t lanes[kLanes], total = 0;
+    store(lanes, value);
+    for (int i = 0; i < kLanes; ++i) total += lanes[i];
+    return total;
+#endif
+}
+
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // The largest size of n numbers. Their bits are compared: as integers, NaNs are above all else, and none is lost.
 inline float peak_of(const float* x, int64_t n) {
-    uint32_t best = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        best = std::max(best, bits & 0x7fffffffu);
+    Ints best{};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Ints bits = load<Ints>(x + i) & 0x7fffffff;
+        best = bits > best ? bits : best;
     }
+    if (i < n) {
+        float rest[kLanes] = {};
+        std::memcpy(rest, x + i, 4 * (n - i));
+        Ints bits = load<Ints>(rest) & 0x7fffffff;
+        best = bits > best ? bits : best;
+    }
+    int32_t highest = largest(best);
     float peak;
-    std::memcpy(&peak, &best, 4);
+    std::memcpy(&peak, &highest, 4);
     return peak;
 }
 

@@ -28,27 +28,23 @@ inline Floats read_cells(const uint8_t* from, int64_t index) {
     return __builtin_convertvector(load<Bytes>(from + index), Floats);
 }
 
-inline int64_t key_cell(int32_t kind, int64_t i, int64_t slot) {
-    return kind == kCacheBFloat16 ? (i / 2 * kBlock + slot) * 2 + i % 2 : i * kBlock + slot;
-}
-
-inline int64_t value_cell(int32_t kind, int64_t padded, int64_t slot, int64_t i) {
-    return kind == kCacheBFloat16 ? (slot / 2 * padded + i) * 2 + slot % 2 : slot * padded + i;
-}
-
-inline void write_cell(int32_t kind, uint8_t* to, int64_t index, float value) {
-    if (kind == kCacheFloat32)
-        ((float*)to)[index] = value;
-    else if (kind == kCacheBFloat16)
-        ((uint16_t*)to)[index] = to_bf16(value);
-    else
-        ((int8_t*)to)[index] = int8_t(std::nearbyint(value));
-}
-
 struct Heads {
     int32_t n_query, n_key, width, padded;  // of a head
     int32_t cache_kind;
 };
+
+// A key and a value in bf16 into their block: pairs of a key's coordinates side by side, and pairs of values' positions.
+inline void remember_halves(const Heads& heads, int slot, const float* key, const float* value, uint8_t* keys, uint8_t* values) {
+    uint16_t* to = (uint16_t*)values + slot / 2 * heads.padded * 2 + slot % 2;
+    for (int first = 0; first < heads.width; first += kLanes) {
+        int count = std::min(kLanes, heads.width - first);
+        uint16_t halves[kLanes] = {};
+        to_bf16_row(key + first, count, halves);
+        for (int i = 0; i < count; i += 2) std::memcpy(keys + ((first + i) / 2 * kBlock + slot) * 4, halves + i, 4);
+        to_bf16_row(value + first, count, halves);
+        for (int i = 0; i < count; ++i) to[(first + i) * 2] = halves[i];
+    }
+}
 
 // Puts a head's key and value of one position into its block.
 inline void remember(const Heads& heads, LayerCache& cache, int64_t block, int head, int slot, const float* key,
@@ -63,10 +59,20 @@ inline void remember(const Heads& heads, LayerCache& cache, int64_t block, int h
         key_scale = key_peak > 0 ? 127.0f / key_peak : 0.0f;
         value_scale = value_peak > 0 ? 127.0f / value_peak : 0.0f;
     }
+    uint8_t *keys = cache.keys + start * cell_bytes(heads.cache_kind), *values = cache.values + start * cell_bytes(heads.cache_kind);
+    if (heads.cache_kind == kCacheBFloat16) {
+        remember_halves(heads, slot, key, value, keys, values);
+        return;
+    }
     for (int i = 0; i < heads.width; ++i) {
-        int64_t to_key = key_cell(heads.cache_kind, i, slot), to_value = value_cell(heads.cache_kind, heads.padded, slot, i);
-        write_cell(heads.cache_kind, cache.keys, start + to_key, key[i] * key_scale);
-        write_cell(heads.cache_kind, cache.values, start + to_value, value[i] * value_scale);
+        int64_t to_key = i * kBlock + slot, to_value = slot * heads.padded + i;
+        if (heads.cache_kind == kCacheFloat32) {
+            ((float*)keys)[to_key] = key[i];
+            ((float*)values)[to_value] = value[i];
+        } else {
+            ((int8_t*)keys)[to_key] = int8_t(std::nearbyint(key[i] * key_scale));
+            ((int8_t*)values)[to_value] = int8_t(std::nearbyint(value[i] * value_scale));
+        }
     }
 }
 
@@ -77,6 +83,13 @@ inline void fetch_cells(const uint8_t* cells, const int32_t* table, int64_t bloc
 }
 
 constexpr int64_t kAhead = 4;  // blocks that are on their way
+
+// Whose keys are read next by this thread: they are on their way while the last values are weighed.
+struct Coming {
+    const int32_t* table;  // null: nothing comes
+    int head;
+    int64_t blocks;
+};
 
 // Scores of Q queries (scaled, [padded] each, in bf16 where the cache is) against the 16 positions of one block.
 template <int Kind, int Q>
@@ -127,13 +140,17 @@ inline float soften(float* scores, int64_t n, int64_t room) {
 // Σ p[i] value[i] of Q queries over n positions, P · 16 coordinates from `first` on.
 template <int Kind, int Q, int P>
 inline void weigh(const float* p, int64_t stride, int64_t n, const float* inverse, const Heads& heads,
-                  const LayerCache& cache, int head, const int32_t* table, int first, float* const* to) {
+                  const LayerCache& cache, int head, const int32_t* table, int first, const Coming& coming, float* const* to) {
     Floats acc[Q][P] = {};
-    int64_t bytes = heads.padded * kBlock * cell_bytes(Kind);
+    int64_t bytes = heads.padded * kBlock * cell_bytes(Kind), blocks = (n + kBlock - 1) / kBlock;
     for (int64_t start = 0; start < n; start += kBlock) {
         int64_t place = int64_t(table[start / kBlock]) * heads.n_key + head, count = std::min<int64_t>(kBlock, n - start);
         const uint8_t* values = cache.values + place * bytes;
-        if (start + kAhead * kBlock < n) fetch_cells(cache.values, table, start / kBlock + kAhead, heads, head, bytes);
+        int64_t ahead = start / kBlock + kAhead;
+        if (ahead < blocks)
+            fetch_cells(cache.values, table, ahead, heads, head, bytes);
+        else if (coming.table && ahead - std::max(blocks, kAhead) < coming.blocks)
+            fetch_cells(cache.keys, coming.table, ahead - std::max(blocks, kAhead), heads, coming.head, bytes);
         if constexpr (Kind == kCacheBFloat16) {
             for (int64_t i = 0; i < count; i += 2) {
                 // What lies behind the last position is none of this sequence's.
@@ -172,7 +189,7 @@ inline void weigh(const float* p, int64_t stride, int64_t n, const float* invers
 // Q queries of one key head of one sequence: query q sees positions 0 … lengths[q] − 1.
 template <int Kind, int Q>
 inline void attend_some(const float* const* queries, const int64_t* lengths, const Heads& heads, const LayerCache& cache,
-                        int head, const int32_t* table, float* scratch, int64_t stride, float* const* to) {
+                        int head, const int32_t* table, const Coming& coming, float* scratch, int64_t stride, float* const* to) {
     int64_t longest = *std::max_element(lengths, lengths + Q), room = (longest + kBlock - 1) / kBlock * kBlock;
     int64_t bytes = heads.padded * kBlock * cell_bytes(Kind), blocks = room / kBlock;
     for (int64_t block = 0; block < std::min(blocks, kAhead); ++block)
@@ -197,20 +214,21 @@ inline void attend_some(const float* const* queries, const int64_t* lengths, con
     }
     int coordinate = 0;
     for (; coordinate + 4 * kLanes <= heads.padded; coordinate += 4 * kLanes)
-        weigh<Kind, Q, 4>(scratch, stride, longest, inverse, heads, cache, head, table, coordinate, to);
+        weigh<Kind, Q, 4>(scratch, stride, longest, inverse, heads, cache, head, table, coordinate, coming, to);
     for (; coordinate < heads.padded; coordinate += kLanes)
-        weigh<Kind, Q, 1>(scratch, stride, longest, inverse, heads, cache, head, table, coordinate, to);
+        weigh<Kind, Q, 1>(scratch, stride, longest, inverse, heads, cache, head, table, coordinate, coming, to);
 }
 
 // Up to four queries.
 template <int Kind>
 inline void attend(const float* const* queries, const int64_t* lengths, int n, const Heads& heads,
-                   const LayerCache& cache, int head, const int32_t* table, float* scratch, int64_t stride, float* const* to) {
+                   const LayerCache& cache, int head, const int32_t* table, const Coming& coming, float* scratch,
+                   int64_t stride, float* const* to) {
     switch (n) {
-        case 1: attend_some<Kind, 1>(queries, lengths, heads, cache, head, table, scratch, stride, to); break;
-        case 2: attend_some<Kind, 2>(queries, lengths, heads, cache, head, table, scratch, stride, to); break;
-        case 3: attend_some<Kind, 3>(queries, lengths, heads, cache, head, table, scratch, stride, to); break;
-        default: attend_some<Kind, 4>(queries, lengths, heads, cache, head, table, scratch, stride, to);
+        case 1: attend_some<Kind, 1>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to); break;
+        case 2: attend_some<Kind, 2>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to); break;
+        case 3: attend_some<Kind, 3>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to); break;
+        default: attend_some<Kind, 4>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to);
     }
 }
 

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <omp.h>
-#include <vector>
 
+#include "activations.h"
 #include "attention.h"
 #include "linear.h"
 #include "phases.h"
@@ -60,64 +60,6 @@ struct Step {
 
 namespace {
 
-// Memory that a thread's calls take in turn and leave to its next call: fresh pages cost more than what is written to them.
-struct Kept {
-    struct Block {
-        float* at = nullptr;
-        int64_t bytes = 0;
-    };
-    std::vector<Block> blocks;
-    size_t n_taken = 0;
-    ~Kept() {
-        for (Block& block : blocks) std::free(block.at);
-    }
-    float* take(int64_t bytes) {
-        if (n_taken == blocks.size()) blocks.emplace_back();
-        Block& block = blocks[n_taken++];
-        if (block.bytes < bytes) {
-            std::free(block.at);
-            block = {(float*)std::aligned_alloc(64, bytes), bytes};
-        }
-        return block.at;
-    }
-};
-thread_local Kept kept;
-
-struct Buffer {
-    float* at;
-    explicit Buffer(int64_t n) : at(kept.take((n * 4 + 127) / 64 * 64)) {}
-};
-
-// Gives back what was taken when a call ends.
-struct Taking {
-    ~Taking() { kept.n_taken = 0; }
-};
-
-// Activations of all tokens, with what products of weights of a kind read instead: bf16, or integers.
-struct Activations {
-    int64_t stride, groups, width;  // width: bytes of a token
-    int32_t kind;
-    Buffer values, scales, sums, bytes;
-    Activations(int64_t n_tokens, int64_t n, int32_t kind)
-        : stride(n), groups(n_groups(n)),
-          width(kind == kFloat32 ? 0 : kind == kBFloat16 ? n_pairs(n) * 4 : groups * kGroup), kind(kind),
-          values(n_tokens * n), scales(kind >= kInt8 ? n_tokens * groups : 1), sums(kind >= kInt8 ? n_tokens * groups : 1),
-          bytes(n_tokens * width / 4) {}
-    float* row(int64_t t) { return values.at + t * stride; }
-    void seal(int64_t t) {
-        int8_t* to = (int8_t*)bytes.at + t * width;
-        if (kind == kBFloat16) {
-            if (stride % 2) ((uint16_t*)to)[stride] = 0;
-            to_bf16_row(row(t), stride, (uint16_t*)to);
-        } else if (kind >= kInt8) {
-            quantize_row(row(t), stride, to, scales.at + t * groups, (int32_t*)sums.at + t * groups);
-        }
-    }
-    Rows rows() const {
-        return {values.at, stride, (const int8_t*)bytes.at, scales.at, (const int32_t*)sums.at};
-    }
-};
-
 void normalize(const float* x, const float* weight, int64_t n, float epsilon, float* to) {
     Floats total{};
     float rest = 0;
@@ -139,6 +81,16 @@ void rotate(const Model& model, float* head, int64_t position) {
         head[i] = a * cos[i] - b * sin[i];
         head[i + half] = b * cos[i + half] + a * sin[i + half];
     }
+}
+
+// SiLU of the gate, times what goes up.
+void activate(const float* g, const float* u, int64_t width, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+        Floats v = load<Floats>(g + i);
+        store(to + i, v / (1.0f + exponential(-v)) * load<Floats>(u + i));
+    }
+    for (; i < width; ++i) to[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
 }
 
 void patch(const Adapter* adapter, int layer, int target, const float* x, float* y) {
@@ -257,6 +209,8 @@ struct Run {
         }
     }
 
+    const int32_t* table_of(const Work& w) const { return step.tables + int64_t(w.sequence) * step.table_stride; }
+
     // ---------------------------------------------------------------- parts of a layer, each run by all threads
 
     void embed(int64_t& phase) {
@@ -283,7 +237,8 @@ struct Run {
     void multiply(int64_t& phase, const Linear& w, const Activations& x, float* y, int64_t rows) {
         int64_t panels = n_panels(w), chunk = std::max<int64_t>(1, panels / (step.n_threads * 4));
         Rows given = x.rows();
-        phases.share(phase, panels, chunk, [&](int64_t panel) { product(given, rows, w, panel, y, w.n_out); });
+        phases.share_ranges(phase, panels, chunk,
+                            [&](int64_t first, int64_t end) { product(given, rows, w, first, end, y, w.n_out); });
     }
 
     void adapt(int64_t& phase, int layer, int target, Activations& x, float* y, int64_t width) {
@@ -316,12 +271,21 @@ struct Run {
         });
     }
 
+    // Whether a head is whole groups of the next product's rows.
+    bool seals_heads() const { return model.head_width % kGroup == 0; }
+
     void attend_all(int64_t& phase, Layer& layer) {
         int group = model.n_query / model.n_key;
         float* mine = scratch.at + omp_get_thread_num() * 4 * longest;
-        phases.share(phase, n_work, 1, [&](int64_t item) {
+        // A few items behind one another, so that what comes next is known.
+        phases.share(phase, n_work, std::max<int64_t>(1, n_work / (8 * step.n_threads)), [&](int64_t item) {
             const Work& w = work[item];
-            const int32_t* table = step.tables + int64_t(w.sequence) * step.table_stride;
+            const int32_t* table = table_of(w);
+            Coming coming{};
+            if (item + 1 < n_work) {
+                const Work& after = work[item + 1];
+                coming = {table_of(after), after.head, step.positions[after.token] / kBlock + 1};
+            }
             int total = w.n_tokens * group;
             for (int first = 0; first < total; first += 4) {
                 const float* from[4];
@@ -335,29 +299,48 @@ struct Run {
                     lengths[q] = step.positions[t] + 1;
                 }
                 if (model.cache_kind == kCacheFloat32)
-                    attend<kCacheFloat32>(from, lengths, count, heads, layer.cache, w.head, table, mine, longest, to);
+                    attend<kCacheFloat32>(from, lengths, count, heads, layer.cache, w.head, table, coming, mine, longest, to);
                 else if (model.cache_kind == kCacheBFloat16)
-                    attend<kCacheBFloat16>(from, lengths, count, heads, layer.cache, w.head, table, mine, longest, to);
+                    attend<kCacheBFloat16>(from, lengths, count, heads, layer.cache, w.head, table, coming, mine, longest, to);
                 else
-                    attend<kCacheInt8>(from, lengths, count, heads, layer.cache, w.head, table, mine, longest, to);
+                    attend<kCacheInt8>(from, lengths, count, heads, layer.cache, w.head, table, coming, mine, longest, to);
+                for (int q = 0; q < count && seals_heads(); ++q) {
+                    int64_t t = w.token + (first + q) / group;
+                    mixed.seal(t, to[q] - mixed.row(t), model.head_width);
+                }
             }
         });
-        if (model.weight_kind != kFloat32) {
-            phases.share(phase, n, tokens_each, [&](int64_t t) { mixed.seal(t); });
-        }
+        if (!seals_heads()) phases.share(phase, n, tokens_each, [&](int64_t t) { mixed.seal(t); });
+    }
+
+    // With adapters, what they add stands between a product and its activation.
+    bool joins_gate() const { return !has_adapters && model.mlp_width % kPanel == 0; }
+
+    // The product of gate and up, its activation, and the next product's rows of it, while they are at hand.
+    void multiply_and_gate(int64_t& phase, const Linear& w) {
+        int64_t panels = model.mlp_width / kPanel, chunk = std::max<int64_t>(1, panels / (step.n_threads * 4));
+        Rows given = normed.rows();
+        phases.share_ranges(phase, panels, chunk, [&](int64_t first, int64_t end) {
+            float g[kTogether * kPanel], u[kTogether * kPanel], found[kPanel];
+            for (int64_t t = 0; t < n; t += kTogether)
+                for (int64_t panel = first; panel < end; ++panel) {
+                    int64_t count = std::min(kTogether, n - t);
+                    bool is_near = n > kTogether;
+                    panel_product(given, t, count, w, panel, is_near ? nullptr : panel_at(w, panels + panel), g, kPanel);
+                    panel_product(given, t, count, w, panels + panel, is_near ? nullptr : panel_at(w, panel + 1), u, kPanel);
+                    for (int64_t i = 0; i < count; ++i) {
+                        activate(g + i * kPanel, u + i * kPanel, kPanel, found);
+                        gated.seal(t + i, panel * kPanel, kPanel, found);
+                    }
+                }
+        });
     }
 
     void gate(int64_t& phase) {
         int64_t width = model.mlp_width;
         phases.share(phase, n, tokens_each, [&](int64_t t) {
-            const float *g = gates.at + t * 2 * width, *u = g + width;
-            float* to = gated.row(t);
-            int64_t i = 0;
-            for (; i + kLanes <= width; i += kLanes) {
-                Floats v = load<Floats>(g + i);
-                store(to + i, v / (1.0f + exponential(-v)) * load<Floats>(u + i));
-            }
-            for (; i < width; ++i) to[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
+            const float* g = gates.at + t * 2 * width;
+            activate(g, g + width, width, gated.row(t));
             gated.seal(t);
         });
     }
@@ -393,9 +376,13 @@ struct Run {
             multiply(phase, layer.out, mixed, delta.at, n);
             adapt(phase, i, 1, mixed, delta.at, model.width);
             add_and_normalize(phase, true, layer.mlp_norm);
-            multiply(phase, layer.gate_up, normed, gates.at, n);
-            adapt(phase, i, 2, normed, gates.at, 2 * model.mlp_width);
-            gate(phase);
+            if (joins_gate()) {
+                multiply_and_gate(phase, layer.gate_up);
+            } else {
+                multiply(phase, layer.gate_up, normed, gates.at, n);
+                adapt(phase, i, 2, normed, gates.at, 2 * model.mlp_width);
+                gate(phase);
+            }
             multiply(phase, layer.down, gated, delta.at, n);
             adapt(phase, i, 3, gated, delta.at, model.width);
         }
@@ -426,7 +413,7 @@ void kajiya_product(const Linear* w, const float* x, int64_t n, float* y, int32_
     }
     Rows given = rows.rows();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(n_threads)
-    for (int64_t panel = 0; panel < n_panels(*w); ++panel) product(given, n, *w, panel, y, w->n_out);
+    for (int64_t panel = 0; panel < n_panels(*w); ++panel) product(given, n, *w, panel, panel + 1, y, w->n_out);
 }
 
 void kajiya_step(const Model* model, const Step* step) {

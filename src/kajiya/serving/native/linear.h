@@ -27,7 +27,7 @@ struct Rows {
     int64_t stride;
     const int8_t* bytes;  // [token][padded n_in]: bf16 for weights in bf16, integers for those in 8 and 4 bits
     const float* scales;  // [token][groups], 8 and 4 bits only
-    const int32_t* sums;  // [token][groups]: of the bytes
+    const int32_t* zeros;  // [token][groups]: what the weights' zero adds to a group, taken off
 };
 
 inline int64_t n_panels(const Linear& w) { return (w.n_out + kPanel - 1) / kPanel; }
@@ -44,6 +44,9 @@ inline int64_t packed_bytes(int32_t kind, int64_t n_out, int64_t n_in) {
         default: return outputs * padded / 2;
     }
 }
+
+// The unsigned integer that stands for a weight of 0.
+inline int zero_of(int32_t kind) { return kind == kInt8 ? 128 : 8; }
 
 // One group of one output: the scale that is stored, and the integers [0, 2·zero).
 inline uint16_t quantize_group(const float* w, int64_t n, int zero, uint8_t* to) {
@@ -80,7 +83,7 @@ inline void pack_panel(const float* w, Linear& to, int64_t panel, uint8_t* data,
             // Two inputs of an output share a word, as the processor multiplies them.
             for (int64_t k = 0; k < n_in; ++k) ((uint16_t*)out)[(k / 2 * kPanel + lane) * 2 + k % 2] = to_bf16(from[k]);
         } else {
-            int zero = to.kind == kInt8 ? 128 : 8;
+            int zero = zero_of(to.kind);
             for (int64_t g = 0; g < groups; ++g) {
                 uint8_t q[kGroup];
                 int64_t n = std::min<int64_t>(kGroup, n_in - g * kGroup);
@@ -98,17 +101,18 @@ inline void pack_panel(const float* w, Linear& to, int64_t panel, uint8_t* data,
 }
 
 template <int M>
-inline void put(float* y, int64_t stride, const Floats (&acc)[M][2], const Linear& w, int64_t panel) {
+inline void put(float* to, int64_t stride, const Floats (&acc)[M][2], const Linear& w, int64_t panel) {
     int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, w.n_out - first);
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m, to += stride) {
+        if (n == kPanel && !w.bias) {
+            store(to, acc[m][0]);
+            store(to + kLanes, acc[m][1]);
+            continue;
+        }
         float lanes[kPanel];
         store(lanes, acc[m][0]);
         store(lanes + kLanes, acc[m][1]);
-        float* to = y + m * stride + first;
-        if (w.bias)
-            for (int64_t i = 0; i < n; ++i) to[i] = lanes[i] + w.bias[first + i];
-        else
-            std::memcpy(to, lanes, n * 4);
+        for (int64_t i = 0; i < n; ++i) to[i] = w.bias ? lanes[i] + w.bias[first + i] : lanes[i];
     }
 }
 
@@ -119,7 +123,7 @@ inline void fetch(const uint8_t* next) {
 }
 
 template <int M>
-inline void floats_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+inline void floats_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* to,
                          int64_t stride) {
     const float* row = x.values + t * x.stride;
     const float* at = (const float*)w.weights + panel * kPanel * w.n_in;
@@ -134,11 +138,11 @@ inline void floats_panel(const Rows& x, int64_t t, const Linear& w, int64_t pane
             acc[m][1] += v * b;
         }
     }
-    put<M>(y + t * stride, stride, acc, w, panel);
+    put<M>(to, stride, acc, w, panel);
 }
 
 template <int M>
-inline void pairs_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+inline void pairs_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* to,
                         int64_t stride) {
     int64_t pairs = n_pairs(w.n_in);
     const uint32_t* row = (const uint32_t*)x.bytes + t * pairs;
@@ -154,11 +158,11 @@ inline void pairs_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel
             acc[m][1] = dot2(acc[m][1], b, v);
         }
     }
-    put<M>(y + t * stride, stride, acc, w, panel);
+    put<M>(to, stride, acc, w, panel);
 }
 
 template <int M, bool Is4>
-inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* to,
                            int64_t stride) {
     int64_t groups = n_groups(w.n_in), width = groups * kGroup;
     const uint8_t* at = (const uint8_t*)w.weights + panel * kPanel * width / (Is4 ? 2 : 1);
@@ -170,7 +174,7 @@ inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t pa
         Ints part[M][2];
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
-            part[m][0] = part[m][1] = Ints{} + (Is4 ? -8 : -128) * x.sums[(t + m) * groups + g];
+            part[m][0] = part[m][1] = Ints{} + x.zeros[(t + m) * groups + g];
         const int8_t* values = bytes + g * kGroup;
 #pragma GCC unroll 8
         for (int k = 0; k < kGroup; k += Is4 ? 8 : 4, at += 128) {
@@ -197,21 +201,21 @@ inline void integers_panel(const Rows& x, int64_t t, const Linear& w, int64_t pa
             acc[m][1] += __builtin_convertvector(part[m][1], Floats) * (b * scale);
         }
     }
-    put<M>(y + t * stride, stride, acc, w, panel);
+    put<M>(to, stride, acc, w, panel);
 }
 
 template <int M>
-inline void some_tokens(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* y,
+inline void some_tokens(const Rows& x, int64_t t, const Linear& w, int64_t panel, const uint8_t* next, float* to,
                         int64_t stride) {
     if (w.kind == kFloat32)
-        floats_panel<M>(x, t, w, panel, next, y, stride);
+        floats_panel<M>(x, t, w, panel, next, to, stride);
     else if (w.kind == kBFloat16)
-        pairs_panel<M>(x, t, w, panel, next, y, stride);
+        pairs_panel<M>(x, t, w, panel, next, to, stride);
     else if constexpr (M <= 6) {
         if (w.kind == kInt8)
-            integers_panel<M, false>(x, t, w, panel, next, y, stride);
+            integers_panel<M, false>(x, t, w, panel, next, to, stride);
         else
-            integers_panel<M, true>(x, t, w, panel, next, y, stride);
+            integers_panel<M, true>(x, t, w, panel, next, to, stride);
     }
 }
 
@@ -220,41 +224,49 @@ constexpr Tile kTiles[] = {nullptr,          some_tokens<1>, some_tokens<2>,  so
                            some_tokens<5>,   some_tokens<6>, some_tokens<7>,  some_tokens<8>,  some_tokens<9>,
                            some_tokens<10>, some_tokens<11>, some_tokens<12>};
 
-// One panel of the product for `n` tokens; y is [token][stride].
-inline void product(const Rows& x, int64_t n, const Linear& w, int64_t panel, float* y, int64_t stride) {
+// One panel of the product for tokens t … t + n − 1, to [token][stride]; `next`: the panel that is read behind this one, or null.
+inline void panel_product(const Rows& x, int64_t t, int64_t n, const Linear& w, int64_t panel, const uint8_t* next, float* to,
+                          int64_t stride) {
     int64_t most = w.kind <= kBFloat16 ? 12 : 6;
     // Tiles of like size: 16 tokens are 8 + 8 and not 12 + 4, which would leave the second one waiting for loads.
-    int64_t tiles = (n + most - 1) / most, bytes = packed_bytes(w.kind, kPanel, w.n_in);
-    for (int64_t tile = 0, t = 0; tile < tiles; ++tile) {
-        int64_t count = (n - t + tiles - tile - 1) / (tiles - tile);
-        bool fetches = tile && tile + 1 == tiles && panel + 1 < n_panels(w);
-        const uint8_t* next = (const uint8_t*)w.weights + (panel + 1) * bytes;
-        kTiles[count](x, t, w, panel, fetches ? next : nullptr, y, stride);
+    int64_t tiles = (n + most - 1) / most, end = t + n;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        int64_t count = (end - t + tiles - tile - 1) / (tiles - tile);
+        kTiles[count](x, t, w, panel, tile && tile + 1 == tiles ? next : nullptr, to, stride);
         t += count;
+        to += count * stride;
     }
 }
 
-// Quantizes one token's activations in groups; returns nothing, fills its row of bytes, scales and sums.
-inline void quantize_row(const float* x, int64_t n, int8_t* bytes, float* scales, int32_t* sums) {
-    for (int64_t g = 0, groups = n_groups(n); g < groups; ++g) {
-        float v[kGroup] = {};
-        int64_t count = std::min<int64_t>(kGroup, n - g * kGroup);
-        std::memcpy(v, x + g * kGroup, count * 4);
-        Floats a = load<Floats>(v), b = load<Floats>(v + kLanes);
-        float peak = peak_of(v, kGroup);
-        float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-        // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer.
-        Ints p = __builtin_convertvector((a * inverse + 12582912.0f) - 12582912.0f, Ints);
-        Ints q = __builtin_convertvector((b * inverse + 12582912.0f) - 12582912.0f, Ints);
-        store(bytes + g * kGroup, __builtin_convertvector(p, Bytes));
-        store(bytes + g * kGroup + kLanes, __builtin_convertvector(q, Bytes));
-        int32_t lanes[kLanes], total = 0;
-        store(lanes, p + q);
-        for (int i = 0; i < kLanes; ++i) total += lanes[i];
-        sums[g] = total;
-        // Not finite in, not finite out: the engine must see it.
-        scales[g] = std::isfinite(peak) ? peak / 127.0f : NAN;
-    }
+inline const uint8_t* panel_at(const Linear& w, int64_t panel) {
+    if (panel >= n_panels(w)) return nullptr;
+    return (const uint8_t*)w.weights + panel * packed_bytes(w.kind, kPanel, w.n_in);
+}
+
+// Tokens that a panel is read for at a time: of hundreds of tokens those that stay near while panels pass by.
+constexpr int64_t kTogether = 48;
+
+// Panels `first` … `end` − 1 of the product for `n` tokens; y is [token][stride].
+inline void product(const Rows& x, int64_t n, const Linear& w, int64_t first, int64_t end, float* y, int64_t stride) {
+    for (int64_t t = 0; t < n; t += kTogether)
+        for (int64_t panel = first; panel < end; ++panel)
+            panel_product(x, t, std::min(kTogether, n - t), w, panel, n <= kTogether ? panel_at(w, panel + 1) : nullptr,
+                          y + t * stride + panel * kPanel, stride);
+}
+
+// Quantizes a group of a token's activations, for weights whose zero is `zero`.
+inline void quantize_values(const float* x, int zero, int8_t* bytes, float* scale, int32_t* zeros) {
+    Floats a = load<Floats>(x), b = load<Floats>(x + kLanes);
+    float peak = peak_of(x, kGroup);
+    float inverse = peak > 0 ? 127.0f / peak : 0.0f;
+    // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer.
+    Ints p = __builtin_convertvector((a * inverse + 12582912.0f) - 12582912.0f, Ints);
+    Ints q = __builtin_convertvector((b * inverse + 12582912.0f) - 12582912.0f, Ints);
+    store(bytes, __builtin_convertvector(p, Bytes));
+    store(bytes + kLanes, __builtin_convertvector(q, Bytes));
+    *zeros = -zero * sum(p + q);
+    // Not finite in, not finite out: the engine must see it.
+    *scale = std::isfinite(peak) ? peak / 127.0f : NAN;
 }
 
 }  // namespace kajiya

@@ -15,6 +15,8 @@ from kajiya.serving.native.build import load_library
 from kajiya.serving.native.memory import Arena
 
 _FIRST_POSITIONS = 512
+_FIRST_CACHE_BYTES = 256 << 20
+"""Of the cache, what is had at hand from the start: blocks are first taken in order."""
 
 
 class NativeModel:
@@ -124,12 +126,15 @@ class NativeModel:
         padded = -(-head_width // 16) * 16
         cells = n_blocks * self.model.n_key * layout.BLOCK_TOKENS
         widths = {"fp32": 4, "bf16": 2, "int8": 1}
+        size = cells * padded * widths[cache]
         for layer in self.layers:
-            layer.cache.keys = self._arena.take(cells * padded * widths[cache])
-            layer.cache.values = self._arena.take(cells * padded * widths[cache])
+            layer.cache.keys = self._arena.take(size)
+            layer.cache.values = self._arena.take(size)
             if cache == "int8":
                 layer.cache.key_scales = self._arena.take(cells * 4)
                 layer.cache.value_scales = self._arena.take(cells * 4)
+        first = min(size, _FIRST_CACHE_BYTES // (2 * len(self.layers)))
+        self._arena.populate([(at, first) for layer in self.layers for at in (layer.cache.keys, layer.cache.values)])
 
     def step(self, step: layout.Step) -> None:
         """Compute one step; the cache is written."""

@@ -132,11 +132,11 @@ class NativeRunner:
     ) -> None:
         tokens, positions, outputs, starts = array("i"), array("i"), array("i"), array("i", [0])
         for chunk, places in zip(chunks, wanted, strict=True):
-            first = len(tokens)
+            first, count = len(tokens), len(chunk.tokens)
             outputs.extend(range(first + places.start, first + places.stop))
             tokens.extend(chunk.tokens)
-            positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
-            starts.append(len(tokens))
+            positions.extend(range(chunk.start, chunk.start + count))
+            starts.append(first + count)
         if not tokens:
             return
         self.native.reach(max(positions) + 1)
