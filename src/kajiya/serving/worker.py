@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from kajiya.errors import RequestError
 from kajiya.serving.engine import Engine
+from kajiya.serving.pacing import Pace
 from kajiya.serving.sequence import FINISHED_ERROR, Output, Request
 
 Result = TypeVar("Result")
@@ -36,13 +38,18 @@ class _Command:
 class Ticket:
     """The outputs of requests that were submitted together, as they come. Used on the event loop only.
 
-    The reader is woken once for all that a step brings, or, where it is in no hurry, for every `at_once` outputs.
+    The reader is woken once for all that a step brings, or, where it is in no hurry, for every `at_once` outputs. One that
+    `is_paced` is woken for the first output of each request, and then once in as many steps as the worker says. The end of
+    a request wakes any reader.
     """
 
-    def __init__(self, worker: "Worker", requests: list[Request], at_once: int = 1) -> None:
+    def __init__(self, worker: "Worker", requests: list[Request], at_once: int = 1, is_paced: bool = False) -> None:
+        self.is_paced = is_paced
         self._worker = worker
         self._open = {request.id for request in requests}
+        self._unheard = set(self._open)
         self._at_once = at_once
+        self._woken_at = 0
         self._come: deque[Output] = deque()
         self._is_due = False
         """Whether the reader need not wait: there is enough, or the end of a request."""
@@ -68,13 +75,28 @@ class Ticket:
                 return outputs
         return []
 
-    def put(self, output: Output) -> None:
-        """Hand over an output of one of the requests."""
+    @property
+    def holds_back(self) -> bool:
+        """Whether something has come that the reader is to hear of with what follows."""
+        return self.is_paced and bool(self._come) and not self._is_due
+
+    def put(self, output: Output, step: int = 0, interval: int = 1) -> None:
+        """Hand over an output of one of the requests, which the `step`-th step has brought; `interval`: steps between wakings."""
         self._come.append(output)
-        if output.finish_reason or len(self._come) >= self._at_once:
-            self._is_due = True
-            if self._waiting is not None and not self._waiting.done():
-                self._waiting.set_result(None)
+        if self.is_paced:
+            is_due = output.id in self._unheard or step - self._woken_at >= interval
+            self._unheard.discard(output.id)
+        else:
+            is_due = len(self._come) >= self._at_once
+        if is_due or output.finish_reason:
+            self._woken_at = step
+            self.wake()
+
+    def wake(self) -> None:
+        """Tell the reader that there is something to read."""
+        self._is_due = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def cancel(self, request_id: str) -> None:
         """Take one request back; nothing more comes from it."""
@@ -96,15 +118,19 @@ class Worker:
     with an error, the engine starts afresh, and the server goes on.
     """
 
-    def __init__(self, engine: Engine, watcher: StepWatcher) -> None:
+    def __init__(self, engine: Engine, watcher: StepWatcher, stream_interval: int | None = None) -> None:
         self.engine = engine
         self._watcher = watcher
+        self._pace = Pace(stream_interval)
         self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
         self._has_ended = False
         self._thread = threading.Thread(target=self._work, name="kajiya-engine", daemon=True)
         self._tickets: dict[str, Ticket] = {}
+        self._holding: set[Ticket] = set()
+        """Those that held something back when a step was last told of."""
+        self._n_told = 0
         self._embedding_for: Counter[str | None] = Counter()
         """Texts that are read or wait to be, by adapter."""
         self._embedding = asyncio.Lock()
@@ -138,12 +164,12 @@ class Worker:
         """Texts that are read or wait to be, with that adapter."""
         return self._embedding_for[adapter]
 
-    async def submit(self, requests: list[Request], at_once: int = 1) -> Ticket:
-        """Add all of the requests, or none; the ticket's reader is told of every `at_once` outputs.
+    async def submit(self, requests: list[Request], at_once: int = 1, is_paced: bool = False) -> Ticket:
+        """Add all of the requests, or none; the ticket's reader is told of every `at_once` outputs, or at the server's pace.
 
         Raises the `RequestError` of the first that the engine refuses.
         """
-        ticket = Ticket(self, requests, at_once)
+        ticket = Ticket(self, requests, at_once, is_paced)
         self._tickets.update({request.id: ticket for request in requests})
 
         def add_all() -> None:
@@ -239,13 +265,22 @@ class Worker:
         command.refuse()
 
     def _deliver(self, outputs: list[Output]) -> None:
+        self._n_told += 1
+        interval = self._pace.steps(sum(ticket.is_paced for ticket in {*self._tickets.values()}))
+        held, self._holding = self._holding, set()
         for output in outputs:
             ticket = self._tickets.get(output.id)
             if ticket is None:
                 continue
             if output.finish_reason:
                 del self._tickets[output.id]
-            ticket.put(output)
+            ticket.put(output, self._n_told, interval)
+            if ticket.holds_back:
+                self._holding.add(ticket)
+        for ticket in held - self._holding:
+            # What follows has not come: its sequence gave up its place, and may wait long for another.
+            if ticket.holds_back:
+                ticket.wake()
 
     def _abandon(self, reason: str) -> None:
         for request_id in list(self._tickets):
@@ -286,11 +321,13 @@ class Worker:
                 self._step()
 
     def _step(self) -> None:
+        begun = time.perf_counter()
         try:
             outputs = self.engine.step()
         except Exception as error:
             _log.exception("the engine failed; its requests end with an error")
             outputs = self.engine.fail_all(f"the engine failed: {type(error).__name__}: {error}")
+        self._pace.took(time.perf_counter() - begun)
         self._watcher.step(self.engine, outputs)
         self._hand_over(outputs)
 
