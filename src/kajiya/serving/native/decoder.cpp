@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "patches.h"
 #include "phases.h"
 
 using namespace kajiya;
@@ -30,17 +31,6 @@ struct Model {
     const float* final_norm;
     Linear head;
     Layer* layers;
-};
-
-// One part of an adapter: y[offset …] += B (A x); A [rank][n_in], B transposed [rank][n_out], its scale multiplied in.
-struct Patch {
-    int32_t layer, target, rank, n_in, offset, n_out;  // target: 0 qkv, 1 out, 2 gate_up, 3 down
-    const float *a, *b;
-};
-
-struct Adapter {
-    int32_t n_patches, padding;
-    const Patch* patches;
 };
 
 struct Step {
@@ -141,25 +131,6 @@ void rotate(const Model& model, float* head, int64_t position) {
     }
 }
 
-void patch(const Adapter* adapter, int layer, int target, const float* x, float* y) {
-    if (!adapter) return;
-    for (int p = 0; p < adapter->n_patches; ++p) {
-        const Patch& part = adapter->patches[p];
-        if (part.layer != layer || part.target != target) continue;
-        float* to = y + part.offset;
-        for (int r = 0; r < part.rank; ++r) {
-            const float *a = part.a + int64_t(r) * part.n_in, *b = part.b + int64_t(r) * part.n_out;
-            Floats total{};
-            float z = 0;
-            int64_t i = 0;
-            for (; i + kLanes <= part.n_in; i += kLanes) total += load<Floats>(a + i) * load<Floats>(x + i);
-            for (; i < part.n_in; ++i) z += a[i] * x[i];
-            z += sum(total);
-            for (int64_t n = 0; n < part.n_out; ++n) to[n] += z * b[n];
-        }
-    }
-}
-
 // One row of logits: its largest entry's index and log-probability, and the logarithm of the sum of exponentials.
 void choose(const float* x, int64_t vocab, int32_t* best, float* best_logprob, float* log_sum) {
     float peak = x[0];
@@ -218,6 +189,7 @@ struct Run {
     int64_t n_work = 0;
     int32_t* sequence_of = nullptr;
     bool has_adapters = false;
+    std::vector<Patched> patched;
     int64_t tokens_each;
     Phases phases;
 
@@ -255,6 +227,11 @@ struct Run {
                 for (int head = 0; head < model.n_key; ++head) work[n_work++] = {s, head, t, count};
             }
         }
+        if (has_adapters) {
+            std::vector<const Adapter*> of_token(n);
+            for (int64_t t = 0; t < n; ++t) of_token[t] = step.adapters[sequence_of[t]];
+            patched = group_by_adapter(of_token);
+        }
     }
 
     // ---------------------------------------------------------------- parts of a layer, each run by all threads
@@ -288,8 +265,18 @@ struct Run {
 
     void adapt(int64_t& phase, int layer, int target, Activations& x, float* y, int64_t width) {
         if (!has_adapters) return;
-        phases.share(phase, n, tokens_each, [&](int64_t t) {
-            patch(step.adapters[sequence_of[t]], layer, target, x.row(t), y + t * width);
+        int64_t parts = kParts[target], items = int64_t(patched.size()) * parts;
+        phases.share(phase, items, std::max<int64_t>(1, items / (8 * step.n_threads)), [&](int64_t item) {
+            const Patched& group = patched[item / parts];
+            const Patch* part = part_of(*group.adapter, layer, target, int(item % parts));
+            if (!part) return;
+            const float* from[kPatched];
+            float* to[kPatched];
+            for (int i = 0; i < group.count; ++i) {
+                from[i] = x.row(group.tokens[i]);
+                to[i] = y + group.tokens[i] * width + part->offset;
+            }
+            kAddPart[group.adapter->is_bf16][group.count](*part, from, to);
         });
     }
 

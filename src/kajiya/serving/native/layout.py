@@ -15,6 +15,10 @@ PANEL = 32
 """Outputs of a panel of packed weights (kPanel)."""
 GROUP = 32
 """Inputs that share a scale (kGroup)."""
+LANES = 16
+"""Numbers that the decoder takes at a time (kLanes)."""
+RANKS = 4
+"""Ranks of an adapter's part that lie together (kRanks)."""
 
 
 class Linear(Structure):
@@ -72,7 +76,7 @@ class Patch(Structure):
 
 
 class Adapter(Structure):
-    _fields_ = (("n_patches", c_int32), ("padding", c_int32), ("patches", POINTER(Patch)))
+    _fields_ = (("n_patches", c_int32), ("is_bf16", c_int32), ("patches", POINTER(Patch)))
 
 
 class Step(Structure):
