@@ -265,18 +265,15 @@ struct Run {
 
     void adapt(int64_t& phase, int layer, int target, Activations& x, float* y, int64_t width) {
         if (!has_adapters) return;
-        int64_t parts = kParts[target], items = int64_t(patched.size()) * parts;
-        phases.share(phase, items, std::max<int64_t>(1, items / (8 * step.n_threads)), [&](int64_t item) {
-            const Patched& group = patched[item / parts];
-            const Patch* part = part_of(*group.adapter, layer, target, int(item % parts));
-            if (!part) return;
+        phases.share(phase, int64_t(patched.size()), 1, [&](int64_t item) {
+            const Patched& group = patched[item];
             const float* from[kPatched];
             float* to[kPatched];
             for (int i = 0; i < group.count; ++i) {
                 from[i] = x.row(group.tokens[i]);
-                to[i] = y + group.tokens[i] * width + part->offset;
+                to[i] = y + group.tokens[i] * width;
             }
-            kAddPart[group.adapter->is_bf16][group.count](*part, from, to);
+            add_parts(*group.adapter, layer, target, group.count, from, to);
         });
     }
 

@@ -70,8 +70,7 @@ class Model(Structure):
 class Patch(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("layer", "target", "rank", "n_in", "offset", "n_out")),
-        ("a", c_void_p),
-        ("b", c_void_p),
+        ("rows", c_void_p),
     )
 
 

@@ -12,20 +12,19 @@
 namespace kajiya {
 
 // One part of an adapter: y[offset …] += B (A x). A [rank][n_in] and B transposed [rank][n_out], its scale multiplied in, lie as
-// they are read: four ranks together, sixteen numbers of each at a time, filled up with zeros: [rank / 4][n / 16][4][16].
+// they are read: for every four ranks A's and then B's, sixteen numbers of each at a time, filled up with zeros: [n / 16][4][16].
 struct Patch {
     int32_t layer, target, rank, n_in, offset, n_out;  // target: 0 qkv, 1 out, 2 gate_up, 3 down
-    const void *a, *b;
+    const void* rows;
 };
 
-// Parts in the order of layers, targets and offsets, their numbers in bf16 or in fp32.
+// Parts in the order of layers, targets and offsets, one behind the other in memory, their numbers in bf16 or in fp32.
 struct Adapter {
     int32_t n_patches, is_bf16;
     const Patch* patches;
 };
 
 constexpr int kPatched = 4;  // tokens that are computed together
-constexpr int kParts[] = {3, 1, 2, 1};  // the most that an adapter has of each target
 
 // Tokens of one adapter.
 struct Patched {
@@ -56,19 +55,19 @@ inline void read(const Number*& at, Floats (&w)[kRanks]) {
 
 template <class Number, int M>
 inline void add_part(const Patch& part, const float* const* x, float* const* y) {
-    const Number *a = (const Number*)part.a, *b = (const Number*)part.b;
+    const Number* at = (const Number*)part.rows;
     int64_t in = part.n_in / kLanes * kLanes, out = part.n_out / kLanes * kLanes;
     for (int rank = 0; rank < part.rank; rank += kRanks) {
         Floats w[kRanks], total[M][kRanks] = {};
         for (int64_t i = 0; i < in; i += kLanes) {
-            read(a, w);
+            read(at, w);
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
                 for (int r = 0; r < kRanks; ++r) total[m][r] += w[r] * load<Floats>(x[m] + i);
         }
         if (in < part.n_in) {
-            read(a, w);
+            read(at, w);
             for (int m = 0; m < M; ++m)
                 for (int r = 0; r < kRanks; ++r) total[m][r] += w[r] * first_lanes(x[m] + in, part.n_in - in);
         }
@@ -76,7 +75,7 @@ inline void add_part(const Patch& part, const float* const* x, float* const* y) 
         for (int m = 0; m < M; ++m)
             for (int r = 0; r < kRanks; ++r) z[m][r] = sum(total[m][r]);
         for (int64_t i = 0; i < out; i += kLanes) {
-            read(b, w);
+            read(at, w);
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
                 Floats v = load<Floats>(y[m] + i);
@@ -86,7 +85,7 @@ inline void add_part(const Patch& part, const float* const* x, float* const* y) 
             }
         }
         if (out < part.n_out) {
-            read(b, w);
+            read(at, w);
             for (int m = 0; m < M; ++m) {
                 Floats v = first_lanes(y[m] + out, part.n_out - out);
                 for (int r = 0; r < kRanks; ++r) v += w[r] * z[m][r];
@@ -101,14 +100,17 @@ constexpr AddPart kAddPart[2][kPatched + 1] = {
     {nullptr, add_part<float, 1>, add_part<float, 2>, add_part<float, 3>, add_part<float, 4>},
     {nullptr, add_part<uint16_t, 1>, add_part<uint16_t, 2>, add_part<uint16_t, 3>, add_part<uint16_t, 4>}};
 
-// The `number`-th part that an adapter has of a layer's target, or null.
-inline const Patch* part_of(const Adapter& adapter, int layer, int target, int number) {
+// Adds what an adapter has of a layer's target to rows of y for rows of x.
+inline void add_parts(const Adapter& adapter, int layer, int target, int count, const float* const* x, float* const* y) {
     const Patch* end = adapter.patches + adapter.n_patches;
-    const Patch* found = std::partition_point(adapter.patches, end, [&](const Patch& part) {
-        return part.layer < layer || (part.layer == layer && part.target < target);
+    const Patch* part = std::partition_point(adapter.patches, end, [&](const Patch& one) {
+        return one.layer < layer || (one.layer == layer && one.target < target);
     });
-    found += number;
-    return found < end && found->layer == layer && found->target == target ? found : nullptr;
+    for (; part < end && part->layer == layer && part->target == target; ++part) {
+        float* to[kPatched];
+        for (int i = 0; i < count; ++i) to[i] = y[i] + part->offset;
+        kAddPart[adapter.is_bf16][count](*part, x, to);
+    }
 }
 
 // The tokens that have adapters, those of an adapter together, a few at a time.

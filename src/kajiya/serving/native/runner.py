@@ -87,11 +87,10 @@ class NativeRunner:
                     if pair is not None:
                         used.add(name_of_module)
                         rank, n_in = pair.a.shape
-                        # One behind the other, as they are read.
-                        a, b = (_packed(rows.to(dtype), arena) for rows in (pair.a, (pair.b.float() * pair.scale).T))
+                        rows = _packed(pair.a.to(dtype), (pair.b.float() * pair.scale).T.to(dtype), arena)
                         patches.append(
                             layout.Patch(
-                                layer=number, target=target, rank=rank, n_in=n_in, offset=offset, n_out=n_out, a=a, b=b
+                                layer=number, target=target, rank=rank, n_in=n_in, offset=offset, n_out=n_out, rows=rows
                             )
                         )
                     offset += n_out
@@ -173,14 +172,20 @@ class NativeRunner:
         )
 
 
-def _packed(rows_RN: torch.Tensor, arena: Arena) -> int:
-    """Address of the low-rank rows [R, N] in the order in which the decoder reads them, filled up with zeros."""
-    n_ranks, n = rows_RN.shape
-    whole_RN = torch.nn.functional.pad(rows_RN, (0, -n % layout.LANES, 0, -n_ranks % layout.RANKS))
-    packed = whole_RN.unflatten(1, (-1, layout.LANES)).unflatten(0, (-1, layout.RANKS)).transpose(1, 2).contiguous()
+def _packed(a_RK: torch.Tensor, b_RN: torch.Tensor, arena: Arena) -> int:
+    """Address of a low-rank part's rows in the order in which the decoder reads them, filled up with zeros."""
+    packed = torch.cat([_by_ranks(a_RK), _by_ranks(b_RN)], dim=1)
     address = arena.take(packed.nbytes)
     ctypes.memmove(address, packed.data_ptr(), packed.nbytes)
     return address
+
+
+def _by_ranks(rows_RN: torch.Tensor) -> torch.Tensor:
+    """A row for a few ranks together, the numbers in which they take turns."""
+    n_ranks, n = rows_RN.shape
+    whole_RN = torch.nn.functional.pad(rows_RN, (0, -n % layout.LANES, 0, -n_ranks % layout.RANKS))
+    turns = whole_RN.unflatten(1, (-1, layout.LANES)).unflatten(0, (-1, layout.RANKS)).transpose(1, 2)
+    return turns.flatten(1)
 
 
 class _Choice:
