@@ -11,7 +11,8 @@ from kajiya.serving.pacing import Pace
 from kajiya.serving.replies import CompletionShape
 from kajiya.serving.sequence import Output, Request, SamplingParams, TokenLogprob
 from kajiya.serving.text import byte_reader
-from kajiya.serving.worker import Ticket, Worker
+from kajiya.serving.ticket import Ticket
+from kajiya.serving.worker import Worker
 
 
 class _Worker:
@@ -26,14 +27,14 @@ class _Worker:
         self.cancelled += request_ids
 
     async def submit(self, requests: list[Request], at_once: int = 1, is_paced: bool = False) -> Ticket:
-        self.tickets.append(Ticket(self, requests, at_once, is_paced))  # type: ignore[arg-type]
+        self.tickets.append(Ticket(self.cancel, requests, at_once, is_paced))
         return self.tickets[-1]
 
 
 def _ticket(*names: str, at_once: int = 1, is_paced: bool = False) -> tuple[Ticket, _Worker]:
     worker = _Worker()
     requests = [Request(name, (1,), SamplingParams()) for name in names]
-    return Ticket(worker, requests, at_once, is_paced), worker  # type: ignore[arg-type]
+    return Ticket(worker.cancel, requests, at_once, is_paced), worker
 
 
 def _output(name: str, token: int = 5, **end: Any) -> Output:
@@ -148,7 +149,7 @@ def test_what_a_sequence_without_its_place_has_said_is_not_held_back_till_it_ret
         tickets = {}
         for name in heard:
             request = Request(name, (1,), SamplingParams(max_tokens=9))
-            tickets[name] = worker._tickets[name] = Ticket(worker, [request], is_paced=True)
+            tickets[name] = worker._tickets[name] = Ticket(worker.cancel, [request], is_paced=True)
             engine.add(request)
         readers = [asyncio.create_task(read(ticket, name)) for name, ticket in tickets.items()]
         while not engine.is_idle:

@@ -18,7 +18,8 @@ from kajiya.serving.faults import CLIENT_GONE, error_body
 from kajiya.serving.metrics import Metrics
 from kajiya.serving.replies import Shape, joined, usage
 from kajiya.serving.sequence import FINISHED_ERROR, Output, Request, SamplingParams, derive_seed
-from kajiya.serving.worker import Ticket, Worker
+from kajiya.serving.ticket import Ticket
+from kajiya.serving.worker import Worker
 
 _AT_ONCE = 32
 """Tokens that are put together at a time for a reply that nobody reads before it is whole."""

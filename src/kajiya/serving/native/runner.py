@@ -184,7 +184,7 @@ def _by_ranks(rows_RN: torch.Tensor) -> torch.Tensor:
     """A row for a few ranks together, the numbers in which they take turns."""
     n_ranks, n = rows_RN.shape
     whole_RN = torch.nn.functional.pad(rows_RN, (0, -n % layout.LANES, 0, -n_ranks % layout.RANKS))
-    turns = whole_RN.unflatten(1, (-1, layout.LANES)).unflatten(0, (-1, layout.RANKS)).transpose(1, 2)
+    turns = whole_RN.reshape(-1, layout.RANKS, whole_RN.shape[1] // layout.LANES, layout.LANES).transpose(1, 2)
     return turns.flatten(1)
 
 
