@@ -136,7 +136,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[dict[str, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = [f"serve.port={port}", f"serve.precision={args.precision}", f"serve.max_batch={args.streams}"]
-    command = [sys.executable, "-m", "kajiya", "serve", str(folder), *flags, "serve.device=cpu"]
+    command = [sys.executable, "-m", "kajiya", "serve", str(folder), *flags, "serve.device=cpu", *args.settings]
     alone = [sys.executable, __file__, "--inside", json.dumps(order)]
     found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     with (
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--settings", nargs="*", default=[], help="of the server, for example serve.stream_interval=1")
     parser.add_argument("--scratch", type=Path, default=Path("serving-scratch"), help="where the model is kept")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -201,6 +201,11 @@ def test_the_config_is_frozen() -> None:
         ("track.options.mlflow.aliases=champion", "aliases: 'champion' is not of type tuple"),
         ("eval.baselines=[zip]", "not one of xz, xz-primed"),
         ("serve.port=70000", "must be at most 65535"),
+        (
+            "serve.stream_interval=often",
+            "serve.stream_interval: 'often' is neither a number of steps, 1 or more, nor auto",
+        ),
+        ("serve.stream_interval=0", "serve.stream_interval: 0 is neither a number of steps, 1 or more, nor auto"),
         ("optim.lr=1,2", "not a single config"),
         ("train", "is not an override"),
         ("optim.name=nowhere.at_all:fn", "no module 'nowhere.at_all'"),

@@ -91,6 +91,23 @@ def test_streamed_text_is_the_whole_text(client: openai.OpenAI) -> None:
     assert not any("\ufffd" in text[-1:] for text in texts)
 
 
+def test_chunks_of_several_steps_hold_the_whole_reply(model_folder: Path, tokenizer: Any) -> None:
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 41, "seed": 3, "logprobs": 1, "ignore_eos": True}
+    asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with running(create_app(open_engine(model_folder), tokenizer, NAME, ServeConfig(stream_interval=4))) as url:
+        whole = _post(url, body).json()
+        *events, end = _post(url, asked).text.strip().split("\n\n")
+    assert end == "data: [DONE]"
+    *chunks, used = [json.loads(event.removeprefix("data: ")) for event in events]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert 2 <= len(choices) <= 11
+    assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
+    for field, values in whole["choices"][0]["logprobs"].items():
+        assert [value for choice in choices for value in choice["logprobs"][field]] == values
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert used["usage"] == whole["usage"]
+
+
 def test_chat_renders_the_template_and_continues_it(
     client: openai.OpenAI, tokenizer: Any, greedy: Callable[..., list[int]]
 ) -> None:

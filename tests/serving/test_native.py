@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kajiya.errors import ConfigError
+from kajiya.serving.adapters import LoraAdapter, LowRank
 from kajiya.serving.engine import Engine, EngineError
 from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
@@ -22,7 +23,7 @@ from kajiya.serving.native.architecture import cache_bytes
 from kajiya.serving.native.build import load_library
 from kajiya.serving.native.memory import Arena
 from kajiya.serving.proof import rounded_activations, rounded_weights
-from kajiya.serving.sequence import Request, SamplingParams, TokenLogprob
+from kajiya.serving.sequence import Output, Request, SamplingParams, TokenLogprob
 
 from .conftest import is_greedy, open_engine
 
@@ -386,6 +387,90 @@ def test_an_answer_is_the_same_to_the_bit_beside_adapters(
     alone = answer([])
     assert len(alone) == GREEDY.max_tokens
     assert answer(["one"]) == alone
+
+
+@pytest.mark.parametrize("weights", [{"precision": "fp32"}, {"precision": "bf16"}, {"quantize": "int8"}])
+def test_an_adapter_answers_the_same_to_the_bit_alone_and_beside_others(
+    model_folder: Path, adapter_folders: list[Path], weights: dict[str, str]
+) -> None:
+    """Several sequences of each adapter, prompts of many tokens among single ones: portions of every size."""
+    engine = open_engine(model_folder, max_batch=16, runner="native", **weights)
+    for number, folder in enumerate(adapter_folders):
+        engine.load_adapter(f"a{number}", folder)
+    prompts = _prompts([40, 9, 3, 21, 1], seed=9)
+    names = [None, "a0", "a1", "a2"]
+    found: dict[str, list[tuple[int, float]]] = {}
+    for number, prompt in enumerate(prompts):
+        for name in names[: 4 if number < 3 else 2]:
+            engine.add(Request(f"{name} {number}", tuple(prompt), GREEDY, name))
+        for _ in range(2):  # those of the next prompt come later
+            _take(engine.step(), found)
+    while not engine.is_idle:
+        _take(engine.step(), found)
+    assert len(found) == 16
+    for key, said in found.items():
+        name, number = key.split()
+        (alone,) = engine.generate([prompts[int(number)]], GREEDY, None if name == "None" else name)
+        assert [(one.token, one.logprob) for one in alone.logprobs] == said, key
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 6])
+def test_low_rank_parts_of_any_size_add_up_to_merged_weights(n_tokens: int) -> None:
+    torch.manual_seed(n_tokens)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=40,
+        intermediate_size=50,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).eval()
+    merged = copy.deepcopy(model)
+    parts = {}
+    for number, name in enumerate(module.removesuffix(".weight") for module in model.state_dict() if "_proj" in module):
+        if number % 5 != 3:  # some modules have none
+            weight = merged.get_submodule(name).weight
+            rank = 1 + number % 9
+            a, b = torch.randn(rank, weight.shape[1]) / 10, torch.randn(weight.shape[0], rank) / 10
+            parts[name] = LowRank(a, b, 0.5)
+            weight.data += 0.5 * b @ a
+    assert {part.a.shape[0] for part in parts.values()} >= {1, 3, 5, 8}
+    engine = engine_of(copy.deepcopy(model), frozenset(), EngineOptions(precision="fp32", device="cpu"), "native")
+    engine.load_adapter("odd", Path("odd"), LoraAdapter(Path("odd"), parts))
+    ids = [token % 64 for token in _prompts([n_tokens])[0]]
+    found = torch.tensor(engine.score(ids, "odd"))
+    for one, is_near in ((merged, True), (model, False)):
+        with torch.inference_mode():
+            logprobs_TV = one(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        expected = logprobs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert ((found - expected).abs().max() < 1e-5) == is_near
+
+
+def _take(outputs: list[Output], found: dict[str, list[tuple[int, float]]]) -> None:
+    for output in outputs:
+        if output.token is not None:
+            found.setdefault(output.id, []).append((output.token.token, output.token.logprob))
+
+
+def test_adapters_in_bf16_are_near_those_in_fp32(model_folder: Path, adapter_folders: list[Path]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    engine = open_engine(model_folder, runner="native", precision="bf16")
+    prompt = _prompts([40], seed=10)[0]
+    for number, folder in enumerate(adapter_folders):
+        engine.load_adapter(f"a{number}", folder)
+        (answer,) = engine.generate([prompt], GREEDY, f"a{number}")
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        with _peft_quiet():
+            tuned = PeftModel.from_pretrained(base, folder).eval()
+        with torch.no_grad():
+            logits_TV = tuned(input_ids=torch.tensor([prompt + answer.token_ids])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits_TV.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert ((logits_TV.amax(-1) - chosen) / logits_TV.std(-1)).max() < 0.5
 
 
 def test_adapters_come_and_go(model_folder: Path, adapter_folders: list[Path]) -> None:

@@ -39,6 +39,8 @@ MAX_BODY = 400_000
 TUNED = "tuned"
 """The adapter that is served beside the model."""
 PENALTIES: dict[str, Any] = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {"7": 3}}
+N_MEMBERS = 2100
+"""More alternatives than llguidance takes, which it finds behind the first character of an answer."""
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
 TEMPLATE = (
     "{% for each in tools or [] %}{{ each.function.description }}\n{% endfor %}"
@@ -66,8 +68,10 @@ class _Heard:
 class _Client:
     """One of those that call; what it was told is checked at once, or kept for the end."""
 
-    def __init__(self, number: int, url: str, texts: dict[str, str]) -> None:
+    def __init__(self, number: int, url: str, texts: dict[str, str], adapter: Path) -> None:
         self.draw = random.Random(number)
+        self.own = f"own-{number}"
+        self.adapter = adapter
         self.url = url
         self.http = httpx.Client(base_url=url, timeout=120)
         self.texts = texts
@@ -93,11 +97,14 @@ class _Client:
             self.fill_in_a_form,
             self.call_a_tool,
             self.embed,
+            self.fail_a_grammar,
+            self.come_and_go,
         ]
+        first = self.draw.sample(kinds, len(kinds))  # each at least once, however slow the machine
         try:
             with self.http:
-                while time.monotonic() < end:
-                    kind = self.draw.choice(kinds)
+                while first or time.monotonic() < end:
+                    kind = first.pop() if first else self.draw.choice(kinds)
                     kind()
                     self.calls[kind.__name__] += 1
         except BaseException as error:
@@ -114,13 +121,26 @@ class _Client:
     def punish(self) -> None:
         self.hear(is_punished=True)
 
-    def hear(self, is_punished: bool) -> None:
+    def hear(self, is_punished: bool, own: str | None = None) -> None:
+        """An answer of the model or the adapter, which is known as `own` too."""
         body = self.body() | {"logprobs": 0, "ignore_eos": True} | (PENALTIES if is_punished else {})
-        reply = self.answered("/v1/completions", body)
+        reply = self.answered("/v1/completions", body | ({"model": own} if own else {}))
         if reply is not None:
             choice = reply["choices"][0]
             tokens, text = choice["logprobs"]["tokens"], choice["text"]
-            self.keep(_Heard(body["prompt"], tokens, text, model=body["model"], is_punished=is_punished))
+            model = TUNED if own else body["model"]
+            self.keep(_Heard(body["prompt"], tokens, text, model=model, is_punished=is_punished))
+
+    def come_and_go(self) -> None:
+        """An adapter that is loaded for one answer and let go."""
+        asked = {"lora_name": self.own, "lora_path": str(self.adapter)}
+        reply = self.http.post("/v1/load_lora_adapter", json=asked)
+        assert reply.status_code == 200, reply.text
+        self.hear(is_punished=False, own=self.own)
+        reply = self.http.post("/v1/unload_lora_adapter", json={"lora_name": self.own})
+        assert reply.status_code == 200, reply.text
+        reply = self.http.post("/v1/completions", json=self.body() | {"model": self.own})
+        assert reply.status_code == 404, reply.text
 
     def answered(self, path: str, body: dict[str, Any]) -> Any:
         """The reply; `None` where the server is busy."""
@@ -220,6 +240,18 @@ class _Client:
             assert choice["finish_reason"] == "stop"
             assert json.loads(choice["message"]["content"])["n"] in (1, 22)
 
+    def fail_a_grammar(self) -> None:
+        members = [
+            {"type": "object", "properties": {f"b{i}": {"const": i}}, "required": [f"b{i}"]} for i in range(N_MEMBERS)
+        ]
+        schema = {"type": "object", "properties": {"x": {"anyOf": members}}, "required": ["x"]}
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        is_stream = self.draw.random() < 0.5
+        body = {"model": NAME, "prompt": "x", "max_tokens": 60, "response_format": form, "stream": is_stream}
+        reply = self.http.post("/v1/completions", json=body)
+        assert reply.status_code in (200 if is_stream else 400, 429), reply.text
+        assert reply.status_code == 429 or "grammar_failed" in reply.text
+
     def call_a_tool(self) -> None:
         tool = {
             "type": "function",
@@ -248,10 +280,10 @@ class _Told:
     seeded: set[tuple[int, str]]
 
 
-def _call_for(url: str, texts: dict[str, str], seconds: float) -> _Told:
+def _call_for(url: str, texts: dict[str, str], adapter: Path, seconds: float) -> _Told:
     """Let every client call, each in a thread of this process."""
     end = time.monotonic() + seconds
-    clients = [_Client(i, url, texts) for i in range(N_CLIENTS)]
+    clients = [_Client(i, url, texts, adapter) for i in range(N_CLIENTS)]
     threads = [threading.Thread(target=client.go_on, args=(end,)) for client in clients]
     for thread in threads:
         thread.start()
@@ -324,9 +356,10 @@ def test_mixed_traffic(
         said = say_alone(ids, 40)
         assert is_right(_Heard(ids, [], ""), said)
         texts[prompt] = _text(tokenizer, ids, said)
-    with running(create_app(engine, tokenizer, NAME, ServeConfig(max_body_bytes=MAX_BODY))) as url:
+    cfg = ServeConfig(max_body_bytes=MAX_BODY, allow_loading=True)
+    with running(create_app(engine, tokenizer, NAME, cfg, load=lambda folder: open_engine(folder))) as url:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            calling = pool.submit(_call_for, url, texts, seconds)
+            calling = pool.submit(_call_for, url, texts, adapter, seconds)
             time.sleep(seconds / 3)
             settled = _held()
             told = calling.result()
@@ -346,15 +379,16 @@ def test_mixed_traffic(
     assert engine.scheduler.pool.n_free == engine.scheduler.pool.n_blocks
     assert engine.scheduler.n_preemptions > 0
     assert (engine.n_drafted > 0) == ("guesses" in settings)
-    assert len(told.calls) == 14
-    assert min(told.calls.values()) > 3, told.calls
+    assert len(told.calls) == 16
+    assert min(told.calls.values()) >= N_CLIENTS, told.calls
+    assert list(engine.adapters) == [TUNED]
     # One client's seed draws what another's does.
     assert len(told.seeded) <= 5
     read = byte_reader(tokenizer)
     ids_of = {token_text(read(token)): token for token in range(512)}
-    assert len(told.answers) > 100
-    assert sum(heard.is_stream for heard in told.answers) > 20
-    assert sum(heard.is_punished for heard in told.answers) > 20
+    assert len(told.answers) > 3 * N_CLIENTS
+    assert sum(heard.is_stream for heard in told.answers) > N_CLIENTS / 2
+    assert sum(heard.is_punished for heard in told.answers) > N_CLIENTS / 2
     assert {heard.model for heard in told.answers} == {NAME, TUNED}
     for heard in told.answers:
         tokens = [ids_of[token] for token in heard.tokens]

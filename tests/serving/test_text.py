@@ -39,6 +39,25 @@ def test_any_text_streams_to_itself(tokenizer: Any, text: str, cut: int) -> None
         assert tokenizer.decode(before) + "".join(_stream(tokenizer, after, before)) == whole
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.lists(st.text(max_size=20) | st.lists(st.integers(0, 511), max_size=5), max_size=8),
+    cuts=st.lists(st.integers(0, 40), max_size=12),
+    n_before=st.integers(0, 10),
+)
+def test_tokens_that_come_together_say_what_they_say_one_by_one(
+    tokenizer: Any, parts: list[str | list[int]], cuts: list[int], n_before: int
+) -> None:
+    """Text and bytes that are none, special tokens among them, in portions of any size."""
+    ids = [token for part in parts for token in (tokenizer.encode(part) if isinstance(part, str) else part)]
+    context, ids = ids[:n_before], ids[n_before:]
+    stream, said, first = TextStream(tokenizer, context), "", 0
+    for cut in [*cuts, len(ids)]:
+        said += stream.push_all(ids[first : first + cut])
+        first += cut
+        assert said == "".join(_stream(tokenizer, ids[:first], context))
+
+
 @settings(max_examples=60, deadline=None)
 @given(ids=st.lists(st.integers(0, 600), max_size=12))
 def test_tokens_are_decoded_as_the_tokenizer_does(tokenizer: Any, ids: list[int]) -> None:
@@ -161,7 +180,7 @@ def test_tokens_behind_a_stop_string_are_not_released(tokenizer: Any) -> None:
     answer = Answer(tokenizer, [], ["STOP"])
     pieces = []
     for output in _outputs(ids, "length"):
-        pieces.append(answer.take(output))
+        pieces.append(answer.take([output]))
         if answer.is_stopped:
             break
     assert "".join(piece.text for piece in pieces) == "return value "
@@ -174,7 +193,7 @@ def test_tokens_behind_a_stop_string_are_not_released(tokenizer: Any) -> None:
 def test_held_text_comes_out_at_the_end_with_its_tokens(tokenizer: Any) -> None:
     ids = tokenizer.encode("so ST")
     answer = Answer(tokenizer, [], ["STOP"])
-    pieces = [answer.take(output) for output in _outputs(ids, "length")]
+    pieces = [answer.take([output]) for output in _outputs(ids, "length")]
     assert "".join(piece.text for piece in pieces) == "so ST"
     assert [entry.token for piece in pieces for entry in piece.entries] == ids
     assert pieces[-1].finish_reason == "length"
@@ -185,18 +204,40 @@ def test_an_answer_whose_tokens_are_not_asked_for_has_the_same_text(tokenizer: A
     texts = []
     for with_entries in (True, False):
         answer = Answer(tokenizer, ids[:9], ["STOP"], "echoed: ", with_entries)
-        pieces = [answer.take(output) for output in _outputs(ids, "length")]
+        pieces = [answer.take([output]) for output in _outputs(ids, "length")]
         assert any(piece.entries for piece in pieces) == with_entries
         texts.append([piece.text for piece in pieces])
     assert texts[0] == texts[1]
     assert "".join(texts[0]).endswith(" STO and more")
 
 
+@pytest.mark.parametrize("stops", [[], ["STOP", "n, i"]])
+@pytest.mark.parametrize("with_entries", [True, False])
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_outputs_that_come_together_are_those_that_come_one_by_one(
+    tokenizer: Any, stops: list[str], with_entries: bool, reason: str
+) -> None:
+    ids = tokenizer.encode(HARD + " then, in the end, STOPped")
+    found = []
+    for portion in (1, 3, 7, len(ids)):
+        answer, outputs = Answer(tokenizer, [], stops, "echoed: ", with_entries), _outputs(ids, reason)
+        pieces = []
+        for first in range(0, len(ids), portion):
+            pieces.append(answer.take(outputs[first : first + portion]))
+            if answer.is_stopped:
+                break
+        entries = [entry for piece in pieces for entry in piece.entries]
+        found.append(("".join(piece.text for piece in pieces), entries, answer.n_tokens, pieces[-1].finish_reason))
+    assert found == [found[0]] * 4
+    assert found[0][0].startswith("echoed: " + HARD)
+    assert found[0][0].endswith(" the") == bool(stops)
+
+
 @pytest.mark.parametrize("reason", ["stop", "length"])
 def test_the_token_that_ends_the_answer_is_no_text(tokenizer: Any, reason: str) -> None:
     ids = [*tokenizer.encode("yes"), 0]
     answer = Answer(tokenizer, [], [])
-    pieces = [answer.take(output) for output in _outputs(ids, reason)]
+    pieces = [answer.take([output]) for output in _outputs(ids, reason)]
     assert "".join(piece.text for piece in pieces) == "yes"
     assert answer.n_tokens == len(ids)
     assert len([entry for piece in pieces for entry in piece.entries]) == len(ids) - (reason == "stop")
@@ -205,7 +246,7 @@ def test_the_token_that_ends_the_answer_is_no_text(tokenizer: Any, reason: str) 
 def test_echo_places_the_answer_behind_the_prompt(tokenizer: Any) -> None:
     prompt, ids = tokenizer.encode("def f"), tokenizer.encode("(x)")
     answer = Answer(tokenizer, prompt, [], echo="def f")
-    pieces = [answer.take(output) for output in _outputs(ids, "length")]
+    pieces = [answer.take([output]) for output in _outputs(ids, "length")]
     assert "".join(piece.text for piece in pieces) == "def f(x)"
     entries = [entry for piece in pieces for entry in piece.entries]
     assert [entry.token for entry in entries] == prompt + ids

@@ -121,6 +121,7 @@ _PROGRAM = textwrap.dedent(
         max_waiting=1,
         default_max_tokens=99,
         max_answer_tokens=150,
+        stream_interval=3,
         access_log=True,
         log_prompts=True,
     )
@@ -185,6 +186,7 @@ def test_vllm_is_started_awaited_passed_through_and_stopped(model_folder: Path, 
             ("--lora-modules", json.dumps({"name": "tuned", "path": str(adapter)})),
             ("--max-lora-rank", "32"),
             ("--generation-config", "vllm"),
+            ("--stream-interval", "3"),
             ("--override-generation-config", '{"max_new_tokens": 150}'),
         ]:
             assert pair in pairs

@@ -347,6 +347,9 @@ class ServeConfig:
     """Requests that may wait; past it the server answers 429."""
     default_max_tokens: int = setting(256, ge=1)
     """Tokens generated when a request does not say."""
+    stream_interval: int | str = "auto"
+    """Steps whose tokens a chunk of a stream holds, but for an answer's first token and its end; `auto`: one, and from 16 streams
+    on as many as 50 ms hold, 8 at most (vLLM's own with `engine=vllm`)."""
     max_answer_tokens: int | None = setting(None, ge=1)
     """Longest answer that a request may ask for, tokens; past it 400. `None`: what the context leaves."""
     precision: str = setting("auto", choices=("auto", "fp32", "bf16"))

@@ -62,6 +62,9 @@ def validate(config: Config) -> None:
     check_choice("schedule", config.schedule.name, config.schedule.options, "schedule")
     require_loss_effect(config, check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss"))
     check_choice("engine", config.serve.engine, {}, "serve.engine")
+    interval = config.serve.stream_interval
+    if (isinstance(interval, str) and interval != "auto") or (isinstance(interval, int) and interval < 1):
+        raise ConfigError("serve.stream_interval", f"{interval!r} is neither a number of steps, 1 or more, nor auto")
     check_choice("sampler", config.tune.sampler.name, config.tune.sampler.options, "tune.sampler")
     check_choice("pruner", config.tune.pruner.name, config.tune.pruner.options, "tune.pruner")
     check_choice("launcher", config.tune.launcher.name, config.tune.launcher.options, "tune.launcher")

@@ -21,7 +21,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one output adds to a choice."""
+    """What outputs add to a choice."""
 
     text: str
     entries: tuple[Entry, ...]
@@ -47,6 +47,8 @@ class Answer:
         self._tokenizer = tokenizer
         self._echo = echo
         self._with_entries = with_entries
+        self._is_bare = not (with_entries or stops)
+        """Whether nothing is wanted but the text."""
         self._stream = TextStream(tokenizer, prompt)
         self._matcher = StopMatcher(stops)
         self._n_decoded = 0
@@ -60,25 +62,38 @@ class Answer:
         """Whether a stop string has been met; the request is to be cancelled."""
         return self._matcher.is_stopped
 
-    def take(self, output: Output) -> Piece:
-        """The piece that an output brings; it may be empty."""
-        text = self._begin(output) if not self._is_begun else ""
-        finish_reason = output.finish_reason
-        if output.token is not None:
-            self.n_tokens += 1
-            # The token that ends the answer is no part of its text.
-            if finish_reason != FINISHED_STOP:
-                if self._with_entries:
-                    self._entries.append(Entry(output.token.token, output.token, self._n_decoded))
-                new = self._stream.push(output.token.token)
-                self._n_decoded += len(new)
-                text += self._matcher.push(new)
+    def take(self, outputs: Sequence[Output]) -> Piece:
+        """The piece that one or more outputs bring; it may be empty. Those behind a stop string are not looked at."""
+        text = self._begin(outputs[0]) if not self._is_begun else ""
+        text += self._together(outputs) if self._is_bare else self._one_by_one(outputs)
+        finish_reason = outputs[-1].finish_reason
         if self.is_stopped:
             finish_reason = FINISHED_STOP
         elif finish_reason:
             text += self._matcher.flush()
         self._n_released += len(text)
         return Piece(text, self._release(is_end=finish_reason is not None), finish_reason)
+
+    def _together(self, outputs: Sequence[Output]) -> str:
+        tokens = [output.token.token for output in outputs if output.token is not None]
+        self.n_tokens += len(tokens)
+        # The token that ends the answer is no part of its text.
+        if outputs[-1].finish_reason == FINISHED_STOP and outputs[-1].token is not None:
+            tokens.pop()
+        return self._stream.push_all(tokens)
+
+    def _one_by_one(self, outputs: Sequence[Output]) -> str:
+        text = ""
+        for output in outputs:
+            if output.token is not None and not self.is_stopped:
+                self.n_tokens += 1
+                if output.finish_reason != FINISHED_STOP:
+                    if self._with_entries:
+                        self._entries.append(Entry(output.token.token, output.token, self._n_decoded))
+                    new = self._stream.push(output.token.token)
+                    self._n_decoded += len(new)
+                    text += self._matcher.push(new)
+        return text
 
     def _begin(self, output: Output) -> str:
         """The echoed prompt, once."""

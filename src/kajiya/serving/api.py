@@ -45,7 +45,9 @@ def create_app(
     `serve.allow_loading` lets clients ask for that.
     """
     metrics = Metrics()
-    hosts = Hosts(Host(name, engine, tokenizer, metrics), metrics, others or {}, cfg.idle_unload_s)
+    interval = cfg.stream_interval if isinstance(cfg.stream_interval, int) else None
+    first = Host(name, engine, tokenizer, metrics, interval)
+    hosts = Hosts(first, metrics, others or {}, cfg.idle_unload_s, interval)
     service = Service(hosts, cfg, metrics)
 
     @asynccontextmanager

@@ -18,7 +18,8 @@ from kajiya.serving.faults import CLIENT_GONE, error_body
 from kajiya.serving.metrics import Metrics
 from kajiya.serving.replies import Shape, joined, usage
 from kajiya.serving.sequence import FINISHED_ERROR, Output, Request, SamplingParams, derive_seed
-from kajiya.serving.worker import Ticket, Worker
+from kajiya.serving.ticket import Ticket
+from kajiya.serving.worker import Worker
 
 _AT_ONCE = 32
 """Tokens that are put together at a time for a reply that nobody reads before it is whole."""
@@ -78,10 +79,11 @@ class Generation:
         # Before the engine sees them: its first token may come before this coroutine goes on.
         for request in requests:
             self._metrics.begin(request.id)
-        # A whole reply is put together by the way, unless a stop string may end it at any token.
+        # A whole reply is put together by the way and a stream's chunks at the server's pace, unless a stop string may end
+        # them at any token: the engine would go on past it meanwhile.
         at_once = 1 if stops or self._is_stream else _AT_ONCE
         try:
-            self._ticket = await self._worker.submit(requests, at_once)
+            self._ticket = await self._worker.submit(requests, at_once, is_paced=self._is_stream and not stops)
         except BaseException:
             for request in requests:
                 self._metrics.forget(request.id)
@@ -112,24 +114,33 @@ class Generation:
         return await self._ticket.next()
 
     def _pieces(self, outputs: list[Output]) -> Iterator[tuple[int, Piece]]:
-        """The pieces that outputs bring to choices; behind those before it, raises the `RequestError` of what went wrong."""
+        """The piece that outputs bring to each choice; behind them, raises the `RequestError` of what went wrong."""
         assert self._ticket is not None
+        failures: list[Output] = []
+        came: dict[str, list[Output]] = {}
         for output in outputs:
-            choice = self._choices[output.id]
+            if output.finish_reason == FINISHED_ERROR:
+                failures.append(output)
+            else:
+                came.setdefault(output.id, []).append(output)
+        for name, mine in came.items():
+            choice = self._choices[name]
             if not choice.is_open:
                 continue  # a stop string has ended it
-            if output.finish_reason == FINISHED_ERROR:
-                self._end(choice, "error")
-                if output.is_refused:
-                    raise RequestError(output.error or "", code="grammar_failed", param="response_format")
-                raise RequestError(output.error or "the engine failed", code="engine_error", status=500)
-            piece = choice.answer.take(output)
+            piece = choice.answer.take(mine)
             if choice.answer.is_stopped:
-                self._ticket.cancel(output.id)
+                self._ticket.cancel(name)
             if piece.finish_reason:
                 self._end(choice, piece.finish_reason)
             if piece.text or piece.entries or piece.finish_reason:
                 yield choice.index, piece
+        for output in failures:
+            choice = self._choices[output.id]
+            if choice.is_open:
+                self._end(choice, "error")
+                if output.is_refused:
+                    raise RequestError(output.error or "", code="grammar_failed", param="response_format")
+                raise RequestError(output.error or "the engine failed", code="engine_error", status=500)
 
     async def _collect(self) -> Response:
         pieces: dict[int, list[Piece]] = {choice.index: [] for choice in self._choices.values()}
@@ -140,7 +151,7 @@ class Generation:
         return JSONResponse(self._shape.envelope(choices, self._usage(), is_stream=False))
 
     async def _events(self) -> AsyncIterator[bytes]:
-        """Events, those that a step brings together."""
+        """Events: one for all that has come of a choice, and those of several choices together."""
         for choice in self._choices.values():
             opening = self._shape.opening(choice.index)
             if opening is not None:

@@ -39,12 +39,14 @@ class Source:
 class Host:
     """One model in memory."""
 
-    def __init__(self, name: str, engine: Engine, tokenizer: Any, watcher: StepWatcher) -> None:
+    def __init__(
+        self, name: str, engine: Engine, tokenizer: Any, watcher: StepWatcher, stream_interval: int | None
+    ) -> None:
         self.name = name
         self.engine = engine
         self.tokenizer = tokenizer
         self.chat = ChatTemplate(tokenizer, remembers=True)
-        self.worker = Worker(engine, watcher)
+        self.worker = Worker(engine, watcher, stream_interval)
         self.read_bytes = byte_reader(tokenizer)
         self.created = int(time.time())
         self.last_used = time.monotonic()
@@ -139,7 +141,12 @@ class Hosts:
     """Every model and adapter that requests can name."""
 
     def __init__(
-        self, first: Host, watcher: StepWatcher, others: Mapping[str, Source], idle_unload_s: float | None
+        self,
+        first: Host,
+        watcher: StepWatcher,
+        others: Mapping[str, Source],
+        idle_unload_s: float | None,
+        stream_interval: int | None,
     ) -> None:
         self.first = first
         self._watcher = watcher
@@ -148,6 +155,7 @@ class Hosts:
         self._kept: dict[str, dict[str, Path]] = {}
         """Adapters of models that were let go, by model and name: they come back when they are asked for."""
         self._idle_unload_s = idle_unload_s
+        self._stream_interval = stream_interval
         self._loads: dict[Source, asyncio.Task[None]] = {}
         self._loading = asyncio.Lock()
         self._returning = asyncio.Lock()
@@ -206,7 +214,7 @@ class Hosts:
 
     async def _load(self, source: Source) -> None:
         def opened() -> Host:
-            return Host(source.name, *source.open(), self._watcher)
+            return Host(source.name, *source.open(), self._watcher, self._stream_interval)
 
         async with self._loading:
             host = await asyncio.to_thread(opened)

@@ -32,11 +32,33 @@ class TextStream:
         certain = text[: len(text) - n_unfinished]
         new = certain[self._n_emitted :]
         self._n_emitted = max(self._n_emitted, len(certain))
-        if not n_unfinished and len(self._window) > self._n_context + _CONTEXT_TOKENS:
+        if not n_unfinished:
+            self._move_on()
+        return new
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """What `push` says of each in turn, decoded together where all characters are whole."""
+        if len(tokens) > 1:
+            window = [*self._window, *tokens]
+            text = self._decode(window)
+            certain = text.rstrip(_UNFINISHED)
+            n_unfinished = len(text) - len(certain)
+            # An unfinished end is left to those that follow, while there is room for them before it is too long a run.
+            can_wait = n_unfinished <= _MAX_UNFINISHED and len(window) <= _WINDOW_TOKENS // 2
+            if _UNFINISHED not in certain and (can_wait or not n_unfinished):
+                new = certain[self._n_emitted :]
+                self._window, self._n_emitted = window, max(self._n_emitted, len(certain))
+                if not n_unfinished:
+                    self._move_on()
+                return new
+        return "".join([self.push(token) for token in tokens])
+
+    def _move_on(self) -> None:
+        """Leave behind what need not be decoded again."""
+        if len(self._window) > self._n_context + _CONTEXT_TOKENS:
             self._window = self._window[-_CONTEXT_TOKENS:]
             self._n_context = len(self._window)
             self._n_emitted = len(self._decode(self._window))
-        return new
 
 
 def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:

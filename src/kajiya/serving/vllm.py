@@ -49,6 +49,8 @@ def command_line(cfg: ServeConfig, folder: Path, name: str, port: int, template:
     words += ["--dtype", dtype, "--max-num-seqs", str(cfg.vllm_max_batch), "--max-logprobs", "20"]
     # The defaults of the other engine: nothing out of the model's own generation settings.
     words += ["--generation-config", "vllm"]
+    if isinstance(cfg.stream_interval, int):
+        words += ["--stream-interval", str(cfg.stream_interval)]
     if cfg.max_answer_tokens is not None:
         # A cap on every request, whatever its address; the proxy refuses what asks for more.
         words += ["--override-generation-config", json.dumps({"max_new_tokens": cfg.max_answer_tokens})]

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 from kajiya.errors import RequestError
 from kajiya.serving.engine import Engine
+from kajiya.serving.pacing import Pace
 from kajiya.serving.sequence import FINISHED_ERROR, Output, Request
+from kajiya.serving.ticket import Ticket
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
-_MOST_AT_ONCE = 256
-"""Outputs that a reader gets at a time, so that a long backlog does not hold up the event loop."""
 
 
 class StepWatcher(Protocol):
@@ -33,62 +34,6 @@ class _Command:
     refuse: Callable[[], None]
 
 
-class Ticket:
-    """The outputs of requests that were submitted together, as they come. Used on the event loop only.
-
-    The reader is woken once for all that a step brings, or, where it is in no hurry, for every `at_once` outputs.
-    """
-
-    def __init__(self, worker: "Worker", requests: list[Request], at_once: int = 1) -> None:
-        self._worker = worker
-        self._open = {request.id for request in requests}
-        self._at_once = at_once
-        self._come: deque[Output] = deque()
-        self._is_due = False
-        """Whether the reader need not wait: there is enough, or the end of a request."""
-        self._waiting: asyncio.Future[None] | None = None
-
-    async def next(self) -> list[Output]:
-        """What has come, at least one output; nothing when all of the requests have ended."""
-        if self._come:
-            # A reader with a backlog never waits: the loop could not tell it that its client has gone.
-            await asyncio.sleep(0)
-        while self._open:
-            if not self._is_due:
-                self._waiting = asyncio.get_running_loop().create_future()
-                try:
-                    await self._waiting
-                finally:
-                    self._waiting = None
-            found = [self._come.popleft() for _ in range(min(len(self._come), _MOST_AT_ONCE))]
-            self._is_due = bool(self._come)
-            outputs = [output for output in found if output.id in self._open]
-            self._open.difference_update(output.id for output in outputs if output.finish_reason)
-            if outputs:
-                return outputs
-        return []
-
-    def put(self, output: Output) -> None:
-        """Hand over an output of one of the requests."""
-        self._come.append(output)
-        if output.finish_reason or len(self._come) >= self._at_once:
-            self._is_due = True
-            if self._waiting is not None and not self._waiting.done():
-                self._waiting.set_result(None)
-
-    def cancel(self, request_id: str) -> None:
-        """Take one request back; nothing more comes from it."""
-        if request_id in self._open:
-            self._open.discard(request_id)
-            self._worker.cancel([request_id])
-
-    def close(self) -> None:
-        """Take back every request that has not ended."""
-        remaining, self._open = list(self._open), set()
-        if remaining:
-            self._worker.cancel(remaining)
-
-
 class Worker:
     """Owns the engine: one thread steps it while there is work; coroutines submit requests and await their outputs.
 
@@ -96,15 +41,19 @@ class Worker:
     with an error, the engine starts afresh, and the server goes on.
     """
 
-    def __init__(self, engine: Engine, watcher: StepWatcher) -> None:
+    def __init__(self, engine: Engine, watcher: StepWatcher, stream_interval: int | None = None) -> None:
         self.engine = engine
         self._watcher = watcher
+        self._pace = Pace(stream_interval)
         self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
         self._has_ended = False
         self._thread = threading.Thread(target=self._work, name="kajiya-engine", daemon=True)
         self._tickets: dict[str, Ticket] = {}
+        self._holding: set[Ticket] = set()
+        """Those that held something back when a step was last told of."""
+        self._n_told = 0
         self._embedding_for: Counter[str | None] = Counter()
         """Texts that are read or wait to be, by adapter."""
         self._embedding = asyncio.Lock()
@@ -138,12 +87,12 @@ class Worker:
         """Texts that are read or wait to be, with that adapter."""
         return self._embedding_for[adapter]
 
-    async def submit(self, requests: list[Request], at_once: int = 1) -> Ticket:
-        """Add all of the requests, or none; the ticket's reader is told of every `at_once` outputs.
+    async def submit(self, requests: list[Request], at_once: int = 1, is_paced: bool = False) -> Ticket:
+        """Add all of the requests, or none; the ticket's reader is told of every `at_once` outputs, or at the server's pace.
 
         Raises the `RequestError` of the first that the engine refuses.
         """
-        ticket = Ticket(self, requests, at_once)
+        ticket = Ticket(self.cancel, requests, at_once, is_paced)
         self._tickets.update({request.id: ticket for request in requests})
 
         def add_all() -> None:
@@ -239,13 +188,22 @@ class Worker:
         command.refuse()
 
     def _deliver(self, outputs: list[Output]) -> None:
+        self._n_told += 1
+        interval = self._pace.steps(sum(ticket.is_paced for ticket in {*self._tickets.values()}))
+        held, self._holding = self._holding, set()
         for output in outputs:
             ticket = self._tickets.get(output.id)
             if ticket is None:
                 continue
             if output.finish_reason:
                 del self._tickets[output.id]
-            ticket.put(output)
+            ticket.put(output, self._n_told, interval)
+            if ticket.holds_back:
+                self._holding.add(ticket)
+        for ticket in held - self._holding:
+            # What follows has not come: its sequence gave up its place, and may wait long for another.
+            if ticket.holds_back:
+                ticket.wake()
 
     def _abandon(self, reason: str) -> None:
         for request_id in list(self._tickets):
@@ -286,11 +244,13 @@ class Worker:
                 self._step()
 
     def _step(self) -> None:
+        begun = time.perf_counter()
         try:
             outputs = self.engine.step()
         except Exception as error:
             _log.exception("the engine failed; its requests end with an error")
             outputs = self.engine.fail_all(f"the engine failed: {type(error).__name__}: {error}")
+        self._pace.took(time.perf_counter() - begun)
         self._watcher.step(self.engine, outputs)
         self._hand_over(outputs)
 

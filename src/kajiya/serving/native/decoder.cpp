@@ -9,6 +9,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "linear.h"
+#include "patches.h"
 #include "phases.h"
 
 using namespace kajiya;
@@ -30,17 +31,6 @@ struct Model {
     const float* final_norm;
     Linear head;
     Layer* layers;
-};
-
-// One part of an adapter: y[offset …] += B (A x); A [rank][n_in], B transposed [rank][n_out], its scale multiplied in.
-struct Patch {
-    int32_t layer, target, rank, n_in, offset, n_out;  // target: 0 qkv, 1 out, 2 gate_up, 3 down
-    const float *a, *b;
-};
-
-struct Adapter {
-    int32_t n_patches, padding;
-    const Patch* patches;
 };
 
 struct Step {
@@ -91,25 +81,6 @@ void activate(const float* g, const float* u, int64_t width, float* to) {
         store(to + i, v / (1.0f + exponential(-v)) * load<Floats>(u + i));
     }
     for (; i < width; ++i) to[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
-}
-
-void patch(const Adapter* adapter, int layer, int target, const float* x, float* y) {
-    if (!adapter) return;
-    for (int p = 0; p < adapter->n_patches; ++p) {
-        const Patch& part = adapter->patches[p];
-        if (part.layer != layer || part.target != target) continue;
-        float* to = y + part.offset;
-        for (int r = 0; r < part.rank; ++r) {
-            const float *a = part.a + int64_t(r) * part.n_in, *b = part.b + int64_t(r) * part.n_out;
-            Floats total{};
-            float z = 0;
-            int64_t i = 0;
-            for (; i + kLanes <= part.n_in; i += kLanes) total += load<Floats>(a + i) * load<Floats>(x + i);
-            for (; i < part.n_in; ++i) z += a[i] * x[i];
-            z += sum(total);
-            for (int64_t n = 0; n < part.n_out; ++n) to[n] += z * b[n];
-        }
-    }
 }
 
 // One row of logits: its largest entry's index and log-probability, and the logarithm of the sum of exponentials.
@@ -170,6 +141,7 @@ struct Run {
     int64_t n_work = 0;
     int32_t* sequence_of = nullptr;
     bool has_adapters = false;
+    std::vector<Patched> patched;
     int64_t tokens_each;
     Phases phases;
 
@@ -207,6 +179,11 @@ struct Run {
                 for (int head = 0; head < model.n_key; ++head) work[n_work++] = {s, head, t, count};
             }
         }
+        if (has_adapters) {
+            std::vector<const Adapter*> of_token(n);
+            for (int64_t t = 0; t < n; ++t) of_token[t] = step.adapters[sequence_of[t]];
+            patched = group_by_adapter(of_token);
+        }
     }
 
     const int32_t* table_of(const Work& w) const { return step.tables + int64_t(w.sequence) * step.table_stride; }
@@ -243,8 +220,15 @@ struct Run {
 
     void adapt(int64_t& phase, int layer, int target, Activations& x, float* y, int64_t width) {
         if (!has_adapters) return;
-        phases.share(phase, n, tokens_each, [&](int64_t t) {
-            patch(step.adapters[sequence_of[t]], layer, target, x.row(t), y + t * width);
+        phases.share(phase, int64_t(patched.size()), 1, [&](int64_t item) {
+            const Patched& group = patched[item];
+            const float* from[kPatched];
+            float* to[kPatched];
+            for (int i = 0; i < group.count; ++i) {
+                from[i] = x.row(group.tokens[i]);
+                to[i] = y + group.tokens[i] * width;
+            }
+            add_parts(*group.adapter, layer, target, group.count, from, to);
         });
     }
 

@@ -15,6 +15,10 @@ PANEL = 32
 """Outputs of a panel of packed weights (kPanel)."""
 GROUP = 32
 """Inputs that share a scale (kGroup)."""
+LANES = 16
+"""Numbers that the decoder takes at a time (kLanes)."""
+RANKS = 4
+"""Ranks of an adapter's part that lie together (kRanks)."""
 
 
 class Linear(Structure):
@@ -66,13 +70,12 @@ class Model(Structure):
 class Patch(Structure):
     _fields_ = (
         *((name, c_int32) for name in ("layer", "target", "rank", "n_in", "offset", "n_out")),
-        ("a", c_void_p),
-        ("b", c_void_p),
+        ("rows", c_void_p),
     )
 
 
 class Adapter(Structure):
-    _fields_ = (("n_patches", c_int32), ("padding", c_int32), ("patches", POINTER(Patch)))
+    _fields_ = (("n_patches", c_int32), ("is_bf16", c_int32), ("patches", POINTER(Patch)))
 
 
 class Step(Structure):

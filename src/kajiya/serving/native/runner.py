@@ -13,6 +13,7 @@ import torch
 from kajiya.errors import ConfigError
 from kajiya.serving.adapters import LoraAdapter
 from kajiya.serving.native import layout
+from kajiya.serving.native.memory import Arena
 from kajiya.serving.native.model import PARTS, NativeModel
 from kajiya.serving.rows import Rows
 from kajiya.serving.scheduler import Chunk, Plan
@@ -73,8 +74,9 @@ class NativeRunner:
     # ---------------------------------------------------------------- adapters
 
     def load_adapter(self, name: str, adapter: LoraAdapter) -> None:
-        """Make an adapter known under a name."""
-        patches, kept, used = [], [], set()
+        """Make an adapter known under a name, in bf16 beside weights of 16 bits and fewer."""
+        patches, arena, used = [], Arena(), set()
+        dtype = torch.float32 if self.native.weights == "fp32" else torch.bfloat16
         for number in range(self.native.config.num_hidden_layers):
             for target, field in enumerate(layout.TARGETS):
                 offset = 0
@@ -84,18 +86,11 @@ class NativeRunner:
                     n_out = self._n_outputs(number, field, module)
                     if pair is not None:
                         used.add(name_of_module)
-                        a_RK, b_RN = pair.a.float().contiguous(), (pair.b * pair.scale).T.float().contiguous()
-                        kept += [a_RK, b_RN]
+                        rank, n_in = pair.a.shape
+                        rows = _packed(pair.a.to(dtype), (pair.b.float() * pair.scale).T.to(dtype), arena)
                         patches.append(
                             layout.Patch(
-                                layer=number,
-                                target=target,
-                                rank=a_RK.shape[0],
-                                n_in=a_RK.shape[1],
-                                offset=offset,
-                                n_out=n_out,
-                                a=a_RK.data_ptr(),
-                                b=b_RN.data_ptr(),
+                                layer=number, target=target, rank=rank, n_in=n_in, offset=offset, n_out=n_out, rows=rows
                             )
                         )
                     offset += n_out
@@ -107,7 +102,8 @@ class NativeRunner:
                 "serve.runner=transformers serves it.",
             )
         array = (layout.Patch * len(patches))(*patches)
-        self._adapters[name] = (layout.Adapter(n_patches=len(patches), patches=array), (array, kept))
+        found = layout.Adapter(n_patches=len(patches), is_bf16=dtype == torch.bfloat16, patches=array)
+        self._adapters[name] = (found, (array, arena))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter."""
@@ -174,6 +170,22 @@ class NativeRunner:
                 log_sums=_address(choice.log_sums),
             )
         )
+
+
+def _packed(a_RK: torch.Tensor, b_RN: torch.Tensor, arena: Arena) -> int:
+    """Address of a low-rank part's rows in the order in which the decoder reads them, filled up with zeros."""
+    packed = torch.cat([_by_ranks(a_RK), _by_ranks(b_RN)], dim=1)
+    address = arena.take(packed.nbytes)
+    ctypes.memmove(address, packed.data_ptr(), packed.nbytes)
+    return address
+
+
+def _by_ranks(rows_RN: torch.Tensor) -> torch.Tensor:
+    """A row for a few ranks together, the numbers in which they take turns."""
+    n_ranks, n = rows_RN.shape
+    whole_RN = torch.nn.functional.pad(rows_RN, (0, -n % layout.LANES, 0, -n_ranks % layout.RANKS))
+    turns = whole_RN.reshape(-1, layout.RANKS, whole_RN.shape[1] // layout.LANES, layout.LANES).transpose(1, 2)
+    return turns.flatten(1)
 
 
 class _Choice:
