@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kajiya.data.batch import NO_TARGET, target_places
+from kajiya.data.batch import NO_TARGET, is_on_host, target_places
 
 
 def chunked_cross_entropy(
@@ -33,7 +33,7 @@ def chunked_cross_entropy(
     `all_wanted` says that something is predicted everywhere.
     """
     # On a GPU, to know how many there are would make the host wait.
-    if not all_wanted and hidden_ND.device.type == "cpu":
+    if not all_wanted and is_on_host(hidden_ND):
         wanted = target_places(targets_N)
         if len(wanted) < len(targets_N):
             hidden_ND, targets_N = hidden_ND.index_select(0, wanted), targets_N[wanted]
