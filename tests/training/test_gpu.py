@@ -1,6 +1,7 @@
 """What only a GPU can show; counted as skipped where there is none."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from kajiya.training.optimizers import load_optimizer
 from kajiya.training.precision import resolve_precision
 from kajiya.training.profile import Profile
 from kajiya.training.recompute import recompute_activations
+from kajiya.training.softmax_choice import triton_problem
 from kajiya.training.state import TrainState
 from kajiya.training.strategy import SingleProcess
 from kajiya.training.terms import drain_window
@@ -154,12 +156,22 @@ def test_the_losss_kernel_is_the_formula(n_words: int, dtype: torch.dtype) -> No
     targets, weights = torch.randint(0, n_words, (40,), device="cuda"), torch.rand(40, device="cuda")
     weights[::3] = 0
     wanted, *sums = cross_entropy._torch_entropy(logits.double(), targets, weights.double(), 0.1, 0.2, needs_grad=True)
-    assert cross_entropy._way(logits, logits) == "triton"
+    assert triton_problem() is None
     grad, *found = cross_entropy._triton_entropy(logits, targets, weights, 0.1, 0.2, needs_grad=True)
     assert [float(each) for each in found] == pytest.approx([float(each) for each in sums], rel=1e-4)
     assert wanted is not None
     assert grad is not None
     torch.testing.assert_close(grad.double(), wanted, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_the_losss_softmax_is_chosen_by_its_time() -> None:
+    choice = cross_entropy.softmax_choice(torch.device("cuda", 0), torch.bfloat16, 32_000)
+    ours, theirs = (float(number) for number in re.findall(r"\d+\.\d+", choice.words))
+    assert ours > 0
+    assert choice.way == ("triton" if theirs >= 1.05 * ours else "torch") or theirs == pytest.approx(
+        1.05 * ours, rel=0.02
+    )
+    assert cross_entropy.softmax_choice(torch.device("cuda", 0), torch.bfloat16, 32_000) is choice
 
 
 def test_the_losss_kernel_is_compared_in_a_benchmark() -> None:
