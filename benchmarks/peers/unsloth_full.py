@@ -52,9 +52,8 @@ def train(order: WorkOrder, record: Record) -> None:
     from peers.trl_sft import NoteSteps, in_order, settings_of
 
     has_masters = order.options.get("masters") == "on"
-    model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-        **loading(order), dtype=torch.bfloat16, float32_mixed_precision=True if has_masters else None
-    )
+    masters = {"float32_mixed_precision": True} if has_masters else {}
+    model, tokenizer = unsloth.FastLanguageModel.from_pretrained(**loading(order), **masters, dtype=torch.bfloat16)
     initial = float(sum(weight.detach().float().abs().sum() for weight in model.parameters()))
     rows = np.load(order.rows_file)[:, :-1].tolist()
     arguments = SFTConfig(

@@ -89,7 +89,8 @@ def train(order: WorkOrder, record: Record) -> None:
         settings={
             "precision": "bf16",
             "base": "nf4, double quantization" if order.method == "qlora" else "bf16",
-            "packing": str(is_packed),
+            # It says there whether it did as it was asked.
+            "packing": str(trainer.args.packing),
             "padding_free": str(trainer.args.padding_free),
             "checkpointing": str(checkpointing(order)),
             "device": str(arguments.device),
