@@ -6,9 +6,9 @@ from statistics import mean, median
 
 from measure import Result
 
-_LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}
+_LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2, "fp8": 1e-1}
 """Nats by which two curves may differ at any step; the order of sums is not the same, and training amplifies it."""
-_WEIGHTS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
+_WEIGHTS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3, "fp8": 1e-3}
 """Relative difference of Σ|w| before the first step."""
 _OWN_ORDER_TOLERANCE = 0.5
 """Nats by which the mean losses of two runs over the same samples may differ whose steps hold other ones of them."""
@@ -42,27 +42,30 @@ class Comparison:
     """The same ratio in each round by itself."""
     tokens_per_cpu_second: float
     peak_memory: float | None
+    peak_gpu_memory: float | None
     first_step: float
     agreement: Agreement
 
 
 def compare(ours: Sequence[Result], theirs: Sequence[Result], precision: str) -> Comparison:
     """Ratios of the medians, and whether all runs of both did the same work."""
-    memory: float | None = None
-    our_peaks = [result.peak_bytes for result in ours if result.peak_bytes is not None]
-    their_peaks = [result.peak_bytes for result in theirs if result.peak_bytes is not None]
-    if our_peaks and their_peaks:
-        memory = median(our_peaks) / median(their_peaks)
     return Comparison(
         peer=theirs[0].peer,
         tokens_per_second=median(r.tokens_per_second for r in ours) / median(r.tokens_per_second for r in theirs),
         tokens_per_second_rounds=[a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)],
         tokens_per_cpu_second=median(r.tokens_per_cpu_second for r in ours)
         / median(r.tokens_per_cpu_second for r in theirs),
-        peak_memory=memory,
+        peak_memory=_ratio([each.peak_bytes for each in ours], [each.peak_bytes for each in theirs]),
+        peak_gpu_memory=_ratio([each.peak_gpu_bytes for each in ours], [each.peak_gpu_bytes for each in theirs]),
         first_step=median(r.first_step_s for r in ours) / median(r.first_step_s for r in theirs),
         agreement=agreement(ours[0], [*ours, *theirs], precision),
     )
+
+
+def _ratio(ours: Sequence[int | None], theirs: Sequence[int | None]) -> float | None:
+    """Of the medians of what is known; `None` where nothing is."""
+    known = [[each for each in side if each is not None] for side in (ours, theirs)]
+    return median(known[0]) / median(known[1]) if all(known) else None
 
 
 def agreement(reference: Result, results: Sequence[Result], precision: str) -> Agreement:

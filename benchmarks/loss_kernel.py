@@ -9,7 +9,8 @@ from statistics import median
 
 import torch
 
-from kajiya.training.cross_entropy import _ENTROPY, rows_at_once, triton_problem
+from kajiya.training.cross_entropy import _ENTROPY, rows_at_once
+from kajiya.training.softmax_choice import triton_problem
 
 VOCABULARIES = (8192, 32_000, 50_257, 131_072)
 WAYS = ("triton", "torch")

@@ -57,6 +57,11 @@ class Result:
     load_before: float
     """Load average of the machine over the last minute before the start."""
 
+    @property
+    def peak_gpu_bytes(self) -> int | None:
+        """Highest memory of the peer's tensors on a GPU, as its torch counted it; `None` where it had none or does not say."""
+        return self.settings.get("peak_gpu_bytes")
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -101,6 +106,9 @@ def run_peer(peer: Peer, common: WorkOrder, *, python: str, warmup_steps: int) -
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "true",
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+            # Unsloth writes its sources here in place of the current folder, and asks the hub for nothing.
+            "UNSLOTH_COMPILE_LOCATION": str(cache / "unsloth"),
+            "UNSLOTH_DISABLE_STATISTICS": "1",
         }
         load = os.getloadavg()[0]
         with open(Path(folder) / "errors", "w+b") as errors:

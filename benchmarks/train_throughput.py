@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before and after the runs: what else the machine did at one of them makes no peak.
     peaks = {name: max(peak, measured_peaks()[name]) for name, peak in peaks.items()}
     first, *others = results
-    comparisons = [compare(results[first], results[other], order.precision) for other in others]
+    told = {peer.name: order.with_options(peer.options).precision for peer in chosen}
+    comparisons = [compare(results[first], results[other], coarser(told[first], told[other])) for other in others]
     if options.json:
         print(
             json.dumps(
@@ -85,6 +86,7 @@ DEFAULT_PEERS = {
     "pretrain": ["kajiya_train", "hf_trainer"],
     "sft": ["kajiya_train", "trl_sft", "trl_sft:packing=on", "bare_samples"],
     "lora": ["kajiya_train", "trl_sft", "trl_sft:packing=on", "bare_samples:rows=full"],
+    "qlora": ["kajiya_train"],
     "dpo": ["kajiya_train", "trl_dpo"],
 }
 """Those that the test environment can run."""
@@ -94,7 +96,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=SIZES, default="S", help="size: XS (smoke test), S (6M parameters), M (52M)")
+    add(
+        "--model",
+        choices=SIZES,
+        default="S",
+        help="size: S (6M parameters), M (52M); for a GPU 1B, 8B; of smoke tests XS, XR",
+    )
     add("--method", choices=METHODS, default="pretrain", help="what is trained (default: text from scratch)")
     add("--rows", type=int, help="rows of a step (default: 16; of tuning 4, which hold about 17 samples)")
     add("--tokens", type=int, help="tokens of a row (default: 512; of dpo 1,024)")
@@ -128,13 +135,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def coarser(*precisions: str) -> str:
+    """The one of the precisions with the fewest digits, whose tolerance a comparison takes."""
+    return max(precisions, key=("fp32", "bf16", "fp8").index)
+
+
 def measured_peaks() -> dict[str, float]:
-    """Operations a second of a square matrix product, by precision; what the utilization is a share of."""
+    """Operations a second of a square matrix product, by precision; what the utilization is a share of.
+
+    A step in fp8 is measured by the products in bf16, of which it still has some.
+    """
+    import torch
+
     from kajiya.training.flops import matmul_peak
     from kajiya.training.precision import resolve_device, resolve_precision
 
     device = resolve_device("auto", "train.device")
-    return {name: matmul_peak(device, resolve_precision(name, device)) for name in ("fp32", "bf16")}
+    peaks = {name: matmul_peak(device, resolve_precision(name, device)) for name in ("fp32", "bf16")}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the peers' memory
+    return peaks | {"fp8": peaks["bf16"]}
 
 
 def print_table(
@@ -153,7 +173,9 @@ def print_table(
         f"medians of {n_runs} interleaved runs\n{facts['cpu']}, {facts['cores']} cores, {facts['accelerator']}\n"
     )
     print(
-        "matrix products: " + ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {name}" for name, peak in peaks.items()) + "\n"
+        "matrix products: "
+        + ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {name}" for name, peak in peaks.items() if name != "fp8")
+        + "\n"
     )
     wide = max(22, *(len(label) + 2 for label in _labels(results, comparisons)))
     print(
@@ -176,6 +198,8 @@ def print_table(
     for each in comparisons:
         low, high = min(each.tokens_per_second_rounds), max(each.tokens_per_second_rounds)
         print(f"tokens/s against {each.peer}, round by round: {low:.2f} to {high:.2f}")
+        if each.peak_gpu_memory is not None:
+            print(f"peak memory of tensors on the GPU against {each.peer}: {each.peak_gpu_memory:.2f} x")
         print(agreement_words(each))
     for name, runs in results.items():
         print(f"{name}: {_settings_words(runs[0])}")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-METHODS = ("pretrain", "sft", "lora", "dpo")
+METHODS = ("pretrain", "sft", "lora", "qlora", "dpo")
 LORA_RANK = 16
 LORA_ALPHA = 32
 """Of every peer's adapter, which stands beside q, k, v and o."""
@@ -43,7 +43,7 @@ class WorkOrder:
     """Rows that pass through the model at once."""
     steps: int
     precision: str
-    """fp32; or bf16, with float32 master weights where the peer has them."""
+    """fp32; bf16, with float32 master weights where the peer has them; or fp8, of some peers on a GPU, for most products."""
     compile: bool
     seed: int
     lr: float = 1e-3
@@ -85,6 +85,12 @@ class WorkOrder:
 def read_order() -> WorkOrder:
     """The work order whose path is this process's first argument."""
     return WorkOrder(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+
+
+def require_method(order: WorkOrder, *methods: str) -> None:
+    """Leave with a message where this peer does not do the order's method."""
+    if order.method not in methods:
+        sys.exit(f"this peer does {' and '.join(methods)}, and the order is {order.method}: leave it out with --peers")
 
 
 class Record:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from samples import NO_TARGET, Sample, padded, read_samples
-from work_order import LORA_ALPHA, LORA_RANK, Record, WorkOrder, read_order
+from work_order import LORA_ALPHA, LORA_RANK, Record, WorkOrder, read_order, require_method
 
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -38,6 +38,7 @@ def padded_batches(steps: list[list[Sample]], pad_id: int) -> Iterator[Made]:
 
 
 def train(order: WorkOrder, record: Record) -> None:
+    require_method(order, "sft", "lora")
     torch.manual_seed(order.seed)
     is_full = order.options.get("rows") == "full"
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from samples import read_samples
-from work_order import LORA_ALPHA, LORA_RANK, Record, WorkOrder, read_order
+from work_order import LORA_ALPHA, LORA_RANK, Record, WorkOrder, read_order, require_method
 
 
 class NoteSteps(TrainerCallback):
@@ -87,6 +87,7 @@ def places_of(steps: list[list[Any]]) -> list[list[int]]:
 
 
 def train(order: WorkOrder, record: Record) -> None:
+    require_method(order, "sft", "lora")
     is_packed = order.options.get("packing") == "on"
     steps = read_samples(order.samples_file)
     samples = [sample for step in steps for sample in step]

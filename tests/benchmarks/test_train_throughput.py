@@ -183,7 +183,15 @@ def test_samples_come_back_as_they_lay_in_packed_rows(throughput: ModuleType, tm
 
 def test_every_peer_is_offered(throughput: ModuleType) -> None:
     offered = ["bare_loop", "bare_samples", "hf_trainer", "kajiya_train", "litgpt_pretrain", "llamafactory_pt"]
-    assert throughput.peers() == [*offered, "torchtune_full", "trl_dpo", "trl_sft"]
+    assert throughput.peers() == [
+        *offered,
+        "torchtitan_pretrain",
+        "torchtune_full",
+        "trl_dpo",
+        "trl_sft",
+        "unsloth_full",
+        "unsloth_lora",
+    ]
     assert [peer.name for peer in throughput.parse([]).peers] == ["kajiya_train", "hf_trainer"]
 
 

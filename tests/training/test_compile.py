@@ -32,10 +32,9 @@ def test_both_reasons_are_said(compile_: str, fused: str, words: str) -> None:
     assert compile_where_it_pays(TrainConfig(compile=compile_), nn.Linear(2, 2), CPU, fused) == words
 
 
-def test_a_gpu_is_told_of_the_losss_kernel_and_not_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_module, "triton_problem", lambda: None)
+def test_a_gpu_is_not_told_of_the_operators() -> None:
     words = compile_where_it_pays(TrainConfig(compile="off"), nn.Linear(2, 2), torch.device("cuda"), "no: for a CPU")
-    assert words == "no: set in the config; the loss's softmax by Triton"
+    assert words == "no: set in the config"
 
 
 @pytest.mark.parametrize("quantized", ["none", "nf4"])

@@ -67,6 +67,28 @@ def test_bf16_is_near_fp32() -> None:
     assert float(rounded) == pytest.approx(float(exact), rel=2e-2)
 
 
+@pytest.mark.parametrize("is_on_host", [True, False])
+@pytest.mark.parametrize("n_targets", [6011, 5000])
+def test_a_gradient_in_bf16_is_not_scaled_by_a_rounded_denominator(
+    n_targets: int, is_on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 / 6011 in bf16 is 0.26 % too small. Rounding each entry averages out over 40,000, a wrong scale does not."""
+    monkeypatch.setattr(cross_entropy, "is_on_host", lambda _tensor: is_on_host)
+    torch.manual_seed(3)
+    hidden, head = torch.randn(640, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    targets = torch.randint(0, 48, (640,))
+    grads = []
+    for denominator in (1, n_targets):
+        given = hidden.clone().requires_grad_()
+        total, _ = chunked_cross_entropy(given, head, targets, 64, 1e-3)
+        (total / denominator).backward()
+        assert given.grad is not None
+        assert given.grad.dtype == torch.bfloat16
+        grads.append(given.grad.double())
+    whole, found = grads
+    assert float((found * whole).sum() / whole.square().sum()) * n_targets == pytest.approx(1, abs=2e-4)
+
+
 def test_smoothing_and_weights_equal_torch() -> None:
     hidden, head, targets = _inputs(torch.float32)
     weights = torch.rand(37)

@@ -4,18 +4,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.training.conftest import make_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from kajiya.config.schema import TrainConfig
-from kajiya.training import cross_entropy
-from kajiya.training.compile import compile_where_it_pays
-from kajiya.training.cross_entropy import triton_problem
+from kajiya.training import cross_entropy, softmax_choice
+from kajiya.training.cross_entropy import softmax_words
+from kajiya.training.softmax_choice import triton_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton, which is published for Linux")
@@ -66,51 +68,111 @@ def test_it_compiles_for_a_gpu(dtype: str, tmp_path: Path, monkeypatch: pytest.M
     assert "ld.local" not in made.asm["ptx"]
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
+    """What a chunk takes in each way, milliseconds, in place of a GPU's clock; `calls` counts the measurements."""
+    times = {"triton": 1.0, "torch": 3.0, "calls": 0.0}
+
+    def elapsed(call: Any) -> float:
+        times["calls"] += 1
+        return times["triton" if call.func is cross_entropy._triton_entropy else "torch"]
+
+    monkeypatch.setattr(softmax_choice, "elapsed_ms", elapsed)
+    for cached in (triton_problem, cross_entropy._timed_choice):
+        cached.cache_clear()
+    yield times
+    for cached in (triton_problem, cross_entropy._timed_choice):
+        cached.cache_clear()
+
+
+def _way(dtype: torch.dtype = torch.bfloat16, n_words: int = 48) -> str:
+    """Which way is taken, for tensors without data, of which nothing could be read."""
+    with FakeTensorMode():
+        hidden, head = (torch.empty(n, 16, dtype=dtype, device="cuda") for n in (20, n_words))
+        return cross_entropy._way(hidden, head)
+
+
 @has_triton
 @pytest.mark.parametrize(("dtype", "way"), [(torch.bfloat16, "triton"), (torch.float64, "torch")])
-def test_a_gpu_takes_it_and_waits_for_nothing(dtype: torch.dtype, way: str) -> None:
+def test_each_way_waits_for_nothing_on_a_gpu(dtype: torch.dtype, way: str) -> None:
     """On tensors without data, of which nothing could be read."""
     with FakeTensorMode():
-        hidden, head = (torch.empty(n, 16, dtype=dtype, device="cuda") for n in (20, 48))
-        assert cross_entropy._way(hidden, head) == way
+        logits = torch.empty(20, 48, dtype=dtype, device="cuda")
         targets, weights = torch.empty(20, dtype=torch.int64, device="cuda"), torch.ones(20, device="cuda")
         weights = weights.to(cross_entropy._wide(dtype))
         for needs_grad in (False, True):
-            grad, *sums = cross_entropy._ENTROPY[way](
-                hidden @ head.T, targets, weights, 0.1, 0.1, needs_grad=needs_grad
-            )
+            grad, *sums = cross_entropy._ENTROPY[way](logits, targets, weights, 0.1, 0.1, needs_grad=needs_grad)
             assert (grad is not None) == needs_grad
             assert all(each.shape == () for each in sums)
         assert (grad.shape, grad.dtype) == ((20, 48), dtype)
 
 
-def test_a_machine_without_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "kajiya.training.entropy_kernel", raising=False)
-    triton_problem.cache_clear()
-    try:
-        with FakeTensorMode():
-            hidden, head = (torch.empty(n, 16, device="cuda") for n in (20, 48))
-            assert cross_entropy._way(hidden, head) == "torch"
-        words = compile_where_it_pays(TrainConfig(compile="off"), nn.Linear(2, 2), torch.device("cuda"), "no")
-        assert words.startswith("no: set in the config; the loss's softmax by torch: ")
-        assert "pip install triton" in words
-    finally:
-        triton_problem.cache_clear()
+@has_triton
+def test_a_gpu_takes_the_way_that_was_faster_on_it(clock: dict[str, float]) -> None:
+    """Timed once for each vocabulary and dtype, in the process."""
+    assert _way() == "triton"
+    n_calls = clock["calls"]
+    assert n_calls >= 2
+    clock.update(triton=3.0, torch=1.0)
+    assert _way() == "triton"
+    assert clock["calls"] == n_calls
+    assert _way(n_words=64) == "torch"
+    assert _way(torch.float16) == "torch"
+    assert _way(torch.float64) == "torch"
+    assert clock["calls"] == 3 * n_calls
 
 
 @has_triton
+def test_a_gain_within_the_noise_is_none(clock: dict[str, float]) -> None:
+    clock.update(triton=1.0, torch=1.04)
+    assert _way() == "torch"
+
+
+@has_triton
+def test_the_plan_says_what_was_taken_and_why(clock: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    model: Any = make_model()
+    with FakeTensorMode():
+        model.lm_head.weight = nn.Parameter(torch.empty(97, 32, device=gpu))
+        words = softmax_words(model, gpu, torch.bfloat16)
+        assert words == "; the loss's softmax by Triton: 1.00 ms a chunk by Triton, 3.00 by torch"
+        clock.update(triton=2.0, torch=1.0)
+        words = softmax_words(model, gpu, torch.float16)
+        assert words == "; the loss's softmax by torch: 2.00 ms a chunk by Triton, 1.00 by torch"
+        assert softmax_words(nn.Linear(2, 2), gpu, torch.bfloat16) == ""
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        words = softmax_words(model, gpu, torch.bfloat16)
+        assert words == "; the loss's softmax by torch: a deterministic run chooses nothing by the clock"
+    assert softmax_words(make_model(), torch.device("cpu"), torch.bfloat16) == ""
+
+
+@has_triton
+@pytest.mark.usefixtures("clock")
+def test_without_memory_to_time_both_torch_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_call: object) -> float:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(softmax_choice, "elapsed_ms", fails)
+    assert _way() == "torch"
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_machine_without_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kajiya.training.entropy_kernel", raising=False)
+    assert _way() == "torch"
+    choice = cross_entropy.softmax_choice(torch.device("cuda"), torch.bfloat16, 48)
+    assert choice.words.startswith("torch: ")
+    assert "pip install triton" in choice.words
+
+
+@has_triton
+@pytest.mark.usefixtures("clock")
 def test_a_machine_where_triton_cannot_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("kajiya.training.entropy_kernel.entropy", fails)
-    triton_problem.cache_clear()
-    try:
-        with FakeTensorMode():
-            hidden, head = (torch.empty(n, 16, device="cuda") for n in (20, 48))
-            assert cross_entropy._way(hidden, head) == "torch"
-        assert triton_problem() == "the kernel cannot be compiled: Failed to find C compiler."
-    finally:
-        triton_problem.cache_clear()
+    assert _way() == "torch"
+    assert triton_problem() == "the kernel cannot be compiled: Failed to find C compiler."

@@ -1,9 +1,11 @@
 """What only a GPU can show; counted as skipped where there is none."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from tests.training.conftest import ListLoader, make_batch
 from tests.training.test_guard import RowLoader
 
-from kajiya.config.schema import LossConfig, OptimConfig
+from kajiya.config.schema import AdapterConfig, LossConfig, OptimConfig
 from kajiya.config.tables import TABLES
+from kajiya.models.adapt import transform
 from kajiya.models.unequal import bounds_problem
 from kajiya.training import cross_entropy
 from kajiya.training.checkpoint import load_checkpoint, save_checkpoint
@@ -24,6 +27,7 @@ from kajiya.training.optimizers import load_optimizer
 from kajiya.training.precision import resolve_precision
 from kajiya.training.profile import Profile
 from kajiya.training.recompute import recompute_activations
+from kajiya.training.softmax_choice import triton_problem
 from kajiya.training.state import TrainState
 from kajiya.training.strategy import SingleProcess
 from kajiya.training.terms import drain_window
@@ -35,9 +39,14 @@ pytestmark = [
 
 
 def _setup(
-    model: torch.nn.Module, optim: str, steps: int, precision_name: str = "bf16", offload: bool = False, **more: Any
+    model: torch.nn.Module,
+    optim: str,
+    steps: int,
+    precision_name: str = "bf16",
+    offload: bool = False,
+    device: torch.device = torch.device("cuda"),  # noqa: B008 (a value, no state)
+    **more: Any,
 ) -> Setup:
-    device = torch.device("cuda")
     precision = resolve_precision(precision_name, device)
     strategy = SingleProcess(device, precision)
     model = strategy.prepare(model)
@@ -55,6 +64,21 @@ def _setup(
         "max_skipped": 0,
     }
     return Setup(**(settings | more))
+
+
+def _gradients(setup: Setup) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of a step, and its gradients on the CPU in float32, not clipped; no update is made."""
+    kept: dict[str, torch.Tensor] = {}
+    setup.optimizer.step = lambda lr: kept.update(  # type: ignore[method-assign]
+        {name: gradient.float().cpu() for name, gradient in setup.optimizer.named_grads().items()}
+    )
+    state = TrainState()
+    train_step(replace(setup, clip_norm=None), state)
+    return drain_window(state)["train/nll"], kept
+
+
+def _likeness(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
 
 def _losses(setup: Setup) -> list[float]:
@@ -80,6 +104,64 @@ def test_fp8_learns_what_bf16_learns(tiny_model: Callable[..., torch.nn.Module])
     setup = _setup(tiny_model(), "adamw", 20, "fp8")
     assert sum(isinstance(module, Float8Linear) for module in setup.model.modules()) == 2 * 7
     assert _losses(setup) == pytest.approx(expected, rel=5e-2)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8 products"
+)
+def test_the_gradients_of_an_fp8_step_point_as_bf16s_do(tiny_model: Callable[..., torch.nn.Module]) -> None:
+    plain_loss, plain = _gradients(_setup(tiny_model(tied=False), "sgd", 1))
+    loss, found = _gradients(_setup(tiny_model(tied=False), "sgd", 1, "fp8"))
+    assert loss == pytest.approx(plain_loss, rel=1e-2)
+    assert found.keys() == plain.keys()
+    for name, gradient in found.items():
+        assert _likeness(gradient, plain[name]) > 0.95, name
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_an_adapter_takes_the_step_that_it_takes_on_a_cpu(
+    quantize: str, tiny_model: Callable[..., torch.nn.Module]
+) -> None:
+    """The base, in 4 bits too, is moved to the GPU as it is, and the adapter's gradients are the same; nothing else has one."""
+    seen = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        model = tiny_model()
+        transform(model, AdapterConfig("lora", {"r": 4, "dropout": 0.0}), quantize, 0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        setup = _setup(model, "sgd", 1, "fp32", device=device)
+        quantized = [each for each in setup.model.parameters() if each.dtype == torch.uint8]
+        assert len(quantized) == (2 * 7 if quantize == "nf4" else 0)
+        assert {each.device.type for each in setup.model.parameters()} == {device.type}
+        seen.append(_gradients(setup))
+    (expected_loss, expected), (loss, found) = seen
+    assert loss == pytest.approx(expected_loss, rel=1e-3)
+    assert found.keys() == expected.keys()
+    assert len(found) == 2 * 2 * 7
+    assert all("lora_" in name for name in found)
+    for name, gradient in found.items():
+        assert _likeness(gradient, expected[name]) > 0.999, name
+        assert float(gradient.norm()) == pytest.approx(float(expected[name].norm()), rel=1e-2), name
+
+
+def test_a_loss_scale_that_overflows_is_halved_until_a_step_is_taken(
+    tiny_model: Callable[..., torch.nn.Module],
+) -> None:
+    setup = _setup(tiny_model(), "adamw", 1, "fp16-mixed")
+    assert isinstance(setup.strategy, SingleProcess)
+    setup.strategy.scale.factor = 2.0**40
+    before = [weight.detach().clone() for weight in setup.model.parameters()]
+    state = TrainState()
+    for step in range(60):
+        train_step(setup, state)
+        if state.overflows == step:
+            break
+        assert all(torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
+    assert state.overflows >= 1
+    assert setup.strategy.scale.factor == 2.0 ** (40 - state.overflows)
+    assert all(bool(weight.isfinite().all()) for weight in setup.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optim", sorted(set(TABLES["optimizer"]) - {"adamw_8bit"}))
@@ -154,12 +236,22 @@ def test_the_losss_kernel_is_the_formula(n_words: int, dtype: torch.dtype) -> No
     targets, weights = torch.randint(0, n_words, (40,), device="cuda"), torch.rand(40, device="cuda")
     weights[::3] = 0
     wanted, *sums = cross_entropy._torch_entropy(logits.double(), targets, weights.double(), 0.1, 0.2, needs_grad=True)
-    assert cross_entropy._way(logits, logits) == "triton"
+    assert triton_problem() is None
     grad, *found = cross_entropy._triton_entropy(logits, targets, weights, 0.1, 0.2, needs_grad=True)
     assert [float(each) for each in found] == pytest.approx([float(each) for each in sums], rel=1e-4)
     assert wanted is not None
     assert grad is not None
     torch.testing.assert_close(grad.double(), wanted, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_the_losss_softmax_is_chosen_by_its_time() -> None:
+    choice = cross_entropy.softmax_choice(torch.device("cuda", 0), torch.bfloat16, 32_000)
+    ours, theirs = (float(number) for number in re.findall(r"\d+\.\d+", choice.words))
+    assert ours > 0
+    assert choice.way == ("triton" if theirs >= 1.05 * ours else "torch") or theirs == pytest.approx(
+        1.05 * ours, rel=0.02
+    )
+    assert cross_entropy.softmax_choice(torch.device("cuda", 0), torch.bfloat16, 32_000) is choice
 
 
 def test_the_losss_kernel_is_compared_in_a_benchmark() -> None:

@@ -52,7 +52,8 @@ def task_of(name: str) -> Task:
     return LABELS.get(name, Task(loss_row(name).task))
 
 
-def _model(name: str, beginning: str = "full", seed: int = 0) -> Any:
+def new_model(name: str, beginning: str = "full", seed: int = 0) -> Any:
+    """The model that the loss needs, in training mode."""
     task = task_of(name)
     architecture = {"masked": "bert", "seq2seq": "t5"}.get(task.name, "llama")
     config = ModelConfig(name=architecture, n_params="40k", max_positions=64)
@@ -62,7 +63,8 @@ def _model(name: str, beginning: str = "full", seed: int = 0) -> Any:
     return module.train()
 
 
-def make_batches(name: str, model: Any) -> list[Any]:
+def new_batches(name: str, model: Any) -> list[Any]:
+    """Three batches of what the loss takes."""
     takes = loss_row(name).takes
     if takes == "tokens":
         return [make_batch(2, seed=seed) for seed in range(3)]
@@ -107,13 +109,13 @@ def _setup(name: str, tmp_path: Path, steps: int, beginning: str = "full") -> Se
     if name == "distill":
         teacher = tmp_path / "teacher"
         if not teacher.exists():
-            _model("next_token", seed=5).save_pretrained(teacher)
+            new_model("next_token", seed=5).save_pretrained(teacher)
         options = {"teacher": str(teacher)}
     config = LossConfig(name, options)
     torch.manual_seed(0)
-    batches = make_batches(name, _model(name, beginning))
+    batches = new_batches(name, new_model(name, beginning))
     return make_setup(
-        _model(name, beginning),
+        new_model(name, beginning),
         batches,
         loss=load_loss(config),
         measure=load_measure(config),
@@ -158,7 +160,7 @@ def _saved_and_opened(model: Any, name: str, beginning: str, tmp_path: Path) -> 
         model.save_pretrained(folder)
         return auto_class(task_of(name)).from_pretrained(folder)
     base = tmp_path / "base"
-    _model(name).save_pretrained(base)
+    new_model(name).save_pretrained(base)
     save_adapter(model, NoTokenizer(), folder, Base(str(base), weights_digest(base), BEGINNINGS[beginning][1]))
     plain = auto_class(task_of(name)).from_pretrained(base)
     return PeftModel.from_pretrained(plain, folder).base_model.model
@@ -178,9 +180,9 @@ def _value(setup: Setup) -> float:
     return total / count
 
 
-def test_examples_count_alike_however_they_are_cut_into_micromake_batches(tmp_path: Path) -> None:
+def test_examples_count_alike_however_they_are_cut_into_micro_batches(tmp_path: Path) -> None:
     """One batch of 6 pairs, or 2, 1 and 3: the same gradient (a mean of means would show)."""
-    model = _model("dpo")
+    model = new_model("dpo")
     sequences = random_sequences(12, 3)
     reference = torch.linspace(-30, -20, 12)
     grads = []
@@ -188,7 +190,7 @@ def test_examples_count_alike_however_they_are_cut_into_micromake_batches(tmp_pa
         parts = [slice(a, b) for a, b in pairwise(cuts)]
         batches = [make_examples(sequences[part], k=2, reference=reference[part]) for part in parts]
         setup = make_setup(
-            _model("dpo"), batches, loss=load_loss(LossConfig("dpo")), accumulate=len(batches), clip_norm=None
+            new_model("dpo"), batches, loss=load_loss(LossConfig("dpo")), accumulate=len(batches), clip_norm=None
         )
         captured: list[torch.Tensor] = []
         setup.optimizer.step = lambda lr, setup=setup, captured=captured: captured.extend(  # type: ignore[method-assign]
@@ -212,7 +214,7 @@ def test_the_base_with_the_adapter_off_is_the_reference(name: str, tmp_path: Pat
     """After training, the loss is what it is with the log-probabilities of the base computed beforehand."""
     setup = _setup(name, tmp_path, 4, "lora")
     fit(setup, TrainState(), [], lambda: False)
-    base = _model(name)
+    base = new_model(name)
     setup.model.eval()
     assert isinstance(setup.loader, ListLoader)
     for batch in setup.loader.batches:

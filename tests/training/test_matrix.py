@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.training.conftest import VOCABULARY, NoTokenizer
 from tests.training.test_fit import make_setup
-from tests.training.test_kinds import make_batches, task_of
+from tests.training.test_kinds import new_batches, task_of
 
 from kajiya.config.compose import compose
 from kajiya.config.schema import AdapterConfig, LossConfig, ModelConfig, OptimConfig
@@ -116,7 +116,7 @@ def _setup(module: Any, loss: str, chosen: Transform, base: Callable[[str], Path
     assert bool(rates) == ("lr_ratio" in chosen.options)
     return make_setup(
         module.train(),
-        make_batches(loss, module),
+        new_batches(loss, module),
         loss=load_loss(config),
         measure=load_measure(config),
         optimizer=load_optimizer(OptimConfig(name="adamw", weight_decay=0.0), module, rates=rates),

@@ -13,6 +13,11 @@ NO_TARGET = -100
 """Target of a position where nothing is predicted."""
 
 
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Whether a question about the tensor's values waits for no device."""
+    return tensor.device.type == "cpu"
+
+
 def target_places(targets: torch.Tensor) -> torch.Tensor:
     """The places of the flattened targets, of any shape, where something is predicted, ascending, int64 [n]."""
     return (targets.reshape(-1) != NO_TARGET).nonzero().squeeze(1)
@@ -32,6 +37,8 @@ class Layout:
     """Whether any row has two segments."""
     weight: float | None
     """Sum of the weights of the targets, where they have some."""
+    sources: torch.Tensor | None = None
+    """`Batch.sources` of the places, int64 [n]; stays on the CPU."""
 
     def to(self, device: torch.device | str, *, is_pinned: bool) -> "Layout":
         """The same on another device, through page-locked memory where the batch is in such."""
@@ -90,18 +97,20 @@ class Batch:
     @property
     def tells_places(self) -> bool:
         """Whether nobody waits for a device that is asked for the `places`."""
-        return self.layout is not None or self.targets.device.type == "cpu"
+        return self.layout is not None or is_on_host(self.targets)
 
     def laid_out(self) -> "Batch":
         """The same with its layout."""
         bounds = segment_bounds(self.segments)
         n_rows = self.segments.shape[0]
+        places = target_places(self.targets)
         layout = Layout(
-            places=target_places(self.targets),
+            places=places,
             bounds=bounds,
             longest=int(bounds.diff().max()),
             is_split=len(bounds) > n_rows + 1,
             weight=self._weight(),
+            sources=None if self.sources is None else self.sources.reshape(-1)[places],
         )
         return replace(self, layout=layout)
 
@@ -154,7 +163,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device; off the host it brings its layout."""
-        if self.layout is None and self.tokens.device.type == "cpu" and torch.device(device).type != "cpu":
+        if self.layout is None and is_on_host(self.tokens) and torch.device(device).type != "cpu":
             return self.laid_out().to(device)
         return Batch(
             tokens=self.tokens.to(device, non_blocking=True),
@@ -190,8 +199,10 @@ class ExampleBatch:
     """Log-probability of each sequence's targets under the reference model, float32 [S], nats."""
     mismatched: "ExampleBatch | None" = None
     """Of feedback for KTO: each example's prompt with the answer to another, which its reference point is measured on."""
-    measured: Mapping[str, float] | None = None
+    measured: Mapping[str, float | torch.Tensor] | None = None
     """Means over the whole group, which the loss asked the loop to measure before the micro-batches."""
+    known_longest: int | None = None
+    """`longest`; comes with a batch that was moved off the host."""
 
     @property
     def n_targets(self) -> int:
@@ -208,8 +219,22 @@ class ExampleBatch:
         """As a `Batch`'s, and the examples."""
         return self.rows.counts | {"examples": len(self.examples)}
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        if self.known_longest is not None:
+            return self.known_longest
+        return int(torch.where(self.owner >= 0, self.rows.positions, 0).max()) + 1
+
+    def laid_out(self) -> "ExampleBatch":
+        """The same with what the host knows of its rows."""
+        other = None if self.mismatched is None else self.mismatched.laid_out()
+        return replace(self, rows=self.rows.laid_out(), mismatched=other, known_longest=self.longest)
+
     def to(self, device: torch.device | str) -> "ExampleBatch":
-        """The same batch on another device."""
+        """The same batch on another device; off the host it brings what is known of its rows."""
+        if self.known_longest is None and is_on_host(self.owner) and torch.device(device).type != "cpu":
+            return self.laid_out().to(device)
         return ExampleBatch(
             rows=self.rows.to(device),
             owner=self.owner.to(device, non_blocking=True),
@@ -219,6 +244,7 @@ class ExampleBatch:
             reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
             mismatched=None if self.mismatched is None else self.mismatched.to(device),
             measured=self.measured,
+            known_longest=self.known_longest,
         )
 
 
@@ -238,6 +264,17 @@ class Seq2SeqBatch:
     """Positions that have a target."""
     examples: torch.Tensor | None = None
     """Number of each pair within its split, int64 [B]; stays on the CPU. `None` of pairs that are from no split."""
+    known_places: torch.Tensor | None = None
+    """`places`; comes with a batch that was moved off the host."""
+
+    @property
+    def places(self) -> torch.Tensor:
+        """`target_places`, on the batch's device."""
+        return target_places(self.targets) if self.known_places is None else self.known_places
+
+    def laid_out(self) -> "Seq2SeqBatch":
+        """The same with its places."""
+        return replace(self, known_places=target_places(self.targets))
 
     @property
     def n_tokens(self) -> int:
@@ -250,7 +287,9 @@ class Seq2SeqBatch:
         return {"targets": self.n_targets}
 
     def to(self, device: torch.device | str) -> "Seq2SeqBatch":
-        """The same batch on another device."""
+        """The same batch on another device; off the host it brings its places."""
+        if self.known_places is None and is_on_host(self.targets) and torch.device(device).type != "cpu":
+            return self.laid_out().to(device)
         return Seq2SeqBatch(
             inputs=self.inputs.to(device, non_blocking=True),
             inputs_mask=self.inputs_mask.to(device, non_blocking=True),
@@ -258,6 +297,7 @@ class Seq2SeqBatch:
             targets=self.targets.to(device, non_blocking=True),
             n_targets=self.n_targets,
             examples=self.examples,
+            known_places=None if self.known_places is None else self.known_places.to(device, non_blocking=True),
         )
 
 

@@ -40,6 +40,7 @@ from kajiya.run.folder import Run
 from kajiya.run.process import collect_as_usual, import_transformers, use_gpu
 from kajiya.run.store import Artifact, Store
 from kajiya.training.compile import compile_where_it_pays
+from kajiya.training.cross_entropy import softmax_words
 from kajiya.training.fit import Setup, fit
 from kajiya.training.flops import matmul_peak
 from kajiya.training.guard import Guard
@@ -117,6 +118,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     fused = fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
     compiled = compile_where_it_pays(config.train, model, device, fused)
     compiled += packed_words(model, device, precision.autocast or precision.weights)
+    compiled += softmax_words(model, device, precision.autocast or precision.weights)
     if not ranks.is_first:
         wait_for_all(ranks)  # the first computes the reference and what is kept of a teacher, the others find it
     made = build_reference(config, data, model, precision, store)

@@ -90,6 +90,6 @@ def _measured(model: Any, batches: Sequence[Any], scorer: Scorer) -> Sequence[An
         for name, (total, count) in numbered(terms, given.counts).items():
             so_far = sums.setdefault(name, [0.0, 0.0])
             so_far[0] += float(total)
-            so_far[1] += count
+            so_far[1] += float(count)
     measured = {name: total / count for name, (total, count) in sums.items()}
     return [replace(batch, measured=measured) for batch in batches]

@@ -112,7 +112,7 @@ def _chosen(
             f"{targets!r} matches no module of {type(module).__name__}",
             f"One of {', '.join(words)}, several with commas between them, or a regular expression for names like {names}.",
         )
-    odd = [name for name in chosen if not _has_matrix(module.get_submodule(name))]
+    odd = [name for name in chosen if name not in experts and not _has_matrix(module.get_submodule(name))]
     if odd:
         kind = type(module.get_submodule(odd[0])).__name__
         raise ConfigError(

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from kajiya.data.batch import is_on_host
 from kajiya.models.tasks import CAUSAL, Task, auto_class
 from kajiya.models.unequal import by_bounds, takes_bounds
 
 PACKED_SDPA = "kajiya_packed_sdpa"
 """Name under which Transformers finds `packed_sdpa`; it builds no mask of its own for it."""
+PADDED_SDPA = "kajiya_padded_sdpa"
+"""Name of Transformers' own sdpa with a mask that is made without a question to the device (`_padded_mask`)."""
 
 
 def register_packed_sdpa() -> None:
@@ -20,6 +23,25 @@ def register_packed_sdpa() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+
+
+def register_padded_sdpa() -> None:
+    """Make `PADDED_SDPA` known to Transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(PADDED_SDPA, sdpa_attention_forward)
+    AttentionMaskInterface.register(PADDED_SDPA, _padded_mask)
+
+
+def _padded_mask(**given: Any) -> torch.Tensor | None:
+    """Transformers' mask for sdpa. To leave it out where no token is padding, the host would have to wait for a GPU."""
+    from transformers.masking_utils import sdpa_mask
+
+    padding = given["attention_mask"]
+    if padding is not None and not is_on_host(padding):
+        given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(**given)  # type: ignore[no-any-return]
 
 
 def attention_name(wanted: str, architecture: Any, task: Task = CAUSAL) -> str:
@@ -33,7 +55,10 @@ def attention_name(wanted: str, architecture: Any, task: Task = CAUSAL) -> str:
     if type(architecture) in known and not known[type(architecture)]._supports_sdpa:
         return "eager"
     if task.name != "causal":
-        return "sdpa"
+        if type(architecture) not in known or not known[type(architecture)]._can_set_attn_implementation():
+            return "sdpa"
+        register_padded_sdpa()
+        return PADDED_SDPA
     register_packed_sdpa()
     return PACKED_SDPA
 

@@ -17,7 +17,7 @@ from torch import nn
 from kajiya.config.schema import ModelConfig
 from kajiya.data.batch import Batch, Layout, segment_bounds
 from kajiya.models.adapter_files import is_adapter
-from kajiya.models.attention import PACKED_SDPA, first_keys, segment_mask, visible
+from kajiya.models.attention import PACKED_SDPA, PADDED_SDPA, first_keys, segment_mask, visible
 from kajiya.models.load import read_architecture
 from kajiya.models.native.library import native_problem
 from kajiya.models.unequal import bounds_problem, filled_up
@@ -96,7 +96,7 @@ def _blocks(segments: torch.Tensor, dtype: torch.dtype) -> Any:
     return create_block_mask(same, n_rows, None, n_tokens, n_tokens, device=str(segments.device))
 
 
-_TWO_WAY = {"eager": _added_mask, "sdpa": _boolean_mask, "flex_attention": _blocks}
+_TWO_WAY = {"eager": _added_mask, "sdpa": _boolean_mask, PADDED_SDPA: _boolean_mask, "flex_attention": _blocks}
 
 
 def can_isolate(model: nn.Module) -> bool:

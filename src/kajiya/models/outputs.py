@@ -96,14 +96,12 @@ def _behind_virtual(model: Any, virtual: VirtualTokens, tokens_SL: torch.Tensor,
 
 def padded_sequences(batch: ExampleBatch, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The sequences one a row, int64 [S, L], filled up with `pad_id` on the right, and which are tokens, bool [S, L]."""
-    owner_M = batch.owner.reshape(-1)
-    is_token_M = owner_M >= 0
-    owner_M = owner_M[is_token_M]
-    place_M = batch.rows.positions.reshape(-1)[is_token_M]
-    n_sequences = len(batch.last)
-    length = int(place_M.max()) + 1
-    tokens_SL = torch.full((n_sequences, length), pad_id, dtype=torch.int64, device=owner_M.device)
-    mask_SL = torch.zeros((n_sequences, length), dtype=torch.bool, device=owner_M.device)
-    tokens_SL[owner_M, place_M] = batch.rows.tokens.reshape(-1)[is_token_M]
-    mask_SL[owner_M, place_M] = True
-    return tokens_SL, mask_SL
+    n_sequences, length = len(batch.last), batch.longest
+    owner_M, place_M = batch.owner.reshape(-1), batch.rows.positions.reshape(-1)
+    # What belongs to no sequence goes to one place behind them all: to leave it out, its number would have to be asked for.
+    index_M = torch.where(owner_M >= 0, owner_M * length + place_M, n_sequences * length)
+    tokens = torch.full((n_sequences * length + 1,), pad_id, dtype=torch.int64, device=owner_M.device)
+    mask = torch.zeros(n_sequences * length + 1, dtype=torch.bool, device=owner_M.device)
+    tokens.scatter_(0, index_M, batch.rows.tokens.reshape(-1))
+    mask.scatter_(0, index_M, True)
+    return tokens[:-1].view(n_sequences, length), mask[:-1].view(n_sequences, length)

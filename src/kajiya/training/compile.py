@@ -7,7 +7,6 @@ from torch import nn
 
 from kajiya.config.schema import TrainConfig
 from kajiya.models.experts import has_adapted_bits
-from kajiya.training.cross_entropy import triton_problem
 
 _PAYS_MINUTES = 6.0
 _PAYS_STEPS = 1000
@@ -21,9 +20,6 @@ def compile_where_it_pays(train: TrainConfig, model: nn.Module, device: torch.de
     """
     state, _, detail = fused.partition(": ")
     words = _compile_if_wanted(train, model, device, is_fused=state == "yes")
-    if device.type == "cuda":
-        problem = triton_problem()
-        return f"{words}; the loss's softmax by {'Triton' if problem is None else f'torch: {problem}'}"
     if device.type != "cpu":
         return words
     return f"{words}; joined in C++: {detail}" if state == "yes" else f"{words}; not joined in C++: {detail}"

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from kajiya.data.batch import NO_TARGET, target_places
+from kajiya.data.batch import NO_TARGET, is_on_host, target_places
+from kajiya.models.hidden import has_split_head
+from kajiya.training.softmax_choice import TORCH, TRITON, Choice, choose, triton_problem
 
 
 def chunked_cross_entropy(
@@ -33,7 +35,7 @@ def chunked_cross_entropy(
     `all_wanted` says that something is predicted everywhere.
     """
     # On a GPU, to know how many there are would make the host wait.
-    if not all_wanted and hidden_ND.device.type == "cpu":
+    if not all_wanted and is_on_host(hidden_ND):
         wanted = target_places(targets_N)
         if len(wanted) < len(targets_N):
             hidden_ND, targets_N = hidden_ND.index_select(0, wanted), targets_N[wanted]
@@ -129,36 +131,65 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: torch.Tensor, _grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_hidden = _scaled(grad_hidden, grad_total)
         if grad_head is not None:
             grad_head = (grad_head * grad_total).to(ctx.head_dtype)
         return grad_hidden, grad_head, None, None, None, None, None
 
 
+def _scaled(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """grad · factor, float32 scalar, multiplied before it is rounded: a factor in bf16 would be off by up to 0.4 % everywhere."""
+    if is_on_host(grad):
+        return grad * factor  # a CPU takes a scalar as it is, a GPU in the other's dtype
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad))
+
+
 def _way(hidden: torch.Tensor, head: torch.Tensor) -> str:
-    """What makes the softmax of these logits: the C++ operator on a CPU, the Triton kernel on a GPU, else torch's operators."""
+    """What makes the softmax of these logits: the C++ operator on a CPU, the faster way on a GPU, else torch's operators."""
     from kajiya.models.native.library import LANES, fits, native_problem
 
     if fits(hidden, head) and head.shape[0] % LANES == 0 and native_problem() is None:
         return "native"
-    is_known = hidden.dtype == head.dtype != torch.float64
-    return "triton" if hidden.device.type == "cuda" and is_known and triton_problem() is None else "torch"
+    if hidden.device.type != "cuda" or hidden.dtype != head.dtype or hidden.dtype == torch.float64:
+        return TORCH
+    return softmax_choice(hidden.device, hidden.dtype, head.shape[0]).way
+
+
+def softmax_choice(device: torch.device, dtype: torch.dtype, n_words: int) -> Choice:
+    """What makes the softmax over `n_words` logits on this GPU; timed once in a process. `prepare` asks before the first step."""
+    if torch.are_deterministic_algorithms_enabled():
+        return Choice(TORCH, "torch: a deterministic run chooses nothing by the clock")
+    return _timed_choice(device, dtype, n_words)
+
+
+_TIMED_TOKENS = 2048
 
 
 @functools.cache
-def triton_problem() -> str | None:
-    """Why the Triton kernel of the softmax cannot be had, in words; `None` when it can. On a GPU it is run once, on one token."""
-    try:
-        from kajiya.training.entropy_kernel import entropy
-    except ImportError as error:
-        return f"{error} (pip install triton)"
-    if torch.cuda.is_available():
-        try:
-            target, weight = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.ones(1, device="cuda")
-            entropy(torch.zeros(1, 2, device="cuda"), target, weight, 0.0, 0.0, False)
-        except Exception as error:  # no C compiler, no headers of Python, a GPU that is too old: each raises its own
-            return f"the kernel cannot be compiled: {str(error).partition(chr(10))[0] or type(error).__name__}"
-    return None
+def _timed_choice(device: torch.device, dtype: torch.dtype, n_words: int) -> Choice:
+    if (problem := triton_problem()) is not None:
+        return choose({}, problem)
+    n_tokens = rows_at_once(_TIMED_TOKENS, n_words)
+    # Constants: the random generators of the run are left alone.
+    logits = torch.zeros(n_tokens, n_words, dtype=dtype, device=device)
+    targets = torch.zeros(n_tokens, dtype=torch.int64, device=device)
+    weights = torch.ones(n_tokens, device=device)
+    with torch.no_grad():
+        return choose(
+            {
+                way: functools.partial(_ENTROPY[way], logits, targets, weights, 0.0, 0.0, needs_grad=True)
+                for way in (TRITON, TORCH)
+            },
+            None,
+        )
+
+
+def softmax_words(model: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """What makes the loss's softmax of this model on a GPU, and why, for the plan; nothing elsewhere."""
+    if device.type != "cuda" or not has_split_head(model):
+        return ""
+    head = model.get_output_embeddings().weight
+    return f"; the loss's softmax by {softmax_choice(head.device, dtype, head.shape[0]).words}"
 
 
 Chunk = tuple[torch.Tensor | None, torch.Tensor | float, torch.Tensor | float]
@@ -229,7 +260,7 @@ def _torch_entropy(
     return grad.to(dtype), nll, more
 
 
-_ENTROPY = {"native": _native_entropy, "triton": _triton_entropy, "torch": _torch_entropy}
+_ENTROPY = {"native": _native_entropy, TRITON: _triton_entropy, TORCH: _torch_entropy}
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

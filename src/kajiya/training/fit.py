@@ -278,9 +278,9 @@ def _measured(setup: Setup, group: list[Any], totals: Mapping[str, float]) -> li
             units.update({name: unit_of_term(name, count, batch.counts) for name, (_, count) in terms.items()})
 
     _on_all(strategy, look)
-    # The device is waited for once.
-    read = strategy.sum(sums.stacked()).tolist()
-    means = {name: total / totals[units[name]] for name, total in zip(sums.names, read, strict=False)}
+    # They stay on the device, which is not waited for.
+    added = strategy.sum(sums.stacked())
+    means = {name: added[place] / totals[units[name]] for place, name in enumerate(sums.names)}
     return [replace(batch, measured=means) for batch in group]
 
 

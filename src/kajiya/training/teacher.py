@@ -33,7 +33,7 @@ class CachedTeacher:
         """Tokens (int64) and log-probabilities (float32) of places, both [M, k]."""
         places = sources_M.numpy()
         ids, log_p = (torch.from_numpy(np.asarray(table[places])) for table in (self.ids, self.log_p))
-        return ids.long().to(device), log_p.to(device)
+        return ids.long().to(device, non_blocking=True), log_p.to(device, non_blocking=True)
 
 
 def open_cached_teacher(folder: Path, vocab_size: int) -> CachedTeacher:

@@ -10,7 +10,7 @@ from kajiya.training.state import TrainState
 
 
 def total_of(
-    term: str, count: float | str, counts: Mapping[str, float], totals: Mapping[str, float], step: int
+    term: str, count: float | str | torch.Tensor, counts: Mapping[str, float], totals: Mapping[str, float], step: int
 ) -> float:
     """What a term is divided by: the group's count of its unit, over all ranks."""
     unit = unit_of_term(term, count, counts)
@@ -19,7 +19,7 @@ def total_of(
     return totals[unit]
 
 
-def unit_of_term(term: str, count: float | str, counts: Mapping[str, float]) -> str:
+def unit_of_term(term: str, count: float | str | torch.Tensor, counts: Mapping[str, float]) -> str:
     """The unit that the loss names, or, for a number, the one that the batch counts under the term's name, else its targets."""
     if isinstance(count, str):
         if count not in counts:
@@ -36,8 +36,8 @@ def unit_of_term(term: str, count: float | str, counts: Mapping[str, float]) -> 
     return unit
 
 
-def numbered(terms: Terms, counts: Mapping[str, float]) -> dict[str, tuple[torch.Tensor, float]]:
-    """The sums without gradient, each with its count as a number."""
+def numbered(terms: Terms, counts: Mapping[str, float]) -> dict[str, tuple[torch.Tensor, float | torch.Tensor]]:
+    """The sums without gradient, each with its count as a number, which may still be on the device."""
     return {
         name: (total.detach(), counts[unit_of_term(name, count, counts)] if isinstance(count, str) else count)
         for name, (total, count) in terms.items()
@@ -49,9 +49,9 @@ class Sums:
 
     def __init__(self) -> None:
         self._totals: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, float] = {}
+        self._counts: dict[str, float | torch.Tensor] = {}
 
-    def add(self, terms: Mapping[str, tuple[torch.Tensor, float]]) -> None:
+    def add(self, terms: Mapping[str, tuple[torch.Tensor, float | torch.Tensor]]) -> None:
         """One micro-batch's sums and counts."""
         for name, (total, count) in terms.items():
             # MPS has no float64.
@@ -66,8 +66,12 @@ class Sums:
     def stacked(self) -> torch.Tensor:
         """All totals, then all counts, one vector on the device."""
         totals = torch.stack([each.reshape(()) for each in self._totals.values()])
-        counts = torch.tensor(list(self._counts.values()), dtype=totals.dtype)
-        return torch.cat([totals, counts.to(totals.device, non_blocking=True)])
+        known = [0.0 if isinstance(each, torch.Tensor) else each for each in self._counts.values()]
+        counts = torch.tensor(known, dtype=totals.dtype).to(totals.device, non_blocking=True)
+        for place, each in enumerate(self._counts.values()):
+            if isinstance(each, torch.Tensor):
+                counts[place] = each
+        return torch.cat([totals, counts])
 
 
 def gather(state: TrainState, names: list[str], values: list[float]) -> None:

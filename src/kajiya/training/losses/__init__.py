@@ -14,8 +14,10 @@ import torch
 from kajiya.config.schema import LossConfig
 from kajiya.config.tables import TABLES, import_target, is_options, resolve
 
-Terms = dict[str, tuple[torch.Tensor, int | float | str]]
-"""Sums with what they are sums over: a unit of the batch's `counts` by name, or its number."""
+Terms = dict[str, tuple[torch.Tensor, int | float | str | torch.Tensor]]
+"""Sums with what they are sums over: a unit of the batch's `counts` by name, or its number.
+
+The number of a metric may be a scalar tensor beside the sum: the host then need not wait to know it."""
 Loss = Callable[[Any, Any], tuple[Terms, Terms]]
 Measure = Callable[[Any, Any], Terms]
 """What a loss must know of the whole group before its first micro-batch: sums with what they count, without gradient."""

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from kajiya.config.options import DistillLoss
-from kajiya.data.batch import Batch, target_places
+from kajiya.data.batch import Batch
 from kajiya.errors import ConfigError
 from kajiya.models.adapter_files import is_adapter, is_mergeable
 from kajiya.models.hidden import all_logits, has_split_head
@@ -59,7 +59,7 @@ def distill(
     the most probable tokens alone are known, all others are one outcome, in both distributions. Both are distributions of the
     `n_tokens` that their tokenizer has; what heads have behind these, to fill them up, is left out.
     """
-    wanted_N = target_places(batch.targets)
+    wanted_N = batch.places
     with torch.no_grad():
         taught, n_taught = _taught(teacher, batch, wanted_N, options.temperature, n_tokens)
     own = _states(model, batch, wanted_N, n_tokens)
@@ -75,8 +75,8 @@ def distill(
         weights_N = batch.weights.reshape(-1)[wanted_N]
     sums = torch.zeros(2, device=targets_N.device)
     with torch.autocast(sums.device.type, enabled=False):
-        for rows in torch.arange(len(wanted_N)).split(options.chunk_tokens):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for begin in range(0, len(wanted_N), options.chunk_tokens):
+            part = slice(begin, begin + options.chunk_tokens)
             given = (own[0][part], own[1], targets_N[part], weights_N[part])
             sums = sums + checkpoint(_chunk, *given, taught(part), options, use_reentrant=False)
     divergence, nll = sums
@@ -110,7 +110,9 @@ def _taught(
         return beside, _vocab_size((states_ND, head_VD))
     if batch.sources is None:
         raise AssertionError("the rows of text do not say where they are from")
-    ids_NK, log_p_NK = teacher.look_up(batch.sources.reshape(-1)[wanted_N.cpu()], wanted_N.device)
+    known = None if batch.layout is None else batch.layout.sources
+    sources_N = batch.sources.reshape(-1)[wanted_N.cpu()] if known is None else known
+    ids_NK, log_p_NK = teacher.look_up(sources_N, wanted_N.device)
 
     def kept(part: slice) -> _Compare:
         log_p_CK = _with_rest(log_p_NK[part])

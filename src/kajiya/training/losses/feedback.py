@@ -21,7 +21,7 @@ def kto(model: Any, batch: ExampleBatch, options: KTOLoss) -> tuple[Terms, Terms
     labels_E = _labels(batch)
     if batch.measured is None:
         raise TrainingError("KTO's reference point was not measured over the group of micro-batches before them")
-    point = max(0.0, batch.measured["kl"])
+    point = torch.as_tensor(batch.measured["kl"], device=labels_E.device).clamp(min=0)
     reference_E = reference_log_probs(model, batch, options.chunk_tokens)
     log_probs_E, _ = sequence_log_probs(model, batch, options.chunk_tokens)
     ratios_E = log_probs_E - reference_E
@@ -30,17 +30,16 @@ def kto(model: Any, batch: ExampleBatch, options: KTOLoss) -> tuple[Terms, Terms
     weights_E = torch.where(is_good_E, options.desirable_weight, options.undesirable_weight)
     total = (weights_E * (1 - torch.sigmoid(options.beta * gain_E))).sum()
     rewards_E = options.beta * ratios_E.detach()
-    n_good = int(is_good_E.sum())
-    n_bad = len(labels_E) - n_good
+    n_good, n_bad = is_good_E.sum(), (~is_good_E).sum()
     is_right_E = torch.where(is_good_E, rewards_E > options.beta * point, rewards_E < options.beta * point)
     metrics: Terms = {
         "loss": (total.detach(), "examples"),
-        "kl": (torch.tensor(point * len(labels_E)), "examples"),
-        "rewards/chosen": (rewards_E[is_good_E].sum(), n_good),
-        "rewards/rejected": (rewards_E[~is_good_E].sum(), n_bad),
+        "kl": (point * len(labels_E), "examples"),
+        "rewards/chosen": (_sum_where(is_good_E, rewards_E), n_good),
+        "rewards/rejected": (_sum_where(~is_good_E, rewards_E), n_bad),
         "rewards/accuracies": (is_right_E.float().sum(), "examples"),
-        "logps/chosen": (log_probs_E.detach()[is_good_E].sum(), n_good),
-        "logps/rejected": (log_probs_E.detach()[~is_good_E].sum(), n_bad),
+        "logps/chosen": (_sum_where(is_good_E, log_probs_E.detach()), n_good),
+        "logps/rejected": (_sum_where(~is_good_E, log_probs_E.detach()), n_bad),
     }
     return {"loss": (total, "examples")}, metrics
 
@@ -53,6 +52,10 @@ def kto_reference_point(model: Any, batch: ExampleBatch, options: KTOLoss) -> Te
         log_probs_E, _ = sequence_log_probs(model, batch.mismatched, options.chunk_tokens)
         reference_E = reference_log_probs(model, batch.mismatched, options.chunk_tokens)
     return {"kl": ((log_probs_E - reference_E).sum(), "examples")}
+
+
+def _sum_where(wanted_E: torch.Tensor, values_E: torch.Tensor) -> torch.Tensor:
+    return torch.where(wanted_E, values_E, 0).sum()
 
 
 def _labels(batch: ExampleBatch) -> torch.Tensor:
