@@ -1,6 +1,7 @@
 """The benchmark's structure: both peers train the same thing and are compared; no figure of time is asserted."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -43,6 +44,16 @@ def test_every_option_of_the_start_up_has_its_words() -> None:
     ]
     assert len(options) >= 9
     assert [node.lineno for node in options if "help" not in {word.arg for word in node.keywords}] == []
+
+
+def test_what_an_ablation_leaves_out_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that has moved would be set beside the code that is meant, and the ablation would find nothing."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from peers.kajiya_train import _TRICKS
+
+    for module, name, other in _TRICKS.values():
+        assert callable(getattr(importlib.import_module(module), name))
+        assert callable(other)
 
 
 def made_result(peer: str, **changed: Any) -> Any:

@@ -114,7 +114,7 @@ def test_langchain_chats_streams_batches_and_binds(server_url: str, chatted: Cal
 
     pieces = list(chat.stream(messages, stream_usage=True))
     assert "".join(str(piece.content) for piece in pieces) == expected
-    assert len(pieces) > 4
+    assert len(pieces) > 2  # text, the end, the usage: how many tokens come together is a matter of time
     assert sum(piece.usage_metadata["output_tokens"] for piece in pieces if piece.usage_metadata) == 8
 
     questions = ["One?", "Two?", "Three?"]

@@ -54,7 +54,7 @@ def test_it_learns_with_masters_and_is_saved_as_any_model(tiny_model: Make, tmp_
     state = TrainState()
     first = _gradients(model, "bf16")[0]
     fit(setup, state, [], lambda: False)
-    assert _gradients(model, "bf16")[0] < first - 0.5
+    assert _gradients(model, "bf16")[0] < first - 0.3
     assert all(master.dtype == torch.float32 for master in setup.optimizer.masters.values())
     model.save_pretrained(tmp_path)
     again = open_model(tmp_path, torch.bfloat16)

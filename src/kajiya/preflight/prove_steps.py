@@ -26,7 +26,7 @@ from kajiya.training.state import TrainState
 
 _ACCUMULATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "bf16-mixed": 5e-2, "fp16-mixed": 2e-2, "fp8": 0.1}
 """Largest norm of the difference of the gradients over their norm. A mean of means is off by tenths."""
-_ROUNDING = {"fp32": 1e-6, "bf16": 1e-4, "bf16-mixed": 1e-5, "fp16-mixed": 1e-5, "fp8": 1e-3}
+_ROUNDING = {"fp32": 1e-6, "bf16": 5e-4, "bf16-mixed": 1e-5, "fp16-mixed": 1e-5, "fp8": 1e-3}
 """Share of the loss that is rounding."""
 _LEAST_FALL = {"fp32": 1e-4, "bf16": 1e-4, "bf16-mixed": 1e-4, "fp16-mixed": 1e-4, "fp8": 1e-3}
 """Share of the loss by which it must have fallen: a rate at which one batch teaches less teaches nothing."""
