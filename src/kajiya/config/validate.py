@@ -63,7 +63,8 @@ def validate(config: Config) -> None:
     require_loss_effect(config, check_choice("loss", config.train.loss.name, config.train.loss.options, "train.loss"))
     check_choice("engine", config.serve.engine, {}, "serve.engine")
     interval = config.serve.stream_interval
-    if (isinstance(interval, str) and interval != "auto") or (isinstance(interval, int) and interval < 1):
+    is_number = isinstance(interval, int) and not isinstance(interval, bool)
+    if interval < 1 if is_number else interval != "auto":  # type: ignore[operator]
         raise ConfigError("serve.stream_interval", f"{interval!r} is neither a number of steps, 1 or more, nor auto")
     check_choice("sampler", config.tune.sampler.name, config.tune.sampler.options, "tune.sampler")
     check_choice("pruner", config.tune.pruner.name, config.tune.pruner.options, "tune.pruner")

@@ -53,13 +53,13 @@ def _run() -> None:
             raise RuntimeError("a program is not traced here: a trace function can skip its tests")
 
     def refuse_tracing(event: str, _: object) -> None:
-        if event == "sys.settrace":
+        if event in ("sys.settrace", "sys.monitoring.register_callback"):
             raise RuntimeError
 
     child = posix.fork()
     if child:
         watch(child)
-    program = compile(sys.stdin.buffer.read(), "<stdin>", "exec")
+    program = compile(sys.stdin.buffer.read().decode(), "<stdin>", "exec")
     line, names = int(sys.argv[1]), sys.modules["__main__"].__dict__
     sys.argv = ["-"]
     for name in ("_run", "__file__"):

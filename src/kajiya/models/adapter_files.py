@@ -178,6 +178,12 @@ def check_origin(folder: Path, origin: Origin | None) -> None:
         )
     found = Path(origin.path)
     check_base(folder, found if found.is_dir() else hub_folder(origin.path, origin.revision))
+    if (origin.quantize, named.quantize) == ("nf4-experts", "nf4"):
+        raise StoreError(
+            f"{folder}: this adapter was trained beside experts that were not in 4 bits (model.quantize=nf4 left them whole then), "
+            "and the model's are: other numbers, beside which it would compute something else.\n"
+            "Merge it (kajiya merge, which opens it beside whole ones) and begin from the result, or set model.quantize=none."
+        )
     if origin.quantize != named.quantize:
         raise StoreError(
             f"{folder}: this adapter was trained with model.quantize={named.quantize}, and the model's weights are with "

@@ -42,11 +42,15 @@ def ia3_targets(module: nn.Module, targets: str, option: str) -> list[str]:
 
 
 def expert_names(module: nn.Module) -> list[str]:
-    """Full names of the tensors [expert, out, in] of a mixture, which Transformers keeps so and not as linear layers."""
+    """Full names of the tensors [expert, out, in] of a mixture, which Transformers keeps so and not as linear layers.
+
+    They lie in something that is called experts, by its place or by its class; other tensors may have three axes too (XLNet).
+    """
     return [
-        name
-        for name, each in module.named_parameters()
-        if each.ndim == 3 and len(each) > 1 and not any("conv" in part for part in name.split("."))
+        f"{path}.{own}" if path else own
+        for path, part in module.named_modules()
+        for own, each in part.named_parameters(recurse=False)
+        if each.ndim == 3 and len(each) > 1 and "expert" in f"{path}.{own} {type(part).__name__}".lower()
     ]
 
 

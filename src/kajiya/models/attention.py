@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from kajiya.data.batch import is_on_host
+from kajiya.models.fused_products import attention
 from kajiya.models.tasks import CAUSAL, Task, auto_class
 from kajiya.models.unequal import by_bounds, takes_bounds
 
@@ -93,8 +94,7 @@ def packed_sdpa(
             if window is not None:
                 first_BT = first_BT.maximum(window_starts(first_BT, window))
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            result, _ = torch.ops.kajiya.attention(query, key, value, first_BT.contiguous(), scale)
-            return result, None
+            return attention(query, key, value, first_BT.contiguous(), scale), None
         attention_mask = seen_from(first_BT)
     if window is not None and query.shape[2] > 1 and key.shape[2] > window:
         attention_mask = _windowed(attention_mask, query.shape[2], key.shape[2], window, query.device)

@@ -45,6 +45,8 @@ class NF4Experts(torch.Tensor):
     def expert(self, number: int) -> torch.Tensor:
         """The values of one expert."""
         n, *sizes = self.stored
+        if not -n <= number < n:
+            raise IndexError(f"expert {number} of {n}")
         number, n_values = number % n, sizes[0] * sizes[1]
         if n_values % _BLOCK:
             return self.dequantize()[number]

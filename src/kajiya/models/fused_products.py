@@ -94,6 +94,25 @@ class _Gated(torch.autograd.Function):
         return _gated_backward(grad, both, ctx.gate, needs_result=False)[0], None
 
 
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, first: Any, scale: float) -> torch.Tensor:
+        from kajiya.models.native.operators import plain_attention
+
+        out, log_sums = plain_attention(q, k, v, first, scale)
+        ctx.save_for_backward(q, k, v, first, out, log_sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        from kajiya.models.native.operators import attention_backward, plain_attention_backward
+
+        q, k, v, first, out, log_sums = ctx.saved_tensors
+        call = plain_attention_backward if is_plain_call() else attention_backward
+        return *call(grad, q, k, v, first, ctx.scale, out, log_sums), None, None
+
+
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Any, first: Any, cos: Any, sin: Any, n_kv: int, scale: float) -> torch.Tensor:
@@ -127,6 +146,17 @@ def gated(both: torch.Tensor, gate: int) -> torch.Tensor:
     """gate(g) · up of both halves [M, 2F]."""
     result: torch.Tensor = _Gated.apply(both, gate) if is_plain_call() else torch.ops.kajiya.gated(both, gate)
     return result
+
+
+def attention(
+    q_BNTH: torch.Tensor, k_BKTH: torch.Tensor, v_BKTH: torch.Tensor, first_BT: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention [B, T, N, H], each query from its first key on."""
+    arguments = (q_BNTH, k_BKTH, v_BKTH, first_BT, scale)
+    attended: torch.Tensor = (
+        _Attention.apply(*arguments) if is_plain_call() else torch.ops.kajiya.attention(*arguments)[0]
+    )
+    return attended
 
 
 def rotary_attention(

@@ -40,8 +40,10 @@ def quantize(module: nn.Module, form: str) -> nn.Module:
         while found:
             name, layer = found.pop(0)  # so that nothing holds a layer whose place another has taken
             module.set_submodule(name, quantize_layer(layer, form))
-        for name in expert_names(module) if form == _WITH_EXPERTS else ():
-            replace_experts(module, name, quantize_experts(module.get_parameter(name)))
+    for name in expert_names(module) if form == _WITH_EXPERTS else ():
+        experts = module.get_parameter(name)
+        if not is_quantized(experts):
+            replace_experts(module, name, quantize_experts(experts))
     if form in ("nf4", _WITH_EXPERTS, "int8"):
         # PEFT's layers look here for what they stand beside.
         setattr(module, "is_loaded_in_8bit" if form == "int8" else "is_loaded_in_4bit", True)

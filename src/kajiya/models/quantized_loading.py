@@ -14,8 +14,8 @@ _METHOD = "kajiya"
 
 
 def while_reading(kind: str) -> Any:
-    """What `from_pretrained(quantization_config=…)` takes, so that each weight that `quantize(module, kind)` would replace is
-    read, made float32, quantized and let go before the next one is read.
+    """What `from_pretrained(quantization_config=…)` takes, so that each weight that `quantize(module, form_of(module, kind))` would
+    replace is read, made float32, quantized and let go before the next one is read.
     """
     return _classes()[0](kind)
 

@@ -10,6 +10,7 @@ from torch import nn
 from kajiya.config.schema import ModelConfig
 from kajiya.models.adapt import has_adapter
 from kajiya.models.adapter_files import Base, hub_folder, save_adapter
+from kajiya.models.origin import origin_of
 from kajiya.models.quantized import form_of
 from kajiya.models.save import save_model
 from kajiya.models.weights_digest import weights_digest
@@ -41,7 +42,9 @@ def save_trained(
         path, weights = model.path, hub_folder(model.path, model.revision)
     # A base made here has rows for all tokens.
     grown = (len(tokenizer), n_added) if n_added and model.path is not None else (None, 0)
-    base = Base(path, weights_digest(weights), form_of(module, model.quantize), _labels(module), *grown)
+    origin = origin_of(module)
+    form = form_of(module, model.quantize) if origin is None else origin.quantize
+    base = Base(path, weights_digest(weights), form, _labels(module), *grown)
     save_adapter(module, tokenizer, folder, base)
     return {"base": {"path": base.path, "digest": base.digest, "quantize": base.quantize}}
 

@@ -206,7 +206,8 @@ def check_learning(subject: Subject) -> Finding:
         setup, loader=loader, accumulate=1, steps=_STEPS, lr=lambda step: peak * min(1.0, step / 8), row_growth=()
     )
     is_of_few = subject.config.adapter.name in _OF_FEW
-    share = (_ROUNDING if is_of_few else _LEAST_FALL)[setup.precision.name]
+    rounding = _ROUNDING[setup.precision.name]
+    share = rounding if is_of_few else max(rounding, _LEAST_FALL[setup.precision.name])
     least, after = share * abs(before), before
     for n_steps in (_STEPS, _MORE_STEPS):
         for _ in range(n_steps):

@@ -1,4 +1,4 @@
-"""Functions that a library takes from heavy packages at its own import and seldom calls: they are loaded at their first call.
+"""What a library takes from heavy packages at its own import and seldom calls, functions and classes: loaded at the first call.
 
 torch's compiler, `torch._dynamo`, is one of those packages: half a second for decorators that mean something to it alone.
 """
@@ -51,7 +51,7 @@ def compiler_deferred() -> Iterator[None]:
     if _DYNAMO in sys.modules:
         yield
         return
-    marks = _Marks()
+    marks = next((each for each in sys.meta_path if isinstance(each, _Marks)), None) or _Marks()
     marks.leave_optimizers()
     with deferred({}):
         stand_in = _stand_in(_DYNAMO, ())
@@ -59,7 +59,8 @@ def compiler_deferred() -> Iterator[None]:
             disable=marks.disable, allow_in_graph=marks.allow_in_graph, assume_constant_result=_constant
         )
         sys.modules[_DYNAMO] = stand_in
-        sys.meta_path.insert(0, marks)
+        if marks not in sys.meta_path:
+            sys.meta_path.insert(0, marks)
         try:
             yield
         finally:
@@ -77,6 +78,7 @@ class _Marks(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self._allowed: list[Callable[..., Any]] = []
         self._left: list[Callable[..., Any]] = []
+        self._is_looking = False
 
     def allow_in_graph(self, function: Any) -> Any:
         self._allowed.append(function)
@@ -108,15 +110,19 @@ class _Marks(importlib.abc.MetaPathFinder):
             self._left.append(begin)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _DYNAMO:
+        if name != _DYNAMO or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._is_looking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def tell(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
             for function in self._left:
                 delattr(function, _KEPT_OUT)
             execute(module)

@@ -149,7 +149,7 @@ def has_bf16_instructions() -> bool:
 
 
 def import_transformers() -> None:
-    """Import what every model of Transformers is made with, but for what it takes from SciPy and torchao and seldom calls."""
+    """Import what every model of Transformers is made with, but for what it seldom calls of SciPy, torchao and torch's compiler."""
     from kajiya.run.deferred import OF_TRANSFORMERS, compiler_deferred, deferred
 
     quiet_torchao()

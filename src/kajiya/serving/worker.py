@@ -45,6 +45,7 @@ class Worker:
         self.engine = engine
         self._watcher = watcher
         self._pace = Pace(stream_interval)
+        self._was_silent = True
         self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
@@ -256,8 +257,10 @@ class Worker:
 
     def _hand_over(self, outputs: list[Output]) -> None:
         assert self._events is not None
-        if outputs and not self._events.is_closed():
+        # A first step that brings nothing is told, too: what is held back waits for no other.
+        if (outputs or not self._was_silent) and not self._events.is_closed():
             self._events.call_soon_threadsafe(self._deliver, outputs)
+        self._was_silent = not outputs
 
 
 def _stopped() -> RequestError:

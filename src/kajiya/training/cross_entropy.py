@@ -133,7 +133,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = _scaled(grad_hidden, grad_total)
         if grad_head is not None:
-            grad_head = (grad_head * grad_total).to(ctx.head_dtype)
+            grad_head = _scaled(grad_head, grad_total).to(ctx.head_dtype)
         return grad_hidden, grad_head, None, None, None, None, None
 
 
@@ -170,18 +170,19 @@ def _timed_choice(device: torch.device, dtype: torch.dtype, n_words: int) -> Cho
     if (problem := triton_problem()) is not None:
         return choose({}, problem)
     n_tokens = rows_at_once(_TIMED_TOKENS, n_words)
-    # Constants: the random generators of the run are left alone.
-    logits = torch.zeros(n_tokens, n_words, dtype=dtype, device=device)
-    targets = torch.zeros(n_tokens, dtype=torch.int64, device=device)
-    weights = torch.ones(n_tokens, device=device)
+
+    @functools.cache
+    def chunk() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Constants: the random generators of the run are left alone.
+        targets = torch.zeros(n_tokens, dtype=torch.int64, device=device)
+        logits = torch.zeros(n_tokens, n_words, dtype=dtype, device=device)
+        return logits, targets, torch.ones(n_tokens, device=device)
+
+    def call(way: str) -> object:
+        return _ENTROPY[way](*chunk(), 0.0, 0.0, needs_grad=True)
+
     with torch.no_grad():
-        return choose(
-            {
-                way: functools.partial(_ENTROPY[way], logits, targets, weights, 0.0, 0.0, needs_grad=True)
-                for way in (TRITON, TORCH)
-            },
-            None,
-        )
+        return choose({way: functools.partial(call, way) for way in (TRITON, TORCH)}, None)
 
 
 def softmax_words(model: Any, device: torch.device, dtype: torch.dtype) -> str:

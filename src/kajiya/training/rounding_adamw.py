@@ -76,7 +76,8 @@ def rounding(optimizer: torch.optim.Optimizer, weights: Mapping[int, torch.Tenso
     `weights` is the parameter of each master, by the master's id; some are their own masters.
     """
     masters = [master for group in optimizer.param_groups for master in group["params"]]
-    is_plain = type(optimizer) is torch.optim.AdamW and not optimizer.state
+    settings = [group.get(name) for group in optimizer.param_groups for name in ("amsgrad", "maximize")]
+    is_plain = type(optimizer) is torch.optim.AdamW and not optimizer.state and not any(settings)
     if is_plain and all(_is_rounded(master, weights[id(master)]) for master in masters) and native_problem() is None:
         return RoundingAdamW(optimizer.param_groups, weights)
     return optimizer

@@ -84,8 +84,7 @@ def _attend_backward(saved: Any, grad_out: torch.Tensor, angles: Any, scale: flo
     load_library().kajiya_attention_backward(kind_of(q), ctypes.byref(arguments))
 
 
-@operator("kajiya::attention")
-def attention(
+def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of q [B, N, T, H] over k, v [B, K, T, H]; query t sees the keys `first`[B, T] (int32) … t.
@@ -95,14 +94,16 @@ def attention(
     return _attend(q, k, v, first, (None, None), scale)
 
 
+attention = operator("kajiya::attention")(plain_attention)
+
+
 @attention.register_fake
 def _(q: Any, k: Any, v: Any, first: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     rows, n_heads, tokens, width = q.shape
     return q.new_empty(rows, tokens, n_heads, width), q.new_empty(rows, n_heads, tokens, dtype=torch.float32)
 
 
-@operator("kajiya::attention_backward")
-def attention_backward(
+def plain_attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -116,6 +117,9 @@ def attention_backward(
     grads = tuple(each.new_empty(each.transpose(1, 2).shape).transpose(1, 2) for each in (q, k, v))
     _attend_backward((q, k, v, first, out, log_sums), grad_out, (None, None), scale, grads)
     return grads[0], grads[1], grads[2]
+
+
+attention_backward = operator("kajiya::attention_backward")(plain_attention_backward)
 
 
 @attention_backward.register_fake

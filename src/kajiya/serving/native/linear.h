@@ -11,6 +11,7 @@ namespace kajiya {
 
 constexpr int kPanel = 32;
 constexpr int kGroup = 32;  // inputs that share a scale in 8 and 4 bits
+static_assert(kPanel % kGroup == 0, "a panel's outputs fill whole groups of the next product's inputs");
 
 enum Kind : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
