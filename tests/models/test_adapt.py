@@ -521,7 +521,6 @@ def test_experts_are_adapted_as_targets_say(targets: str, adapted: set[str]) -> 
     assert derived["adapter.n_trainable"] == of_experts + of_linear
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_other_tensors_of_three_axes_are_no_experts() -> None:
     from transformers import XLNetConfig, XLNetLMHeadModel
 
@@ -532,6 +531,7 @@ def test_other_tensors_of_three_axes_are_no_experts() -> None:
     assert lora_targets(module, "all-linear").parameters == []
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_layers_that_peft_takes_for_experts_of_old_are_adapted_for_what_they_are(tmp_path: Path) -> None:
     """A dense layer and the expert that all tokens share have names that experts had before they became one tensor."""
     module = _mixture("glm4_moe", **_PARTLY_DENSE)
