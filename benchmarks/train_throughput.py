@@ -136,8 +136,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def coarser(*precisions: str) -> str:
-    """The one of the precisions with the fewest digits, whose tolerance a comparison takes."""
-    return max(precisions, key=("fp32", "bf16", "fp8").index)
+    """The one of the precisions with the fewest digits, whose tolerance a comparison takes; a mixed one is as its products."""
+    kinds = [precision.removesuffix("-mixed").replace("fp16", "bf16") for precision in precisions]
+    return max(kinds, key=("fp32", "bf16", "fp8").index)
 
 
 def measured_peaks() -> dict[str, float]:

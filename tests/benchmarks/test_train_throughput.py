@@ -46,6 +46,12 @@ def test_every_option_of_the_start_up_has_its_words() -> None:
     assert [node.lineno for node in options if "help" not in {word.arg for word in node.keywords}] == []
 
 
+def test_a_comparison_has_the_tolerance_of_the_coarser_precision(throughput: ModuleType) -> None:
+    assert throughput.coarser("fp32", "bf16-mixed") == throughput.coarser("fp16-mixed", "fp32") == "bf16"
+    assert throughput.coarser("bf16", "fp8") == "fp8"
+    assert throughput.coarser("fp32", "fp32") == "fp32"
+
+
 def test_what_an_ablation_leaves_out_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that has moved would be set beside the code that is meant, and the ablation would find nothing."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
