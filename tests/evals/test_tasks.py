@@ -319,6 +319,7 @@ def _lm_eval_tasks(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_groups_and_filters_of_lm_eval_are_read_whole(own_finished: Finished, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     _lm_eval_tasks(tmp_path)
