@@ -86,6 +86,15 @@ def places_of(steps: list[list[Any]]) -> list[list[int]]:
     return [[next(numbers) for _ in step] for step in steps]
 
 
+def places_of_packed(n: int, order: WorkOrder) -> list[list[int]]:
+    """Numbers of each step's rows, of `n` that the trainer packed by itself.
+
+    The last steps may find no row left where it packed tighter than the order's rows: it begins again.
+    """
+    rows = [list(range(first, min(n, first + order.rows))) for first in range(0, n, order.rows)]
+    return [rows[step % len(rows)] for step in range(order.steps)]
+
+
 def train(order: WorkOrder, record: Record) -> None:
     require_method(order, "sft", "lora")
     is_packed = order.options.get("packing") == "on"
@@ -119,11 +128,7 @@ def train(order: WorkOrder, record: Record) -> None:
             record.tokens(row[mask.bool()].numpy())
         counts.append(int(batch.get("attention_mask", torch.ones_like(ids)).sum()))
 
-    n = len(trainer.train_dataset)
-    rows = [list(range(first, min(n, first + order.rows))) for first in range(0, n, order.rows)]
-    # The last steps may find no row left where it packed tighter than the order's rows: it begins again.
-    packed = [rows[step % len(rows)] for step in range(order.steps)]
-    in_order(trainer, packed if is_packed else places_of(steps), note)
+    in_order(trainer, places_of_packed(len(trainer.train_dataset), order) if is_packed else places_of(steps), note)
     trainer.train()
     record.answer(
         initial_weights=initial,

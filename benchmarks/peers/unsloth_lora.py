@@ -39,7 +39,7 @@ def train(order: WorkOrder, record: Record) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from peers.trl_sft import NoteSteps, in_order, places_of, settings_of
+    from peers.trl_sft import NoteSteps, in_order, places_of, places_of_packed, settings_of
 
     is_packed = order.options.get("packing") == "on"
     steps = read_samples(order.samples_file)
@@ -70,11 +70,7 @@ def train(order: WorkOrder, record: Record) -> None:
             record.tokens((row if mask is None else row[mask[number].bool()]).numpy())
         counts.append(int(ids.numel() if mask is None else mask.sum()))
 
-    n = len(trainer.train_dataset)
-    rows = [list(range(first, min(n, first + order.rows))) for first in range(0, n, order.rows)]
-    # The last steps may find no row left where it packed tighter than the order's rows: it begins again.
-    packed = [rows[step % len(rows)] for step in range(order.steps)]
-    in_order(trainer, packed if is_packed else places_of(steps), note)
+    in_order(trainer, places_of_packed(len(trainer.train_dataset), order) if is_packed else places_of(steps), note)
     trainer.train()
     record.answer(
         initial_weights=initial,

@@ -53,18 +53,15 @@ def compiler_deferred() -> Iterator[None]:
         return
     marks = next((each for each in sys.meta_path if isinstance(each, _Marks)), None) or _Marks()
     marks.leave_optimizers()
-    with deferred({}):
-        stand_in = _stand_in(_DYNAMO, ())
-        vars(stand_in).update(
-            disable=marks.disable, allow_in_graph=marks.allow_in_graph, assume_constant_result=_constant
-        )
-        sys.modules[_DYNAMO] = stand_in
-        if marks not in sys.meta_path:
-            sys.meta_path.insert(0, marks)
-        try:
-            yield
-        finally:
-            _withdraw(_DYNAMO, stand_in)
+    stand_in = _stand_in(_DYNAMO, ())
+    vars(stand_in).update(disable=marks.disable, allow_in_graph=marks.allow_in_graph, assume_constant_result=_constant)
+    sys.modules[_DYNAMO] = stand_in
+    if marks not in sys.meta_path:
+        sys.meta_path.insert(0, marks)
+    try:
+        yield
+    finally:
+        _withdraw(_DYNAMO, stand_in)
 
 
 _DYNAMO = "torch._dynamo"
