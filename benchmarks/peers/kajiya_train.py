@@ -67,7 +67,7 @@ class TimedReference:
 _TRICKS: dict[str, tuple[str, str, Any]] = {
     "allocator": ("kajiya.run.process", "keep_large_blocks", lambda: "left as it is"),
     "joined": ("kajiya.flows.fitting", "fuse_blocks", lambda *_, **__: "no: left out"),
-    "places": ("kajiya.models.hidden", "can_make_some_states", lambda _: False),
+    "places": ("kajiya.models.hidden", "is_fused", lambda _: False),
     "rounding": ("kajiya.training.optimizers", "rounding", lambda optimizer, _: optimizer),
     "plain": ("kajiya.models.fused_products", "is_plain_call", lambda: False),
     "softmax": ("kajiya.training.cross_entropy", "_way", lambda *_: "torch"),

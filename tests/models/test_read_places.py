@@ -11,11 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from kajiya.config.options import NextTokenLoss
 from kajiya.data.batch import NO_TARGET, Batch, target_places
 from kajiya.models import hidden
-from kajiya.models.fused import can_make_some_states, fuse_blocks
+from kajiya.models.fused import fuse_blocks
 from kajiya.models.future import add_future_heads
 from kajiya.models.hidden import all_logits, hidden_at, last_hidden
 from kajiya.models.native.library import native_problem
-from kajiya.training.compile import compile_blocks
 from kajiya.training.losses.next_token import next_token
 from kajiya.training.losses.sequences import token_log_probs
 from kajiya.training.recompute import recompute_activations
@@ -136,7 +135,7 @@ def test_all_states_are_there_for_whatever_else_reads_them() -> None:
     add_future_heads(model, 1)
     next_token(model, batch, NextTokenLoss())  # its heads read every state
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hidden, "can_make_some_states", lambda _model: pytest.fail("asked for some places alone"))
+        patch.setattr(hidden, "is_fused", lambda _model: pytest.fail("asked for some places alone"))
         next_token(model, batch, NextTokenLoss())
 
 
@@ -146,16 +145,6 @@ def test_a_block_that_falls_back_to_transformers_gives_the_same_places() -> None
     places = target_places(batch.targets)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(hidden_at(model, batch, places), last_hidden(model, batch).flatten(0, 1)[places])
-
-
-def test_compiled_blocks_make_all_states() -> None:
-    """Each number of places would be compiled anew."""
-    model = make_model()
-    assert not can_make_some_states(model)
-    fuse_blocks(model, torch.float32, CPU, is_autocast=False)
-    assert can_make_some_states(model)
-    compile_blocks(model)
-    assert not can_make_some_states(model)
 
 
 def test_a_model_that_is_not_joined_gives_the_same_places() -> None:

@@ -115,7 +115,11 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     require_other_memory(config.optim, device)
     strategy = open_strategy(device, precision, ranks)
     model = strategy.prepare(built.module)
-    fused = fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
+    fused = (
+        "no: the compiler takes the blocks as Transformers has them"
+        if config.train.compile == "on"
+        else fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
+    )
     compiled = compile_where_it_pays(config.train, model, device, fused)
     compiled += packed_words(model, device, precision.autocast or precision.weights)
     compiled += softmax_words(model, device, precision.autocast or precision.weights)

@@ -67,20 +67,9 @@ def fuse_blocks(model: nn.Module, weights: torch.dtype, device: torch.device, *,
 
 
 def is_fused(model: nn.Module) -> bool:
-    """Whether the model's blocks have the joined form."""
-    return _joined_block(model) is not None
-
-
-def can_make_some_states(model: nn.Module) -> bool:
-    """Whether the blocks take `read_places`: they are joined, and no compiler would build them anew for each number of places."""
-    block = _joined_block(model)
-    return block is not None and block._compiled_call_impl is None
-
-
-def _joined_block(model: nn.Module) -> nn.Module | None:
-    """One of the model's joined blocks, which are all of them or none."""
+    """Whether the model's blocks have the joined form, all of them or none; such blocks take `read_places`."""
     layers = (module for module in model.modules() if type(module).__name__ in FAMILIES)
-    return next((layer for layer in layers if layer.forward == types.MethodType(_forward, layer)), None)
+    return any(layer.forward == types.MethodType(_forward, layer) for layer in layers)
 
 
 def _join(layer: Any) -> None:
@@ -136,7 +125,7 @@ def _forward(
 
     Every layer is told the places (of M, ascending) whose last states are read; the last one gives these alone, [1, n, D].
     """
-    places = read_places if _is_last(layer) else None
+    places = read_places if read_places is not None and _is_last(layer) else None
     is_known = attention_mask is None or attention_mask.dtype == torch.int32
     # Transformers renamed the cache within version 5.
     has_cache = any(

@@ -8,7 +8,7 @@ from torch import nn
 
 from kajiya.data.batch import Batch
 from kajiya.models.attention import visible
-from kajiya.models.fused import can_make_some_states
+from kajiya.models.fused import is_fused
 from kajiya.models.isolation import isolation_inputs
 from kajiya.models.virtual_tokens import virtual_tokens
 
@@ -47,7 +47,7 @@ def hidden_at(model: Any, batch: Batch, places_n: torch.Tensor) -> torch.Tensor:
     They are those of `last_hidden`. Of joined blocks the last one makes these alone.
     """
     n_places, n_all = len(places_n), batch.tokens.numel()
-    if not 0 < n_places <= _MOST_PLACES * n_all or virtual_tokens(model) is not None or not can_make_some_states(model):
+    if not 0 < n_places <= _MOST_PLACES * n_all or virtual_tokens(model) is not None or not is_fused(model):
         hidden_ND = last_hidden(model, batch).flatten(0, 1)
         return hidden_ND if n_places == n_all else hidden_ND.index_select(0, places_n)
     hidden: torch.Tensor = model.base_model(**forward_inputs(model, batch), read_places=places_n).last_hidden_state

@@ -1,6 +1,8 @@
 """torch.compile where it pays: block by block, so that compile time does not grow with depth."""
 
+import functools
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -77,4 +79,26 @@ def _compile(module: nn.Module) -> None:
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo).*")
     # Said by torch of its own source, at Inductor's first import.
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.script_method` is deprecated", category=DeprecationWarning)
+    _keep_probes()
     module.compile(dynamic=False)
+
+
+def _keep_probes() -> None:
+    """Have Inductor's trial of the CPU's vectors, a process each, made once for each library of its cache."""
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    probe = getattr(VecISA, "_probe_load", None)
+    if probe is None or hasattr(probe, "__wrapped__"):  # of another version of torch, or here already
+        return
+
+    @functools.wraps(probe)
+    def kept(isa: VecISA, output_path: str) -> bool:
+        verdict = Path(f"{output_path}.loads")
+        if verdict.exists():
+            return True
+        does_load: bool = probe(isa, output_path)
+        if does_load:
+            verdict.touch()
+        return does_load
+
+    VecISA._probe_load = kept

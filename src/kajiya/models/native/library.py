@@ -125,12 +125,14 @@ operator = functools.partial(torch.library.custom_op, mutates_args=(), device_ty
 
 
 def is_plain_call() -> bool:
-    """Whether nothing but the call's result is asked for: no compiler traces it, no dispatch mode watches it.
+    """Whether nothing but the call's result is asked for: no compiler traces it, no dispatch mode or profiler watches it.
 
     torch's dispatcher costs an operator that is written in Python about 0.2 ms where a large product has just emptied the
     caches, as much as a norm's own work; so what nobody watches goes past it.
     """
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    if torch.compiler.is_compiling():  # first, for it cannot trace the others
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch.autograd._profiler_enabled()
 
 
 def kind_of(tensor: torch.Tensor) -> int:
