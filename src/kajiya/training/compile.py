@@ -101,4 +101,4 @@ def _keep_probes() -> None:
             verdict.touch()
         return does_load
 
-    VecISA._probe_load = kept
+    VecISA._probe_load = kept  # type: ignore[method-assign, assignment]
