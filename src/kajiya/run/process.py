@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from kajiya.run.model_index import keep_model_index
+
 _USUAL_THRESHOLD = gc.get_threshold()
 
 
@@ -120,7 +122,9 @@ def load_torch_ahead() -> None:
 
 
 def import_faster() -> None:
-    """Look for garbage more seldom: modules make hundreds of thousands of objects when they are imported, and drop none of them."""
+    """Look for garbage more seldom, for imported modules make hundreds of thousands of objects and drop none of them; and see
+    `keep_model_index`."""
+    keep_model_index()
     gc.set_threshold(100_000, *gc.get_threshold()[1:])
 
 
@@ -153,6 +157,7 @@ def import_transformers() -> None:
     from kajiya.run.deferred import OF_TRANSFORMERS, compiler_deferred, deferred
 
     quiet_torchao()
+    keep_model_index()
     with deferred(OF_TRANSFORMERS), compiler_deferred():
         import transformers.masking_utils
         import transformers.modeling_utils  # noqa: F401
