@@ -16,7 +16,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from kajiya.training import cross_entropy, softmax_choice
-from kajiya.training.cross_entropy import softmax_words
+from kajiya.training.cross_entropy import settle_softmax
+from kajiya.training.ranks import Ranks
 from kajiya.training.softmax_choice import triton_problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,11 +79,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
         return times["triton" if call.args == ("triton",) else "torch"]
 
     monkeypatch.setattr(softmax_choice, "elapsed_ms", elapsed)
+    monkeypatch.setattr(cross_entropy, "_settled", {})
     for cached in (triton_problem, cross_entropy._timed_choice):
         cached.cache_clear()
     yield times
     for cached in (triton_problem, cross_entropy._timed_choice):
         cached.cache_clear()
+
+
+def _settled(model: Any, dtype: torch.dtype = torch.bfloat16, kept: str | None = None) -> tuple[str, str]:
+    choice = settle_softmax(model, torch.device("cuda"), dtype, Ranks(), kept)
+    assert choice is not None
+    return choice.way, choice.words
 
 
 def _way(dtype: torch.dtype = torch.bfloat16, n_words: int = 48) -> str:
@@ -129,21 +137,26 @@ def test_a_gain_within_the_noise_is_none(clock: dict[str, float]) -> None:
 
 
 @has_triton
-def test_the_plan_says_what_was_taken_and_why(clock: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_what_it_began_with_and_says_why(clock: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     model: Any = make_model()
     with FakeTensorMode():
         model.lm_head.weight = nn.Parameter(torch.empty(97, 32, device=gpu))
-        words = softmax_words(model, gpu, torch.bfloat16)
-        assert words == "; the loss's softmax by Triton: 1.00 ms a chunk by Triton, 3.00 by torch"
+        assert _settled(model) == ("triton", "Triton: 1.00 ms a chunk by Triton, 3.00 by torch")
         clock.update(triton=2.0, torch=1.0)
-        words = softmax_words(model, gpu, torch.float16)
-        assert words == "; the loss's softmax by torch: 2.00 ms a chunk by Triton, 1.00 by torch"
-        assert softmax_words(nn.Linear(2, 2), gpu, torch.bfloat16) == ""
+        assert _settled(model, torch.float16) == ("torch", "torch: 2.00 ms a chunk by Triton, 1.00 by torch")
+        n_calls = clock["calls"]
+        assert _settled(model, torch.float16, kept="triton") == ("triton", "triton, as the run began")
+        assert _settled(model, kept="torch") == ("torch", "torch, as the run began")
+        assert _way(n_words=97) == "torch"
+        assert clock["calls"] == n_calls
+        assert _settled(model)[0] == "triton"  # another run of the process
+        monkeypatch.setattr(cross_entropy, "agreed", lambda _ranks, own, _names: "torch")
+        assert _settled(model) == ("torch", "torch, as the run began")
+        assert settle_softmax(nn.Linear(2, 2), gpu, torch.bfloat16, Ranks()) is None
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-        words = softmax_words(model, gpu, torch.bfloat16)
-        assert words == "; the loss's softmax by torch: a deterministic run chooses nothing by the clock"
-    assert softmax_words(make_model(), torch.device("cpu"), torch.bfloat16) == ""
+        assert _settled(model, kept="triton") == ("torch", "torch: a deterministic run chooses nothing by the clock")
+    assert settle_softmax(make_model(), torch.device("cpu"), torch.bfloat16, Ranks()) is None
 
 
 @has_triton

@@ -40,7 +40,7 @@ from kajiya.run.folder import Run
 from kajiya.run.process import collect_as_usual, import_transformers, use_gpu
 from kajiya.run.store import Artifact, Store
 from kajiya.training.compile import compile_where_it_pays
-from kajiya.training.cross_entropy import softmax_words
+from kajiya.training.cross_entropy import settle_softmax
 from kajiya.training.fit import Setup, fit
 from kajiya.training.flops import matmul_peak
 from kajiya.training.guard import Guard
@@ -122,7 +122,10 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     )
     compiled = compile_where_it_pays(config.train, model, device, fused)
     compiled += packed_words(model, device, precision.autocast or precision.weights)
-    compiled += softmax_words(model, device, precision.autocast or precision.weights)
+    softmax = settle_softmax(
+        model, device, precision.autocast or precision.weights, ranks, settled.get("train.softmax")
+    )
+    compiled += "" if softmax is None else f"; the loss's softmax by {softmax.words}"
     if not ranks.is_first:
         wait_for_all(ranks)  # the first computes the reference and what is kept of a teacher, the others find it
     made = build_reference(config, data, model, precision, store)
@@ -161,6 +164,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
             "train.device": str(device),
             "train.micro_batch": portions.micro_batch,
         }
+        | ({} if softmax is None else {"train.softmax": softmax.way})
     )
     computed = {name: each for name, each in (("reference", reference), ("teacher_kept", teacher)) if each is not None}
     return Prepared(setup, derived, compiled, ranks, feeding, computed)

@@ -12,7 +12,8 @@ import torch
 
 from kajiya.data.batch import NO_TARGET, is_on_host, target_places
 from kajiya.models.hidden import has_split_head
-from kajiya.training.softmax_choice import TORCH, TRITON, Choice, choose, triton_problem
+from kajiya.training.ranks import Ranks, agreed
+from kajiya.training.softmax_choice import TORCH, TRITON, Choice, begun_with, choose, triton_problem
 
 
 def chunked_cross_entropy(
@@ -156,10 +157,34 @@ def _way(hidden: torch.Tensor, head: torch.Tensor) -> str:
 
 
 def softmax_choice(device: torch.device, dtype: torch.dtype, n_words: int) -> Choice:
-    """What makes the softmax over `n_words` logits on this GPU; timed once in a process. `prepare` asks before the first step."""
+    """What makes the softmax over `n_words` logits on this GPU: what a run has settled, else what was timed once in the process."""
     if torch.are_deterministic_algorithms_enabled():
         return Choice(TORCH, "torch: a deterministic run chooses nothing by the clock")
-    return _timed_choice(device, dtype, n_words)
+    return _settled.get((device, dtype, n_words)) or _timed_choice(device, dtype, n_words)
+
+
+_settled: dict[tuple[torch.device, torch.dtype, int], Choice] = {}
+
+
+def settle_softmax(
+    model: Any, device: torch.device, dtype: torch.dtype, ranks: Ranks, kept: str | None = None
+) -> Choice | None:
+    """What makes the loss's softmax of this model from now on; `None` where that is no question of time: not on a GPU.
+
+    `kept` is the way that the run began with; without one, every rank takes the first one's.
+    """
+    if device.type != "cuda" or not has_split_head(model):
+        return None
+    head = model.get_output_embeddings().weight
+    key = (head.device, dtype, head.shape[0])
+    _settled.pop(key, None)
+    if kept is not None:
+        _settled[key] = begun_with(kept)
+    else:
+        own = softmax_choice(*key)
+        first = agreed(ranks, own.way, (TRITON, TORCH))
+        _settled[key] = own if first == own.way else begun_with(first)
+    return softmax_choice(*key)
 
 
 _TIMED_TOKENS = 2048
@@ -183,14 +208,6 @@ def _timed_choice(device: torch.device, dtype: torch.dtype, n_words: int) -> Cho
 
     with torch.no_grad():
         return choose({way: functools.partial(call, way) for way in (TRITON, TORCH)}, None)
-
-
-def softmax_words(model: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """What makes the loss's softmax of this model on a GPU, and why, for the plan; nothing elsewhere."""
-    if device.type != "cuda" or not has_split_head(model):
-        return ""
-    head = model.get_output_embeddings().weight
-    return f"; the loss's softmax by {softmax_choice(head.device, dtype, head.shape[0]).words}"
 
 
 Chunk = tuple[torch.Tensor | None, torch.Tensor | float, torch.Tensor | float]

@@ -36,6 +36,12 @@ def triton_problem() -> str | None:
     return None
 
 
+def begun_with(way: str) -> Choice:
+    """The way that the run, or its first process, has taken; torch's operators where Triton's kernel cannot be had here."""
+    problem = triton_problem() if way == TRITON else None
+    return Choice(way, f"{way}, as the run began") if problem is None else Choice(TORCH, f"torch: {problem}")
+
+
 def choose(calls: Mapping[str, Callable[[], object]], problem: str | None) -> Choice:
     """Triton's kernel where it is faster than torch's operators by more than noise, else these; `problem`: why it cannot be had.
 
