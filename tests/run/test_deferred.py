@@ -99,6 +99,39 @@ def test_torchs_compiler_is_imported_when_something_is_compiled_and_learns_what_
     assert found["finders"] == 0
 
 
+def test_compiled_modules_run_as_they_are_written() -> None:
+    found = _said(
+        """
+        import json, sys
+        from kajiya.run.deferred import uncompiled
+        from kajiya.run.process import import_transformers
+        import_transformers()
+        import torch
+        made = []
+
+        def backend(graph, inputs):
+            made.append(graph)
+            return graph.forward
+
+        class Module(torch.nn.Module):
+            def forward(self, x):
+                return torch.relu(x) + 1
+
+        module = Module()
+        with uncompiled(), torch.no_grad():
+            module(torch.zeros(1, 2))
+        before = [name for name in sys.modules if name.startswith("torch._dynamo")]
+        module.compile(backend=backend)
+        with uncompiled():
+            module(torch.zeros(1, 2))
+        counts = [len(made)]
+        module(torch.zeros(1, 2))
+        print(json.dumps({"before": before, "counts": [*counts, len(made)]}))
+        """
+    )
+    assert found == {"before": [], "counts": [0, 1]}
+
+
 def test_a_name_that_is_not_deferred_and_a_later_import_get_the_real_module() -> None:
     sys.modules.pop("colorsys", None)
     with deferred({"colorsys": ("rgb_to_hsv",)}):

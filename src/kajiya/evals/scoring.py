@@ -13,6 +13,7 @@ import torch
 
 from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.evals.head import target_scores
+from kajiya.run.deferred import uncompiled
 
 _PORTION_TOKENS = 1 << 20
 """Documents whose windows are sorted together."""
@@ -99,7 +100,7 @@ def token_nll(model: Any, batch: Batch) -> torch.Tensor:
 def heldout_loss(model: Any, rows: list[Any], device: torch.device) -> float:
     """Mean −log p over the targets of packed held-out rows, nats per token; the hook's figure during training."""
     # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
-    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(model), torch.no_grad(), uncompiled():
         total: float = sum(float(token_nll(model, batch.to(device)).cpu().double().sum()) for batch in rows)
     n_targets: int = sum(batch.n_targets for batch in rows)
     return total / n_targets

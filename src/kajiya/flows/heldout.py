@@ -10,6 +10,7 @@ import torch
 from kajiya.config.tables import loss_row
 from kajiya.evals.scoring import evaluation_mode, heldout_loss
 from kajiya.evals.statistics import interval, ratio_scores
+from kajiya.run.deferred import uncompiled
 from kajiya.training.fit import Setup
 from kajiya.training.losses import Loss, Measure
 from kajiya.training.precision import Precision
@@ -54,7 +55,7 @@ def score_batches(model: Any, batches: Sequence[Any], scorer: Scorer) -> dict[st
     """
     rows: dict[str, np.ndarray] = {}
     # The eager blocks serve here: compiling them again without gradients would cost more than it saves.
-    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(model), torch.no_grad(), uncompiled():
         for number, batch in enumerate(_measured(model, batches, scorer)):
             given = batch.to(scorer.device)
             with scorer.precision.context(scorer.device):

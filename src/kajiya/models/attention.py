@@ -50,6 +50,8 @@ def attention_name(wanted: str, architecture: Any, task: Task = CAUSAL) -> str:
 
     Models that read both ways, or a whole text at once, get masks of Transformers' own making and its sdpa.
     """
+    if wanted == "flex_attention":
+        import torch._dynamo  # noqa: F401 (it compiles by itself, which `uncompiled` must know)
     if wanted != "sdpa":
         return wanted
     known: Any = auto_class(task)._model_mapping

@@ -19,6 +19,7 @@ from kajiya.preflight.portion import (
 from kajiya.preflight.prove_policy import check_policy_learning
 from kajiya.preflight.prove_start import loss_on
 from kajiya.preflight.subject import Finding, Subject, failed, passed, skipped
+from kajiya.run.deferred import uncompiled
 from kajiya.training.fit import Setup, train_step
 from kajiya.training.losses.noise import without_noise
 from kajiya.training.masters import MasterOptimizer
@@ -46,7 +47,7 @@ def check_accumulation(subject: Subject) -> Finding:
     changed = without_dropout(setup.model)
     try:
         # Compiled blocks round otherwise at each shape, and would be compiled anew for those of this check.
-        with without_noise(), torch.compiler.set_stance("force_eager"):
+        with without_noise(), uncompiled():
             first, second = _uneven(first_batch(setup), setup)
             apart = _gradients(setup, [first, second])
             together = _together(setup, first, second)

@@ -9,7 +9,7 @@ import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -62,6 +62,16 @@ def compiler_deferred() -> Iterator[None]:
         yield
     finally:
         _withdraw(_DYNAMO, stand_in)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within, what was compiled runs as it is written; where the compiler has not been imported there is no such thing."""
+    if _DYNAMO not in sys.modules:
+        return nullcontext()
+    import torch
+
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 _DYNAMO = "torch._dynamo"

@@ -12,6 +12,7 @@ from torch import nn
 
 from kajiya.data.batch import ExampleBatch
 from kajiya.evals.scoring import evaluation_mode
+from kajiya.run.deferred import uncompiled
 from kajiya.training.losses.sequences import sequence_log_probs
 from kajiya.training.precision import Precision
 
@@ -31,7 +32,7 @@ def compute_reference(
 ) -> dict[str, torch.Tensor]:
     """The table of one split, from batches that hold each of its examples."""
     found: dict[str, dict[int, torch.Tensor]] = {}
-    with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(model), torch.no_grad(), uncompiled():
         for batch in batches:
             for name, each in ((split, batch), (split + _MISMATCHED, batch.mismatched)):
                 if each is None:

@@ -18,6 +18,7 @@ from kajiya.data.order import ShuffledOrder
 from kajiya.data.prompts import Prompt, Prompts
 from kajiya.errors import StoreError
 from kajiya.evals.scoring import evaluation_mode
+from kajiya.run.deferred import uncompiled
 from kajiya.serving.text import TextStream
 from kajiya.training.policy import Policy
 from kajiya.training.rewards import Rewards, Sample
@@ -297,7 +298,7 @@ def own_log_probs(model: Any, context: Callable[[], Any], device: torch.device, 
     from kajiya.training.losses.sequences import token_log_probs
 
     def log_probs(rows: Batch) -> torch.Tensor:
-        with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), context():
+        with evaluation_mode(model), torch.no_grad(), uncompiled(), context():
             return token_log_probs(model, rows.to(device), chunk_tokens).float()
 
     return log_probs

@@ -12,6 +12,7 @@ from kajiya.errors import TrainingError
 from kajiya.evals.scoring import evaluation_mode
 from kajiya.models.adapt import adapter_off, has_adapter
 from kajiya.models.hidden import all_logits, has_split_head, hidden_at, last_hidden
+from kajiya.run.deferred import uncompiled
 from kajiya.training.cross_entropy import chunked_log_probs
 
 
@@ -69,5 +70,5 @@ def reference_log_probs(model: Any, batch: ExampleBatch, chunk_tokens: int) -> t
             "this loss compares with a reference model, and the batch brings no log-probabilities of one"
         )
     # Compiled blocks would be compiled anew each time that the adapter goes off and on.
-    with torch.no_grad(), evaluation_mode(model), adapter_off(model), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), evaluation_mode(model), adapter_off(model), uncompiled():
         return sequence_log_probs(model, batch, chunk_tokens)[0]
