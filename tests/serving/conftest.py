@@ -26,7 +26,7 @@ NAME = "tiny"
 WINDOW = 20
 """Tokens that a token sees in layers with a window: neither whole blocks nor as many as the proof reads."""
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
-_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20}
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20, "tie_word_embeddings": False}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "qwen3": {**_ALTERNATING, "use_sliding_window": True, "head_dim": 16},

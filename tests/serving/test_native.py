@@ -234,12 +234,17 @@ def test_each_family_says_what_transformers_does(
     for prompt, one in zip(prompts, engine.generate(prompts, params), strict=True):
         whole = [*prompt, *one.token_ids]
         assert is_greedy(model, prompt, one.token_ids)
+        # Scaled embeddings that are the head too say the same token for ever.
+        assert model.config.tie_word_embeddings or len(set(one.token_ids)) > 4
         with torch.no_grad():
             logprobs_TV = model(torch.tensor([whole]), use_cache=False).logits[0, :-1].log_softmax(-1)
         expected = logprobs_TV.gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
         assert one.prompt_logprobs is not None
         found = [each.logprob for each in [*one.prompt_logprobs[1:], *one.logprobs] if each is not None]
         assert torch.allclose(torch.tensor(found), expected, atol=2e-4)
+        with torch.no_grad():
+            hidden_D = model.model(torch.tensor([whole])).last_hidden_state[0].mean(0)
+        assert engine.embed(whole) == pytest.approx((hidden_D / hidden_D.norm()).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("family", "precision"), [("gemma3_text", "bf16"), ("gemma2", "bf16"), ("phi3", "int8")])
@@ -288,10 +293,13 @@ def test_eight_bits_stay_near_the_reference(
         assert 0 < error.item() < bound
 
 
-def test_new_weights_take_hold_and_forget_what_was_cached(model_folder: Path, reference: Any) -> None:
-    import copy
-
-    engine = open_engine(model_folder)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_new_weights_take_hold_and_forget_what_was_cached(
+    model_folder: Path, family_folder: Callable[[str], Path], family: str
+) -> None:
+    folder = model_folder if family == "llama" else family_folder(family)
+    reference = plain_model(folder)
+    engine = open_engine(folder)
     prompt = _prompts([60], seed=6)[0]
     assert is_greedy(reference, prompt, engine.generate([prompt], GREEDY)[0].token_ids)
     changed = copy.deepcopy(reference)
