@@ -18,6 +18,7 @@ CASES = {
     "kajiya bf16": ("serve_kajiya", {"precision": "bf16"}),
     "kajiya int8": ("serve_kajiya", {"quantize": "int8"}),
     "kajiya int4": ("serve_kajiya", {"quantize": "int4"}),
+    "kajiya through Transformers bf16": ("serve_kajiya", {"precision": "bf16", "runner": "transformers"}),
     "transformers bf16": ("serve_transformers", {"precision": "bfloat16"}),
     "transformers fp32": ("serve_transformers", {"precision": "float32"}),
     "llama.cpp f32": ("serve_llamacpp", {"type": "f32"}),
@@ -38,6 +39,8 @@ GPU_CASES = {
 PYTHONS = {"serve_llamacpp": "llamacpp", "serve_openvino": "openvino", "serve_onnx": "onnx", "serve_vllm": "vllm"}
 """Scripts that need a Python of their own → its name on the command line."""
 PAIRS = (
+    ("kajiya bf16", "kajiya through Transformers bf16"),
+    ("kajiya int8", "kajiya through Transformers bf16"),
     ("kajiya bf16", "transformers bf16"),
     ("kajiya bf16", "llama.cpp bf16"),
     ("kajiya bf16", "OpenVINO bf16"),

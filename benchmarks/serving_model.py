@@ -29,7 +29,24 @@ QWEN3_SHAPE = {
     "tie_word_embeddings": True,
 }
 """Qwen3-0.6B, its context cut."""
-SHAPES = {"llama-52m": ("llama", SHAPE), "qwen3-0.6b": ("qwen3", QWEN3_SHAPE)}
+GEMMA3_SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 512,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+"""Eight layers of Gemma 3 270M, all but the sixth with a window, over 8,192 tokens: 50M parameters."""
+SHAPES = {
+    "llama-52m": ("llama", SHAPE),
+    "qwen3-0.6b": ("qwen3", QWEN3_SHAPE),
+    "gemma3-50m": ("gemma3_text", GEMMA3_SHAPE),
+}
 """Name → architecture and sizes."""
 
 

@@ -14,7 +14,7 @@ from kajiya.serving.sequence import SamplingParams
 def main() -> None:
     order = json.loads(sys.argv[1])
     torch.set_num_threads(order["threads"])
-    settings = {name: order[name] for name in ("precision", "quantize", "device") if name in order}
+    settings = {name: order[name] for name in ("precision", "quantize", "device", "runner") if name in order}
     engine = load_engine(Path(order["folder"]), max_batch=64, **{"precision": "fp32", "device": "cpu"} | settings)
     params = SamplingParams(max_tokens=order["new_tokens"], temperature=0, ignore_eos=True)
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))

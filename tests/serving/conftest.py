@@ -1,6 +1,7 @@
 """A tiny random model with a tokenizer trained here, and a real server over it."""
 
 import asyncio
+import functools
 import json
 import sysconfig
 import threading
@@ -22,6 +23,26 @@ from kajiya.serving.loading import load_engine
 
 CONTEXT = 192
 NAME = "tiny"
+WINDOW = 20
+"""Tokens that a token sees in layers with a window: neither whole blocks nor as many as the proof reads."""
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20, "tie_word_embeddings": False}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW},
+    "qwen3": {**_ALTERNATING, "use_sliding_window": True, "head_dim": 16},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "gemma": {"head_dim": 32},
+    "gemma2": {**_ALTERNATING, **_GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0},
+    "gemma3_text": {
+        **_ALTERNATING,
+        **_GEMMA,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        },
+    },
+}
+"""`model_type` → what makes its layers differ from Llama's."""
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -75,6 +96,39 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], Path]:
+    """The folder of a random two-layer model of one of `FAMILIES`, with norms that are not neutral."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    @functools.cache
+    def make(kind: str) -> Path:
+        sizes = {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": CONTEXT,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": None,
+            "initializer_range": 0.4,
+        }
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | FAMILIES[kind]))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, 0.0 if kind.startswith("gemma") else 1.0, 0.3)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tokenizer(model_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -87,6 +141,14 @@ def reference(model_folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+def plain_model(folder: Path) -> Any:
+    """The model as plain Transformers computes it, fp32."""
+    from transformers import AutoModelForCausalLM
+
+    # Other attention of Transformers does not bound Gemma 2's scores.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @pytest.fixture(scope="session")

@@ -360,8 +360,8 @@ def test_other_architectures_answer_as_transformers_does(tmp_path: Path, model_f
     [
         ("mamba", {"state_size": 4}, "max_position_embeddings"),
         (
-            "mistral",
-            {"sliding_window": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+            "starcoder2",
+            {"sliding_window": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
             "sliding_attention",
         ),
         ("bloom", {"num_attention_heads": 4}, "max_position_embeddings"),

@@ -5,27 +5,27 @@ import ctypes
 import random
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kajiya.errors import ConfigError
 from kajiya.serving.adapters import LoraAdapter, LowRank
 from kajiya.serving.engine import Engine, EngineError
 from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
-from kajiya.serving.native.architecture import cache_bytes
+from kajiya.serving.native.architecture import NotNativeError, architecture_of, cache_bytes
 from kajiya.serving.native.build import load_library
 from kajiya.serving.native.memory import Arena
 from kajiya.serving.proof import rounded_activations, rounded_weights
 from kajiya.serving.sequence import Output, Request, SamplingParams, TokenLogprob
 
-from .conftest import is_greedy, open_engine
+from .conftest import FAMILIES, WINDOW, is_greedy, open_engine, plain_model
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 
@@ -138,17 +138,28 @@ def test_what_is_not_finite_is_seen_through_a_cache_of_eight_bits(
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("family", "settings"),
     [
-        {},
-        {"precision": "bf16"},
-        {"quantize": "int8"},
-        {"quantize": "int4"},
-        {"cache_precision": "int8"},
+        ("llama", {}),
+        ("llama", {"precision": "bf16"}),
+        ("llama", {"quantize": "int8"}),
+        ("llama", {"quantize": "int4"}),
+        ("llama", {"cache_precision": "int8"}),
+        ("mistral", {"precision": "bf16"}),
+        ("phi3", {"precision": "bf16"}),
+        ("gemma", {"quantize": "int8"}),
+        ("gemma2", {"precision": "bf16"}),
+        ("gemma3_text", {}),
+        ("gemma3_text", {"precision": "bf16"}),
+        ("gemma3_text", {"quantize": "int8", "cache_precision": "int8"}),
     ],
 )
-def test_an_answer_is_the_same_to_the_bit_in_any_company(model_folder: Path, settings: dict[str, str]) -> None:
+def test_an_answer_is_the_same_to_the_bit_in_any_company(
+    model_folder: Path, family_folder: Callable[[str], Path], family: str, settings: dict[str, str]
+) -> None:
     """Alone, in a batch, in small chunks, over a shared prefix, with guesses, after a preemption: the same log-probabilities."""
+    if family != "llama":
+        model_folder = family_folder(family)
     shared = _prompts([50], seed=1)[0]
     prompts = [[*shared, *one] for one in _prompts([1, 30, 7, 64], seed=2)] + _prompts([5, 90], seed=3)
 
@@ -208,6 +219,48 @@ def test_heads_of_any_width_attend_as_transformers_does(head_width: int, precisi
         assert again.score(ids) == found
 
 
+@pytest.mark.parametrize("runner", ["native", "transformers"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_says_what_transformers_does(
+    family_folder: Callable[[str], Path], family: str, runner: str
+) -> None:
+    """In small chunks and one by one, texts longer than the windows among them: the plain model's log-probabilities in fp32."""
+    model = plain_model(family_folder(family))
+    engine = open_engine(family_folder(family), runner=runner)
+    assert engine.runner.name == runner
+    engine.scheduler.step_tokens = 25
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, prompt_logprobs=True)
+    prompts = _prompts([3, 70, 130, WINDOW], seed=11)
+    for prompt, one in zip(prompts, engine.generate(prompts, params), strict=True):
+        whole = [*prompt, *one.token_ids]
+        assert is_greedy(model, prompt, one.token_ids)
+        # Scaled embeddings that are the head too say the same token for ever.
+        assert model.config.tie_word_embeddings or len(set(one.token_ids)) > 4
+        with torch.no_grad():
+            logprobs_TV = model(torch.tensor([whole]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        expected = logprobs_TV.gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
+        assert one.prompt_logprobs is not None
+        found = [each.logprob for each in [*one.prompt_logprobs[1:], *one.logprobs] if each is not None]
+        assert torch.allclose(torch.tensor(found), expected, atol=2e-4)
+        with torch.no_grad():
+            hidden_D = model.model(torch.tensor([whole])).last_hidden_state[0].mean(0)
+        assert engine.embed(whole) == pytest.approx((hidden_D / hidden_D.norm()).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("family", "precision"), [("gemma3_text", "bf16"), ("gemma2", "bf16"), ("phi3", "int8")])
+def test_each_family_stays_near_transformers_in_fewer_bits(
+    family_folder: Callable[[str], Path], family: str, precision: str
+) -> None:
+    settings = {"precision": "bf16"} if precision == "bf16" else {"quantize": precision}
+    engine = open_engine(family_folder(family), runner="native", **settings)
+    prompt = _prompts([130], seed=12)[0]
+    with torch.no_grad():
+        logprobs_TV = plain_model(family_folder(family))(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    exact = logprobs_TV.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    error = (torch.tensor(engine.score(prompt)) - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error.item() < 0.25
+
+
 def test_guesses_are_confirmed_and_change_nothing(model_folder: Path, reference: Any) -> None:
     engine = open_engine(model_folder, guesses=6)
     # A text that repeats itself, so that looking it up is right at times.
@@ -240,10 +293,13 @@ def test_eight_bits_stay_near_the_reference(
         assert 0 < error.item() < bound
 
 
-def test_new_weights_take_hold_and_forget_what_was_cached(model_folder: Path, reference: Any) -> None:
-    import copy
-
-    engine = open_engine(model_folder)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_new_weights_take_hold_and_forget_what_was_cached(
+    model_folder: Path, family_folder: Callable[[str], Path], family: str
+) -> None:
+    folder = model_folder if family == "llama" else family_folder(family)
+    reference = plain_model(folder)
+    engine = open_engine(folder)
     prompt = _prompts([60], seed=6)[0]
     assert is_greedy(reference, prompt, engine.generate([prompt], GREEDY)[0].token_ids)
     changed = copy.deepcopy(reference)
@@ -283,6 +339,24 @@ def test_what_only_the_native_decoder_can_do_is_refused_elsewhere(
             open_engine(model_folder, runner=runner, **settings)
         assert caught.value.field == field
         open_engine(model_folder, runner=runner, cache_precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "why"),
+    [
+        ("gemma3_text", {"hidden_activation": "gelu"}, "its activation is gelu"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "see those behind them"),
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention"]}, "layers of kind chunked_attention"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("olmo2", {}, "olmo2 is not among llama, mistral"),
+    ],
+)
+def test_what_the_native_decoder_does_not_compute_is_refused_with_the_reason(
+    kind: str, more: dict[str, Any], why: str
+) -> None:
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, **more)
+    with pytest.raises(NotNativeError, match=why):
+        architecture_of(config, torch.float32)
 
 
 def _gpt2(folder: Path, tokenizer_folder: Path) -> Path:
@@ -414,10 +488,13 @@ def test_an_adapter_answers_the_same_to_the_bit_alone_and_beside_others(
         assert [(one.token, one.logprob) for one in alone.logprobs] == said, key
 
 
-@pytest.mark.parametrize("n_tokens", [2, 3, 6])
-def test_low_rank_parts_of_any_size_add_up_to_merged_weights(n_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "n_tokens"), [("llama", 2), ("llama", 3), ("llama", 6), ("phi3", 3), ("gemma3_text", 3)]
+)
+def test_low_rank_parts_of_any_size_add_up_to_merged_weights(kind: str, n_tokens: int) -> None:
     torch.manual_seed(n_tokens)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=64,
         hidden_size=40,
         intermediate_size=50,
@@ -426,8 +503,9 @@ def test_low_rank_parts_of_any_size_add_up_to_merged_weights(n_tokens: int) -> N
         num_key_value_heads=2,
         head_dim=12,
         max_position_embeddings=64,
+        pad_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     merged = copy.deepcopy(model)
     parts = {}
     for number, name in enumerate(module.removesuffix(".weight") for module in model.state_dict() if "_proj" in module):

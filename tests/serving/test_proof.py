@@ -12,21 +12,15 @@ from kajiya.errors import KajiyaError
 from kajiya.serving import proof
 from kajiya.serving.loading import EngineOptions, engine_of
 from kajiya.serving.native import layout
+from kajiya.serving.native.architecture import Rotary
 from kajiya.serving.native.model import NativeModel
 
 Patch = pytest.MonkeyPatch
 
 
 def _rotates_twice_as_far(patch: Patch) -> None:
-    real = NativeModel.reach
-
-    def reach(self: Any, n_positions: int) -> None:
-        rotary = self._rotary
-        self._rotary = lambda x, positions: rotary(x, 2 * positions)
-        real(self, n_positions)
-        self._rotary = rotary
-
-    patch.setattr(NativeModel, "reach", reach)
+    real = Rotary.__call__
+    patch.setattr(Rotary, "__call__", lambda self, x, positions: real(self, x, 2 * positions))
 
 
 def _steps(patch: Patch, change: Callable[[layout.Step, int], None]) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,27 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"precision": "bf16"}, {"quantize": "int8"}, {"guesses": 3}],
-    ids=["fp32", "bf16", "int8", "guesses"],
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"precision": "bf16"}),
+        ("llama", {"quantize": "int8"}),
+        ("llama", {"guesses": 3}),
+        ("gemma3_text", {"precision": "bf16"}),
+        ("phi3", {}),
+    ],
+    ids=["fp32", "bf16", "int8", "guesses", "gemma3", "phi3"],
 )
 def test_a_later_start_opens_no_transformers_model_and_answers_alike(
-    model_folder: Path, proofs: Proofs, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    model_folder: Path,
+    family_folder: Callable[[str], Path],
+    proofs: Proofs,
+    family: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if family != "llama":
+        model_folder = family_folder(family)
     first = open_engine(model_folder, proofs=proofs, **settings)
     monkeypatch.setattr(opening, "open_model", _refuse)
     later = open_engine(model_folder, proofs=proofs, **settings)

@@ -2,6 +2,8 @@
 
 import copy
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from kajiya.serving.runner import TransformersRunner
 from kajiya.serving.scheduler import Chunk
 from kajiya.serving.sequence import Request, SamplingParams, new_sequence
 
-from .conftest import CONTEXT, is_greedy
+from .conftest import CONTEXT, is_greedy, plain_model
 
 
 def _engine(reference: Any, is_static: bool, n_blocks: int = 64) -> tuple[Engine, TransformersRunner]:
@@ -47,6 +49,15 @@ def test_answers_are_those_of_the_model(reference: Any, n_blocks: int) -> None:
     assert runner.decoder.n_graphs == 0
     assert engine.scheduler.pool.n_free == n_blocks
     assert (engine.scheduler.n_preemptions > 0) == (n_blocks == 20)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma2"])
+def test_windows_and_bounded_scores_are_those_of_the_model(family_folder: Callable[[str], Path], family: str) -> None:
+    model = plain_model(family_folder(family))
+    engine, _ = _engine(model, True)
+    prompts = _prompts([30, 3, 70])
+    found = engine.generate(prompts, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
+    assert all(is_greedy(model, prompt, one.token_ids) for prompt, one in zip(prompts, found, strict=True))
 
 
 def test_longer_texts_have_larger_tables_and_padding_touches_no_sequence(reference: Any) -> None:

@@ -127,6 +127,8 @@ class _Attention:
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         place = self._place
@@ -135,22 +137,43 @@ class _Attention:
         if len(place.singles):
             query_RN1H = query_TNH[place.singles].unsqueeze(2)
             keys, values = key[place.tables].transpose(1, 2), value[place.tables].transpose(1, 2)
-            found = _attend(query_RN1H, keys, values, place.mask, scaling)
+            mask = _within(place.mask, sliding_window)
+            found = _attend(query_RN1H, keys, values, mask, scaling, softcap)
             result_TNH[place.singles] = found.squeeze(2)
         for span in place.spans:
             columns = slice(span.first, span.first + span.count)
             keys, values = key[span.slots].transpose(0, 1), value[span.slots].transpose(0, 1)
             positions = torch.arange(span.start, span.start + span.count, device=query.device)
             mask = torch.arange(len(span.slots), device=query.device) <= positions[:, None]
-            found = _attend(query_TNH[columns].transpose(0, 1)[None], keys[None], values[None], mask, scaling)
+            mask = _within(mask, sliding_window)
+            found = _attend(query_TNH[columns].transpose(0, 1)[None], keys[None], values[None], mask, scaling, softcap)
             result_TNH[columns] = found[0].transpose(0, 1)
         return result_TNH[None], None
 
 
+def _within(mask: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Of the positions that a token sees, all [..., L] up to its own one, the last `window`."""
+    if window is None:
+        return mask
+    end = mask.sum(-1, keepdim=True)
+    return mask & (torch.arange(mask.shape[-1], device=mask.device) >= end - window)
+
+
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    cap: float | None,
 ) -> torch.Tensor:
+    """Attention; with a `cap`, scores are cap · tanh(score / cap)."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    if cap is None:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = cap * torch.tanh(query @ key.transpose(-1, -2) * (scale / cap))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kajiya.errors import ConfigError, KajiyaError
-from kajiya.serving.native.architecture import NotNativeError, cache_bytes
+from kajiya.serving.native.architecture import FAMILIES, NotNativeError, cache_bytes
 from kajiya.serving.native.layout import BLOCK_TOKENS
 from kajiya.serving.proof import FALLBACK, compare, plain_logits
 from kajiya.serving.proven import Reference, reference_of
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kajiya.serving.runner import Runner, TransformersRunner
 
 _CACHE_BYTES = 4 << 30
+_WINDOWED = [kind for kind, family in FAMILIES.items() if family.window_of is not None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Driven:
 def drive(model: Any, opts: EngineOptions, runner: str) -> Driven:
     config = model.config.get_text_config()
     if runner != "plain":
-        _refuse_unsupported(config)
+        _refuse_endless(config)
     driven = _choose_runner(model, config, opts, runner)
     unscaled = _unscaled_tokens(config)
     if runner == "plain" or unscaled is None or unscaled >= driven.context_tokens:
@@ -89,6 +90,7 @@ def _choose_runner(model: Any, config: Any, opts: EngineOptions, runner: str) ->
                 raise KajiyaError(f"The native decoder cannot drive this model: {error}") from error
             why = str(error)
     _refuse_native_settings(model, opts, TransformersRunner.name, why)
+    _refuse_layers(model, config)
     n_blocks = _n_blocks(longest, opts, _torch_block_bytes(config, model.dtype))
     # What the plain model says, before its attention is exchanged for the cache's.
     plain_TV = plain_logits(model)
@@ -144,7 +146,7 @@ def drive_native(
         cache = precision if opts.quantize == "none" else "bf16"
     architecture = reference.architecture
     n_blocks = _n_blocks(architecture.max_position_embeddings, opts, cache_bytes(architecture, cache))
-    native = NativeModel(architecture, reference.rotary, weights, cache, n_blocks)
+    native = NativeModel(architecture, reference.rotaries, weights, cache, n_blocks)
     native.load(tensors)
     runner = NativeRunner(native, n_blocks)
     held_to = "bf16" if weights == "fp32" != cache else weights
@@ -184,18 +186,25 @@ def _unscaled_tokens(config: Any) -> int | None:
     return min(found, default=None)
 
 
-def _refuse_unsupported(config: Any) -> None:
-    values = config.to_dict()
-    if "max_position_embeddings" not in values and "max_position_embeddings" not in config.attribute_map:
+def _refuse_endless(config: Any) -> None:
+    if "max_position_embeddings" not in config.to_dict() and "max_position_embeddings" not in config.attribute_map:
         raise KajiyaError(
             f"The engine cannot serve a {config.model_type} model: it declares no max_position_embeddings.\n{FALLBACK}"
         )
+
+
+def _refuse_layers(model: Any, config: Any) -> None:
+    """Raise `KajiyaError` for layers that see less than the text before them, unless they tell the cache's attention so."""
+    values = config.to_dict()
     kinds = set(values.get("layer_types") or ()) - {"full_attention"}
     window = values.get("sliding_window")
     if not kinds and window and values.get("use_sliding_window", True) and window < config.max_position_embeddings:
         kinds = {"sliding_attention"}
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and family.window_of is not None:
+        kinds -= {"sliding_attention"}
     if kinds:
         raise KajiyaError(
-            f"The engine cannot serve this {config.model_type} model: it has layers of kind {', '.join(sorted(kinds))}, "
-            f"and only full attention is supported.\n{FALLBACK}"
+            f"The engine cannot serve this {config.model_type} model: it has layers of kind {', '.join(sorted(kinds))}; "
+            f"it knows full attention, and sliding_attention of {', '.join(_WINDOWED)}.\n{FALLBACK}"
         )

@@ -17,7 +17,7 @@ import torch
 from kajiya.run.code import code_revision
 from kajiya.run.store import Artifact, Store, artifact_key, produce
 from kajiya.run.tensor_headers import read_header
-from kajiya.serving.native.architecture import Architecture, Rotary, architecture_of
+from kajiya.serving.native.architecture import Architecture, NotNativeError, Rotary, architecture_of
 from kajiya.serving.proof import plain_logits
 
 STAGE = "engine"
@@ -39,7 +39,8 @@ class Reference:
     """A model as the decoder is held to it."""
 
     architecture: Architecture
-    rotary: Rotary
+    rotaries: Mapping[str, Rotary]
+    """By their names in `architecture.rotations`."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of all weights, as the Transformers model names them."""
     plain: torch.Tensor
@@ -56,14 +57,22 @@ class Proven:
 
 def reference_of(model: Any, weights: str) -> Reference:
     """The reference of a Transformers model whose products have `weights` fp32, bf16, int8 or int4. Raises `NotNativeError`."""
-    architecture = architecture_of(model.config.get_text_config())
-    module = model.model.rotary_emb
+    if model.config.get_text_config() is not model.config:
+        raise NotNativeError(f"{model.config.model_type} has further models around that of its text")
+    architecture = architecture_of(model.config, model.dtype)
     return Reference(
         architecture=architecture,
-        rotary=Rotary(module.inv_freq.float(), float(module.attention_scaling)),
+        rotaries=_rotaries(model.model.rotary_emb, architecture),
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         plain=plain_logits(model, weights),
     )
+
+
+def _rotaries(module: Any, architecture: Architecture) -> dict[str, Rotary]:
+    return {
+        name: Rotary(getattr(module, f"{name}inv_freq").float(), float(getattr(module, f"{name}attention_scaling")))
+        for name in dict.fromkeys(architecture.rotations)
+    }
 
 
 def find_proven(proofs: Proofs, precision: str, weights: str) -> Proven | None:
@@ -77,7 +86,7 @@ def find_proven(proofs: Proofs, precision: str, weights: str) -> Proven | None:
     facts, tensors = found.facts, load_file(found.path / _FILE)
     reference = Reference(
         architecture=Architecture(**facts["architecture"]),
-        rotary=Rotary(tensors["frequencies"], facts["rotary_scale"]),
+        rotaries={name: Rotary(tensors[f"{name}frequencies"], scale) for name, scale in facts["rotary_scales"].items()},
         shapes={name: tuple(shape) for name, shape in facts["shapes"].items()},
         plain=tensors["plain"],
     )
@@ -91,11 +100,12 @@ def keep_proven(proofs: Proofs, precision: str, weights: str, proven: Proven) ->
     reference = proven.reference
 
     def make(folder: Path) -> dict[str, Any]:
-        tensors = {"plain": reference.plain, "frequencies": reference.rotary.frequencies}
+        frequencies = {f"{name}frequencies": rotary.frequencies for name, rotary in reference.rotaries.items()}
+        tensors = {"plain": reference.plain, **frequencies}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _FILE)
         return {
             "architecture": asdict(reference.architecture),
-            "rotary_scale": reference.rotary.scale,
+            "rotary_scales": {name: rotary.scale for name, rotary in reference.rotaries.items()},
             "shapes": {name: list(shape) for name, shape in reference.shapes.items()},
             "eos_ids": sorted(proven.eos_ids),
         }

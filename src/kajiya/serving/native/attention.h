@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 
+#include "pointwise.h"
 #include "vectors.h"
 
 namespace kajiya {
@@ -31,6 +32,7 @@ inline Floats read_cells(const uint8_t* from, int64_t index) {
 struct Heads {
     int32_t n_query, n_key, width, padded;  // of a head
     int32_t cache_kind;
+    float cap;  // of scores; 0: none
 };
 
 // A key and a value in bf16 into their block: pairs of a key's coordinates side by side, and pairs of values' positions.
@@ -186,10 +188,11 @@ inline void weigh(const float* p, int64_t stride, int64_t n, const float* invers
         }
 }
 
-// Q queries of one key head of one sequence: query q sees positions 0 … lengths[q] − 1.
+// Q queries of one key head of one sequence: query q sees positions unseen[q] … lengths[q] − 1.
 template <int Kind, int Q>
-inline void attend_some(const float* const* queries, const int64_t* lengths, const Heads& heads, const LayerCache& cache,
-                        int head, const int32_t* table, const Coming& coming, float* scratch, int64_t stride, float* const* to) {
+inline void attend_some(const float* const* queries, const int64_t* lengths, const int64_t* unseen, const Heads& heads,
+                        const LayerCache& cache, int head, const int32_t* table, const Coming& coming, float* scratch,
+                        int64_t stride, float* const* to) {
     int64_t longest = *std::max_element(lengths, lengths + Q), room = (longest + kBlock - 1) / kBlock * kBlock;
     int64_t bytes = heads.padded * kBlock * cell_bytes(Kind), blocks = room / kBlock;
     for (int64_t block = 0; block < std::min(blocks, kAhead); ++block)
@@ -209,6 +212,8 @@ inline void attend_some(const float* const* queries, const int64_t* lengths, con
     float inverse[Q];
     for (int q = 0; q < Q; ++q) {
         float* row = scratch + q * stride;
+        if (heads.cap > 0) cap_all(row, room, heads.cap);
+        std::fill(row, row + unseen[q], -INFINITY);
         inverse[q] = soften(row, lengths[q], room);
         if (Kind == kCacheBFloat16) to_bf16_row(row, room, (uint16_t*)row);  // shorter, so it may lie where it was
     }
@@ -221,14 +226,14 @@ inline void attend_some(const float* const* queries, const int64_t* lengths, con
 
 // Up to four queries.
 template <int Kind>
-inline void attend(const float* const* queries, const int64_t* lengths, int n, const Heads& heads,
+inline void attend(const float* const* queries, const int64_t* lengths, const int64_t* unseen, int n, const Heads& heads,
                    const LayerCache& cache, int head, const int32_t* table, const Coming& coming, float* scratch,
                    int64_t stride, float* const* to) {
     switch (n) {
-        case 1: attend_some<Kind, 1>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to); break;
-        case 2: attend_some<Kind, 2>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to); break;
-        case 3: attend_some<Kind, 3>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to); break;
-        default: attend_some<Kind, 4>(queries, lengths, heads, cache, head, table, coming, scratch, stride, to);
+        case 1: attend_some<Kind, 1>(queries, lengths, unseen, heads, cache, head, table, coming, scratch, stride, to); break;
+        case 2: attend_some<Kind, 2>(queries, lengths, unseen, heads, cache, head, table, coming, scratch, stride, to); break;
+        case 3: attend_some<Kind, 3>(queries, lengths, unseen, heads, cache, head, table, coming, scratch, stride, to); break;
+        default: attend_some<Kind, 4>(queries, lengths, unseen, heads, cache, head, table, coming, scratch, stride, to);
     }
 }
 

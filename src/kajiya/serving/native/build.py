@@ -6,7 +6,7 @@ import functools
 from kajiya.run.native.build import build_library
 from kajiya.serving.native import layout
 
-SOURCES = ("linear.h", "activations.h", "attention.h", "patches.h", "phases.h", "decoder.cpp")
+SOURCES = ("linear.h", "activations.h", "attention.h", "patches.h", "phases.h", "pointwise.h", "decoder.cpp")
 
 
 @functools.cache

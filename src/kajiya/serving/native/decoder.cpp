@@ -1,4 +1,4 @@
-// One step of a Llama-like decoder in one call: any mixture of prompt chunks and single tokens of many sequences.
+// One step of a decoder like Llama or Gemma in one call: any mixture of prompt chunks and single tokens of many sequences.
 //
 // Every token is computed in the same order of operations whatever comes with it, so that its result is the same, to the
 // bit, alone and in a batch, in one chunk or many, from a shared prefix or its own.
@@ -11,23 +11,30 @@
 #include "linear.h"
 #include "patches.h"
 #include "phases.h"
+#include "pointwise.h"
 
 using namespace kajiya;
 
 extern "C" {
 
+enum GateKind : int32_t { kSiLU = 0, kGELUTanh = 1 };
+
 struct Layer {
-    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;  // the last two may be null
+    const float *attention_norm, *mlp_norm;
+    const float *query_norm, *key_norm;                    // may be null
+    const float *attention_result_norm, *mlp_result_norm;  // of what is added to the stream; may be null
+    const float *cos, *sin;                                // [position][rotary]
+    int32_t rotary, window;  // window: positions that a token sees, its own one too; 0: all
     Linear qkv, out, gate_up, down;
     LayerCache cache;
 };
 
 struct Model {
-    int32_t n_layers, width, n_query, n_key, head_width, rotary, mlp_width, vocab;
+    int32_t n_layers, width, n_query, n_key, head_width, gate, mlp_width, vocab;
     int32_t cache_kind, weight_kind, embedding_kind, max_positions;
-    float epsilon, attention_scale;
-    const void* embedding;   // [vocab][width], fp32 or bf16
-    const float *cos, *sin;  // [position][rotary]
+    float epsilon, attention_scale, embedding_scale;
+    float score_cap, logit_cap;  // 0: none
+    const void* embedding;       // [vocab][width], fp32 or bf16
     const float* final_norm;
     Linear head;
     Layer* layers;
@@ -50,81 +57,6 @@ struct Step {
 
 namespace {
 
-void normalize(const float* x, const float* weight, int64_t n, float epsilon, float* to) {
-    Floats total{};
-    float rest = 0;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        Floats v = load<Floats>(x + i);
-        total += v * v;
-    }
-    for (int64_t j = i; j < n; ++j) rest += x[j] * x[j];
-    float scale = 1.0f / std::sqrt((sum(total) + rest) / float(n) + epsilon);
-    for (int64_t j = 0; j < n; ++j) to[j] = x[j] * scale * weight[j];
-}
-
-void rotate(const Model& model, float* head, int64_t position) {
-    int half = model.rotary / 2;
-    const float *cos = model.cos + position * model.rotary, *sin = model.sin + position * model.rotary;
-    for (int i = 0; i < half; ++i) {
-        float a = head[i], b = head[i + half];
-        head[i] = a * cos[i] - b * sin[i];
-        head[i + half] = b * cos[i + half] + a * sin[i + half];
-    }
-}
-
-// SiLU of the gate, times what goes up.
-void activate(const float* g, const float* u, int64_t width, float* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-        Floats v = load<Floats>(g + i);
-        store(to + i, v / (1.0f + exponential(-v)) * load<Floats>(u + i));
-    }
-    for (; i < width; ++i) to[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
-}
-
-// One row of logits: its largest entry's index and log-probability, and the logarithm of the sum of exponentials.
-void choose(const float* x, int64_t vocab, int32_t* best, float* best_logprob, float* log_sum) {
-    float peak = x[0];
-    int32_t at = 0;
-    bool is_finite = true;
-    for (int64_t i = 0; i < vocab; i += 1024) {
-        int64_t end = std::min(vocab, i + 1024), j = i;
-        Floats highest = all(-INFINITY), product{};
-        for (; j + kLanes <= end; j += kLanes) {
-            Floats v = load<Floats>(x + j);
-            highest = larger(highest, v);
-            product += v * 0.0f;  // 0, or NaN where an entry is not finite
-        }
-        float top = largest(highest), rest = sum(product);
-        for (; j < end; ++j) {
-            top = std::fmax(top, x[j]);
-            rest += x[j] * 0.0f;
-        }
-        is_finite &= rest == 0.0f;
-        if (top > peak)
-            for (j = i; j < end; ++j)
-                if (x[j] == top) {
-                    peak = top;
-                    at = int32_t(j);
-                    break;
-                }
-    }
-    // Sums of a few hundred terms in lanes, and of those in double precision.
-    double total = 0;
-    int64_t i = 0;
-    while (i + kLanes <= vocab) {
-        Floats part{};
-        for (int64_t end = std::min(vocab, i + 64 * kLanes); i + kLanes <= end; i += kLanes)
-            part += exponential(load<Floats>(x + i) - peak);
-        total += sum(part);
-    }
-    for (; i < vocab; ++i) total += std::exp(x[i] - peak);
-    *best = at;
-    *log_sum = is_finite ? float(peak + std::log(total)) : NAN;
-    *best_logprob = is_finite ? float(-std::log(total)) : NAN;
-}
-
 // Up to four queries of one key head of one sequence.
 struct Work {
     int32_t sequence, head, token, n_tokens;
@@ -146,7 +78,7 @@ struct Run {
     Phases phases;
 
     Run(const Model& m, const Step& s)
-        : model(m), step(s), heads{m.n_query, m.n_key, m.head_width, (m.head_width + 15) / 16 * 16, m.cache_kind},
+        : model(m), step(s), heads{m.n_query, m.n_key, m.head_width, (m.head_width + 15) / 16 * 16, m.cache_kind, m.score_cap},
           n(s.n_tokens), qkv_width((m.n_query + 2 * m.n_key) * int64_t(m.head_width)),
           query_width(m.n_query * int64_t(m.head_width)), padded(heads.padded), longest(context(s)),
           stream(n * m.width), qkv(n * qkv_width), delta(n * m.width), gates(n * 2 * m.mlp_width),
@@ -195,15 +127,18 @@ struct Run {
             int64_t start = int64_t(step.tokens[t]) * model.width;
             float* to = stream.at + t * model.width;
             for (int64_t i = 0; i < model.width; ++i)
-                to[i] = model.embedding_kind == kFloat32 ? ((const float*)model.embedding)[start + i]
-                                                         : bf16_value(((const uint16_t*)model.embedding)[start + i]);
+                to[i] = model.embedding_scale * (model.embedding_kind == kFloat32
+                                                     ? ((const float*)model.embedding)[start + i]
+                                                     : bf16_value(((const uint16_t*)model.embedding)[start + i]));
         });
     }
 
-    void add_and_normalize(int64_t& phase, bool adds, const float* weight) {
+    // Adds what a part of a layer gave, normalized where it has a norm of its own, and normalizes for the next part.
+    void add_and_normalize(int64_t& phase, bool adds, const float* result_norm, const float* weight) {
         phases.share(phase, n, tokens_each, [&](int64_t t) {
             float* x = stream.at + t * model.width;
-            const float* d = delta.at + t * model.width;
+            float* d = delta.at + t * model.width;
+            if (result_norm) normalize(d, result_norm, model.width, model.epsilon, d);
             if (adds)
                 for (int64_t i = 0; i < model.width; ++i) x[i] += d[i];
             normalize(x, weight, model.width, model.epsilon, normed.row(t));
@@ -237,10 +172,11 @@ struct Run {
         phases.share(phase, n, tokens_each, [&](int64_t t) {
             float* row = qkv.at + t * qkv_width;
             int64_t position = step.positions[t];
+            const float *cos = layer.cos + position * layer.rotary, *sin = layer.sin + position * layer.rotary;
             for (int h = 0; h < model.n_query + model.n_key; ++h) {
                 const float* norm = h < model.n_query ? layer.query_norm : layer.key_norm;
                 if (norm) normalize(row + h * width, norm, width, model.epsilon, row + h * width);
-                rotate(model, row + h * width, position);
+                rotate(row + h * width, cos, sin, layer.rotary);
             }
             for (int h = 0; h < model.n_query; ++h) {
                 float* to = queries.at + (t * model.n_query + h) * padded;
@@ -258,36 +194,43 @@ struct Run {
     // Whether a head is whole groups of the next product's rows.
     bool seals_heads() const { return model.head_width % kGroup == 0; }
 
+    // The first position that a token sees.
+    static int64_t first_seen(const Layer& layer, int64_t position) {
+        return layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
+    }
+
     void attend_all(int64_t& phase, Layer& layer) {
         int group = model.n_query / model.n_key;
         float* mine = scratch.at + omp_get_thread_num() * 4 * longest;
         // A few items behind one another, so that what comes next is known.
         phases.share(phase, n_work, std::max<int64_t>(1, n_work / (8 * step.n_threads)), [&](int64_t item) {
             const Work& w = work[item];
-            const int32_t* table = table_of(w);
+            // Blocks that none of these tokens sees are not looked at; the first token sees furthest back.
+            int64_t skipped = first_seen(layer, step.positions[w.token]) / kBlock;
+            const int32_t* table = table_of(w) + skipped;
             Coming coming{};
             if (item + 1 < n_work) {
                 const Work& after = work[item + 1];
-                coming = {table_of(after), after.head, step.positions[after.token] / kBlock + 1};
+                int64_t position = step.positions[after.token], before = first_seen(layer, position) / kBlock;
+                coming = {table_of(after) + before, after.head, position / kBlock + 1 - before};
             }
             int total = w.n_tokens * group;
             for (int first = 0; first < total; first += 4) {
                 const float* from[4];
                 float* to[4];
-                int64_t lengths[4];
+                int64_t lengths[4], unseen[4];
                 int count = std::min(4, total - first);
                 for (int q = 0; q < count; ++q) {
                     int64_t t = w.token + (first + q) / group, head = w.head * group + (first + q) % group;
                     from[q] = queries.at + (t * model.n_query + head) * padded;
                     to[q] = mixed.row(t) + head * model.head_width;
-                    lengths[q] = step.positions[t] + 1;
+                    lengths[q] = step.positions[t] + 1 - skipped * kBlock;
+                    unseen[q] = first_seen(layer, step.positions[t]) - skipped * kBlock;
                 }
-                if (model.cache_kind == kCacheFloat32)
-                    attend<kCacheFloat32>(from, lengths, count, heads, layer.cache, w.head, table, coming, mine, longest, to);
-                else if (model.cache_kind == kCacheBFloat16)
-                    attend<kCacheBFloat16>(from, lengths, count, heads, layer.cache, w.head, table, coming, mine, longest, to);
-                else
-                    attend<kCacheInt8>(from, lengths, count, heads, layer.cache, w.head, table, coming, mine, longest, to);
+                auto attend_with = model.cache_kind == kCacheFloat32    ? attend<kCacheFloat32>
+                                   : model.cache_kind == kCacheBFloat16 ? attend<kCacheBFloat16>
+                                                                        : attend<kCacheInt8>;
+                attend_with(from, lengths, unseen, count, heads, layer.cache, w.head, table, coming, mine, longest, to);
                 for (int q = 0; q < count && seals_heads(); ++q) {
                     int64_t t = w.token + (first + q) / group;
                     mixed.seal(t, to[q] - mixed.row(t), model.head_width);
@@ -301,6 +244,7 @@ struct Run {
     bool joins_gate() const { return !has_adapters && model.mlp_width % kPanel == 0; }
 
     // The product of gate and up, its activation, and the next product's rows of it, while they are at hand.
+    template <class Gate>
     void multiply_and_gate(int64_t& phase, const Linear& w) {
         int64_t panels = model.mlp_width / kPanel, chunk = std::max<int64_t>(1, panels / (step.n_threads * 4));
         Rows given = normed.rows();
@@ -313,59 +257,68 @@ struct Run {
                     panel_product(given, t, count, w, panel, is_near ? nullptr : panel_at(w, panels + panel), g, kPanel);
                     panel_product(given, t, count, w, panels + panel, is_near ? nullptr : panel_at(w, panel + 1), u, kPanel);
                     for (int64_t i = 0; i < count; ++i) {
-                        activate(g + i * kPanel, u + i * kPanel, kPanel, found);
+                        activate<Gate>(g + i * kPanel, u + i * kPanel, kPanel, found);
                         gated.seal(t + i, panel * kPanel, kPanel, found);
                     }
                 }
         });
     }
 
+    template <class Gate>
     void gate(int64_t& phase) {
         int64_t width = model.mlp_width;
         phases.share(phase, n, tokens_each, [&](int64_t t) {
             const float* g = gates.at + t * 2 * width;
-            activate(g, g + width, width, gated.row(t));
+            activate<Gate>(g, g + width, width, gated.row(t));
             gated.seal(t);
         });
     }
 
     void finish(int64_t& phase) {
+        const float* result_norm = model.layers[model.n_layers - 1].mlp_result_norm;
         phases.share(phase, step.n_outputs + step.n_hidden, 1, [&](int64_t i) {
             bool is_output = i < step.n_outputs;
             int64_t t = is_output ? step.outputs[i] : step.hidden_rows[i - step.n_outputs];
-            float* x = stream.at + t * model.width;
+            const float *x = stream.at + t * model.width, *d = delta.at + t * model.width;
             float* to = is_output ? last.row(i) : step.hidden + (i - step.n_outputs) * model.width;
-            // The stream is not written here: a token may be wanted twice.
-            for (int64_t j = 0; j < model.width; ++j) to[j] = x[j] + delta.at[t * model.width + j];
+            // Neither is written here: a token may be wanted twice.
+            if (result_norm) {
+                normalize(d, result_norm, model.width, model.epsilon, to);
+                d = to;
+            }
+            for (int64_t j = 0; j < model.width; ++j) to[j] = x[j] + d[j];
             normalize(to, model.final_norm, model.width, model.epsilon, to);
             if (is_output) last.seal(i);
         });
         if (!step.n_outputs) return;
         multiply(phase, model.head, last, step.logits, step.n_outputs);
         phases.share(phase, step.n_outputs, 1, [&](int64_t i) {
-            choose(step.logits + i * model.vocab, model.vocab, step.best + i, step.best_logprobs + i, step.log_sums + i);
+            float* logits = step.logits + i * model.vocab;
+            if (model.logit_cap > 0) cap_all(logits, model.vocab, model.logit_cap);
+            choose(logits, model.vocab, step.best + i, step.best_logprobs + i, step.log_sums + i);
         });
     }
 
+    template <class Gate>
     void all_layers() {
         int64_t phase = 0;
         embed(phase);
         for (int i = 0; i < model.n_layers; ++i) {
             Layer& layer = model.layers[i];
-            add_and_normalize(phase, i > 0, layer.attention_norm);
+            add_and_normalize(phase, i > 0, i > 0 ? model.layers[i - 1].mlp_result_norm : nullptr, layer.attention_norm);
             multiply(phase, layer.qkv, normed, qkv.at, n);
             adapt(phase, i, 0, normed, qkv.at, qkv_width);
             place(phase, layer);
             attend_all(phase, layer);
             multiply(phase, layer.out, mixed, delta.at, n);
             adapt(phase, i, 1, mixed, delta.at, model.width);
-            add_and_normalize(phase, true, layer.mlp_norm);
+            add_and_normalize(phase, true, layer.attention_result_norm, layer.mlp_norm);
             if (joins_gate()) {
-                multiply_and_gate(phase, layer.gate_up);
+                multiply_and_gate<Gate>(phase, layer.gate_up);
             } else {
                 multiply(phase, layer.gate_up, normed, gates.at, n);
                 adapt(phase, i, 2, normed, gates.at, 2 * model.mlp_width);
-                gate(phase);
+                gate<Gate>(phase);
             }
             multiply(phase, layer.down, gated, delta.at, n);
             adapt(phase, i, 3, gated, delta.at, model.width);
@@ -404,7 +357,7 @@ void kajiya_step(const Model* model, const Step* step) {
     Taking taking;
     Run run(*model, *step);
 #pragma omp parallel num_threads(step->n_threads)
-    run.all_layers();
+    model->gate == kSiLU ? run.all_layers<SiLU>() : run.all_layers<GELUTanh>();
 }
 
 // Copies a block of every layer.

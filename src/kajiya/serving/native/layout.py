@@ -7,6 +7,10 @@ KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 """How weights are stored, by the decoder's number."""
 CACHE_KINDS = {"fp32": 0, "bf16": 1, "int8": 2}
 """How keys and values are stored, by the decoder's number."""
+GATES = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
+"""A gate's function as configs name it, by the decoder's number."""
+NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm", "attention_result_norm", "mlp_result_norm")
+"""The weights of a layer's norms, of which all but the first two may be missing."""
 TARGETS = ("qkv", "out", "gate_up", "down")
 """The four products of a layer, in the decoder's order."""
 BLOCK_TOKENS = 16
@@ -34,7 +38,9 @@ class LayerCache(Structure):
 
 class Layer(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, c_void_p) for name in NORMS),
+        *((name, c_void_p) for name in ("cos", "sin")),
+        *((name, c_int32) for name in ("rotary", "window")),
         *((name, Linear) for name in TARGETS),
         ("cache", LayerCache),
     )
@@ -46,7 +52,7 @@ _MODEL_INTEGERS = (
     "n_query",
     "n_key",
     "head_width",
-    "rotary",
+    "gate",
     "mlp_width",
     "vocab",
     "cache_kind",
@@ -59,9 +65,8 @@ _MODEL_INTEGERS = (
 class Model(Structure):
     _fields_ = (
         *((name, c_int32) for name in _MODEL_INTEGERS),
-        ("epsilon", c_float),
-        ("attention_scale", c_float),
-        *((name, c_void_p) for name in ("embedding", "cos", "sin", "final_norm")),
+        *((name, c_float) for name in ("epsilon", "attention_scale", "embedding_scale", "score_cap", "logit_cap")),
+        *((name, c_void_p) for name in ("embedding", "final_norm")),
         ("head", Linear),
         ("layers", POINTER(Layer)),
     )

@@ -1,4 +1,4 @@
-"""A Llama-like model's weights, packed for the C++ decoder, with its paged cache.
+"""A model's weights, packed for the C++ decoder, with its paged cache.
 
 Shape letters: N outputs, K inputs, P positions, R rotary width, V vocabulary, D width.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kajiya.serving.native import layout
-from kajiya.serving.native.architecture import Architecture, Rotary
+from kajiya.serving.native.architecture import FAMILIES, Architecture, Rotary
 from kajiya.serving.native.build import load_library
 from kajiya.serving.native.memory import Arena
 
@@ -22,11 +22,14 @@ _FIRST_CACHE_BYTES = 256 << 20
 class NativeModel:
     """Packed weights and cache. `tensors` are named as in the Transformers model's `state_dict`."""
 
-    def __init__(self, config: Architecture, rotary: Rotary, weights: str, cache: str, n_blocks: int) -> None:
+    def __init__(
+        self, config: Architecture, rotaries: Mapping[str, Rotary], weights: str, cache: str, n_blocks: int
+    ) -> None:
         self._library = load_library()
         self.config = config
+        self.family = FAMILIES[config.model_type]
         self.weights = weights
-        self._rotary = rotary
+        self._rotaries = rotaries
         self._arena = Arena()
         self._kept: dict[str, Any] = {}
         self.layers = (layout.Layer * config.num_hidden_layers)()
@@ -36,14 +39,20 @@ class NativeModel:
             n_query=config.num_attention_heads,
             n_key=config.num_key_value_heads,
             head_width=config.head_dim,
+            gate=layout.GATES[config.gate],
             mlp_width=config.intermediate_size,
             vocab=config.vocab_size,
             cache_kind=layout.CACHE_KINDS[cache],
             weight_kind=layout.KINDS[weights],
             epsilon=config.rms_norm_eps,
-            attention_scale=config.head_dim**-0.5,
+            attention_scale=config.attention_scale,
+            embedding_scale=config.embedding_scale,
+            score_cap=config.score_cap or 0.0,
+            logit_cap=config.logit_cap or 0.0,
             layers=self.layers,
         )
+        for layer, window in zip(self.layers, config.windows, strict=True):
+            layer.window = window or 0
         self.reach(_FIRST_POSITIONS)
         self._reserve_cache(cache, n_blocks, config.head_dim)
 
@@ -56,7 +65,7 @@ class NativeModel:
         self._kept["embedding"] = table
         self.model.embedding = table.data_ptr()
         self.model.embedding_kind = 0 if table.dtype == torch.float32 else 1
-        self.model.final_norm = self._floats("norm", tensors["model.norm.weight"])
+        self.model.final_norm = self._norm("norm", tensors["model.norm.weight"])
         head = tensors["model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
         self.model.head = self._linear("head", [head], [None])
         for number, layer in enumerate(self.layers):
@@ -64,20 +73,17 @@ class NativeModel:
 
     def _load_layer(self, number: int, layer: layout.Layer, tensors: Mapping[str, torch.Tensor]) -> None:
         prefix = f"model.layers.{number}."
-        norms = {
-            "attention_norm": "input_layernorm",
-            "mlp_norm": "post_attention_layernorm",
-            "query_norm": "self_attn.q_norm",
-            "key_norm": "self_attn.k_norm",
-        }
-        for field, name in norms.items():
+        for field, name in self.family.norms.items():
             weight = tensors.get(f"{prefix}{name}.weight")
             if weight is not None:
-                setattr(layer, field, self._floats(f"{number}.{field}", weight))
-        for field, names in PARTS.items():
+                setattr(layer, field, self._norm(f"{number}.{field}", weight))
+        for field, names in self.family.parts.items():
             matrices = [tensors[f"{prefix}{name}.weight"] for name in names]
             biases = [tensors.get(f"{prefix}{name}.bias") for name in names]
             setattr(layer, field, self._linear(f"{number}.{field}", matrices, biases))
+
+    def _norm(self, key: str, weight: torch.Tensor) -> int:
+        return self._floats(key, weight.detach().float() + self.family.shift)
 
     def _floats(self, key: str, tensor: torch.Tensor) -> int:
         kept = tensor.detach().float().contiguous().clone()
@@ -113,13 +119,14 @@ class NativeModel:
         if n_positions <= self.model.max_positions:
             return
         n_positions = max(n_positions, min(2 * self.model.max_positions, self.config.max_position_embeddings))
-        with torch.inference_mode():
-            cos_1PR, sin_1PR = self._rotary(torch.zeros(1), torch.arange(n_positions).unsqueeze(0))
-        for name, values in (("cos", cos_1PR), ("sin", sin_1PR)):
-            kept = values[0].float().contiguous()
-            self._kept[name] = kept
-            setattr(self.model, name, kept.data_ptr())
-        self.model.rotary = cos_1PR.shape[-1]
+        for name, rotary in self._rotaries.items():
+            with torch.inference_mode():
+                found = rotary(torch.zeros(1), torch.arange(n_positions).unsqueeze(0))
+            cos_PR, sin_PR = (values[0].float().contiguous() for values in found)
+            self._kept[f"{name}angles"] = cos_PR, sin_PR
+            for layer, rotation in zip(self.layers, self.config.rotations, strict=True):
+                if rotation == name:
+                    layer.cos, layer.sin, layer.rotary = cos_PR.data_ptr(), sin_PR.data_ptr(), cos_PR.shape[-1]
         self.model.max_positions = n_positions
 
     def _reserve_cache(self, cache: str, n_blocks: int, head_width: int) -> None:
@@ -143,12 +150,3 @@ class NativeModel:
     def copy_block(self, source: int, target: int) -> None:
         """Copy the keys and values of a block, in every layer."""
         self._library.kajiya_copy_block(ctypes.byref(self.model), source, target)
-
-
-PARTS: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""The modules that each of a layer's four products joins, in order."""

@@ -14,7 +14,7 @@ from kajiya.errors import ConfigError
 from kajiya.serving.adapters import LoraAdapter
 from kajiya.serving.native import layout
 from kajiya.serving.native.memory import Arena
-from kajiya.serving.native.model import PARTS, NativeModel
+from kajiya.serving.native.model import NativeModel
 from kajiya.serving.rows import Rows
 from kajiya.serving.scheduler import Chunk, Plan
 
@@ -80,7 +80,7 @@ class NativeRunner:
         for number in range(self.native.config.num_hidden_layers):
             for target, field in enumerate(layout.TARGETS):
                 offset = 0
-                for module in PARTS[field]:
+                for module in self.native.family.parts[field]:
                     name_of_module = f"model.layers.{number}.{module}"
                     pair = adapter.parts.get(name_of_module)
                     n_out = self._n_outputs(number, field, module)
@@ -114,7 +114,7 @@ class NativeRunner:
         heads = {"self_attn.q_proj": model.n_query, "self_attn.k_proj": model.n_key, "self_attn.v_proj": model.n_key}
         if module in heads:
             return int(heads[module] * model.head_width)
-        return int(getattr(self.native.layers[number], field).n_out) // len(PARTS[field])
+        return int(getattr(self.native.layers[number], field).n_out) // len(self.native.family.parts[field])
 
     # ---------------------------------------------------------------- a call
 
