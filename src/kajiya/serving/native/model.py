@@ -137,8 +137,9 @@ class NativeModel:
         self._arena.populate([(at, first) for layer in self.layers for at in (layer.cache.keys, layer.cache.values)])
 
     def step(self, step: layout.Step) -> None:
-        """Compute one step; the cache is written."""
-        self._library.kajiya_step(ctypes.byref(self.model), ctypes.byref(step))
+        """Compute one step; the cache is written. Raises `MemoryError` where there is no room for its activations."""
+        if not self._library.kajiya_step(ctypes.byref(self.model), ctypes.byref(step)):
+            raise MemoryError(f"no memory is left for a step of {step.n_tokens} tokens")
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy the keys and values of a block, in every layer."""
