@@ -271,6 +271,13 @@ def test_a_place_that_cannot_be_written_to_is_exit_2(
         assert len(said) == 2
 
 
+@pytest.mark.parametrize("top_p", ["2", "-0.1"])
+def test_a_chat_from_a_mass_that_is_none_is_refused_before_a_model_is_loaded(top_p: str) -> None:
+    ended = CliRunner().invoke(app, ["chat", "nothing-of-the-kind", "--top-p", top_p])
+    assert ended.exit_code == 2
+    assert "--top-p" in ended.output
+
+
 def test_an_unknown_verb_is_exit_2() -> None:
     assert kajiya_process("trian").returncode == 2
 

@@ -425,7 +425,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Smallest mass of most probable tokens to draw from.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Smallest mass of most probable tokens to draw from; 0: the first.", min=0.0, max=1.0)
+    ] = 1.0,
     store: StoreOption = None,
 ) -> None:
     """Talk to a model in the terminal. /reset begins anew, /exit ends, Ctrl-C ends an answer."""
@@ -433,7 +435,10 @@ def chat(
     from kajiya.serving.sequence import SamplingParams
 
     engine, tokenizer, found, _ = _engine(target, overrides, store)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    # No mass at all: the most probable token is the smallest set that reaches it.
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p or 1.0, top_k=None if top_p else 1
+    )
 
     def write(text: str) -> None:
         sys.stdout.write(text)

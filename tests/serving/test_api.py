@@ -513,6 +513,25 @@ def test_bad_json_is_a_400(server_url: str, content: bytes) -> None:
     _error(httpx.post(f"{server_url}/v1/completions", content=content, headers=headers, timeout=60), 400)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b'{"prompt": "\xff"}', "can't decode byte 0xff"), (b"[" * 100_000, "recursion"), (b"{", "JSON")],
+)
+def test_what_is_wrong_with_a_body_is_said(server_url: str, content: bytes, words: str) -> None:
+    headers = {"content-type": "application/json"}
+    reply = httpx.post(f"{server_url}/v1/completions", content=content, headers=headers, timeout=60)
+    error = _error(reply, 400)
+    assert words in error["message"]
+    assert error["code"] == "invalid_json"
+
+
+def test_a_part_that_is_missing_is_named_with_its_place(server_url: str) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "x"}}
+    error = _error(_post(server_url, {"model": NAME, "prompt": "x", "response_format": asked}), 400)
+    assert error["message"] == "response_format.json_schema.schema is missing"
+    assert (error["param"], error["code"]) == ("response_format", "missing_required_parameter")
+
+
 @pytest.mark.parametrize("text", ['"\\ud800"', '["a", "\\udfff"]'])
 def test_text_that_is_no_unicode_is_a_400(server_url: str, text: str) -> None:
     for path, field in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):

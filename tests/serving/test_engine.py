@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kajiya.config.compose import compose
 from kajiya.errors import ConfigError, KajiyaError, RequestError
 from kajiya.serving.engine import Engine, EngineError
 from kajiya.serving.loading import load_engine
@@ -314,6 +315,22 @@ def test_generate_does_not_step_the_requests_of_others(engine: Engine) -> None:
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is missing"):
         load_engine(tmp_path, precision="fp32", device="cpu", max_batch=1, max_waiting=1)
+
+
+@pytest.mark.parametrize("tokens", [2**44, 2**62])
+def test_a_cache_for_which_there_is_no_memory_is_named(model_folder: Path, tokens: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^serve\.cache_tokens: there is no memory .* of {tokens} tokens"):
+        open_engine(model_folder, cache_tokens=tokens)
+
+
+def test_the_smallest_cache_that_may_be_set_holds_the_proof(model_folder: Path, reference: Any) -> None:
+    with pytest.raises(ConfigError, match="at least 32"):
+        compose("stdlib-pretrain", ["serve.cache_tokens=31"])
+    engine = open_engine(model_folder, cache_tokens=32)
+    text = _prompts([12], seed=3)[0]
+    assert is_greedy(
+        reference, text, engine.generate([text], SamplingParams(max_tokens=20, temperature=0))[0].token_ids
+    )
 
 
 def test_an_unknown_device_is_named(model_folder: Path) -> None:

@@ -181,6 +181,8 @@ def test_adapters_and_models_come_and_go(
         assert say(NAME) == expected
         bad = http.post("load_lora_adapter", json={"lora_name": "bad", "lora_path": str(tmp_path)})
         assert bad.status_code == 400, bad.text
+        nowhere = http.post("load_lora_adapter", json={"lora_name": "bad"})
+        assert (nowhere.status_code, nowhere.json()["error"]["param"]) == (400, "lora_path")
         assert http.post("unload_lora_adapter", json={"lora_name": "tuned"}).status_code == 200
         assert "tuned" not in names()
         assert http.post("load_model", json={"name": "third", "folder": str(model_folder)}).status_code == 200

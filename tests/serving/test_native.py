@@ -5,6 +5,7 @@ import ctypes
 import random
 import threading
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,6 +260,31 @@ def test_each_family_stays_near_transformers_in_fewer_bits(
     exact = logprobs_TV.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     error = (torch.tensor(engine.score(prompt)) - exact).square().mean().sqrt() / exact.std()
     assert 0 < error.item() < 0.25
+
+
+def test_a_step_for_which_there_is_no_memory_is_an_error_and_the_next_one_answers(
+    model_folder: Path, reference: Any
+) -> None:
+    engine = open_engine(model_folder, runner="native")
+    tokens, starts = array("i", [1]), array("i", [0, 1])
+    adapters = (ctypes.c_void_p * 1)()
+    # Scores of 2^18 threads over 2^27 positions: more bytes than addresses.
+    positions = array("i", [2**27 - 1])
+    step = layout.Step(
+        n_tokens=1,
+        n_sequences=1,
+        n_threads=2**18,
+        tokens=tokens.buffer_info()[0],
+        positions=positions.buffer_info()[0],
+        starts=starts.buffer_info()[0],
+        adapters=ctypes.addressof(adapters),
+    )
+    prompt = _prompts([30])[0]
+    before = engine.generate([prompt], GREEDY)[0].token_ids
+    assert is_greedy(reference, prompt, before)
+    with pytest.raises(MemoryError, match="no memory is left for a step of 1 tokens"):
+        engine.runner.native.step(step)  # type: ignore[attr-defined]
+    assert engine.generate([prompt], GREEDY)[0].token_ids == before
 
 
 def test_guesses_are_confirmed_and_change_nothing(model_folder: Path, reference: Any) -> None:

@@ -363,7 +363,7 @@ class ServeConfig:
     """Weights in 8 or 4 bits, in groups of 32 (native runner)."""
     cache_precision: str = setting("auto", choices=("auto", "fp32", "bf16", "int8"))
     """Keys and values; `auto`: as the weights, bf16 where those are quantized. 8 bits take the native runner."""
-    cache_tokens: int | None = setting(None, ge=16)
+    cache_tokens: int | None = setting(None, ge=32)
     """Positions in the key-value cache; `None`: the whole batch at full length, in 4 GiB at most."""
     guesses: int = setting(0, ge=0, le=16)
     """Tokens guessed from the text so far and confirmed together in one step; answers stay the same. 0: none."""

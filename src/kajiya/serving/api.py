@@ -173,6 +173,8 @@ def _loading_routes(service: Service, load: Callable[[Path], Engine]) -> APIRout
 
     @router.post("/load_lora_adapter")
     async def load_adapter(body: AdapterBody) -> JSONResponse:
+        if not body.lora_path:
+            raise RequestError("lora_path is missing", code="missing_required_parameter", param="lora_path")
         host, _ = await service.hosts.find(body.model or service.hosts.first.name)
         if any(card["id"] == body.lora_name for card in service.hosts.cards()):
             raise RequestError(

@@ -85,6 +85,8 @@ def _choose_runner(model: Any, config: Any, opts: EngineOptions, runner: str) ->
                 raise NotNativeError(f"it computes on a CPU, not on {model.device}")
             reference = reference_of(model, weights_form(opts, model.dtype))
             return drive_native(reference, model.state_dict(), opts, precision_of(model.dtype))
+        except ConfigError:
+            raise  # no other runner makes room for a cache
         except KajiyaError as error:
             if runner == "native":
                 raise KajiyaError(f"The native decoder cannot drive this model: {error}") from error

@@ -55,7 +55,8 @@ def add_error_handlers(app: FastAPI) -> None:
         place = [part for part in first["loc"] if part != "body"]
         param = str(place[0]) if place else None
         if first["type"] == "missing" and param:
-            return error_reply(f"{param} is missing", 400, "missing_required_parameter", param)
+            field = ".".join(str(part) for part in place)
+            return error_reply(f"{field} is missing", 400, "missing_required_parameter", param)
         given = repr(first.get("input"))
         given = given if len(given) <= 60 else given[:57] + "..."
         problem = first["msg"][:1].lower() + first["msg"][1:]
@@ -67,6 +68,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400 and error.__cause__ is not None:  # bytes that are no UTF-8, or too deep a nesting
+            return error_reply(f"the body is not valid JSON: {error.__cause__}", 400, "invalid_json")
         message = {404: f"no such address: {request.url.path}", 405: f"{request.method} is not allowed here"}
         return error_reply(
             message.get(error.status_code, str(error.detail)), error.status_code, headers=dict(error.headers or {})

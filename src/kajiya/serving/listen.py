@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kajiya.config.schema import ServeConfig
 from kajiya.errors import ConfigError
@@ -37,7 +38,7 @@ def web_server(app: Any, cfg: ServeConfig) -> uvicorn.Server:
     """A server for the application `app`, which speaks HTTPS where there is a certificate."""
     return uvicorn.Server(
         uvicorn.Config(
-            app,
+            _unless_cut_off(app),
             http="auto" if cfg.body_timeout_s is None else impatient(cfg.body_timeout_s),
             log_level="warning",
             access_log=False,
@@ -46,6 +47,19 @@ def web_server(app: Any, cfg: ServeConfig) -> uvicorn.Server:
             ssl_keyfile=cfg.tls_key,
         )
     )
+
+
+def _unless_cut_off(app: ASGIApp) -> ASGIApp:
+    """`app`, where a request that the end of the server cuts off is no failure to be logged: its reply has said so."""
+
+    async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+
+    return quiet
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,6 +1,7 @@
 // Activations of a step's tokens, in memory that is kept for the next step.
 #pragma once
 #include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "linear.h"
@@ -18,12 +19,16 @@ struct Kept {
     ~Kept() {
         for (Block& block : blocks) std::free(block.at);
     }
+    // Throws std::bad_alloc where there is no more.
     float* take(int64_t bytes) {
         if (n_taken == blocks.size()) blocks.emplace_back();
         Block& block = blocks[n_taken++];
         if (block.bytes < bytes) {
             std::free(block.at);
-            block = {(float*)std::aligned_alloc(64, bytes), bytes};
+            block = {};
+            block.at = (float*)std::aligned_alloc(64, bytes);
+            if (!block.at) throw std::bad_alloc();
+            block.bytes = bytes;
         }
         return block.at;
     }

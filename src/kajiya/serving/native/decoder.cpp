@@ -69,9 +69,9 @@ struct Run {
     int64_t n, qkv_width, query_width, padded, longest;
     Buffer stream, qkv, delta, gates, queries, scratch;
     Activations normed, mixed, gated, last;
-    Work* work = nullptr;
+    std::vector<Work> work;
     int64_t n_work = 0;
-    int32_t* sequence_of = nullptr;
+    std::vector<int32_t> sequence_of;
     bool has_adapters = false;
     std::vector<Patched> patched;
     int64_t tokens_each;
@@ -88,10 +88,6 @@ struct Run {
           tokens_each(std::max<int64_t>(1, n / (4 * s.n_threads))), phases(16 * m.n_layers + 4) {
         plan();
     }
-    ~Run() {
-        std::free(work);
-        std::free(sequence_of);
-    }
 
     static int64_t context(const Step& s) {
         int32_t most = 0;
@@ -101,8 +97,8 @@ struct Run {
 
     void plan() {
         int group = model.n_query / model.n_key, together = std::max(1, 4 / group);
-        work = (Work*)std::malloc(sizeof(Work) * n * model.n_key);
-        sequence_of = (int32_t*)std::malloc(sizeof(int32_t) * n);
+        work.resize(n * model.n_key);
+        sequence_of.resize(n);
         for (int s = 0; s < step.n_sequences; ++s) {
             has_adapters |= step.adapters[s] != nullptr;
             for (int t = step.starts[s]; t < step.starts[s + 1]; t += together) {
@@ -353,11 +349,17 @@ void kajiya_product(const Linear* w, const float* x, int64_t n, float* y, int32_
     for (int64_t panel = 0; panel < n_panels(*w); ++panel) product(given, n, *w, panel, panel + 1, y, w->n_out);
 }
 
-void kajiya_step(const Model* model, const Step* step) {
+// Whether there was the memory for it; all of that is taken before anything is computed.
+bool kajiya_step(const Model* model, const Step* step) {
     Taking taking;
-    Run run(*model, *step);
+    try {
+        Run run(*model, *step);
 #pragma omp parallel num_threads(step->n_threads)
-    model->gate == kSiLU ? run.all_layers<SiLU>() : run.all_layers<GELUTanh>();
+        model->gate == kSiLU ? run.all_layers<SiLU>() : run.all_layers<GELUTanh>();
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return true;
 }
 
 // Copies a block of every layer.

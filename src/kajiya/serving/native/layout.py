@@ -1,7 +1,7 @@
 """The structures of `decoder.cpp`, field by field, and the signatures of its functions."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_float, c_int32, c_int64, c_void_p
 
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 """How weights are stored, by the decoder's number."""
@@ -118,6 +118,6 @@ def declare(library: ctypes.CDLL) -> None:
     library.kajiya_product.argtypes = [POINTER(Linear), c_void_p, c_int64, c_void_p, c_int32]
     library.kajiya_product.restype = None
     library.kajiya_step.argtypes = [POINTER(Model), POINTER(Step)]
-    library.kajiya_step.restype = None
+    library.kajiya_step.restype = c_bool
     library.kajiya_copy_block.argtypes = [POINTER(Model), c_int32, c_int32]
     library.kajiya_copy_block.restype = None

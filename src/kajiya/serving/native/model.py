@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kajiya.errors import ConfigError
 from kajiya.serving.native import layout
 from kajiya.serving.native.architecture import FAMILIES, Architecture, Rotary
 from kajiya.serving.native.build import load_library
@@ -134,18 +135,24 @@ class NativeModel:
         cells = n_blocks * self.model.n_key * layout.BLOCK_TOKENS
         widths = {"fp32": 4, "bf16": 2, "int8": 1}
         size = cells * padded * widths[cache]
-        for layer in self.layers:
-            layer.cache.keys = self._arena.take(size)
-            layer.cache.values = self._arena.take(size)
-            if cache == "int8":
-                layer.cache.key_scales = self._arena.take(cells * 4)
-                layer.cache.value_scales = self._arena.take(cells * 4)
+        try:
+            for layer in self.layers:
+                layer.cache.keys = self._arena.take(size)
+                layer.cache.values = self._arena.take(size)
+                if cache == "int8":
+                    layer.cache.key_scales = self._arena.take(cells * 4)
+                    layer.cache.value_scales = self._arena.take(cells * 4)
+        except (OSError, OverflowError) as error:
+            n_tokens = n_blocks * layout.BLOCK_TOKENS
+            problem = f"there is no memory for the keys and values of {n_tokens} tokens: {error}"
+            raise ConfigError("serve.cache_tokens", problem, "Set it lower.") from error
         first = min(size, _FIRST_CACHE_BYTES // (2 * len(self.layers)))
         self._arena.populate([(at, first) for layer in self.layers for at in (layer.cache.keys, layer.cache.values)])
 
     def step(self, step: layout.Step) -> None:
-        """Compute one step; the cache is written."""
-        self._library.kajiya_step(ctypes.byref(self.model), ctypes.byref(step))
+        """Compute one step; the cache is written. Raises `MemoryError` where there is no room for its activations."""
+        if not self._library.kajiya_step(ctypes.byref(self.model), ctypes.byref(step)):
+            raise MemoryError(f"no memory is left for a step of {step.n_tokens} tokens")
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy the keys and values of a block, in every layer."""
