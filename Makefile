@@ -4,6 +4,8 @@ ARGS ?=
 BIN := .venv/bin
 # uv does not read pip's variable; on a machine that points pip at local wheels, uv looks there too.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# The suite starts hundreds of processes: without bytecode on disk each of them compiles every library that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint types bench docs format clean

@@ -39,6 +39,7 @@ from kajiya.config.schema import (
 )
 from kajiya.config.validate import validate
 from kajiya.errors import ConfigError, KajiyaError
+from kajiya.flows import planning
 from kajiya.flows.plan import prove_recipe
 from kajiya.flows.train import Scope, train
 from kajiya.run.store import Store
@@ -350,6 +351,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="Folder for what is made, which stays; a temporary one without it.")
     given = parser.parse_args()
+    # What a step costs is nobody's concern here; it is still measured, by the fewest steps.
+    planning._ENOUGH_S = dict.fromkeys(planning._ENOUGH_S, 0.0)
     n_alarms = 0
     seconds: list[float] = []
     refused: Counter[str] = Counter()

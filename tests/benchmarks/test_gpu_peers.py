@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.benchmarks.test_train_throughput import BENCHMARKS, made_result, report_of, throughput  # noqa: F401  (a fixture)
+from tests.benchmarks.test_train_throughput import (
+    BENCHMARKS,
+    arguments_of,
+    made_result,
+    report_of,
+    throughput,  # noqa: F401  (a fixture)
+)
 from transformers import AutoModelForCausalLM
 
 from kajiya.models import build
@@ -174,27 +179,21 @@ def test_the_commands_of_the_readme_are_understood(throughput: ModuleType) -> No
 
 
 @pytest.mark.slow
-def test_a_size_that_is_read_is_the_same_work_in_every_peer(tmp_path: Path) -> None:
+def test_a_size_that_is_read_is_the_same_work_in_every_peer(
+    tmp_path: Path,
+    throughput: ModuleType,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     shape = ["--model", "XR", "--rows", "4", "--steps", "3", "--precision", "fp32"]
     peers = ["--tokens", "32", "--peers", "kajiya_train", "hf_trainer"]
-    report = report_of(tmp_path, *shape, *peers)
+    report = report_of(throughput, tmp_path, *shape, *peers)
     (comparison,) = report["comparisons"]
     assert comparison["agreement"]["same_tokens"]
     assert comparison["agreement"]["same_weights"]
     assert comparison["agreement"]["largest_loss_difference"] < 1e-4
-    report = report_of(tmp_path, *shape, "--tokens", "512", "--method", "qlora")
+    report = report_of(throughput, tmp_path, *shape, "--tokens", "512", "--method", "qlora")
     (result,) = report["runs"]["kajiya_train"]
     assert len(result["losses"]) == 3
-    wrong = ["--method", "qlora", "--peers", "trl_sft", *shape, "--tokens", "512", "--repeats", "1"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(BENCHMARKS / "train_throughput.py"),
-            *wrong,
-            *("--store", str(tmp_path), "--text", report["order"]["text"]),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "this peer does sft and lora, and the order is qlora" in done.stderr
+    wrong = [*shape, "--method", "qlora", "--peers", "trl_sft", "--tokens", "512"]
+    assert throughput.main(arguments_of(tmp_path, *wrong)) == 1
+    assert "this peer does sft and lora, and the order is qlora" in capsys.readouterr().err

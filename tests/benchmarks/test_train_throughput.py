@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -212,21 +214,37 @@ def test_every_peer_is_offered(throughput: ModuleType) -> None:
     assert [peer.name for peer in throughput.parse([]).peers] == ["kajiya_train", "hf_trainer"]
 
 
-def report_of(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """The benchmark's answer in JSON, of a tiny model on the source of `email`."""
+def arguments_of(store: Path, *more: str) -> list[str]:
+    """The benchmark's arguments for one run of each peer, of a tiny model on the source of `email`."""
     text = Path(sysconfig.get_paths()["stdlib"]) / "email"
-    command = [sys.executable, str(BENCHMARKS / "train_throughput.py"), "--json", "--model", "XS", "--repeats", "1"]
-    command += ["--store", str(tmp_path), "--text", str(text), *arguments]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return ["--json", "--model", "XS", "--repeats", "1", "--store", str(store), "--text", str(text), *more]
+
+
+def report_of(throughput: ModuleType, store: Path, *more: str) -> dict[str, Any]:
+    """What the benchmark prints in JSON, from this process; its peers have a process each."""
+    printed, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(errors):
+        patch.setenv("OMP_NUM_THREADS", "1")
+        code = throughput.main(arguments_of(store, *more))
+    assert code == 0, errors.getvalue()
+    return json.loads(printed.getvalue())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def tuning_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store for the rows that several methods are tuned on."""
+    return tmp_path_factory.mktemp("tuning")
 
 
 @pytest.mark.slow
 def test_both_peers_do_the_same_work(tmp_path: Path) -> None:
     peers = ["kajiya_train", "hf_trainer", "bare_loop:chunks=2"]
     arguments = ["--rows", "4", "--micro-rows", "2", "--tokens", "32", "--steps", "4", "--precision", "fp32"]
-    report = report_of(tmp_path, *arguments, "--peers", *peers)
+    command = [sys.executable, str(BENCHMARKS / "train_throughput.py"), *arguments_of(tmp_path, *arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--peers", *peers], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
     assert list(report["runs"]) == peers
     for runs in report["runs"].values():
         (result,) = runs
@@ -247,8 +265,11 @@ def test_both_peers_do_the_same_work(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "lora", "dpo"])
-def test_tunings_learn_the_same_from_packed_and_padded_samples(tmp_path: Path, method: str) -> None:
-    report = report_of(tmp_path, "--method", method, "--tokens", "512", "--steps", "3", "--precision", "fp32")
+def test_tunings_learn_the_same_from_packed_and_padded_samples(
+    throughput: ModuleType, tuning_store: Path, method: str
+) -> None:
+    words = ("--method", method, "--tokens", "512", "--steps", "3", "--precision", "fp32")
+    report = report_of(throughput, tuning_store, *words)
     runs = {peer: results[0] for peer, results in report["runs"].items()}
     for comparison in report["comparisons"]:
         assert comparison["agreement"]["same_weights"]

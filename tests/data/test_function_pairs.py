@@ -4,11 +4,13 @@ import ast
 import sysconfig
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kajiya.config.options import StdlibPairsSource
 from kajiya.config.schema import DataConfig, SourceConfig
+from kajiya.data import sources
 from kajiya.data.corpus import build_corpus, is_heldout
 from kajiya.data.documents import open_documents
 from kajiya.data.entries import Row, Unreadable
@@ -132,6 +134,23 @@ def test_rows_of_a_folder_and_what_is_no_python(tmp_path: Path) -> None:
     for chat_row, row in zip(rows, plain_rows, strict=True):
         contents = [message["content"] for message in chat_row.columns["messages"]]
         assert list(row.columns.values()) == contents
+
+
+def test_files_of_other_packages_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("one", "two"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "a.py").write_text('def f(x):\n    """Say x."""\n    return x\n')
+    real, opened = sources._read_text, []
+
+    def read_text(name: str, *more: Any) -> Any:
+        opened.append(name)
+        return real(name, *more)
+
+    monkeypatch.setattr(sources, "_read_text", read_text)
+    (row,) = stdlib_pairs(StdlibPairsSource(root=str(tmp_path), rows="seq2seq", packages="two"))
+    assert isinstance(row, Row)
+    assert row.group == "two/a.py"
+    assert opened == ["two/a.py"]
 
 
 def test_no_function_of_a_held_out_file_is_trained_on(tmp_path: Path) -> None:

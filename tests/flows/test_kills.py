@@ -4,17 +4,17 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.conftest import small_overrides
+from tests.flows.forked_trainings import finish, kill_behind, metrics_of, started
 
 from kajiya.config.tables import TABLES
 from kajiya.config.validate import CHECKS
 from kajiya.run.events import read_events
 from kajiya.run.folder import find_run
-from kajiya.run.forks import Fork, forked, release
+from kajiya.run.forks import release
 from kajiya.run.hashing import hash_file
 from kajiya.run.store import Store
 
@@ -45,29 +45,6 @@ CASES = [
 _UNPROVEN = f"preflight.skip=[{','.join(CHECKS)}]"
 """What is proven before a training has tests of its own."""
 
-_TRAIN = """
-import json, os, sys
-from pathlib import Path
-os.environ["OMP_NUM_THREADS"] = "1"
-from kajiya.config.compose import compose
-from kajiya.flows.train import Scope, train
-from kajiya.flows.tune_trial import import_all
-from kajiya.run.forks import serve
-from kajiya.run.store import Store
-
-def work(order, to_parent, from_parent):
-    def hear(kind, **fields):
-        if kind in ("metrics", "derived"):
-            to_parent.write(json.dumps({"kind": kind, "step": fields.get("step"), "values": fields["values"]}) + "\\n")
-            to_parent.flush()
-    scope = Scope(is_evaluated=False, is_reported=False)
-    train(compose("stdlib-pretrain", order["settings"]), Store(Path(order["store"])), on_event=hear, scope=scope)
-    return 0
-
-import_all()
-sys.exit(serve(work))
-"""
-
 
 def test_every_optimizer_and_precision_has_a_case() -> None:
     from kajiya.training.precision import _KINDS
@@ -76,36 +53,8 @@ def test_every_optimizer_and_precision_has_a_case() -> None:
     assert {precision for precision, _, _ in CASES} == set(_KINDS) - {"fp8"}, "fp8 needs a GPU"
 
 
-@contextmanager
-def _started(store: Path, settings: tuple[str, ...]) -> Iterator[Fork]:
-    order = {"store": str(store), "settings": small_overrides(*settings)}
-    with forked(("-c", _TRAIN), order, store / "log") as fork:
-        yield fork
-
-
 def _finish(store: Path, settings: tuple[str, ...]) -> Path:
-    with _started(store, settings) as fork:
-        assert all(fork.lines())
-    assert fork.exit_code == 0, (store / "log").read_text()
-    return find_run(Store(store), "latest").folder
-
-
-def _kill_behind(step: int, store: Path, settings: tuple[str, ...]) -> None:
-    with _started(store, settings) as fork:
-        for said in fork.lines():
-            if said["kind"] == "metrics" and said["step"] >= step:
-                fork.kill()
-    assert fork.exit_code == -signal.SIGKILL, (store / "log").read_text()
-
-
-def _metrics(folder: Path) -> dict[tuple[int, str], float]:
-    return {
-        (event["step"], name): value
-        for event in read_events(folder)
-        if event["kind"] == "metrics"
-        for name, value in event["values"].items()
-        if "per_second" not in name and name != "train/data_wait_s"
-    }
+    return finish("stdlib-pretrain", small_overrides(*settings), store).folder
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +80,10 @@ def test_killed_at_random_steps(precision: str, optim: str, more: str, prepared:
     # One before the first checkpoint or soon behind it, one later: other steps in each case, the same in each run of it.
     drawn = random.Random(f"{precision} {optim}")
     for step in (drawn.randint(1, 8), drawn.randint(steps // 2, steps - 2)):
-        _kill_behind(step, stores[1], settings)
+        kill_behind(step, "stdlib-pretrain", small_overrides(*settings), stores[1])
     rest = _finish(stores[1], settings)
     assert sum(event["kind"] == "started" for event in read_events(rest)) == 3
-    assert _metrics(rest) == _metrics(whole)
+    assert metrics_of(rest) == metrics_of(whole)
     went_back = [event["text"] for event in read_events(whole) if "went back" in event.get("text", "")]
     assert bool(went_back) == ("rollback" in more)
     last = f"checkpoints/step-{steps:08d}/state.safetensors"
@@ -149,12 +98,12 @@ def test_killed_at_random_steps(precision: str, optim: str, more: str, prepared:
 def test_a_length_by_time_and_the_fastest_precision_are_settled_once(prepared: Path, tmp_path: Path) -> None:
     """The demo's own way: the first attempt measures, the later ones keep what it found."""
     common = ("model.n_params=400k", "train.compile=off", "train.eval_every=null", "train.save_every=null", _UNPROVEN)
-    timed = (*common, "train.minutes=0.5", "train.steps=null", "train.precision=auto")
+    timed = (*common, "train.minutes=0.25", "train.steps=null", "train.precision=auto")
     stores = tmp_path / "killed", tmp_path / "whole"
     for store in stores:
         shutil.copytree(prepared, store)
 
-    with _started(stores[0], timed) as fork:
+    with started("stdlib-pretrain", small_overrides(*timed), stores[0]) as fork:
         for said in fork.lines():
             if said["kind"] == "derived":
                 settled = said["values"]
@@ -174,6 +123,6 @@ def test_a_length_by_time_and_the_fastest_precision_are_settled_once(prepared: P
     whole = _finish(stores[1], (*common, *fixed))
     manifests = [find_run(Store(store), "latest").manifest() for store in stores]
     assert manifests[0]["derived"] == manifests[1]["derived"] == settled
-    assert _metrics(rest) == _metrics(whole)
+    assert metrics_of(rest) == metrics_of(whole)
     models = [store / made["artifacts"]["model"]["path"] for store, made in zip(stores, manifests, strict=True)]
     assert hash_file(models[0] / "model.safetensors") == hash_file(models[1] / "model.safetensors")

@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.flows.forked_trainings import finish, kill_behind, metrics_of
 
 from kajiya.api import load
 from kajiya.config.compose import compose
@@ -26,7 +23,8 @@ from kajiya.models.build import build_model, vocabulary_of
 from kajiya.models.save import save_model
 from kajiya.models.tasks import Task
 from kajiya.run.events import read_events
-from kajiya.run.folder import find_run
+from kajiya.run.folder import Run
+from kajiya.run.forks import release
 from kajiya.run.store import Store
 from kajiya.training.probe import measure_steps
 
@@ -202,57 +200,30 @@ def test_what_cannot_be_is_refused(text: str, tmp_path: Path) -> None:
         _train(text, tmp_path, "data.on_long=error", "train.loss.options.max_tokens=60", "data.row_tokens=64")
 
 
-def _command(text: str, store: Path, *more: str) -> list[str]:
-    unproven = f"preflight.skip=[{','.join(CHECKS)}]"
-    settings = [text, *SMALL, "data.duplicates=off", "train.steps=14", "eval.samples=0", unproven, *more]
-    return [sys.executable, "-m", "kajiya", "train", "stdlib-grpo", *settings, "--store", str(store)]
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def _finish(command: list[str], store: Path) -> tuple[str, dict[tuple[int, str], float]]:
-    """Digest of the trained weights, and each metric by step, but for times."""
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
-    assert done.returncode == 0, done.stderr
-    run = find_run(Store(store), "latest")
+def _digest(run: Run, store: Path) -> str:
+    """Of the trained weights."""
     folder = store / run.manifest()["artifacts"]["model"]["path"]
-    weights = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.safetensors")))
-    values = {
-        (event["step"], name): value
-        for event in read_events(run.folder)
-        if event["kind"] == "metrics"
-        for name, value in event["values"].items()
-        if "per_second" not in name and name != "train/data_wait_s"
-    }
-    return hashlib.sha256(weights).hexdigest(), values
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.safetensors")))).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[None]:
+    """Behind the last test, the process from which trainings were forked is ended."""
+    yield
+    release()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("more", [(), PHASES], ids=["full", "qlora-in-phases"])
 def test_killed_twice_equals_uninterrupted_bit_for_bit(text: str, more: tuple[str, ...], tmp_path: Path) -> None:
     """The kills come between two lines of the log, where most of the time goes into answers."""
-    whole = _finish(_command(text, tmp_path / "whole", *more), tmp_path / "whole")
-    command = _command(text, tmp_path / "killed", *more)
+    unproven = f"preflight.skip=[{','.join(CHECKS)}]"
+    settings = [text, *SMALL, "data.duplicates=off", "train.steps=14", "eval.samples=0", unproven, *more]
+    whole = finish("stdlib-grpo", settings, tmp_path / "whole", is_evaluated=True)
     for step in (5, 9):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment())
-        while process.poll() is None and not _has_logged(tmp_path / "killed", step):
-            time.sleep(0.005)
-        assert process.poll() is None, "ended before its kill"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert _finish(command, tmp_path / "killed") == whole
-    starts = [
-        each for each in read_events(find_run(Store(tmp_path / "killed"), "latest").folder) if each["kind"] == "started"
-    ]
-    assert len(starts) == 3
-
-
-def _has_logged(store: Path, step: int) -> bool:
-    logs = store.glob("runs/*/events.jsonl")
-    return any(
-        event["kind"] == "metrics" and event["step"] >= step and "train/loss" in event["values"]
-        for log in logs
-        for event in read_events(log.parent)
-    )
+        kill_behind(step, "stdlib-grpo", settings, tmp_path / "killed", is_evaluated=True)
+    rest = finish("stdlib-grpo", settings, tmp_path / "killed", is_evaluated=True)
+    assert _digest(rest, tmp_path / "killed") == _digest(whole, tmp_path / "whole")
+    assert metrics_of(rest.folder) == metrics_of(whole.folder)
+    assert sum(each["kind"] == "started" for each in read_events(rest.folder)) == 3

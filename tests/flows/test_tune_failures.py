@@ -127,7 +127,7 @@ def test_real_failures_do_not_end_the_search(tmp_path: Path) -> None:
         "    return terms, metrics\n"
     )
     words = ("train.loss.name=own_loss:loss", "train.loss.options.how=choice(well,crash,kill,greedy,broken,hang)",
-             "tune.sampler.name=grid", "tune.confirm_seeds=0", "optim.max_skipped=0", "tune.trial_minutes=1",
+             "tune.sampler.name=grid", "tune.confirm_seeds=0", "optim.max_skipped=0", "tune.trial_minutes=0.5",
              "tune.trial_memory_gb=64")  # fmt: skip
     done = subprocess.run(
         [*_command(tmp_path / "store", *words), "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=500,
@@ -138,7 +138,7 @@ def test_real_failures_do_not_end_the_search(tmp_path: Path) -> None:
     assert counts == {"finished": 1, "failed": 2, "out of memory": 1, "not finite": 1, "timed out": 1}
     (report,) = (tmp_path / "store").glob("studies/*/report/report.md")
     text = report.read_text()
-    for problem in ("on purpose", "SIGKILL", "Cannot allocate memory", "not done after 1 min"):
+    for problem in ("on purpose", "SIGKILL", "Cannot allocate memory", "not done after 0.5 min"):
         assert problem in text
     assert _is_gone(tmp_path / "child")
 

@@ -9,7 +9,7 @@ from typing import Any
 from kajiya.config.options import StdlibPairsSource, StdlibSource
 from kajiya.data.entries import Document, Found, Row, Unreadable
 from kajiya.data.function_pairs import BODY, DOCSTRING, Pair, function_pairs
-from kajiya.data.sources import stdlib
+from kajiya.data.sources import python_files, stdlib_files
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,12 @@ def stdlib_pairs(options: StdlibPairsSource) -> Iterator[Found]:
     """A row for each pair in the files of the source `stdlib`, named `file:qualname (kind)`; a file is a group."""
     form = FORMS[options.rows]
     packages = None if options.packages is None else options.packages.split()
-    for entry in stdlib(StdlibSource(options.root)):
-        if packages is not None and entry.name.partition("/")[0] not in packages:
-            continue
+    files = [
+        (name, path)
+        for name, path in stdlib_files(StdlibSource(options.root))
+        if packages is None or name.partition("/")[0] in packages
+    ]
+    for entry in python_files(files):
         if not isinstance(entry, Document):
             yield entry
             continue

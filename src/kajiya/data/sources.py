@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tokenize
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -39,7 +39,12 @@ SourceFile = tuple[str, Path]
 
 def stdlib(options: StdlibSource) -> Iterator[Found]:
     """Every `.py` file of the standard library (or of `root`) outside site-packages and test folders."""
-    for name, path in stdlib_files(options):
+    yield from python_files(stdlib_files(options))
+
+
+def python_files(files: Iterable[SourceFile]) -> Iterator[Found]:
+    """The files of Python source as documents; what is not UTF-8 cannot be read, and its own coding is named."""
+    for name, path in files:
         entry = _read_text(name, path, "utf-8")
         yield _with_declared_coding(entry, path) if isinstance(entry, Unreadable) else entry
 

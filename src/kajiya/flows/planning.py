@@ -20,7 +20,7 @@ from kajiya.run.store import Store, produce
 from kajiya.training.fit import Setup
 from kajiya.training.probe import StepCost, measure_steps
 
-_ENOUGH_S = {"by time": 2.0, "by steps": 0.5}
+_ENOUGH_S = {"by time": 2.0, "by steps": 0.2}
 """How long steps are measured: where the length of the run comes from it, and where only its words do, seconds."""
 
 
