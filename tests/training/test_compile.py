@@ -15,7 +15,7 @@ from kajiya.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from kajiya.models.adapt import transform
 from kajiya.models.build import build_model
 from kajiya.training import compile as compile_module
-from kajiya.training.compile import compile_where_it_pays, compiler_problem
+from kajiya.training.compile import compile_where_it_pays, compiler_problem, takes_whole_blocks
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,13 @@ CPU = torch.device("cpu")
 )
 def test_both_reasons_are_said(compile_: str, fused: str, words: str) -> None:
     assert compile_where_it_pays(TrainConfig(compile=compile_), nn.Linear(2, 2), CPU, fused) == words
+
+
+def test_blocks_are_left_whole_for_a_compiler_that_is_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for problem in (None, "no C++ compiler was found"):
+        monkeypatch.setattr(compile_module, "compiler_problem", lambda device, problem=problem: problem)
+        assert takes_whole_blocks(TrainConfig(compile="on"), nn.Linear(2, 2), CPU) == (problem is None)
+        assert not takes_whole_blocks(TrainConfig(compile="auto"), nn.Linear(2, 2), CPU)
 
 
 def test_a_gpu_is_not_told_of_the_operators() -> None:

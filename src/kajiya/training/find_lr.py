@@ -45,7 +45,10 @@ def range_test(setup: Setup, lowest: float, highest: float, steps: int) -> Range
     trial = replace(setup, lr=rate, steps=steps, guard=Guard(), max_skipped=steps, watches=())
     with undone(setup):
         for _ in range(steps):
+            overflows = state.overflows
             train_step(trial, state)
+            if state.overflows > overflows:  # fp16's loss scale has come down, which says nothing of the rate
+                continue
             values: dict[str, Any] = drain_window(state)
             if not values:  # the step was skipped: its gradient was not finite
                 break

@@ -132,7 +132,7 @@ def is_plain_call() -> bool:
     """
     if torch.compiler.is_compiling():  # first, for it cannot trace the others
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch.autograd._profiler_enabled()
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._autograd._profiler_enabled()
 
 
 def kind_of(tensor: torch.Tensor) -> int:
