@@ -25,7 +25,8 @@ def compile_where_it_pays(
 ) -> str:
     """Compile where the config and the machine say so; returns what was done and why, in words.
 
-    `varies`: batches are of many lengths. `fused` says whether the blocks were joined (`models.fused`), which leaves a compiler nothing to gain, and why they were not.
+    `varies`: batches are of many lengths. `fused` says whether the blocks were joined (`models.fused`), which leaves a compiler
+    nothing to gain, and why they were not.
     """
     state, _, detail = fused.partition(": ")
     words = _compile_if_wanted(train, model, device, is_fused=state == "yes", varies=varies)
