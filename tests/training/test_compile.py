@@ -47,10 +47,11 @@ def test_lengths_that_vary_are_compiled_once_for_all(varies: bool, monkeypatch: 
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(compile_module, "compiler_problem", lambda device: None)
     monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: asked.append(settings))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: asked.append({"reset": not asked}))
     model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
     words = compile_where_it_pays(TrainConfig(compile="on"), model, CPU, "no: x", varies=varies)
     assert words == "yes: 2 blocks" + (", for any length" if varies else "") + "; not joined in C++: x"
-    assert asked == 2 * [{"dynamic": None if varies else False}]
+    assert asked == [{"reset": True}, *2 * [{"dynamic": None if varies else False}]]
 
 
 def test_whether_lengths_vary_is_known_from_the_rows() -> None:

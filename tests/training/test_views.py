@@ -75,6 +75,18 @@ def test_the_range_test_waits_for_the_loss_scale_of_fp16(tiny_model: Make) -> No
     assert setup.strategy.state()["factor"] == 65_536, "undone"
 
 
+def test_the_range_test_keeps_to_the_rows_that_the_run_begins_with(tiny_model: Make) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], row_growth=(0.3, 0.6))
+    inner, widths = setup.loss, set[int]()
+
+    def seen(model: Any, batch: Any) -> Any:
+        widths.add(batch.tokens.shape[1])
+        return inner(model, batch)
+
+    range_test(replace(setup, loss=seen), 1e-6, 1e-2, 20)
+    assert widths == {4}
+
+
 def test_a_profile_of_compiled_blocks_says_why_it_has_no_modules(tiny_model: Make, tmp_path: Path) -> None:
     setup = make_setup(tiny_model(), [make_batch(2)], steps=4)
     state = TrainState()

@@ -83,6 +83,8 @@ def compile_blocks(model: nn.Module, *, varies: bool = False) -> int:
     Each shape is compiled for itself, which is fastest where there are few; where lengths vary, the second one is compiled
     for all: torch gives up, and runs what comes then uncompiled, behind the eighth.
     """
+    # torch counts the shapes of a block's code over the whole process: those of a run before would leave this one uncompiled.
+    torch.compiler.reset()
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
     uniform = [stack for stack in stacks if len({type(block) for block in stack}) == 1]
     if not uniform:
