@@ -186,6 +186,7 @@ def test_the_config_is_frozen() -> None:
         ("optim.options.momentum=2", "must be less than 1"),
         ("optim.options.nesterov=3", "not of type bool"),
         ("train.precision=bf17", "not one of auto, fp32"),
+        ("model.init_std=2", "model.init_std: 2.0 is out of range: it must be at most 1"),
         ("train.steps=10", "exactly one of train.steps, train.epochs, train.minutes"),
         ("train.minutes=null", "given: none of them"),
         ("model.n_params=6Q", "is not a count"),
@@ -230,6 +231,8 @@ def test_combinations_that_cannot_be() -> None:
         compose("stdlib-pretrain", ["model.hidden_size=100", "model.n_heads=8"])
     with pytest.raises(ConfigError, match="divide"):
         compose("stdlib-pretrain", ["model.n_heads=8", "model.n_kv_heads=3"])
+    with pytest.raises(ConfigError, match=r"train\.on_spike: rollback changes nothing with train\.spike_sigmas=null"):
+        compose("stdlib-pretrain", ["train.on_spike=rollback", "train.spike_sigmas=null"])
     # Nothing that goes through a frozen block whose output is zero can be learnt.
     for adapter in (["adapter.name=ia3"], ["adapter.name=lora", "adapter.options.init=pissa"]):
         with pytest.raises(ConfigError, match=r"model\.zero_outputs: leaves adapter\.name="):

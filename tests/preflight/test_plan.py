@@ -1,14 +1,20 @@
 """The length of a run from its time, and what a run that goes on keeps of the settings that were measured."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from kajiya.config.compose import compose
 from kajiya.config.schema import Config
-from kajiya.flows.fitting import _resolve_precision
+from kajiya.data.progress import silent
+from kajiya.flows.fitting import _resolve_precision, plan_only
+from kajiya.flows.stages import Stages
+from kajiya.flows.train import prepare_data
 from kajiya.preflight.plan import _steps
+from kajiya.run.store import Store
 from kajiya.training.probe import StepCost
 from kajiya.training.ranks import find_ranks
 
@@ -51,3 +57,27 @@ def test_a_run_that_goes_on_keeps_the_precision_that_auto_picked(picked: str) ->
     assert (kept.name, kept.reason) == (picked, "auto picked it when the run began")
     said = _resolve_precision(compose("stdlib-pretrain", ["train.precision=bf16-mixed"]), settled, cpu, ranks)
     assert said.name == "bf16-mixed"
+
+
+_ROWS = """
+name: sums
+data: {source: {name: jsonl, options: {files: FILES}}, row_tokens: 256, heldout_every: 5, packing: bucketed}
+tokenizer: {vocab_size: 270}
+model: {n_params: null, hidden_size: 16, n_layers: 1, n_heads: 2, n_kv_heads: 1, ffn_size: 16, max_positions: 256}
+train: {steps: 3, micro_batch: 4, precision: fp32, compile: "off"}
+"""
+
+
+def test_rows_as_long_as_their_sequences_are_counted_as_they_are(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"{n} and {n} are", "completion": str(2 * n)}) for n in range(100)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "rows.yaml").write_text(_ROWS.replace("FILES", str(tmp_path / "rows.jsonl")))
+    config, store = compose(str(tmp_path / "rows.yaml")), Store(tmp_path / "store")
+    data = prepare_data(config, store, Stages(silent))
+    plan, _ = plan_only(config, data, store)
+    assert data.packing is not None
+    packed = data.packing.facts["train"]
+    assert plan.tokens_per_step == round(4 * packed["tokens"] / packed["examples"]) < 4 * 256 / 2
+    assert plan.tokens == 3 * plan.tokens_per_step
+    assert plan.tokens_per_second == pytest.approx(plan.tokens_per_step / plan.step_seconds)
+    assert plan.epochs == pytest.approx(3 * 4 / packed["examples"])

@@ -515,6 +515,20 @@ def test_accumulation_is_proven_for_a_loss_that_measures_its_group(
     assert (found.figures["difference"] > 1e-3) == (wrong is not None)
 
 
+def test_a_loss_that_is_not_finite_is_called_so(corpus: Corpus) -> None:
+    parts = make_parts()
+    honest = load_loss(LossConfig("next_token", {"chunk_tokens": 7}))
+
+    def broken(model: Any, batch: Any) -> Any:
+        terms, metrics = honest(model, batch)
+        return {name: (total * float("nan"), count) for name, (total, count) in terms.items()}, metrics
+
+    parts.setup_changes |= {"loss": broken}
+    verdict, _ = verdict_of(parts, corpus)
+    assert finding(verdict, "accumulation").text == "the gradient of a micro-batch is not finite"
+    assert finding(verdict, "start").text.startswith("the first loss is {'loss': nan}")
+
+
 def test_noise_on_the_embeddings_is_no_alarm(corpus: Corpus) -> None:
     """NEFTune draws anew for each micro-batch, as dropout does."""
     parts = make_parts()

@@ -1,5 +1,6 @@
 """How many threads a process takes: what the user said, what the machine grants."""
 
+import logging
 import os
 import platform
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kajiya.run.process import default_threads, use_gpu
+from kajiya.run.process import default_threads, quiet_torchao, use_gpu
 from kajiya.run.provenance import _cpu_limits, usable_cores
 
 
@@ -126,3 +127,18 @@ def test_the_products_of_a_gpu_are_as_they_are_asked_for(tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == [each for chosen in ("tf32", "ieee", "ieee", "tf32") for each in (chosen, chosen)]
+
+
+def test_libraries_say_nothing_of_what_they_did_not_find(caplog: pytest.LogCaptureFixture) -> None:
+    """LoRA on a CPU imports bitsandbytes, which names a package of kernels to be installed."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "bitsandbytes.backends.cpu.ops")]
+    before = [each.level for each in loggers]
+    try:
+        quiet_torchao()
+        for each in loggers:
+            each.warning("pip install kernels")
+            each.error("broken")
+    finally:
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)
+    assert [record.message for record in caplog.records] == ["broken", "broken"]

@@ -11,11 +11,13 @@ import torch
 from tests.training.conftest import VOCABULARY
 from torch import nn
 
+from kajiya.config.compose import compose
 from kajiya.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from kajiya.flows.feeding import has_many_lengths
 from kajiya.models.adapt import transform
 from kajiya.models.build import build_model
 from kajiya.training import compile as compile_module
-from kajiya.training.compile import compile_where_it_pays, compiler_problem
+from kajiya.training.compile import compile_where_it_pays, compiler_problem, takes_whole_blocks
 
 CPU = torch.device("cpu")
 
@@ -32,6 +34,33 @@ def test_both_reasons_are_said(compile_: str, fused: str, words: str) -> None:
     assert compile_where_it_pays(TrainConfig(compile=compile_), nn.Linear(2, 2), CPU, fused) == words
 
 
+def test_blocks_are_left_whole_for_a_compiler_that_is_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for problem in (None, "no C++ compiler was found"):
+        monkeypatch.setattr(compile_module, "compiler_problem", lambda device, problem=problem: problem)
+        assert takes_whole_blocks(TrainConfig(compile="on"), nn.Linear(2, 2), CPU) == (problem is None)
+        assert not takes_whole_blocks(TrainConfig(compile="auto"), nn.Linear(2, 2), CPU)
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_lengths_that_vary_are_compiled_once_for_all(varies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles eight shapes of its own each, and runs what comes then uncompiled."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(compile_module, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: asked.append(settings))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: asked.append({"reset": not asked}))
+    model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+    words = compile_where_it_pays(TrainConfig(compile="on"), model, CPU, "no: x", varies=varies)
+    assert words == "yes: 2 blocks" + (", for any length" if varies else "") + "; not joined in C++: x"
+    assert asked == [{"reset": True}, *2 * [{"dynamic": None if varies else False}]]
+
+
+def test_whether_lengths_vary_is_known_from_the_rows() -> None:
+    assert not has_many_lengths(compose("stdlib-pretrain"), "text")
+    assert not has_many_lengths(compose("stdlib-sft"), "instruction")
+    assert has_many_lengths(compose("stdlib-sft", ["data.packing=bucketed"]), "instruction")
+    assert has_many_lengths(compose("stdlib-grpo"), "prompt")
+
+
 def test_a_gpu_is_not_told_of_the_operators() -> None:
     words = compile_where_it_pays(TrainConfig(compile="off"), nn.Linear(2, 2), torch.device("cuda"), "no: for a CPU")
     assert words == "no: set in the config"
@@ -40,7 +69,7 @@ def test_a_gpu_is_not_told_of_the_operators() -> None:
 @pytest.mark.parametrize("quantized", ["none", "nf4"])
 def test_adapters_of_experts_in_four_bits_are_not_compiled(quantized: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_module, "compiler_problem", lambda device: None)
-    monkeypatch.setattr(compile_module, "compile_blocks", lambda model: 2)
+    monkeypatch.setattr(compile_module, "compile_blocks", lambda model, varies: 2)
     sizes: Any = {"n_params": None, "hidden_size": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "ffn_size": 32}
     module = build_model(ModelConfig(name="mixtral", options={"num_local_experts": 2}, **sizes), VOCABULARY, 0).module
     transform(module, AdapterConfig("lora", {"r": 4}), quantized, 0)

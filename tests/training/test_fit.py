@@ -1,7 +1,7 @@
 """The loop against an independent plain loop; what does not change the result; what must stop it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from kajiya.data.batch import NO_TARGET, Batch
 from kajiya.errors import TrainingError
 from kajiya.training.fit import Hook, Setup, fit, pieces_at, train_step
 from kajiya.training.losses import load_loss
+from kajiya.training.memory import largest_micro_batch
 from kajiya.training.optimizers import load_optimizer
 from kajiya.training.precision import resolve_precision
 from kajiya.training.probe import measure_steps
@@ -184,6 +185,21 @@ def test_measuring_leaves_no_trace(optim: str, precision: str, tiny_model: Make)
         fit(each, TrainState(), [], lambda: False)
     for a, b in zip(setup.model.parameters(), fresh.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_measuring_leaves_it_to_the_run_to_judge_a_loss_that_is_not_finite(tiny_model: Make) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], max_skipped=0)
+    inner = setup.loss
+
+    def broken(model: Any, batch: Any) -> Any:
+        terms, metrics = inner(model, batch)
+        return {name: (total * float("nan"), count) for name, (total, count) in terms.items()}, metrics
+
+    setup = replace(setup, loss=broken)
+    assert measure_steps(setup).measured_steps >= 3
+    assert largest_micro_batch(setup, lambda _rows: None, 1) == 1
+    with pytest.raises(TrainingError, match="step 1: the loss is not finite"):
+        train_step(setup, TrainState())
 
 
 def test_rows_grow_and_lose_no_token(tiny_model: Make) -> None:

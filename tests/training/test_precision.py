@@ -5,7 +5,7 @@ import torch
 
 from kajiya.errors import ConfigError
 from kajiya.training import precision
-from kajiya.training.precision import resolve_device, resolve_precision
+from kajiya.training.precision import require_tf32, resolve_device, resolve_precision
 from kajiya.training.product_rates import ProductRates, measure_product_rates
 
 CPU = torch.device("cpu")
@@ -56,3 +56,10 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         resolve_device("cuda:77", "train.device")
     with pytest.raises(ConfigError, match="is no device"):
         resolve_device("gpu please", "train.device")
+
+
+def test_tf32_is_refused_where_nothing_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"train\.fp32_matmul: tf32 is how a GPU may multiply fp32, and this is cpu"):
+        require_tf32("tf32", torch.device("cpu"))
+    require_tf32("tf32", torch.device("cuda"))
+    require_tf32("ieee", torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Saving beside the loop: the state of its step is what is written; a full disk costs one checkpoint; pieces of shards."""
 
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.training.conftest import make_batch
 from tests.training.test_fit import make_setup
 
 from kajiya.config.schema import Config
-from kajiya.errors import StoreError
+from kajiya.errors import StoreError, TrainingError
 from kajiya.flows.keeping import Keeper
 from kajiya.run.events import read_events
 from kajiya.run.files import hash_folder, read_json, write_json
@@ -150,6 +151,32 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on(
     time = trained.run.manifest()["time"]
     assert {"data", "forward", "backward", "optimizer", "logging", "evaluation", "saving"} <= time["spent_s"].keys()
     assert 0 < time["model_flops_utilization"] < 1.5
+
+
+def test_a_run_that_stops_on_a_full_disk_does_not_call_its_state_saved(
+    small_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kajiya.flows.train import train
+
+    def full_behind(root: Path, snapshot: Snapshot) -> Path:
+        with _files_of_at_most(100_000) if snapshot.step > 4 else nullcontext():
+            return write_snapshot(root, snapshot)
+
+    def ask(kind: str, **said: Any) -> None:
+        if kind == "progress" and said["stage"] == "train" and said["done"] == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    settings = ("eval.samples=0", "train.eval_every=12")
+    with monkeypatch.context() as patch:
+        patch.setattr("kajiya.training.saving.write_snapshot", full_behind)
+        with pytest.raises(
+            TrainingError, match=r"behind step 6, .* could not be written .* from step-00000004\nMake room"
+        ):
+            train(small_config(*settings), Store(tmp_path), on_event=ask)
+    trained = train(small_config(*settings), Store(tmp_path))
+    assert trained.model is not None
+    events = list(read_events(trained.run.folder))
+    assert [event["resumed_from"] for event in events if event["kind"] == "started"] == [None, 4]
 
 
 def test_pieces_over_several_files_make_a_whole(tiny_model: Make, tmp_path: Path) -> None:

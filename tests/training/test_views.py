@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.training.conftest import ListLoader, make_batch
 from tests.training.test_fit import make_setup
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kajiya.config.schema import AdapterConfig
@@ -54,6 +55,63 @@ def test_the_range_test_leaves_no_trace_and_suggests_a_rate_that_learns(optim: s
         losses.append(state.window["train/nll"][0] / state.window["train/nll"][1])
         state.window = {}
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
+
+
+def test_the_range_test_waits_for_the_loss_scale_of_fp16(tiny_model: Make) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], precision="fp16-mixed")
+    inner = setup.loss
+
+    def large(model: Any, batch: Any) -> Any:
+        terms, metrics = inner(model, batch)
+        return {name: (total * 1e3, count) for name, (total, count) in terms.items()}, metrics
+
+    state = TrainState()
+    train_step(replace(setup, loss=large), state)
+    assert state.overflows == 1
+    setup.strategy.load_state({"factor": 65_536.0, "good": 0})
+    test = range_test(replace(setup, loss=large), 1e-6, 1e-2, 40)
+    assert len(test.rates) >= 10
+    assert min(test.rates) > 1e-6, "the first steps overflowed"
+    assert setup.strategy.state()["factor"] == 65_536, "undone"
+
+
+def test_the_range_test_keeps_to_the_rows_that_the_run_begins_with(tiny_model: Make) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], row_growth=(0.3, 0.6))
+    inner, widths = setup.loss, set[int]()
+
+    def seen(model: Any, batch: Any) -> Any:
+        widths.add(batch.tokens.shape[1])
+        return inner(model, batch)
+
+    range_test(replace(setup, loss=seen), 1e-6, 1e-2, 20)
+    assert widths == {4}
+
+
+def test_a_profile_of_compiled_blocks_says_why_it_has_no_modules(tiny_model: Make, tmp_path: Path) -> None:
+    setup = make_setup(tiny_model(), [make_batch(2)], steps=4)
+    state = TrainState()
+    profile = Profile(setup.model, CPU, tmp_path, compiled=True)
+    for _ in range(4):
+        train_step(setup, state)
+        profile.after_step(state)
+    table = (tmp_path / "table.txt").read_text()
+    assert "Forward pass by module (not told apart where blocks are compiled)" in table
+    assert "kajiya::" in table or "scaled_dot_product" in table, "attention is named"
+
+
+def test_the_peak_is_of_products_as_a_layer_makes_them() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default:
+                strides.add(args[1].stride()[0])
+            return func(*args, **(kwargs or {}))
+
+    strides: set[int] = set()
+    with Seen():
+        torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
+        of_a_layer, strides = strides, set()
+        matmul_peak(CPU, resolve_precision("fp32", CPU))
+    assert of_a_layer == strides == {1}, "in fp16 a CPU multiplies other layouts up to 20 times slower"
 
 
 def test_a_profile_is_a_trace_and_a_table(tiny_model: Make, tmp_path: Path) -> None:

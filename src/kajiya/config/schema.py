@@ -159,7 +159,7 @@ class ModelConfig:
     init: str = setting("normal", choices=("normal", "bigram", "induction"))
     """Random weights; an embedding and a head that begin as a bigram model of the training text; or both that and two
     attention heads that begin by copying what followed a token's last occurrence."""
-    init_std: float = setting(0.02, gt=0)
+    init_std: float = setting(0.02, gt=0, le=1)
     """Standard deviation of the initial weights."""
     quantize: str = setting("none", choices=("none", "nf4", "int8", "torchao-int8"))
     """Frozen weights of the linear layers, under an adapter: nf4 (QLoRA: 4 bits, double quantization; of a mixture's experts too),

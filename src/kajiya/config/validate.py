@@ -98,6 +98,12 @@ _FALLING = ("cosine", "inverse_sqrt", "linear", "wsd")
 
 
 def _check_optimizer(config: Config) -> None:
+    if config.train.on_spike != "tell" and config.train.spike_sigmas is None:
+        raise ConfigError(
+            "train.on_spike",
+            f"{config.train.on_spike} changes nothing with train.spike_sigmas=null, which looks for no leap of the loss",
+            "Set train.spike_sigmas=8, or leave train.on_spike at tell.",
+        )
     for name in config.optim.decayed:
         if name not in _ROLES:
             raise ConfigError("optim.decayed", f"{name!r} is not one of {', '.join(_ROLES)}")

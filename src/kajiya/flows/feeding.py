@@ -280,6 +280,11 @@ def packing_of(config: Config, form: str) -> ChosenPacking:
     return choose_packing(config.data.packing, takes, form == "text", architecture_isolates(config.model))
 
 
+def has_many_lengths(config: Config, form: str) -> bool:
+    """Whether batches are of many lengths: each as long as its longest sequence, or as an answer that was drawn."""
+    return packing_of(config, form).name == "bucketed" or loss_row(config.train.loss.name).takes == "prompts"
+
+
 def answer_tokens(config: Config) -> int | None:
     """Tokens of an answer for which a row keeps room behind its prompt; `None` where answers are not drawn."""
     if loss_row(config.train.loss.name).takes != "prompts":

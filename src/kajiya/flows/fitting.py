@@ -14,7 +14,15 @@ from kajiya.data.bigrams import Bigrams, count_bigrams
 from kajiya.data.progress import OnEvent, silent
 from kajiya.data.tokenizer import load_tokenizer
 from kajiya.errors import ConfigError
-from kajiya.flows.feeding import Data, Feeds, build_reference, open_feeding, require_isolation, task_of
+from kajiya.flows.feeding import (
+    Data,
+    Feeds,
+    build_reference,
+    has_many_lengths,
+    open_feeding,
+    require_isolation,
+    task_of,
+)
 from kajiya.flows.fit_hooks import follower_hooks, make_hooks
 from kajiya.flows.keeping import Keeper
 from kajiya.flows.planning import plan_run
@@ -39,7 +47,7 @@ from kajiya.preflight.plan import Plan, plan_facts, with_schedule
 from kajiya.run.folder import Run
 from kajiya.run.process import collect_as_usual, import_transformers, use_gpu
 from kajiya.run.store import Artifact, Store
-from kajiya.training.compile import compile_where_it_pays
+from kajiya.training.compile import compile_where_it_pays, takes_whole_blocks
 from kajiya.training.cross_entropy import settle_softmax
 from kajiya.training.fit import Setup, fit
 from kajiya.training.flops import matmul_peak
@@ -50,7 +58,7 @@ from kajiya.training.losses import load_measure
 from kajiya.training.memory import largest_micro_batch
 from kajiya.training.optimizers import load_optimizer, require_other_memory
 from kajiya.training.portions import AUTO, Portions, rows_of_step, share_out
-from kajiya.training.precision import PRECISIONS, Precision, resolve_device, resolve_precision
+from kajiya.training.precision import PRECISIONS, Precision, require_tf32, resolve_device, resolve_precision
 from kajiya.training.ranks import Ranks, agreed, find_ranks, join, wait_for_all
 from kajiya.training.recompute import recompute_activations
 from kajiya.training.saving import CheckpointWriter
@@ -100,6 +108,7 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     """
     ranks = find_ranks(config.train.strategy)
     device = resolve_device(config.train.device, "train.device", ranks.local)
+    require_tf32(config.train.fp32_matmul, device)
     use_gpu(device)
     join(ranks, device)
     import_transformers()
@@ -117,10 +126,12 @@ def prepare(config: Config, data: Data, store: Store, settled: dict[str, Any]) -
     model = strategy.prepare(built.module)
     fused = (
         "no: the compiler takes the blocks as Transformers has them"
-        if config.train.compile == "on"
+        if takes_whole_blocks(config.train, model, device)
         else fuse_blocks(model, precision.weights, device, is_autocast=precision.autocast is not None)
     )
-    compiled = compile_where_it_pays(config.train, model, device, fused)
+    compiled = compile_where_it_pays(
+        config.train, model, device, fused, varies=has_many_lengths(config, data.corpus.facts["format"])
+    )
     compiled += packed_words(model, device, precision.autocast or precision.weights)
     softmax = settle_softmax(
         model, device, precision.autocast or precision.weights, ranks, settled.get("train.softmax")
@@ -303,6 +314,8 @@ def fit_run(
             keeper.save(state)
     finally:
         keeper.finish()
+    if not finished:
+        keeper.require_saved(state.step)
     if finished and config.train.final == "best" and state.best_step is not None:
         keeper.take(state.best_step)
     elapsed = time.perf_counter() - began

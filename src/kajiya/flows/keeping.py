@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kajiya.data.progress import OnEvent
-from kajiya.errors import StoreError
+from kajiya.errors import StoreError, TrainingError
 from kajiya.run.folder import Run
 from kajiya.training.checkpoint import (
     checkpoint_name,
@@ -113,6 +113,17 @@ class Keeper:
         """Wait for the save in progress, and tell of it."""
         self.writer.wait()
         self.tell()
+
+    def require_saved(self, step: int) -> None:
+        """Raise `TrainingError` where the checkpoint of the step that a run is to go on from could not be written."""
+        if self.writer.has(step):
+            return
+        kept = list_checkpoints(self.run.checkpoints)
+        where = f"from {kept[-1].name}" if kept else "from its beginning, for no checkpoint could be written"
+        raise TrainingError(
+            f"stopped behind step {step}, whose checkpoint could not be written (the warning says why): the run would go on "
+            f"{where}\nMake room in {self.run.checkpoints}; the same command then goes on."
+        )
 
     def go_back(self, every: int) -> bool:
         """Weights and optimizer of the newest checkpoint of the run's own rhythm; false when there is none yet.

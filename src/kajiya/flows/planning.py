@@ -10,7 +10,7 @@ import torch
 
 from kajiya.config.schema import Config
 from kajiya.data.shards import open_split
-from kajiya.flows.feeding import Data, Feeds
+from kajiya.flows.feeding import Data, Feeds, packing_of
 from kajiya.flows.prove import proof_section
 from kajiya.preflight.plan import Plan, make_plan
 from kajiya.run.code import code_revision
@@ -31,10 +31,13 @@ def plan_run(
 
     With a `store`, a cost that was measured before on this machine is taken, unless the length of the run comes from it.
     """
+    fill = 1.0
     if data.packing is None:
         tokens = open_split(data.shards.path, "train").n_tokens
     else:
         tokens = feeding.loader().rows_per_epoch * feeding.row_tokens
+        if packing_of(config, data.corpus.facts["format"]).name == "bucketed":
+            fill = data.packing.facts["train"]["tokens"] / tokens
     spent = time.perf_counter() - began
     is_by_time = config.train.minutes is not None
 
@@ -50,6 +53,7 @@ def plan_run(
         cost,
         tokens_per_epoch=tokens,
         row_tokens=feeding.row_tokens,
+        fill=fill,
         spent_s=spent,
         compiled=compiled,
     )

@@ -81,16 +81,18 @@ def make_plan(
     *,
     tokens_per_epoch: int,
     row_tokens: int,
+    fill: float = 1.0,
     spent_s: float,
     compiled: str,
 ) -> Plan:
     """Derive from what a step costs what the config leaves open.
 
-    `tokens_per_epoch` is the training split's, `row_tokens` a row's, `spent_s` the seconds of
-    `train.minutes` that are already gone.
+    `tokens_per_epoch` is the training split's, `row_tokens` a whole row's, `fill` the share of a row that there is where rows are
+    as long as their sequences, `spent_s` the seconds of `train.minutes` that are already gone.
     """
-    tokens_per_step = row_tokens * rows_of_step(config.train)
-    steps = _steps(config, cost, tokens_per_epoch / tokens_per_step, spent_s)
+    whole_per_step = row_tokens * rows_of_step(config.train)
+    steps = _steps(config, cost, tokens_per_epoch / whole_per_step, spent_s)
+    tokens_per_step = round(fill * whole_per_step)
     n_params = count_params(setup.model)
     n_trainable = count_params(setup.model, trainable=True)
     optimizer = setup.optimizer
@@ -102,7 +104,7 @@ def make_plan(
         steps=steps,
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step,
-        epochs=steps * tokens_per_step / tokens_per_epoch,
+        epochs=steps * whole_per_step / tokens_per_epoch,
         tokens_per_param=steps * tokens_per_step / n_params,
         flops_per_token=flops_per_token(setup.model, config.data.row_tokens),
         step_seconds=cost.step_seconds,

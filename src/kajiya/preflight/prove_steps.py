@@ -60,6 +60,10 @@ def check_accumulation(subject: Subject) -> Finding:
                 limit = max(limit, min(3 * rounding, _MOST_ROUNDING))
     finally:
         restore_dropout(changed)
+    if math.isnan(share):
+        return failed(
+            "the gradient of a micro-batch is not finite", "Look at the weights, and set train.precision=fp32."
+        )
     if not share <= limit:
         return failed(
             f"the gradient of two micro-batches is not that of both together: they differ by {share:.1%} of its norm",

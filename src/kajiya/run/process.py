@@ -172,11 +172,13 @@ def quiet_transformers() -> None:
 
 
 def quiet_torchao() -> None:
-    """Turn off what torchao says at its import, which Transformers and PEFT bring about wherever it is installed.
+    """Turn off what torchao and bitsandbytes say at their import, which Transformers and PEFT bring about wherever they are
+    installed.
 
-    It names each GPU library that a CPU cannot load, and types that torch has come to know by itself.
+    They name each GPU library that a CPU cannot load, a package of CPU kernels that nobody asked for, and types that torch has
+    come to know by itself.
     """
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -1,5 +1,6 @@
 """How much memory a micro-batch takes, measured, and the largest that fits."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ def largest_micro_batch(setup: Setup, resize: Callable[[int], None], own_rows: i
         accumulate=1,
         lr=lambda _step: 1e-9,
         guard=Guard(),
+        max_skipped=sys.maxsize,
         watches=(),
         row_growth=(),
     )

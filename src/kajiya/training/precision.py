@@ -76,6 +76,16 @@ def _named_device(name: str, field: str) -> torch.device:
     return device
 
 
+def require_tf32(wanted: str, device: torch.device) -> None:
+    """Raises `ConfigError` where `train.fp32_matmul` is tf32 and the device has no such products."""
+    if wanted == "tf32" and device.type != "cuda":
+        raise ConfigError(
+            "train.fp32_matmul",
+            f"tf32 is how a GPU may multiply fp32, and this is {device.type}",
+            "Set train.fp32_matmul=auto.",
+        )
+
+
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """The precision of that name; `auto` picks bf16 where the hardware multiplies it faster than fp32.
 

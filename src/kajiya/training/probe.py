@@ -1,6 +1,7 @@
 """A few real steps, measured and then undone: what a step costs in time and memory on this machine."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,5 +124,7 @@ def _timed_step(setup: Setup, state: TrainState) -> float:
     started = time.perf_counter()
     # The schedule is not known yet (its length may be derived from this very measurement), and a rate of almost
     # nothing keeps the weights sane without changing what a step costs.
-    train_step(replace(setup, lr=lambda _step: 1e-9, watches=()), state)
+    # A step that is not finite is for the proof and the run to judge, which tell it and keep its batches.
+    trial = replace(setup, lr=lambda _step: 1e-9, watches=(), max_skipped=sys.maxsize)
+    train_step(trial, state)
     return setup.strategy.from_first(time.perf_counter() - started)

@@ -78,7 +78,10 @@ class Profile:
         lines = [f"{each.key:<60} {_total(each) / 1000:>12.2f} ms" for each in reversed(modules)]
         timeline = memory_timeline(self._folder / "trace.json", self._device)
         text = f"Two steps: {time_words(spent)}\n{_memory_words(timeline, self._device)}\n\n"
-        text += "Forward pass by module (a module's holds those inside it)\n"
+        inside = (
+            "a module's holds those inside it" if self._marks_modules else "not told apart where blocks are compiled"
+        )
+        text += f"Forward pass by module ({inside})\n"
         (self._folder / "table.txt").write_text(
             text + "\n".join(lines) + f"\n\nOperations\n{table}\n", encoding="utf-8"
         )
