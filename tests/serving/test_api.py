@@ -485,6 +485,7 @@ def test_bad_messages_are_refused(server_url: str, messages: Any, words: str) ->
         ({"tools": [{"type": "function", "function": {"name": "f", "params": {}}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f"}, "cache": 1}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"echo": True}, "echo"),

@@ -1,6 +1,7 @@
 """The engine against Transformers: the same ids as one-at-a-time greedy generation, the same log-probabilities."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,14 @@ def test_generate_does_not_step_the_requests_of_others(engine: Engine) -> None:
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is missing"):
         load_engine(tmp_path, precision="fp32", device="cpu", max_batch=1, max_waiting=1)
+
+
+def test_weights_that_are_cut_short_are_named(model_folder: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(model_folder, tmp_path / "cut")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*incomplete"):
+        open_engine(cut)
 
 
 @pytest.mark.parametrize("tokens", [2**44, 2**62])

@@ -1,6 +1,7 @@
 """What requests can ask for beyond a continuation: biases, penalties, grammars, adapters, further models; and the bounds."""
 
 import json
+import shutil
 import socket
 import sys
 import time
@@ -183,6 +184,19 @@ def test_adapters_and_models_come_and_go(
         assert bad.status_code == 400, bad.text
         nowhere = http.post("load_lora_adapter", json={"lora_name": "bad"})
         assert (nowhere.status_code, nowhere.json()["error"]["param"]) == (400, "lora_path")
+        for name, content, words in (
+            ("adapter_config.json", "{", "broken JSON"),
+            ("adapter_config.json", "[]", "no JSON object"),
+            ("adapter_config.json", '{"peft_type": "LORA", "r": 2}', "lora_alpha must be a number, not None"),
+            ("adapter_model.safetensors", "xx", "is broken"),
+            ("adapter_model.safetensors", None, "is missing"),
+        ):
+            broken = shutil.copytree(adapter, tmp_path / f"broken-{words.split()[-1]}")
+            (broken / name).unlink()
+            if content is not None:
+                (broken / name).write_text(content)
+            reply = http.post("load_lora_adapter", json={"lora_name": "bad", "lora_path": str(broken)})
+            assert (reply.status_code, words in reply.json()["error"]["message"]) == (400, True), reply.text
         assert http.post("unload_lora_adapter", json={"lora_name": "tuned"}).status_code == 200
         assert "tuned" not in names()
         assert http.post("load_model", json={"name": "third", "folder": str(model_folder)}).status_code == 200

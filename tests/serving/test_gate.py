@@ -142,3 +142,23 @@ def test_a_stream_that_the_server_does_not_wait_for_ends_with_an_error(
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_stopping"
     # A line says that requests were cut off; none of them is a failure with a traceback.
     assert [record.getMessage().split()[0] for record in caplog.records] == ["Cancel"]
+
+
+def test_a_server_that_ends_at_once_leaves_no_engine_running(
+    engine: Engine, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a second Ctrl-C asks: a thread in the middle of a step would be torn down with the process, which aborts."""
+    others = {thread for thread in threading.enumerate() if thread.name == "kajiya-engine"}
+    engine.runner.run = _slowed(engine.runner.run, 0.02)  # type: ignore[method-assign]
+    cfg = ServeConfig()
+    said = logging.getLogger("uvicorn.error")
+    with _served(create_app(engine, tokenizer, NAME, cfg), cfg) as (url, server), ExitStack() as stack:
+        said.addHandler(caplog.handler)
+        stack.callback(said.removeHandler, caplog.handler)
+        body = {"model": NAME, "prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+            next(reply.iter_lines())
+            server.should_exit = server.force_exit = True
+    assert {thread for thread in threading.enumerate() if thread.name == "kajiya-engine"} <= others
+    said_so = [record.getMessage() for record in caplog.records]
+    assert [message for message in said_so if "Traceback" in message or "Exception" in message] == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import threading
 import time
 import weakref
@@ -84,6 +85,28 @@ def test_a_model_that_is_removed_while_it_loads_is_not_there(engine: Engine, tok
         _until(opener.is_gone)
         assert [card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]] == [NAME]
         assert httpx.post(f"{url}/v1/unload_model", json={"name": "other"}).status_code == 404
+
+
+def test_an_answer_of_a_model_that_is_unloaded_ends_with_an_error_that_says_so(
+    model_folder: Path, engine: Engine, tokenizer: Any
+) -> None:
+    other = open_engine(model_folder)
+    read = other.runner.run
+
+    def slow(plan: Any) -> Any:
+        time.sleep(0.02)
+        return read(plan)
+
+    other.runner.run = slow  # type: ignore[method-assign]
+    source = Source("other", lambda: (other, tokenizer))
+    app = create_app(engine, tokenizer, NAME, ServeConfig(allow_loading=True), {"other": source}, open_engine)
+    body = BODY | {"max_tokens": 150, "ignore_eos": True, "stream": True}
+    with running(app) as url, httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        assert httpx.post(f"{url}/v1/unload_model", json={"name": "other"}).status_code == 200
+        last = [line for line in lines if line][-1]
+    assert "its model is being unloaded" in json.loads(last.removeprefix("data: "))["error"]["message"]
 
 
 def test_a_model_is_loaded_once_though_clients_leave(engine: Engine, tokenizer: Any, opener: _Opener) -> None:

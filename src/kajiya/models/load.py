@@ -45,6 +45,8 @@ def load_model(
         found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
         raise StoreError(f"{folder}: has {found}; only safetensors are loaded, since a pickle can run code")
     import_transformers()
+    from safetensors import SafetensorError
+
     quiet_transformers()
     architecture = read_architecture(path, revision, trust_remote_code)
     if not trust_remote_code:
@@ -74,7 +76,7 @@ def load_model(
             **({} if quantized == "none" else {"quantization_config": while_reading(quantized)}),
             **({} if method is None else {"device_map": "cpu"}),
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_loaded(path, error) from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

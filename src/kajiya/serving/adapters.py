@@ -33,6 +33,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 """Settings of PEFT that the server does not compute, with the values that ask for nothing."""
+_REMEDY = "Give a folder that PEFT has saved."
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], origin: Or
     Raises `ConfigError` for a folder that is none, a kind of adapter that is not plain LoRA, or one made for another model;
     also where it names other weights by digest, or was trained beside the same ones in other bits.
     """
-    from safetensors.torch import load_file
-
-    if not is_adapter(folder):
-        raise ConfigError(
-            "adapter", f"{str(folder)!r} has no adapter_config.json", "Give a folder that PEFT has saved."
-        )
-    settings = read_json(folder / "adapter_config.json")
+    settings = _settings(folder)
     if settings.get("peft_type") != "LORA":
         raise ConfigError(
             "adapter",
@@ -84,9 +79,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], origin: Or
                 f"{folder}: {name}={settings[name]!r} is not served beside other adapters",
                 "Merge it into its model (kajiya merge) and serve that.",
             )
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise StoreError(f"{folder}: adapter_model.safetensors is missing; only safetensors are loaded")
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = _tensors(folder)
     parts = {}
     for name in sorted(tensors):
         if not name.endswith(".lora_A.weight"):
@@ -94,7 +87,9 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], origin: Or
                 raise ConfigError("adapter", f"{folder}: it has {name!r}, which is no part of a plain LoRA adapter")
             continue
         module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        a, b = tensors[name], tensors.get(name.replace("lora_A", "lora_B"))
+        if b is None or b.shape[1] != a.shape[0]:
+            raise ConfigError("adapter", f"{folder}: {name} has no lora_B of its rank, {a.shape[0]}", _REMEDY)
         expected = shapes.get(f"{module}.weight")
         if expected != (b.shape[0], a.shape[1]):
             has = "has no such module" if expected is None else f"has {list(expected)} there"
@@ -112,6 +107,34 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], origin: Or
     except StoreError as error:
         raise ConfigError("adapter", str(error)) from error
     return LoraAdapter(folder, parts)
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    if not is_adapter(folder):
+        raise ConfigError("adapter", f"{str(folder)!r} has no adapter_config.json", _REMEDY)
+    try:
+        settings = read_json(folder / "adapter_config.json")
+    except StoreError as error:
+        raise ConfigError("adapter", str(error), _REMEDY) from error
+    if not isinstance(settings, dict):
+        raise ConfigError("adapter", f"{folder}: adapter_config.json is no JSON object", _REMEDY)
+    if settings.get("peft_type") == "LORA" and not isinstance(settings.get("lora_alpha"), int | float):
+        problem = f"{folder}: lora_alpha must be a number, not {settings.get('lora_alpha')!r}"
+        raise ConfigError("adapter", problem, _REMEDY)
+    return settings
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ConfigError("adapter", f"{folder}: {path.name} is missing; only safetensors are loaded", _REMEDY)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ConfigError("adapter", f"{path} is broken: {error}", _REMEDY) from error
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -1,9 +1,10 @@
 """OpenAI's API over the engine, with health, metrics and the playground page."""
 
+import asyncio
 import base64
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -53,7 +54,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         hosts.start()
-        yield
+        # A second signal ends the server at once and cancels this: a thread within a step must not outlive it even so.
+        with suppress(asyncio.CancelledError):
+            yield
         await hosts.stop()
 
     app = FastAPI(title="Kajiya", lifespan=lifespan, docs_url=None, redoc_url=None)

@@ -50,14 +50,11 @@ def web_server(app: Any, cfg: ServeConfig) -> uvicorn.Server:
 
 
 def _unless_cut_off(app: ASGIApp) -> ASGIApp:
-    """`app`, where a request that the end of the server cuts off is no failure to be logged: its reply has said so."""
+    """`app`, where what the end of the server cuts off is no failure to be logged: a request's reply has said so."""
 
     async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await app(scope, receive, send)
-        except asyncio.CancelledError:
-            if scope["type"] != "http":
-                raise
 
     return quiet
 

@@ -42,6 +42,8 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         if not isinstance(function.get("strict"), bool | None):
             raise RequestError(f"{where}.function.strict must be true or false", param="tools")
         require_unicode(json.dumps(function, ensure_ascii=False), where, "tools")
+        if function["name"] in found:
+            raise RequestError(f"{where}.function.name: {function['name']!r} is the name of two tools", param="tools")
         found[function["name"]] = parameters
     return found
 

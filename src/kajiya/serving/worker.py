@@ -213,7 +213,7 @@ class Worker:
     # ---------------------------------------------------------------- on the engine's thread
 
     def _work(self) -> None:
-        reason = "the server is stopping"
+        reason = "its model is being unloaded, or the server is stopping"
         try:
             self._loop()
         except BaseException as error:
