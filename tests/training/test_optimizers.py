@@ -341,3 +341,14 @@ def test_the_experts_of_a_mixture_are_matrices_and_their_biases_vectors() -> Non
         "gate_up_proj": "matrix", "down_proj": "matrix", "gate_up_proj_bias": "vector", "down_proj_bias": "vector",
     }  # fmt: skip
     assert parameter_roles(torch.nn.Sequential(torch.nn.Conv1d(2, 3, 4)))["0.weight"] == "vector"
+
+
+def test_a_head_decays_where_there_is_one(tiny_model: Make) -> None:
+    config = OptimConfig(weight_decay=0.1, decayed=("matrix", "head"))
+    with pytest.raises(ConfigError, match=r"optim\.decayed.*none of its own.*\n.*embedding"):
+        load_optimizer(config, tiny_model(tied=True))
+    groups = [
+        group for each in load_optimizer(config, tiny_model(tied=False)).optimizers for group in each.param_groups
+    ]
+    decaying = {tuple(tensor.shape) for group in groups if group["weight_decay"] for tensor in group["params"]}
+    assert (97, 32) in decaying

@@ -48,6 +48,12 @@ def load_optimizer(
         raise ConfigError("model", "has no trainable parameter")
     masters = [(name, _master(parameter, on_host=config.offload)) for name, parameter in trainable]
     roles = parameter_roles(model)
+    if "head" in config.decayed and "head" not in roles.values():
+        raise ConfigError(
+            "optim.decayed",
+            "names the head, and this model has none of its own",
+            "Name embedding, which a tied head is.",
+        )
     decays = {name: config.weight_decay if roles[name] in config.decayed else 0.0 for name, _ in trainable}
     make, options = resolve("optimizer", config.name, config.options, "optim")
     arguments = {"options": options} if is_options(options) else options
