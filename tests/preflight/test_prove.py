@@ -526,7 +526,7 @@ def test_a_loss_that_is_not_finite_is_called_so(corpus: Corpus) -> None:
     parts.setup_changes |= {"loss": broken}
     verdict, _ = verdict_of(parts, corpus)
     assert finding(verdict, "accumulation").text == "the gradient of a micro-batch is not finite"
-    assert finding(verdict, "start").text.startswith("the first loss is {'loss': nan}")
+    assert finding(verdict, "start").text.startswith("the first loss is not finite: {'loss': nan}")
 
 
 def test_noise_on_the_embeddings_is_no_alarm(corpus: Corpus) -> None:

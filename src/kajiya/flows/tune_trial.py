@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kajiya.config.compose import from_plain
-from kajiya.errors import KajiyaError, RunBusyError, TrainingError
+from kajiya.errors import KajiyaError, ProofError, RunBusyError, TrainingError
 from kajiya.flows.run_history import read_history
 from kajiya.run.forks import serve
 from kajiya.run.process import collect_as_usual, import_faster
@@ -159,7 +159,7 @@ def _failure(problem: BaseException) -> str:
     is_refused = isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM)
     if is_refused or "out of memory" in words or "can't allocate memory" in words:
         return "out of memory"
-    if isinstance(problem, TrainingError) and "not finite" in words:
+    if isinstance(problem, (TrainingError, ProofError)) and "not finite" in words:
         return "not finite"
     return "failed"
 

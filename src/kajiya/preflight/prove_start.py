@@ -39,7 +39,7 @@ def check_start(subject: Subject) -> Finding:
     said = "" if identity is None else f"; {identity.text}"
     terms = _terms_on(setup, batch)
     if not all(math.isfinite(each) for each in terms.values()):
-        return failed(f"the first loss is {terms}", "Look at the weights, and set train.precision=fp32.")
+        return failed(f"the first loss is not finite: {terms}", "Look at the weights, and set train.precision=fp32.")
     if isinstance(batch, RolloutBatch):
         return check_policy_start(subject, batch, said)
     loss = terms["loss"] if "loss" in terms else sum(terms.values())
