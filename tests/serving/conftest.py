@@ -5,6 +5,7 @@ import functools
 import json
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +186,17 @@ def is_greedy(model: Any, prompt: list[int], answer: list[int]) -> bool:
 def open_engine(folder: Path, max_batch: int = 4, max_waiting: int = 64, runner: str = "auto", **more: Any) -> Engine:
     given = {"precision": "fp32", "device": "cpu", "max_batch": max_batch, "max_waiting": max_waiting} | more
     return load_engine(folder, runner=runner, **given)
+
+
+def slow_down(engine: Engine, seconds: float) -> None:
+    """Let each of the engine's steps take so much longer."""
+    run = engine.runner.run
+
+    def slow(plan: Any) -> Any:
+        time.sleep(seconds)
+        return run(plan)
+
+    engine.runner.run = slow  # type: ignore[method-assign]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from kajiya.serving.api import create_app
 from kajiya.serving.hosts import source_of
 from kajiya.serving.server import serve
 
-from .conftest import NAME, open_engine, running, save_adapter
+from .conftest import NAME, open_engine, running, save_adapter, slow_down
 
 PROMPT = "def wrap(text, width):"
 SCHEMA = {
@@ -225,13 +224,7 @@ def test_loading_is_off_unless_allowed(server_url: str) -> None:
 def open_slow_engine(model_folder: Path) -> Any:
     """An engine whose every step takes a twentieth of a second more."""
     engine = open_engine(model_folder)
-    real = engine.runner.run
-
-    def slow(plan: Any) -> Any:
-        time.sleep(0.05)
-        return real(plan)
-
-    engine.runner.run = slow  # type: ignore[method-assign]
+    slow_down(engine, 0.05)
     return engine
 
 

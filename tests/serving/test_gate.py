@@ -20,7 +20,7 @@ from kajiya.serving.api import create_app
 from kajiya.serving.engine import Engine
 from kajiya.serving.listen import bind, url_of, web_server
 
-from .conftest import NAME, open_engine, running
+from .conftest import NAME, open_engine, running, slow_down
 
 
 def _begun(url: str) -> socket.socket:
@@ -77,19 +77,22 @@ def test_connections_that_say_nothing_or_half_a_head_are_closed(engine: Engine, 
             assert last.split()[1] == b"408"
             assert json.loads(last.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
         # An answer may take as long as it does, and a connection is used again.
-        engine.runner.run = _slowed(engine.runner.run, 0.08)  # type: ignore[method-assign]
+        slow_down(engine, 0.08)
         with httpx.Client() as client:
             body = {"model": NAME, "prompt": "x", "max_tokens": 12, "ignore_eos": True}  # 0.96 s
             for _ in range(2):
                 assert client.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
 
 
-def _slowed(run: Any, seconds: float) -> Any:
-    def slow(plan: Any) -> Any:
-        time.sleep(seconds)
-        return run(plan)
-
-    return slow
+@contextmanager
+def _logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What the web server logs is among the records."""
+    said = logging.getLogger("uvicorn.error")
+    said.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        said.removeHandler(caplog.handler)
 
 
 @contextmanager
@@ -127,12 +130,9 @@ def test_the_scheme_of_a_key_has_no_case(engine: Engine, tokenizer: Any, header:
 def test_a_stream_that_the_server_does_not_wait_for_ends_with_an_error(
     engine: Engine, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine.runner.run = _slowed(engine.runner.run, 0.02)  # type: ignore[method-assign]
+    slow_down(engine, 0.02)
     cfg = ServeConfig(drain_s=0)
-    said = logging.getLogger("uvicorn.error")
-    with _served(create_app(engine, tokenizer, NAME, cfg), cfg) as (url, server), ExitStack() as stack:
-        said.addHandler(caplog.handler)
-        stack.callback(said.removeHandler, caplog.handler)
+    with _served(create_app(engine, tokenizer, NAME, cfg), cfg) as (url, server), _logged(caplog):
         body = {"model": NAME, "prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
@@ -149,12 +149,9 @@ def test_a_server_that_ends_at_once_leaves_no_engine_running(
 ) -> None:
     """As a second Ctrl-C asks: a thread in the middle of a step would be torn down with the process, which aborts."""
     others = {thread for thread in threading.enumerate() if thread.name == "kajiya-engine"}
-    engine.runner.run = _slowed(engine.runner.run, 0.02)  # type: ignore[method-assign]
+    slow_down(engine, 0.02)
     cfg = ServeConfig()
-    said = logging.getLogger("uvicorn.error")
-    with _served(create_app(engine, tokenizer, NAME, cfg), cfg) as (url, server), ExitStack() as stack:
-        said.addHandler(caplog.handler)
-        stack.callback(said.removeHandler, caplog.handler)
+    with _served(create_app(engine, tokenizer, NAME, cfg), cfg) as (url, server), _logged(caplog):
         body = {"model": NAME, "prompt": "x", "max_tokens": 150, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
             next(reply.iter_lines())

@@ -21,7 +21,7 @@ from kajiya.serving.engine import Engine
 from kajiya.serving.hosts import Source, source_of
 from kajiya.serving.server import serve
 
-from .conftest import CONTEXT, NAME, open_engine, running, save_adapter
+from .conftest import CONTEXT, NAME, open_engine, running, save_adapter, slow_down
 
 BODY = {"model": "other", "prompt": "x", "max_tokens": 1}
 
@@ -91,13 +91,7 @@ def test_an_answer_of_a_model_that_is_unloaded_ends_with_an_error_that_says_so(
     model_folder: Path, engine: Engine, tokenizer: Any
 ) -> None:
     other = open_engine(model_folder)
-    read = other.runner.run
-
-    def slow(plan: Any) -> Any:
-        time.sleep(0.02)
-        return read(plan)
-
-    other.runner.run = slow  # type: ignore[method-assign]
+    slow_down(other, 0.02)
     source = Source("other", lambda: (other, tokenizer))
     app = create_app(engine, tokenizer, NAME, ServeConfig(allow_loading=True), {"other": source}, open_engine)
     body = BODY | {"max_tokens": 150, "ignore_eos": True, "stream": True}

@@ -79,6 +79,7 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 "preflight.skip", f"{name!r} is no check; there is: {', '.join(CHECKS)}" + (f"; {hint}" if hint else "")
             )
+    _check_spikes(config)
     _check_optimizer(config)
     _check_portions(config)
     _check_length(config)
@@ -97,13 +98,16 @@ _FALLING = ("cosine", "inverse_sqrt", "linear", "wsd")
 """Schedules of the table whose rate falls."""
 
 
-def _check_optimizer(config: Config) -> None:
+def _check_spikes(config: Config) -> None:
     if config.train.on_spike != "tell" and config.train.spike_sigmas is None:
         raise ConfigError(
             "train.on_spike",
             f"{config.train.on_spike} changes nothing with train.spike_sigmas=null, which looks for no leap of the loss",
             "Set train.spike_sigmas=8, or leave train.on_spike at tell.",
         )
+
+
+def _check_optimizer(config: Config) -> None:
     for name in config.optim.decayed:
         if name not in _ROLES:
             raise ConfigError("optim.decayed", f"{name!r} is not one of {', '.join(_ROLES)}")
